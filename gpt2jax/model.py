@@ -1,0 +1,354 @@
+"""The GPT-2: read this file and you know the model.
+
+Modules are Flax NNX and hold parameters only: no caches, no random streams, no mutation. What varies between calls
+(dropout key, LoRA adapters, key/value cache) is an argument. Outside of this file parameters are a plain nested dict
+with the blocks stacked along a leading layer axis; `hidden_states` merges such a dict with the module structure.
+
+Axis letters: B batch, T query length, S key length, N heads, H head dim, D model dim, F mlp dim, V vocabulary,
+L layers, r adapter rank.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.precision import FLOAT32, Precision, matmul
+
+Params = dict[str, Any]
+
+# a finite value: a row that is masked throughout must stay finite, and -inf makes NaN in a softmax's gradient
+MASKED = -1e30
+
+_ACTIVATIONS = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of `x` and scales up the rest; without a key (inference) it does nothing."""
+    if key is None or rate == 0.0:
+        return x
+    # 16 random bits an element: half the work of a float32 draw, and a rate exact to 1/65536
+    dropped = round(rate * 65536)
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= dropped
+    return jnp.where(keep, x * (65536 / (65536 - dropped)), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias, kernel [in, out] as GPT-2's files have it, with an optional low-rank branch."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, layers: tuple[int, ...], std: float, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*layers, in_dim, out_dim)))
+        self.bias = nnx.Param(jnp.zeros((*layers, out_dim)))
+
+    def __call__(self, x: jax.Array, call: _Call, adapter: Params | None = None, key: jax.Array | None = None):
+        """x [B, T, in] -> [B, T, out]; `adapter` {"lora_a": [in, r], "lora_b": [r, out]} adds its product."""
+        dtype = call.precision.compute_dtype
+        y = matmul(x, self.kernel[...], dtype) + self.bias[...]
+        if adapter is not None:
+            low = matmul(dropout(x, call.lora_dropout, key), adapter["lora_a"], dtype)
+            y = y + matmul(low, adapter["lora_b"], dtype) * call.lora_scale
+        return y.astype(call.precision.activation_dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis; float32 statistics in two passes, since one pass cancels for large means."""
+
+    def __init__(self, dim: int, *, layers: tuple[int, ...], epsilon: float):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((*layers, dim)))
+        self.bias = nnx.Param(jnp.zeros((*layers, dim)))
+
+    def __call__(self, x: jax.Array, call: _Call) -> jax.Array:
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
+        return y.astype(call.precision.activation_dtype)
+
+
+class Embed(nnx.Module):
+    """A table of vectors, looked up by id."""
+
+    def __init__(self, rows: int, dim: int, *, std: float, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, dim)))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        # ids are checked on the host; "clip" only spares the kernel that fills out-of-range rows with NaN
+        return jnp.take(self.embedding[...], ids, axis=0, mode="clip")
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with all heads' query, key and value from one product."""
+
+    def __init__(self, config: GPT2Config, *, layers: tuple[int, ...], rngs: nnx.Rngs):
+        self.config = config
+        dim, std = config.n_embd, config.initializer_range
+        self.c_attn = Linear(dim, 3 * dim, layers=layers, std=std, rngs=rngs)
+        self.c_proj = Linear(dim, dim, layers=layers, std=std / math.sqrt(2 * config.n_layer), rngs=rngs)
+
+    def __call__(self, x, call: _Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
+        """x [B, T, D], mask [B or 1, 1, T, S] -> ([B, T, D], cache).
+
+        With a cache (keys, values), each [B, N, S, H], the new keys and values are written at `cache_index` and
+        attention reads the whole of it: reading the array that was written lets XLA update it in place.
+        """
+        adapters = adapters or {}
+        keys = split_or_none(key, 4)
+        qkv = self.c_attn(x, call, adapters.get("c_attn"), keys[0])
+        q, k, v = (self._split_heads(part) for part in jnp.split(qkv, 3, axis=-1))  # each [B, N, T, H]
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), cache_index, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), cache_index, axis=2)
+            cache = (k, v)
+        scores = self._product("bnth,bnsh->bnts", q * self._scale(layer_index), k, call)
+        probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
+        probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
+        y = self._product("bnts,bnsh->btnh", probabilities, v, call)
+        y = y.reshape(x.shape).astype(call.precision.activation_dtype)
+        y = self.c_proj(y, call, adapters.get("c_proj"), keys[2])
+        return dropout(y, self.config.resid_pdrop, keys[3]), cache
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        batch, length, _ = x.shape
+        return x.reshape(batch, length, self.config.n_head, self.config.head_dim).swapaxes(1, 2)
+
+    def _scale(self, layer_index) -> jax.Array | float:
+        scale = 1.0 / math.sqrt(self.config.head_dim) if self.config.scale_attn_weights else 1.0
+        return scale / (layer_index + 1.0) if self.config.scale_attn_by_inverse_layer_idx else scale
+
+    @staticmethod
+    def _product(equation: str, a: jax.Array, b: jax.Array, call: _Call) -> jax.Array:
+        dtype = call.precision.compute_dtype
+        exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # no TF32 where float32 is asked for
+        a, b = a.astype(dtype), b.astype(dtype)
+        return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
+class MLP(nnx.Module):
+    """Widen, activate, narrow."""
+
+    def __init__(self, config: GPT2Config, *, layers: tuple[int, ...], rngs: nnx.Rngs):
+        self.config = config
+        dim, std = config.n_embd, config.initializer_range
+        self.c_fc = Linear(dim, config.mlp_dim, layers=layers, std=std, rngs=rngs)
+        self.c_proj = Linear(
+            config.mlp_dim, dim, layers=layers, std=std / math.sqrt(2 * config.n_layer), rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, call: _Call, *, adapters=None, key=None) -> jax.Array:
+        adapters = adapters or {}
+        keys = split_or_none(key, 3)
+        x = self.c_fc(x, call, adapters.get("c_fc"), keys[0])
+        x = _ACTIVATIONS[self.config.activation_function](x)
+        x = self.c_proj(x, call, adapters.get("c_proj"), keys[1])
+        return dropout(x, self.config.resid_pdrop, keys[2])
+
+
+class Block(nnx.Module):
+    """Pre-LayerNorm block: x + attention(ln_1(x)), then x + mlp(ln_2(x)).
+
+    `layers=(L,)` gives every parameter a leading axis of that length: the stack of all blocks as one module.
+    """
+
+    def __init__(self, config: GPT2Config, *, layers: tuple[int, ...] = (), rngs: nnx.Rngs):
+        epsilon = config.layer_norm_epsilon
+        self.ln_1 = LayerNorm(config.n_embd, layers=layers, epsilon=epsilon)
+        self.attn = Attention(config, layers=layers, rngs=rngs)
+        self.ln_2 = LayerNorm(config.n_embd, layers=layers, epsilon=epsilon)
+        self.mlp = MLP(config, layers=layers, rngs=rngs)
+
+    def __call__(self, x, call: _Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
+        """x [B, T, D] -> ([B, T, D], cache); see `Attention`."""
+        adapters = adapters or {}
+        keys = split_or_none(key, 2)
+        y, cache = self.attn(
+            self.ln_1(x, call),
+            call,
+            layer_index=layer_index,
+            mask=mask,
+            cache=cache,
+            cache_index=cache_index,
+            adapters=adapters.get("attn"),
+            key=keys[0],
+        )
+        x = x + y
+        return x + self.mlp(self.ln_2(x, call), call, adapters=adapters.get("mlp"), key=keys[1]), cache
+
+
+class Head(nnx.Module):
+    """The output head of a model whose head is not the token embedding."""
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.n_embd)
+        self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
+
+
+class GPT2(nnx.Module):
+    """Token and position embedding, the stacked blocks, the final LayerNorm."""
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+        self.config = config
+        std = config.initializer_range
+        self.wte = Embed(config.vocab_size, config.n_embd, std=std, rngs=rngs)
+        self.wpe = Embed(config.n_positions, config.n_embd, std=std, rngs=rngs)
+        self.h = Block(config, layers=(config.n_layer,), rngs=rngs)
+        self.ln_f = LayerNorm(config.n_embd, layers=(), epsilon=config.layer_norm_epsilon)
+        if not config.tie_word_embeddings:
+            self.lm_head = Head(config, rngs=rngs)
+
+    def embed(self, token_ids: jax.Array, positions: jax.Array, call: _Call, key=None) -> jax.Array:
+        """Ids and positions, each [B, T] -> [B, T, D]."""
+        x = self.wte(token_ids) + self.wpe(positions)
+        return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
+
+    def __call__(self, token_ids, positions, mask, call: _Call, *, adapters=None, key=None) -> jax.Array:
+        """Ids and positions [B, T], mask [B or 1, 1, T, T] -> hidden states [B, T, D] after the last LayerNorm."""
+        embed_key, blocks_key = split_or_none(key, 2)
+        x = self.embed(token_ids, positions, call, embed_key)
+        structure, stacked = nnx.split(self.h)
+        keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
+
+        def block(x, layer):
+            params, adapters, key, index = layer
+            module = nnx.merge(structure, params)
+            return module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
+
+        layers = (stacked, (adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
+        x, _ = jax.lax.scan(block, x, layers)
+        return self.ln_f(x, call)
+
+
+class _Call:
+    """What is the same for every layer of one call."""
+
+    def __init__(self, precision: Precision, *, lora_scale: float = 1.0, lora_dropout: float = 0.0):
+        self.precision = precision
+        self.lora_scale = lora_scale
+        self.lora_dropout = lora_dropout
+
+
+def split_or_none(key: jax.Array | None, n: int):
+    """n keys out of one, or n times None where there is none."""
+    return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+# ---- the functions that the rest of the library calls: plain dicts in, arrays out ----
+
+
+@functools.lru_cache(maxsize=64)
+def structure(config: GPT2Config) -> nnx.GraphDef:
+    """The module structure of a configuration; with parameters it makes a `GPT2` by `nnx.merge`."""
+    return nnx.split(nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0))))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def block_structure(config: GPT2Config) -> nnx.GraphDef:
+    """The module structure of one block, for callers that walk the layers themselves."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
+
+
+def abstract_params(config: GPT2Config) -> Params:
+    """Shapes and dtypes of all parameters, without making one."""
+    return _pure(nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0))))
+
+
+def init_params(config: GPT2Config, seed: int = 0) -> Params:
+    """Random float32 parameters: normal with `initializer_range`, residual projections scaled by 1/sqrt(2L)."""
+    return jax.jit(lambda key: _pure(GPT2(config, rngs=nnx.Rngs(params=key))))(jax.random.key(seed))
+
+
+def _pure(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def count_parameters(params: Params) -> int:
+    """Number of scalars in a parameter dict; a tied head counts once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def hidden_states(
+    params: Params,
+    config: GPT2Config,
+    token_ids: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    precision: Precision = FLOAT32,
+    dropout_key: jax.Array | None = None,
+    adapters: Params | None = None,
+    lora_scale: float = 1.0,
+    lora_dropout: float = 0.0,
+) -> jax.Array:
+    """The model up to the last LayerNorm.
+
+    Args:
+        params: parameters, blocks stacked.
+        config: their configuration.
+        token_ids: [B, T] int.
+        positions: [B, T] int, rows of the position table. Default: 0, 1, ... counted over real tokens, and anew in
+            each segment.
+        attention_mask: [B, T] bool, False = padding (left or right), which no token attends to.
+        segment_ids: [B, T] int; tokens attend only within their own segment (several documents in one row).
+        precision: dtypes.
+        dropout_key: switches dropout on.
+        adapters: LoRA adapters, nested as `params`; `lora_scale` is alpha / rank.
+
+    Returns:
+        [B, T, D] in `precision.activation_dtype`.
+
+    Raises:
+        ValueError: T is longer than the context, or an array has the wrong shape.
+    """
+    length = token_ids.shape[-1]
+    if token_ids.ndim != 2:
+        raise ValueError(f"token_ids has shape {token_ids.shape}; expected [B, T]")
+    if length > config.n_positions:
+        raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.n_positions}")
+    if positions is None:
+        positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
+    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    if attention_mask is not None:
+        mask = mask & attention_mask.astype(bool)[:, None, None, :]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    call = _Call(precision, lora_scale=lora_scale, lora_dropout=lora_dropout)
+    module = nnx.merge(structure(config), params)
+    return module(token_ids, positions, mask, call, adapters=adapters, key=dropout_key)
+
+
+def _default_positions(shape, attention_mask, segment_ids) -> jax.Array:
+    slots = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    real = slots if attention_mask is None else jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1
+    if segment_ids is not None:
+        first = jnp.concatenate([jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+        real = real - jax.lax.cummax(jnp.where(first, real, 0), axis=1)
+    return jnp.maximum(real, 0)
+
+
+def head_kernel(params: Params) -> jax.Array:
+    """The output head [V, D]: the token embedding unless the model has a head of its own."""
+    return params["lm_head"]["kernel"] if "lm_head" in params else params["wte"]["embedding"]
+
+
+def output_logits(hidden: jax.Array, head: jax.Array, precision: Precision = FLOAT32) -> jax.Array:
+    """Hidden states [..., D] and head [V, D] -> logits [..., V] float32."""
+    return matmul(hidden, head.T, precision.compute_dtype)

@@ -1,0 +1,92 @@
+"""Which dtype does what: products in the compute dtype, sums in float32, and the rule that keeps both fast.
+
+Parameters, optimizer moments, LayerNorm statistics, softmax and loss are float32 always. What varies is the dtype of
+the operands of matrix products (`compute_dtype`) and of the activations between them (`activation_dtype`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Dtypes of one computation.
+
+    Attributes:
+        compute_dtype: operands of matrix products; products accumulate in float32.
+        activation_dtype: what flows between them (residual stream, hidden layers).
+    """
+
+    compute_dtype: jnp.dtype
+    activation_dtype: jnp.dtype
+
+
+def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
+    """The dtypes for `compute_dtype` that are fast on `backend` (default: the one jax runs on).
+
+    On a CPU elementwise work in 16 bits is emulated through float32, so only the products are narrow there. An
+    accelerator keeps its activations narrow too, which halves their memory.
+
+    Raises:
+        ValueError: `compute_dtype` is none of `COMPUTE_DTYPES`.
+    """
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype={compute_dtype!r} is not known; known: {', '.join(COMPUTE_DTYPES)}")
+    narrow = jnp.dtype(compute_dtype)
+    on_cpu = (backend or jax.default_backend()) == "cpu"
+    return Precision(narrow, jnp.dtype(jnp.float32) if on_cpu else narrow)
+
+
+FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, w: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
+    """x [..., K] @ w [K, M] -> [..., M] float32, with both operands in `compute_dtype` and float32 sums.
+
+    The gradient casts the incoming cotangent to `compute_dtype` before both backward products: without its own rule
+    they would run in float32.
+    """
+    return _product(x, w, (((x.ndim - 1,), (0,)), ((), ())), compute_dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, dimensions, compute_dtype: jnp.dtype) -> jax.Array:
+    highest = jax.lax.Precision.HIGHEST if compute_dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a.astype(compute_dtype),
+        b.astype(compute_dtype),
+        dimensions,
+        precision=highest,
+        preferred_element_type=jnp.float32,
+    )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["dtype"])
+@dataclasses.dataclass(frozen=True)
+class _Dtype:
+    """A dtype as a pytree without leaves, so that a forward pass can save it for the backward pass."""
+
+    dtype: jnp.dtype
+
+
+def _matmul_forward(x, w, compute_dtype):
+    return matmul(x, w, compute_dtype), (x.astype(compute_dtype), w.astype(compute_dtype), _Dtype(x.dtype), _Dtype(w.dtype))
+
+
+def _matmul_backward(compute_dtype, saved, g):
+    x, w, x_dtype, w_dtype = saved
+    g = g.astype(compute_dtype)
+    rows = tuple(range(x.ndim - 1))
+    dx = _product(g, w, (((g.ndim - 1,), (1,)), ((), ())), compute_dtype)
+    dw = _product(x, g, ((rows, rows), ((), ())), compute_dtype)
+    return dx.astype(x_dtype.dtype), dw.astype(w_dtype.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
