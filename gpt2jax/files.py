@@ -1,0 +1,125 @@
+"""Write files and folders whole or not at all: aside first, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file beside `path` for writing and rename it to `path` when the block ends well.
+
+    Readers see the old content or the new one, never a part. When the block raises, the old file stays as it was
+    and nothing is left beside it. Missing parent folders are made. Text is UTF-8 with "\\n" as written.
+
+    Args:
+        path: the file to write; an existing file is replaced and keeps its permissions.
+        mode: "w" for text, "wb" for bytes.
+
+    Raises:
+        ValueError: for any other mode.
+        IsADirectoryError: `path` is a folder.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode={mode!r} is not a way to write a file: 'w' (text) or 'wb' (bytes)")
+    target = Path(os.path.realpath(path))  # a link keeps pointing to its file
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    permissions = target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask()
+    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
+    try:
+        text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
+        with open(handle, mode, **text) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(aside, permissions)
+        os.replace(aside, target)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty folder beside `path` to fill, and rename it to `path` when the block ends well.
+
+    When the block raises, nothing is left and an existing folder stays as it was.
+
+    Args:
+        path: the folder to make. An empty folder of that name counts as absent.
+        overwrite: replace an existing folder with content. It is renamed away just before the new one takes its
+            name, put back if that fails, and deleted at the end.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder with content and `overwrite` is False.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{path} is a file: give the name of a folder")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{path} exists and is not empty: give another name or allow overwriting")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part"))
+    try:
+        os.chmod(aside, 0o777 & ~_umask())  # mkdtemp makes it private
+        yield aside
+        for folder, _, names in os.walk(aside):
+            for name in names:
+                _sync_file(os.path.join(folder, name))
+            _sync_folder(folder)
+        _take_name(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _take_name(aside: Path, target: Path) -> None:
+    """Rename a folder over another one, which `os.replace` does only for empty ones."""
+    if not target.exists():
+        os.rename(aside, target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".old"))
+    os.rename(target, old)
+    try:
+        os.rename(aside, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_file(path: str | os.PathLike[str]) -> None:
+    if os.path.islink(path):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: str | os.PathLike[str]) -> None:
+    """Make a rename last through a crash, where the system lets a folder be opened."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
