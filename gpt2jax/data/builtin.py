@@ -3,10 +3,10 @@
 * `python-docs`: Python's language reference (`pydoc_data.topics`) and the docstrings of the standard library;
 * `numeric-docs`: the docstrings of numpy, jax, flax and optax.
 
-A document is a language topic, a module's docstring, a function, or a class with its methods; each docstring stands
-under a heading with the signature, as in a printed reference. Sources are parsed, never imported, so the result
-depends on the versions of Python and the packages alone. A docstring that occurs twice is kept once, and a document
-goes to a split by a hash of its name: no text is in two splits.
+A document is a language topic, a module's docstring, a function, or a class with its methods; each docstring
+stands under a heading with the signature, as in a printed reference. Sources are parsed, never imported, so
+the result depends on the versions of Python and of the packages alone. A docstring that occurs twice is kept
+once, and a document goes to a split by a hash of its name: no text is in two splits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import inspect
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +28,17 @@ SPLITS = ("train", "validation", "test")
 BUILTIN_NAMES = ("python-docs", "numeric-docs")
 NUMERIC_PACKAGES = ("numpy", "jax", "flax", "optax")
 MIN_DOCSTRING = 40  # characters; shorter ones ("Return the value.") say nothing under their heading
-MAX_SIGNATURE = 300  # characters; longer ones are cut to "..."
+MAX_SIGNATURE = 300  # characters; longer ones end in "..."
 
-# Parts of the standard library that distributions package apart or leave out: without them the documents are the
-# same on every machine with the same version of Python.
-_OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtledemo", "venv"}
-_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "tests", "test", "testing", "encodings"}
-_SKIPPED_FOLDERS |= {"idle_test", "examples", "benchmarks", "distutils"}
+# Parts of the standard library that some distributions package apart or leave out: without them the documents
+# are the same on every machine with the same version of Python.
+_OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "venv"}
+_NOT_DOCUMENTATION = {"test", "tests", "testing", "idle_test", "examples", "benchmarks", "encodings"}
+_SKIPPED_FOLDERS = _NOT_DOCUMENTATION | {"__pycache__", "site-packages", "dist-packages", "distutils"}
+
+_NAME = "\0"
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Definition = _Function | ast.ClassDef
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,25 @@ class Document:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A docstring under its heading, before duplicates are dropped. `owner` is the document it belongs to."""
+    """A docstring and its heading. `root` is the definition at the top of a module that it belongs to.
 
-    owner: str
+    The heading has `_NAME` in place of the root: the name to print is known only when all modules are.
+    """
+
+    root: str
     heading: str
     docstring: str
+
+
+@dataclass(frozen=True)
+class _Module:
+    """What is needed of a parsed module: a tree of all of jax at once makes Python slow."""
+
+    entries: Sequence[_Entry]
+    imports: Sequence[tuple[str, str]]  # qualified name here, qualified name there
+    handed_on: frozenset[str]  # qualified names of the imports meant for others, not for own use
+    star_imports: Sequence[str]
+    public: Sequence[str]  # what `from module import *` brings
 
 
 def builtin_texts(name: str, split: str = "train") -> list[str]:
@@ -73,9 +92,9 @@ def builtin_texts(name: str, split: str = "train") -> list[str]:
 def documents(name: str) -> tuple[Document, ...]:
     """All documents of a built-in data set, sorted by qualified name. Raises as `builtin_texts`."""
     if name == "python-docs":
-        entries = [*_topic_entries(), *_package_entries(_standard_library())]
+        entries = [*_topic_entries(), *_entries(_standard_library())]
     elif name == "numeric-docs":
-        entries = _package_entries(file for package in NUMERIC_PACKAGES for file in _installed_package(package))
+        entries = _entries(file for package in NUMERIC_PACKAGES for file in _installed_package(package))
     else:
         raise ValueError(f"{name!r} is not a built-in data set: {', '.join(BUILTIN_NAMES)}")
     return tuple(_assemble(entries))
@@ -88,7 +107,7 @@ def split_of(name: str) -> str:
 
 
 def _assemble(entries: Iterable[_Entry]) -> Iterator[Document]:
-    """Join the entries of each owner, every docstring once."""
+    """Join the entries of each definition at the top of a module, every docstring once."""
     sections: dict[str, list[str]] = {}
     seen: set[str] = set()
     for entry in entries:
@@ -97,7 +116,8 @@ def _assemble(entries: Iterable[_Entry]) -> Iterator[Document]:
         if len(entry.docstring) < MIN_DOCSTRING or content in seen:
             continue
         seen.add(content)
-        sections.setdefault(entry.owner, []).append(f"{entry.heading}\n\n{entry.docstring}")
+        heading = entry.heading.replace(_NAME, entry.root)
+        sections.setdefault(entry.root, []).append(f"{heading}\n\n{entry.docstring}")
     for name, parts in sorted(sections.items()):
         yield Document(name, "\n\n\n".join(parts) + "\n")
 
@@ -107,31 +127,31 @@ def _topic_entries() -> Iterator[_Entry]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise FileNotFoundError("this Python has no pydoc_data.topics: install its full standard library") from error
+        raise FileNotFoundError("python-docs needs pydoc_data: install Python's whole library") from error
     for topic, text in sorted(topics.items()):
         title, underline, body = text.strip().partition("\n***")
-        body = body.lstrip("*") if underline else title
-        yield _Entry(f"topics.{topic}", title.strip() if underline else topic, body.strip("\n").rstrip())
+        body = body.lstrip("*").strip("\n") if underline else text.strip()
+        yield _Entry(f"topics.{topic}", title.strip() if underline else topic, body)
 
 
-def _standard_library() -> Iterator[tuple[str, Path]]:
+def _standard_library() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(sys.stdlib_module_names - _OPTIONAL_MODULES)
-    files = [file for name in names if not name.startswith("_sysconfigdata") for file in _module_files(root, name)]
+    names = sorted(sys.stdlib_module_names - _OPTIONAL_MODULES - _NOT_DOCUMENTATION)
+    files = [file for name in names for file in _module_files(root, name)]
     if not files:
-        raise FileNotFoundError(f"this Python has no sources of its standard library in {root}")
-    yield from files
+        raise FileNotFoundError(f"python-docs: the sources of Python's standard library are not in {root}")
+    return files
 
 
-def _installed_package(name: str) -> Iterator[tuple[str, Path]]:
+def _installed_package(name: str) -> list[tuple[str, Path]]:
     spec = importlib.util.find_spec(name)  # finds a top-level package without importing it
     if spec is None or not spec.origin:
         raise FileNotFoundError(f"numeric-docs reads the documentation inside {name}, which is not installed")
-    yield from _module_files(Path(spec.origin).parent.parent, name)
+    return list(_module_files(Path(spec.origin).parent.parent, name))
 
 
 def _module_files(root: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """(qualified module name, file) of a top-level module or package below `root`, sorted, without its tests."""
+    """(qualified name, file) of the modules of a top-level module or package, sorted, without its tests."""
     if (root / f"{name}.py").is_file():
         yield name, root / f"{name}.py"
     for path in sorted((root / name).rglob("*.py")):
@@ -140,46 +160,43 @@ def _module_files(root: Path, name: str) -> Iterator[tuple[str, Path]]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def _package_entries(files: Iterable[tuple[str, Path]]) -> list[_Entry]:
+def _entries(files: Iterable[tuple[str, Path]]) -> list[_Entry]:
     """The docstrings of modules, sorted by the name under which each is published."""
-    trees = {name: (ast.parse(path.read_bytes()), path.name == "__init__.py") for name, path in files}
-    published = _published_names(trees)
+    modules = {name: _parse_module(name, path) for name, path in files}
+    published = _published_names(modules)
     entries = [
-        entry for module, (tree, _) in trees.items() for entry in _module_entries(module, tree, published)
+        _Entry(published.get(entry.root, entry.root), entry.heading, entry.docstring)
+        for module in modules.values()
+        for entry in module.entries
     ]
-    return sorted(entries, key=lambda entry: entry.owner)  # stable: methods stay in the order of the source
+    return sorted(entries, key=lambda entry: entry.root)  # stable: methods stay in the order of the source
 
 
-def _published_names(trees: dict[str, tuple[ast.Module, bool]]) -> dict[str, str]:
-    """Where a package hands on what a private module defines: `json.decoder.JSONDecoder` -> `json.JSONDecoder`.
-
-    Follows the `from ... import` statements of the modules without executing them.
-    """
-    origins: dict[str, str] = {}  # name as imported -> name it stands for
-    for module, (tree, is_package) in trees.items():
-        for node in _statements(tree.body):
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            base = module.split(".")
-            base = base[: len(base) - node.level + is_package] if node.level else []
+def _parse_module(name: str, path: Path) -> _Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's sources
+        tree = ast.parse(path.read_bytes())
+    imports, star_imports, handed_on = [], [], set()
+    is_package = path.name == "__init__.py"
+    package = name.split(".") if is_package else name.split(".")[:-1]
+    public = _public_names(tree)
+    for node in _statements(tree.body):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
-                if alias.name != "*":
-                    origins[f"{module}.{alias.asname or alias.name}"] = f"{source}.{alias.name}"
-                elif source in trees:
-                    for name in _public_names(trees[source][0]):
-                        origins.setdefault(f"{module}.{name}", f"{source}.{name}")
-    published: dict[str, str] = {}
-    for public, origin in origins.items():
-        for _ in range(8):  # a name may be handed on several times
-            origin = origins.get(origin, origin)
-        if public.split(".")[0] == origin.split(".")[0] and _rank_name(public) < _rank_name(origin):
-            published[origin] = min(published.get(origin, public), public, key=_rank_name)
-    return published
+                if alias.name == "*":
+                    star_imports.append(source)
+                    continue
+                here = f"{name}.{alias.asname or alias.name}"
+                imports.append((here, f"{source}.{alias.name}"))
+                if is_package or alias.name in (alias.asname, *public) or "._" in source:
+                    handed_on.add(here)
+    return _Module(list(_module_entries(name, tree)), imports, frozenset(handed_on), star_imports, public)
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that importing a module runs, on every branch of its `if` and `try`."""
+    """The statements that importing a module may run: on every branch of its `if` and `try`."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try | ast.With):
@@ -189,48 +206,76 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from _statements(handler.body)
 
 
-def _rank_name(name: str) -> tuple[bool, int, str]:
+def _public_names(tree: ast.Module) -> list[str]:
+    """A literal `__all__`, or every definition without an underscore."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets):
+            if isinstance(node.value, ast.List | ast.Tuple):
+                values = [getattr(item, "value", None) for item in node.value.elts]
+                return [value for value in values if isinstance(value, str)]
+    names = [node.name for node in tree.body if isinstance(node, _Definition)]
+    return [name for name in names if not name.startswith("_")]
+
+
+def _published_names(modules: dict[str, _Module]) -> dict[str, str]:
+    """Where a package hands on what its modules define: `json.decoder.JSONDecoder` -> `json.JSONDecoder`.
+
+    Follows the `from ... import` statements without running them. Names that a module computes are not seen;
+    for numpy's functions in C, documented apart, the package's own import of that name tells.
+    """
+    origins: dict[str, str] = {}
+    handed_on = set().union(*(module.handed_on for module in modules.values()))
+    for name, module in modules.items():
+        for source in module.star_imports:
+            for public in modules[source].public if source in modules else ():
+                origins[f"{name}.{public}"] = f"{source}.{public}"
+                handed_on.add(f"{name}.{public}")
+    for module in modules.values():
+        origins.update(module.imports)
+    published: dict[str, str] = {}
+    for public in sorted(handed_on):
+        origin = public
+        for _ in range(8):  # a name may be handed on several times; the bound ends circles
+            origin = origins.get(origin, origin)
+        same_package = public.split(".")[0] == origin.split(".")[0]
+        if same_package and origin not in modules and _name_order(public) < _name_order(origin):
+            published[origin] = min(published.get(origin, public), public, key=_name_order)
+    for module in modules.values():
+        for entry in module.entries:
+            short = f"{entry.root.split('.')[0]}.{entry.root.split('.')[-1]}"
+            if "._" in entry.root and entry.root not in published and short in origins:
+                published[entry.root] = short
+    return published
+
+
+def _name_order(name: str) -> tuple[bool, int, str]:
     """Public before private, short before long."""
     return "._" in f".{name}", name.count("."), name
 
 
-def _public_names(tree: ast.Module) -> list[str]:
-    """What `from module import *` brings: a literal `__all__`, or every definition without an underscore."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets):
-            if isinstance(node.value, ast.List | ast.Tuple):
-                return [item.value for item in node.value.elts if isinstance(getattr(item, "value", 0), str)]
-    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return [node.name for node in tree.body if isinstance(node, definitions) and not node.name.startswith("_")]
-
-
-def _module_entries(module: str, tree: ast.Module, published: dict[str, str]) -> Iterator[_Entry]:
+def _module_entries(module: str, tree: ast.Module) -> Iterator[_Entry]:
     if docstring := ast.get_docstring(tree):
-        yield _Entry(module, f"module {module}", docstring)
+        yield _Entry(module, f"module {_NAME}", docstring)
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = published.get(f"{module}.{node.name}", f"{module}.{node.name}")
-            yield from _definition_entries(name, node, owner=name)
-        elif added := _added_docstring(node):
-            name = published.get(added[0], added[0])
-            yield _Entry(name, name, added[1])
+        if isinstance(node, _Definition):
+            yield from _definition_entries(f"{module}.{node.name}", "", node)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield from _added_docstring(node.value)
 
 
-def _definition_entries(
-    name: str, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, owner: str
-) -> Iterator[_Entry]:
+def _definition_entries(root: str, path: str, node: _Definition) -> Iterator[_Entry]:
     """The docstring of a function; of a class, and those of its methods and inner classes."""
-    docstring = ast.get_docstring(node)
-    if docstring:
-        yield _Entry(owner, _heading(name, node), docstring)
+    if docstring := ast.get_docstring(node):
+        yield _Entry(root, _heading(path, node), docstring)
     if isinstance(node, ast.ClassDef):
         for child in node.body:
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                yield from _definition_entries(f"{name}.{child.name}", child, owner)
+            if isinstance(child, _Definition):
+                yield from _definition_entries(root, f"{path}.{child.name}", child)
 
 
-def _heading(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """`json.dumps(obj, *, skipkeys=False, ...)`, `class json.JSONEncoder`, `async asyncio.sleep(delay)`."""
+def _heading(path: str, node: _Definition) -> str:
+    """`json.dumps(obj, *, indent=None)`, `class json.JSONDecoder(object)`; `path` is ".method" or nothing."""
+    name = _NAME + path
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)
         return f"class {name}({bases})" if bases else f"class {name}"
@@ -238,10 +283,9 @@ def _heading(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Class
     if not decorators.isdisjoint({"property", "cached_property"}):
         return f"property {name}"
     arguments = node.args
-    for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
-        argument.annotation = None
-    for argument in (arguments.vararg, arguments.kwarg):
-        if argument:
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    for argument in [*named, arguments.vararg, arguments.kwarg]:
+        if argument is not None:
             argument.annotation = None
     signature = ast.unparse(arguments)
     if len(signature) > MAX_SIGNATURE:
@@ -249,16 +293,19 @@ def _heading(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Class
     return f"{'async ' * isinstance(node, ast.AsyncFunctionDef)}{name}({signature})"
 
 
-def _added_docstring(node: ast.stmt) -> tuple[str, str] | None:
-    """(name, docstring) of `add_newdoc("module", "name", "docstring")`: how numpy documents what is written in C."""
-    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
-        return None
-    if getattr(node.value.func, "id", "") != "add_newdoc":
-        return None
-    values = [argument.value if isinstance(argument, ast.Constant) else argument for argument in node.value.args]
-    match values:
-        case [str(module), str(name), str(docstring), *_]:
-            return f"{module}.{name}", inspect.cleandoc(docstring)
-        case [str(module), str(name), ast.Tuple(elts=[ast.Constant(value=str(method)), ast.Constant(value=str(doc))])]:
-            return f"{module}.{name}.{method}", inspect.cleandoc(doc)
-    return None
+def _added_docstring(call: ast.Call) -> Iterator[_Entry]:
+    """`add_newdoc("module", "name", "docstring")`: how numpy documents what is written in C."""
+    if getattr(call.func, "id", "") != "add_newdoc" or len(call.args) < 3:
+        return
+    module, name, content = call.args[:3]
+    method = ""
+    if isinstance(content, ast.Tuple) and len(content.elts) == 2:
+        method, content = f".{getattr(content.elts[0], 'value', '')}", content.elts[1]
+    values = [getattr(node, "value", None) for node in (module, name, content)]
+    if not all(isinstance(value, str) for value in values):
+        return
+    docstring = inspect.cleandoc(str(values[2]))
+    signature = ""
+    if declared := re.match(r"\w+(\(.*?\))\n--\n\n", docstring, re.DOTALL):  # how C declares a signature
+        signature, docstring = declared[1], docstring[declared.end() :]
+    yield _Entry(f"{values[0]}.{values[1]}", f"{_NAME}{method}{signature}", docstring)
