@@ -58,7 +58,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*layers, in_dim, out_dim)))
         self.bias = nnx.Param(jnp.zeros((*layers, out_dim)))
 
-    def __call__(self, x: jax.Array, call: _Call, adapter: Params | None = None, key: jax.Array | None = None):
+    def __call__(self, x: jax.Array, call: Call, adapter: Params | None = None, key: jax.Array | None = None):
         """x [B, T, in] -> [B, T, out]; `adapter` {"lora_a": [in, r], "lora_b": [r, out]} adds its product."""
         dtype = call.precision.compute_dtype
         y = matmul(x, self.kernel[...], dtype) + self.bias[...]
@@ -76,7 +76,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((*layers, dim)))
         self.bias = nnx.Param(jnp.zeros((*layers, dim)))
 
-    def __call__(self, x: jax.Array, call: _Call) -> jax.Array:
+    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
@@ -104,24 +104,26 @@ class Attention(nnx.Module):
         self.c_attn = Linear(dim, 3 * dim, layers=layers, std=std, rngs=rngs)
         self.c_proj = Linear(dim, dim, layers=layers, std=std / math.sqrt(2 * config.n_layer), rngs=rngs)
 
-    def __call__(self, x, call: _Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
+    def __call__(self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
         """x [B, T, D], mask [B or 1, 1, T, S] -> ([B, T, D], cache).
 
         With a cache (keys, values), each [B, N, S, H], the new keys and values are written at `cache_index` and
-        attention reads the whole of it: reading the array that was written lets XLA update it in place.
+        attention reads the whole of it, in its dtype: reading the array that was written lets XLA update it in place.
         """
         adapters = adapters or {}
         keys = split_or_none(key, 4)
         qkv = self.c_attn(x, call, adapters.get("c_attn"), keys[0])
         q, k, v = (self._split_heads(part) for part in jnp.split(qkv, 3, axis=-1))  # each [B, N, T, H]
+        dtype = call.precision.compute_dtype
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), cache_index, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), cache_index, axis=2)
+            dtype = cache[0].dtype  # casting the whole cache each step would cost more than narrow products save
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(dtype), cache_index, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(dtype), cache_index, axis=2)
             cache = (k, v)
-        scores = self._product("bnth,bnsh->bnts", q * self._scale(layer_index), k, call)
+        scores = self._product("bnth,bnsh->bnts", q * self._scale(layer_index), k, dtype)
         probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
         probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
-        y = self._product("bnts,bnsh->btnh", probabilities, v, call)
+        y = self._product("bnts,bnsh->btnh", probabilities, v, dtype)
         y = y.reshape(x.shape).astype(call.precision.activation_dtype)
         y = self.c_proj(y, call, adapters.get("c_proj"), keys[2])
         return dropout(y, self.config.resid_pdrop, keys[3]), cache
@@ -135,8 +137,7 @@ class Attention(nnx.Module):
         return scale / (layer_index + 1.0) if self.config.scale_attn_by_inverse_layer_idx else scale
 
     @staticmethod
-    def _product(equation: str, a: jax.Array, b: jax.Array, call: _Call) -> jax.Array:
-        dtype = call.precision.compute_dtype
+    def _product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
         exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # no TF32 where float32 is asked for
         a, b = a.astype(dtype), b.astype(dtype)
         return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
@@ -153,7 +154,7 @@ class MLP(nnx.Module):
             config.mlp_dim, dim, layers=layers, std=std / math.sqrt(2 * config.n_layer), rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, call: _Call, *, adapters=None, key=None) -> jax.Array:
+    def __call__(self, x: jax.Array, call: Call, *, adapters=None, key=None) -> jax.Array:
         adapters = adapters or {}
         keys = split_or_none(key, 3)
         x = self.c_fc(x, call, adapters.get("c_fc"), keys[0])
@@ -175,7 +176,7 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(config.n_embd, layers=layers, epsilon=epsilon)
         self.mlp = MLP(config, layers=layers, rngs=rngs)
 
-    def __call__(self, x, call: _Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
+    def __call__(self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
         """x [B, T, D] -> ([B, T, D], cache); see `Attention`."""
         adapters = adapters or {}
         keys = split_or_none(key, 2)
@@ -214,12 +215,12 @@ class GPT2(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Head(config, rngs=rngs)
 
-    def embed(self, token_ids: jax.Array, positions: jax.Array, call: _Call, key=None) -> jax.Array:
+    def embed(self, token_ids: jax.Array, positions: jax.Array, call: Call, key=None) -> jax.Array:
         """Ids and positions, each [B, T] -> [B, T, D]."""
         x = self.wte(token_ids) + self.wpe(positions)
         return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
 
-    def __call__(self, token_ids, positions, mask, call: _Call, *, adapters=None, key=None) -> jax.Array:
+    def __call__(self, token_ids, positions, mask, call: Call, *, adapters=None, key=None) -> jax.Array:
         """Ids and positions [B, T], mask [B or 1, 1, T, T] -> hidden states [B, T, D] after the last LayerNorm."""
         embed_key, blocks_key = split_or_none(key, 2)
         x = self.embed(token_ids, positions, call, embed_key)
@@ -236,8 +237,8 @@ class GPT2(nnx.Module):
         return self.ln_f(x, call)
 
 
-class _Call:
-    """What is the same for every layer of one call."""
+class Call:
+    """What is the same for every layer of one call; modules take it, whoever walks the layers makes it."""
 
     def __init__(self, precision: Precision, *, lora_scale: float = 1.0, lora_dropout: float = 0.0):
         self.precision = precision
@@ -263,6 +264,13 @@ def structure(config: GPT2Config) -> nnx.GraphDef:
 def block_structure(config: GPT2Config) -> nnx.GraphDef:
     """The module structure of one block, for callers that walk the layers themselves."""
     return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def final_norm_structure(config: GPT2Config) -> nnx.GraphDef:
+    """The module structure of the last LayerNorm, for the same callers."""
+    epsilon = config.layer_norm_epsilon
+    return nnx.split(nnx.eval_shape(lambda: LayerNorm(config.n_embd, layers=(), epsilon=epsilon)))[0]
 
 
 def abstract_params(config: GPT2Config) -> Params:
@@ -330,7 +338,7 @@ def hidden_states(
         mask = mask & attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    call = _Call(precision, lora_scale=lora_scale, lora_dropout=lora_dropout)
+    call = Call(precision, lora_scale=lora_scale, lora_dropout=lora_dropout)
     module = nnx.merge(structure(config), params)
     return module(token_ids, positions, mask, call, adapters=adapters, key=dropout_key)
 

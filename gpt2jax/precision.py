@@ -54,6 +54,10 @@ def matmul(x: jax.Array, w: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
     The gradient casts the incoming cotangent to `compute_dtype` before both backward products: without its own rule
     they would run in float32.
     """
+    if x.size == x.shape[-1] and compute_dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # for one narrow row XLA:CPU widens the whole weight first; with two it streams it at the speed of memory
+        rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+        return matmul(rows, w, compute_dtype)[:1].reshape(*x.shape[:-1], w.shape[-1])
     return _product(x, w, (((x.ndim - 1,), (0,)), ((), ())), compute_dtype)
 
 

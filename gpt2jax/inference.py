@@ -1,0 +1,176 @@
+"""The second layout of the weights, and the model over a cache.
+
+Training stacks the blocks and scans over them. Decoding reads every weight once a token and little else counts. So,
+derived once for a model: layers unstacked (a scan would copy each layer's slice every token), adapters merged, kernels
+in the inference dtype, and the head copied as [D, V], which a thin product streams without repacking.
+
+Rows of a batch are padded on the left, so that all rows write the same cache slot: slot s of row b holds position
+s - padding[b]. What is padding is said by these numbers, never by a token id.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gpt2jax.cache import Cache, init_cache
+from gpt2jax.config import GPT2Config
+from gpt2jax.model import Call, Params, block_structure, final_norm_structure, head_kernel
+from gpt2jax.precision import Precision, matmul, precision
+
+InferenceParams = dict[str, Any]
+
+
+def inference_precision(dtype: str | None = None, *, backend: str | None = None) -> Precision:
+    """The dtypes to decode with.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU (what training computes in) and bfloat16
+            on an accelerator.
+        backend: what it will run on; default: the one jax runs on.
+
+    Raises:
+        ValueError: another `dtype`.
+    """
+    backend = backend or jax.default_backend()
+    return precision(dtype or ("float32" if backend == "cpu" else "bfloat16"), backend=backend)
+
+
+# ---- the weights ----
+
+
+def derive_params(
+    params: Params, config: GPT2Config, *, dtype, adapters: Params | None = None, lora=None, vocab_size: int | None = None
+) -> InferenceParams:
+    """Parameters as decoding wants them.
+
+    Args:
+        params: canonical parameters, blocks stacked.
+        config: their configuration.
+        dtype: of the matrix product's weights. Embeddings, biases and LayerNorms keep theirs.
+        adapters, lora: LoRA adapters to merge in, and their settings.
+        vocab_size: leave out the head's columns from this id on: ids that pad the vocabulary and have no text.
+
+    Returns:
+        {"wte": [V, D], "wpe": [P, D], "h": [L blocks as `Block` has them], "ln_f": ..., "head": [D, V]}. Arrays that
+        do not change are shared with `params`.
+    """
+    if adapters is not None and lora is not None:
+        from gpt2jax.lora import merge_adapters
+
+        params = merge_adapters(params, adapters, lora)
+    return {
+        "wte": params["wte"]["embedding"],
+        "wpe": params["wpe"]["embedding"],
+        "h": _unstack(params["h"], jnp.dtype(dtype), config.n_layer),
+        "ln_f": params["ln_f"],
+        "head": _transposed_head(head_kernel(params), jnp.dtype(dtype), vocab_size or config.vocab_size),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _unstack(blocks: Params, dtype: jnp.dtype, layers: int) -> list[Params]:
+    def cast(path, x):
+        return x.astype(dtype) if path[-1].key == "kernel" else x
+
+    blocks = jax.tree_util.tree_map_with_path(cast, blocks)
+    return [jax.tree.map(lambda x: x[layer], blocks) for layer in range(layers)]  # noqa: B023
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _transposed_head(head: jax.Array, dtype: jnp.dtype, vocab_size: int) -> jax.Array:
+    return head[:vocab_size].T.astype(dtype)
+
+
+_DERIVED: dict[tuple, tuple[InferenceParams, list[weakref.ref]]] = {}
+
+
+def params_for_inference(model, dtype) -> InferenceParams:
+    """The derived parameters of a model, made on first use and kept as long as the model's arrays live.
+
+    They are found by the identity of every array they came from: a model with other arrays never gets these, and
+    nothing keeps the arrays that were copied alive.
+
+    Args:
+        model: has `config`, `params`, `tokenizer`, `adapters`, `lora`.
+        dtype: of the weights.
+    """
+    vocab_size = model.config.vocab_size
+    if model.tokenizer is not None:
+        vocab_size = min(vocab_size, model.tokenizer.vocab_size)
+    leaves = jax.tree.leaves((model.params, model.adapters))
+    key = (model.config, jnp.dtype(dtype), vocab_size, model.lora, *map(id, leaves))
+    if key not in _DERIVED:
+        derived = derive_params(
+            model.params, model.config, dtype=dtype, adapters=model.adapters, lora=model.lora, vocab_size=vocab_size
+        )
+        shared = {id(leaf) for leaf in jax.tree.leaves(derived)}
+        # an id can come back once its array is gone; the arrays that `derived` itself holds cannot go first
+        forget = [weakref.ref(x, lambda _: _DERIVED.pop(key, None)) for x in leaves if id(x) not in shared]
+        _DERIVED[key] = (derived, forget)
+    return _DERIVED[key][0]
+
+
+# ---- the model over a cache ----
+
+
+def forward_cached(
+    params: InferenceParams,
+    config: GPT2Config,
+    token_ids: jax.Array,
+    cache: Cache,
+    slot: jax.Array | int,
+    padding: jax.Array,
+    precision: Precision,
+) -> tuple[jax.Array, Cache]:
+    """Runs T tokens a row behind those in the cache.
+
+    Args:
+        params: from `derive_params`.
+        config: their configuration.
+        token_ids: [B, T] int.
+        cache: L pairs [B, N, S, H]; slots [slot, slot + T) are written. `slot + T` must not exceed S.
+        slot: scalar int, first slot to write.
+        padding: [B] int, number of slots at the left that hold nothing.
+        precision: dtypes.
+
+    Returns:
+        Hidden states [B, T, D] after the last LayerNorm, and the cache.
+    """
+    slots = slot + jnp.arange(token_ids.shape[1])
+    # rows that are padding or have ended may point outside the table; what they compute is not read
+    positions = jnp.clip(slots[None, :] - padding[:, None], 0, config.n_positions - 1)
+    keys = jnp.arange(cache[0][0].shape[2])
+    mask = (keys <= slots[:, None])[None] & (keys >= padding[:, None, None])  # [B, T, S]
+    x = jnp.take(params["wte"], token_ids, axis=0, mode="clip") + jnp.take(params["wpe"], positions, axis=0)
+    x = x.astype(precision.activation_dtype)
+    call = Call(precision)
+    new_cache = []
+    for index, (layer, layer_cache) in enumerate(zip(params["h"], cache, strict=True)):
+        block = nnx.merge(block_structure(config), layer)
+        x, layer_cache = block(
+            x, call, layer_index=index, mask=mask[:, None], cache=layer_cache, cache_index=slot
+        )
+        new_cache.append(layer_cache)
+    return nnx.merge(final_norm_structure(config), params["ln_f"])(x, call), tuple(new_cache)
+
+
+def next_logits(params: InferenceParams, hidden: jax.Array, precision: Precision) -> jax.Array:
+    """Hidden states [..., D] -> logits [..., V] float32."""
+    return matmul(hidden, params["head"], precision.compute_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "precision"))
+def prefill(
+    params: InferenceParams, token_ids: jax.Array, padding: jax.Array, *, config: GPT2Config, precision: Precision
+) -> tuple[jax.Array, Cache]:
+    """Runs the prompts: ids [B, T], padded on the left by padding [B] -> logits [B, V] of the last slot, cache of T slots."""
+    batch, length = token_ids.shape
+    cache = init_cache(config, batch, length, precision.activation_dtype)
+    hidden, cache = forward_cached(params, config, token_ids, cache, 0, padding, precision)
+    return next_logits(params, hidden[:, -1], precision), cache
