@@ -15,8 +15,8 @@ from typing import IO, Any
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file beside `path` for writing and rename it to `path` when the block ends well.
 
-    Readers see the old content or the new one, never a part. When the block raises, the old file stays as it was
-    and nothing is left beside it. Missing parent folders are made. Text is UTF-8 with "\\n" as written.
+    Readers see the old content or the new one, never a part. When the block raises, the old file stays as it
+    was and nothing is left beside it. Missing parent folders are made. Text is UTF-8 with "\\n" as written.
 
     Args:
         path: the file to write; an existing file is replaced and keeps its permissions.
@@ -35,8 +35,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     permissions = target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask()
     handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
     try:
-        text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
-        with open(handle, mode, **text) as stream:
+        is_text = mode == "w"
+        with open(
+            handle, mode, encoding="utf-8" if is_text else None, newline="" if is_text else None
+        ) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -56,8 +58,8 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 
     Args:
         path: the folder to make. An empty folder of that name counts as absent.
-        overwrite: replace an existing folder with content. It is renamed away just before the new one takes its
-            name, put back if that fails, and deleted at the end.
+        overwrite: replace an existing folder with content. It is renamed away just before the new one takes
+            its name, put back if that fails, and deleted at the end.
 
     Raises:
         FileExistsError: `path` is a file, or a folder with content and `overwrite` is False.
