@@ -1,9 +1,10 @@
 """The compiled part of generation: first token, then one `while_loop` over the cache for all that follow.
 
-Three programs, compiled for shapes only: `prefill` (in inference.py) for a batch and prompt bucket, `first_tokens`, and
-`decode` for a batch, prompt and new-token bucket. Prompts, lengths, limits, seeds, stop ids and filters are arrays.
-`decode` runs up to a step that is an array as well, so that one program serves a whole generation in one call, a
-few steps at a time where the host looks for stop strings, and one step at a time for a stream.
+Three programs, compiled for shapes only: `prefill` (in inference.py) for a batch and prompt bucket,
+`first_tokens`, and `decode` for a batch, prompt and new-token bucket. Prompts, lengths, limits, seeds, stop
+ids and filters are arrays. `decode` runs up to a step that is an array as well, so that one program serves a
+whole generation in one call, a few steps at a time where the host looks for stop strings, and one step at a
+time for a stream.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def decode(
 
     Args:
         params: from `inference.derive_params`.
-        cache: prompt slots followed by M slots, the shape of `progress.tokens`; its buffers are reused, so the
-            array passed in must not be used again.
+        cache: prompt slots followed by M slots, the shape of `progress.tokens`; its buffers are reused, so
+            the array passed in must not be used again.
         progress: at least the first tokens.
         request: the settings.
         until: scalar int, at most M.
@@ -97,7 +98,7 @@ def decode(
     Returns:
         The cache and the progress.
     """
-    prompt_slots = cache[0][0].shape[2] - progress.tokens.shape[1]
+    prompt_slots = cache[0][0].shape[1] - progress.tokens.shape[1]
 
     def running(carry):
         _, progress = carry

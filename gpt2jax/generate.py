@@ -3,8 +3,9 @@
     outs = generate(model, ["a prompt", ""], max_new_tokens=64, top_k=5, seed=0)
     for piece in stream(model, "a prompt"): print(piece, end="")
 
-What runs on the device is in decoding.py; here are prompts, buckets, batches, stop strings and text. Shapes are
-rounded up (prompts and new tokens to powers of two, rows to powers of two), so that one compiled program serves many calls.
+What runs on the device is in decoding.py; here are prompts, buckets, batches, stop strings and text. Shapes
+are rounded up (prompts and new tokens to powers of two, rows to powers of two), so that one compiled program
+serves many calls.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from gpt2jax.stopping import TextStream
 
 DEFAULT_NEW_TOKENS = 64
 SMALLEST_BUCKET = 16
-# how many steps run between two looks for a stop string: few are wasted, and the way to the host is paid seldom
+# how many steps run between two looks for a stop string: few are wasted, and the way to the host is paid
+# seldom
 STEPS_PER_LOOK = 8
 SEED_RANGE = 2**32
 
@@ -38,10 +40,10 @@ class Generation:
     Attributes:
         prompt: the prompt as given; of token ids, their text ("" without a tokenizer).
         text: the continuation only, cut before a stop string ("" without a tokenizer).
-        token_ids: the continuation's tokens, without the stop token that ended it. With a stop string: as many as
-            the text needs, so the last one may reach into the stop string.
-        logprobs: log-probability of each of them under the model's own distribution, softmax of the logits before
-            temperature and filters.
+        token_ids: the continuation's tokens, without the stop token that ended it. With a stop string: as
+            many as the text needs, so the last one may reach into the stop string.
+        logprobs: log-probability of each of them under the model's own distribution, softmax of the logits
+            before temperature and filters.
         prompt_ids: what the model was given: the prompt's tokens, or the end token alone for an empty prompt.
         finish_reason: "stop" (a stop token or stop string) or "length".
     """
@@ -77,29 +79,31 @@ def generate(
 ) -> list[Generation]:
     """Continues prompts.
 
-    Rows do not depend on each other: row i with seed s equals the single run of its prompt with seed s, up to the
-    rounding of sums that different shapes bring.
+    Rows do not depend on each other: row i with seed s equals the single run of its prompt with seed s, up to
+    the rounding of sums that different shapes bring.
 
     Args:
         model: a `LanguageModel`.
-        prompts: a text or list of token ids, or a list of such. An empty one starts from the end token alone, which
-            is how GPT-2 begins a text.
+        prompts: a text or list of token ids, or a list of such. An empty one starts from the end token alone,
+            which is how GPT-2 begins a text.
         max_new_tokens: most tokens to add. Default: 64, or what the context has left if that is less.
         max_length: most tokens of prompt and continuation together; instead of `max_new_tokens`.
-        temperature, top_k, top_p, min_p, do_sample: see `SamplingConfig`. do_sample=False or temperature=0 is greedy.
+        temperature, top_k, top_p, min_p, do_sample: see `SamplingConfig`. do_sample=False or temperature=0 is
+            greedy.
         seed: row i draws with seed + i. A sequence gives one seed for each row.
         num_samples: continuations of each prompt; sample j of prompt i is row i * num_samples + j.
         stop_token_ids: tokens that end a continuation. Default: the end token; [] never stops.
         stop_strings: texts that end a continuation and are cut off, wherever token borders lie.
-        dtype: of the weights: "float32", "bfloat16", "float16". Default: float32 on a CPU, bfloat16 elsewhere.
+        dtype: of the weights: "float32", "bfloat16", "float16". Default: float32 on a CPU, bfloat16
+            elsewhere.
         batch_size: most rows to run at once.
 
     Returns:
         One `Generation` for each row, in order; a list also for a single prompt.
 
     Raises:
-        ValueError: a setting has an impossible value, a prompt has unknown ids or needs a tokenizer that the model
-            lacks, or prompt and continuation exceed the context.
+        ValueError: a setting has an impossible value, a prompt has unknown ids or needs a tokenizer that the
+            model lacks, or prompt and continuation exceed the context.
     """
     settings = SamplingConfig(temperature, top_k, top_p, min_p, do_sample)
     rows = _make_rows(model, _as_prompts(prompts), max_new_tokens, max_length, seed, num_samples)
@@ -132,8 +136,9 @@ def stream(
 ) -> Iterator[str]:
     """Continues one prompt and gives its text out as it comes.
 
-    Arguments and errors are those of `generate`; errors are raised at the call. The pieces joined are the text that
-    `generate` returns. A piece is not empty, ends between characters, and never shows the beginning of a stop string.
+    Arguments and errors are those of `generate`; errors are raised at the call. The pieces joined are the
+    text that `generate` returns. A piece is not empty, ends between characters, and never shows the beginning
+    of a stop string.
 
     Raises:
         ValueError: also if the model has no tokenizer.

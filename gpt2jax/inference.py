@@ -1,11 +1,13 @@
 """The second layout of the weights, and the model over a cache.
 
-Training stacks the blocks and scans over them. Decoding reads every weight once a token and little else counts. So,
-derived once for a model: layers unstacked (a scan would copy each layer's slice every token), adapters merged, kernels
-in the inference dtype, and the head copied as [D, V], which a thin product streams without repacking.
+Training stacks the blocks and scans over them. Decoding reads every weight once a token and little else
+counts. So,
+derived once for a model: layers unstacked (a scan would copy each layer's slice every token), adapters
+merged, kernels in the inference dtype, and the head copied as [D, V], which a thin product streams without
+repacking.
 
-Rows of a batch are padded on the left, so that all rows write the same cache slot: slot s of row b holds position
-s - padding[b]. What is padding is said by these numbers, never by a token id.
+Rows of a batch are padded on the left, so that all rows write the same cache slot: slot s of row b holds
+position s - padding[b]. What is padding is said by these numbers, never by a token id.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ def inference_precision(dtype: str | None = None, *, backend: str | None = None)
     """The dtypes to decode with.
 
     Args:
-        dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU (what training computes in) and bfloat16
-            on an accelerator.
+        dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU (what training computes in) and
+            bfloat16 on an accelerator.
         backend: what it will run on; default: the one jax runs on.
 
     Raises:
@@ -54,11 +56,12 @@ def derive_params(
         config: their configuration.
         dtype: of the matrix product's weights. Embeddings, biases and LayerNorms keep theirs.
         adapters, lora: LoRA adapters to merge in, and their settings.
-        vocab_size: leave out the head's columns from this id on: ids that pad the vocabulary and have no text.
+        vocab_size: leave out the head's columns from this id on: ids that pad the vocabulary and have no
+            text.
 
     Returns:
-        {"wte": [V, D], "wpe": [P, D], "h": [L blocks as `Block` has them], "ln_f": ..., "head": [D, V]}. Arrays that
-        do not change are shared with `params`.
+        {"wte": [V, D], "wpe": [P, D], "h": [L blocks as `Block` has them], "ln_f": ..., "head": [D, V]}.
+        Arrays that do not change are shared with `params`.
     """
     if adapters is not None and lora is not None:
         from gpt2jax.lora import merge_adapters
@@ -93,8 +96,8 @@ _DERIVED: dict[tuple, tuple[InferenceParams, list[weakref.ref]]] = {}
 def params_for_inference(model, dtype) -> InferenceParams:
     """The derived parameters of a model, made on first use and kept as long as the model's arrays live.
 
-    They are found by the identity of every array they came from: a model with other arrays never gets these, and
-    nothing keeps the arrays that were copied alive.
+    They are found by the identity of every array they came from: a model with other arrays never gets these,
+    and nothing keeps the arrays that were copied alive.
 
     Args:
         model: has `config`, `params`, `tokenizer`, `adapters`, `lora`.
@@ -134,7 +137,7 @@ def forward_cached(
         params: from `derive_params`.
         config: their configuration.
         token_ids: [B, T] int.
-        cache: L pairs [B, N, S, H]; slots [slot, slot + T) are written. `slot + T` must not exceed S.
+        cache: L pairs [B * N, S, H]; slots [slot, slot + T) are written. `slot + T` must not exceed S.
         slot: scalar int, first slot to write.
         padding: [B] int, number of slots at the left that hold nothing.
         precision: dtypes.
@@ -145,7 +148,7 @@ def forward_cached(
     slots = slot + jnp.arange(token_ids.shape[1])
     # rows that are padding or have ended may point outside the table; what they compute is not read
     positions = jnp.clip(slots[None, :] - padding[:, None], 0, config.n_positions - 1)
-    keys = jnp.arange(cache[0][0].shape[2])
+    keys = jnp.arange(cache[0][0].shape[1])
     mask = (keys <= slots[:, None])[None] & (keys >= padding[:, None, None])  # [B, T, S]
     x = jnp.take(params["wte"], token_ids, axis=0, mode="clip") + jnp.take(params["wpe"], positions, axis=0)
     x = x.astype(precision.activation_dtype)

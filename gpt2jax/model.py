@@ -107,24 +107,28 @@ class Attention(nnx.Module):
     def __call__(self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
         """x [B, T, D], mask [B or 1, 1, T, S] -> ([B, T, D], cache).
 
-        With a cache (keys, values), each [B, N, S, H], the new keys and values are written at `cache_index` and
-        attention reads the whole of it, in its dtype: reading the array that was written lets XLA update it in place.
+        With a cache (keys, values), each [B * N, S, H], the new keys and values are written at `cache_index`, and
+        attention reads the whole of it in its dtype: casting it each step would cost more than narrow products save.
         """
         adapters = adapters or {}
         keys = split_or_none(key, 4)
         qkv = self.c_attn(x, call, adapters.get("c_attn"), keys[0])
         q, k, v = (self._split_heads(part) for part in jnp.split(qkv, 3, axis=-1))  # each [B, N, T, H]
-        dtype = call.precision.compute_dtype
+        q, heads, dtype = q * self._scale(layer_index), q.shape[:2], call.precision.compute_dtype
         if cache is not None:
-            dtype = cache[0].dtype  # casting the whole cache each step would cost more than narrow products save
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(dtype), cache_index, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(dtype), cache_index, axis=2)
+            # XLA updates a cache in place only if the products read just what was written: axes that it would
+            # drop or merge for them (a batch of one) cost copies of the whole cache, so there is one axis of both
+            dtype = cache[0].dtype
+            q, k, v = (part.reshape(-1, *part.shape[2:]) for part in (q, k, v))
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(dtype), cache_index, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(dtype), cache_index, axis=1)
             cache = (k, v)
-        scores = self._product("bnth,bnsh->bnts", q * self._scale(layer_index), k, dtype)
+        scores = self._product("...th,...sh->...ts", q, k, dtype)
+        scores = scores.reshape(*heads, *scores.shape[-2:])
         probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
         probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
-        y = self._product("bnts,bnsh->btnh", probabilities, v, dtype)
-        y = y.reshape(x.shape).astype(call.precision.activation_dtype)
+        y = self._product("...ts,...sh->...th", probabilities.reshape(*k.shape[:-2], *scores.shape[-2:]), v, dtype)
+        y = y.reshape(*heads, *y.shape[-2:]).swapaxes(1, 2).reshape(x.shape).astype(call.precision.activation_dtype)
         y = self.c_proj(y, call, adapters.get("c_proj"), keys[2])
         return dropout(y, self.config.resid_pdrop, keys[3]), cache
 

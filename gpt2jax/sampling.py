@@ -1,10 +1,11 @@
 """From logits to a token: temperature, then top-k, then top-p, then min-p, then one draw.
 
-Every setting but the size of the candidate window is an array, so changing it compiles nothing. With a top-k of at
-most `WINDOW` only that many candidates are ever looked at; otherwise the whole vocabulary is, without sorting it.
+Every setting but the size of the candidate window is an array, so changing it compiles nothing. With a top-k
+of at most `WINDOW` only that many candidates are ever looked at; otherwise the whole vocabulary is, without
+sorting it.
 
-Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p);
-Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling" (min-p).
+Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"
+(top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling" (min-p).
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ _SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # a temperature below it would b
 class SamplingConfig:
     """How a token is chosen.
 
-    The filters apply in the order of the fields: logits are divided by the temperature; the `top_k` most probable
-    tokens stay (exactly that many: of equal ones, the lowest ids), and share all probability; of these the most
-    probable stay until their sum reaches `top_p`, including the token that crosses it; of these, the ones with at
-    least `min_p` times the probability of the most probable. The most probable token always stays.
+    The filters apply in the order of the fields: logits are divided by the temperature; the `top_k` most
+    probable tokens stay (exactly that many: of equal ones, the lowest ids), and share all probability; of
+    these the most probable stay until their sum reaches `top_p`, including the token that crosses it; of
+    these, the ones with at least `min_p` times the probability of the most probable. The most probable token
+    always stays.
 
     Attributes:
         temperature: above 0 flattens (> 1) or sharpens (< 1); 0 is greedy.
@@ -155,10 +157,11 @@ def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def draw_from_all(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """As `draw`, for weights [B, V] of a whole vocabulary: first a block, then an index in it; uniforms [B, 2].
+    """As `draw`, for weights [B, V] of a whole vocabulary: first a block, then an index in it; uniforms [B,
+    2].
 
-    Two short cumulative sums in place of one long one, and twice the random bits: one uniform float has steps of
-    1e-7, which is much in the tail of a vocabulary.
+    Two short cumulative sums in place of one long one, and twice the random bits: one uniform float has steps
+    of 1e-7, which is much in the tail of a vocabulary.
     """
     batch, vocab_size = weights.shape
     blocks = -(-vocab_size // _BLOCK)
@@ -169,7 +172,8 @@ def draw_from_all(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def _largest(order: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
-    """Marks the smallest set of entries, largest `order` first, whose mass reaches `target`; of equals, the first.
+    """Marks the smallest set of entries, largest `order` first, whose mass reaches `target`; of equals, the
+    first.
 
     The border is found by bisection over the bits: 32 masked sums, a fraction of the time of a sort.
 

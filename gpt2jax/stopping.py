@@ -1,7 +1,7 @@
 """The text of a continuation as its tokens come in: where it stops, and what of it can be shown already.
 
-Works on bytes. A token of byte-level BPE can end within a character, and a stop string can begin in one token and end
-in another; UTF-8 makes a match of bytes a match of characters.
+Works on bytes. A token of byte-level BPE can end within a character, and a stop string can begin in one token
+and end in another; UTF-8 makes a match of bytes a match of characters.
 """
 
 from __future__ import annotations
