@@ -11,7 +11,6 @@ serves many calls.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,17 +19,15 @@ import numpy as np
 
 from gpt2jax.decoding import Progress, Request, decode, first_tokens, grow
 from gpt2jax.inference import inference_precision, params_for_inference, prefill
+from gpt2jax.precision import Precision
+from gpt2jax.prompts import Prompt, Row, as_prompts, check_count, make_rows, stop_bytes, stop_ids
 from gpt2jax.sampling import SamplingConfig
 from gpt2jax.stopping import TextStream
 
-DEFAULT_NEW_TOKENS = 64
 SMALLEST_BUCKET = 16
-# how many steps run between two looks for a stop string: few are wasted, and the way to the host is paid
-# seldom
+# steps between two looks for a stop string: few are wasted, and the way to the host is seldom paid
 STEPS_PER_LOOK = 8
-SEED_RANGE = 2**32
-
-Prompt = str | Sequence[int]
+_UNBOUNDED = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +102,22 @@ def generate(
         ValueError: a setting has an impossible value, a prompt has unknown ids or needs a tokenizer that the
             model lacks, or prompt and continuation exceed the context.
     """
-    settings = SamplingConfig(temperature, top_k, top_p, min_p, do_sample)
-    rows = _make_rows(model, _as_prompts(prompts), max_new_tokens, max_length, seed, num_samples)
-    job = _Job(model, settings, _stop_ids(model, stop_token_ids), _stop_bytes(model, stop_strings), dtype)
-    _check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size)
+    job = _Job(
+        model,
+        SamplingConfig(temperature, top_k, top_p, min_p, do_sample),
+        stop_ids(model, stop_token_ids),
+        stop_bytes(model, stop_strings),
+        inference_precision(dtype),
+    )
+    rows = make_rows(
+        model,
+        as_prompts(prompts),
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        seed=seed,
+        num_samples=num_samples,
+    )
     outputs: dict[int, Generation] = {}
     # prompts of like length together need the least padding
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
@@ -145,24 +154,20 @@ def stream(
     """
     if model.tokenizer is None:
         raise ValueError("stream gives out text, and this model has no tokenizer; use generate for token ids")
-    settings = SamplingConfig(temperature, top_k, top_p, min_p, do_sample)
-    prompts = _as_prompts(prompt)
+    job = _Job(
+        model,
+        SamplingConfig(temperature, top_k, top_p, min_p, do_sample),
+        stop_ids(model, stop_token_ids),
+        stop_bytes(model, stop_strings),
+        inference_precision(dtype),
+    )
+    prompts = as_prompts(prompt)
     if len(prompts) != 1:
         raise ValueError(f"stream takes one prompt, not {len(prompts)}; use generate for several")
-    rows = _make_rows(model, prompts, max_new_tokens, max_length, seed, 1)
-    job = _Job(model, settings, _stop_ids(model, stop_token_ids), _stop_bytes(model, stop_strings), dtype)
+    rows = make_rows(
+        model, prompts, max_new_tokens=max_new_tokens, max_length=max_length, seed=seed, num_samples=1
+    )
     return _stream_row(job, rows[0])
-
-
-# ---- arguments ----
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    prompt: str
-    ids: list[int]
-    limit: int  # of new tokens
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,124 +178,7 @@ class _Job:
     settings: SamplingConfig
     stop_ids: list[int]
     stop_strings: list[bytes]
-    dtype: str | None
-
-
-def _as_prompts(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if hasattr(prompts, "tolist"):
-        prompts = prompts.tolist()
-    prompts = list(prompts)
-    if prompts and all(isinstance(item, numbers.Integral) for item in prompts):
-        return [prompts]
-    return prompts
-
-
-def _make_rows(model, prompts, max_new_tokens, max_length, seed, num_samples) -> list[_Row]:
-    if max_new_tokens is not None and max_length is not None:
-        raise ValueError(f"max_new_tokens={max_new_tokens} and max_length={max_length}: give one of them")
-    for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
-        if value is not None:
-            _check_count(name, value)
-    _check_count("num_samples", num_samples)
-    seeds = _row_seeds(seed, len(prompts) * num_samples)
-    rows = []
-    for index, prompt in enumerate(prompts):
-        text, ids = _encode(model, prompt, index)
-        limit = _new_tokens(len(ids), index, model.config.n_positions, max_new_tokens, max_length)
-        rows += [_Row(text, ids, limit, seeds[len(rows) + j]) for j in range(num_samples)]
-    return rows
-
-
-def _encode(model, prompt, index: int) -> tuple[str, list[int]]:
-    tokenizer = model.tokenizer
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError(f"prompt {index} is a text and this model has no tokenizer; give token ids")
-        text, ids = prompt, list(tokenizer.encode(prompt))
-    else:
-        values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        if not isinstance(values, Sequence) or not all(_is_whole(value) for value in values):
-            raise ValueError(f"prompt {index} is {prompt!r:.60}; expected a text or a list of token ids")
-        ids = [int(value) for value in values]
-        text = None
-    _check_ids(f"prompt {index}", ids, model.config.vocab_size)
-    if text is None:
-        text = "" if tokenizer is None else tokenizer.decode(ids)
-    return text, ids or [_end_token_id(model)]
-
-
-def _new_tokens(length: int, index: int, context: int, max_new_tokens: int | None, max_length: int | None) -> int:
-    """Most new tokens of a prompt of `length` tokens."""
-    if max_length is not None:
-        if max_length <= length:
-            raise ValueError(f"max_length={max_length} leaves no room behind prompt {index} of {length} tokens")
-        new = max_length - length
-    elif max_new_tokens is not None:
-        new = max_new_tokens
-    else:
-        new = max(1, min(DEFAULT_NEW_TOKENS, context - length))
-    if length + new > context:
-        raise ValueError(
-            f"prompt {index} has {length} tokens and {new} new ones were asked for: {length + new} in all, but the "
-            f"context (n_positions) is {context}; shorten the prompt or ask for at most {max(0, context - length)}"
-        )
-    return new
-
-
-def _row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    if _is_whole(seed):
-        if not 0 <= seed < SEED_RANGE:  # type: ignore[operator]
-            raise ValueError(f"seed={seed} must be at least 0 and below 2**32")
-        return [(int(seed) + i) % SEED_RANGE for i in range(rows)]  # type: ignore[arg-type]
-    values = list(seed) if isinstance(seed, Sequence) or hasattr(seed, "tolist") else [seed]  # type: ignore[list-item]
-    if len(values) != rows or not all(_is_whole(value) and 0 <= value < SEED_RANGE for value in values):
-        raise ValueError(f"seed={seed!r:.60} must be one whole number from 0 to 2**32 - 1, or {rows}, one for each row")
-    return [int(value) for value in values]
-
-
-def _stop_ids(model, stop_token_ids: Sequence[int] | None) -> list[int]:
-    if stop_token_ids is None:
-        return [_end_token_id(model)]
-    ids = [int(i) for i in stop_token_ids]
-    _check_ids("stop_token_ids", ids, model.config.vocab_size)
-    return ids
-
-
-def _stop_bytes(model, stop_strings: str | Sequence[str] | None) -> list[bytes]:
-    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-    if strings and model.tokenizer is None:
-        raise ValueError("stop_strings need a tokenizer, and this model has none; use stop_token_ids")
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"stop_strings={stop_strings!r} must be texts, none of them empty")
-    return [string.encode() for string in strings]
-
-
-def _end_token_id(model) -> int:
-    """The configuration's end token; the tokenizer's where that one has no text (a padded vocabulary)."""
-    end = model.config.eos_token_id
-    if model.tokenizer is not None and end >= model.tokenizer.vocab_size:
-        return model.tokenizer.end_token_id
-    return end
-
-
-def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:
-    for i in ids:
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"{name}: token id {i} is outside the vocabulary of {vocab_size} ids")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not _is_whole(value) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive whole number")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-# ---- running ----
+    precision: Precision
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
@@ -301,16 +189,16 @@ def bucket(size: int, smallest: int, largest: int) -> int:
 class _Run:
     """One batch on the device; `progress` is what it has done so far."""
 
-    def __init__(self, job: _Job, rows: list[_Row]):
+    def __init__(self, job: _Job, rows: list[Row]):
         config = job.model.config
-        batch = bucket(len(rows), 1, SEED_RANGE)
+        batch = bucket(len(rows), 1, _UNBOUNDED)
         slots = bucket(max(len(row.ids) for row in rows), SMALLEST_BUCKET, config.n_positions)
         max_tokens = bucket(max(row.limit for row in rows), SMALLEST_BUCKET, config.n_positions)
         token_ids = np.zeros((batch, slots), np.int32)
         padding = np.full(batch, slots - 1, np.int32)
         limits = np.zeros(batch, np.int32)
         seeds = np.zeros(batch, np.uint32)
-        stop_ids = np.full(bucket(len(job.stop_ids), 4, SEED_RANGE), -1, np.int32)
+        stop_ids = np.full(bucket(len(job.stop_ids), 4, _UNBOUNDED), -1, np.int32)
         stop_ids[: len(job.stop_ids)] = job.stop_ids
         for i, row in enumerate(rows):
             token_ids[i, slots - len(row.ids) :] = row.ids
@@ -320,8 +208,8 @@ class _Run:
         self._limit = int(limits.max())
         self._step = 1
         self._window = job.settings.window
-        self._static = {"config": config, "precision": inference_precision(job.dtype)}
-        self._params = params_for_inference(job.model, self._static["precision"].compute_dtype)
+        self._static = {"config": config, "precision": job.precision}
+        self._params = params_for_inference(job.model, job.precision.compute_dtype)
         logits, cache = prefill(self._params, token_ids, padding, **self._static)
         self._cache = grow(cache, slots + max_tokens)
         self.progress = first_tokens(logits, self._request, max_tokens=max_tokens, window=self._window)
@@ -350,7 +238,7 @@ class _Run:
 class _Reader:
     """Turns one row's tokens into its `Generation`, as they come."""
 
-    def __init__(self, job: _Job, row: _Row):
+    def __init__(self, job: _Job, row: Row):
         self._job, self._row = job, row
         self._ids: list[int] = []
         self._logprobs: list[float] = []
@@ -388,7 +276,7 @@ class _Reader:
         )
 
 
-def _run_batch(job: _Job, rows: list[_Row]) -> list[Generation]:
+def _run_batch(job: _Job, rows: list[Row]) -> list[Generation]:
     run = _Run(job, rows)
     readers = [_Reader(job, row) for row in rows]
     steps = STEPS_PER_LOOK if job.stop_strings else job.model.config.n_positions
@@ -400,7 +288,7 @@ def _run_batch(job: _Job, rows: list[_Row]) -> list[Generation]:
         run.end_rows([reader.finish_reason is not None for reader in readers])
 
 
-def _stream_row(job: _Job, row: _Row) -> Iterator[str]:
+def _stream_row(job: _Job, row: Row) -> Iterator[str]:
     run = _Run(job, [row])
     reader = _Reader(job, row)
     while reader.finish_reason is None:

@@ -1,10 +1,9 @@
 """The second layout of the weights, and the model over a cache.
 
 Training stacks the blocks and scans over them. Decoding reads every weight once a token and little else
-counts. So,
-derived once for a model: layers unstacked (a scan would copy each layer's slice every token), adapters
-merged, kernels in the inference dtype, and the head copied as [D, V], which a thin product streams without
-repacking.
+counts. So, derived once for a model: layers unstacked (a scan would copy each layer's slice every token),
+adapters merged, kernels in the inference dtype, and the head copied as [D, V], which a thin product streams
+without repacking.
 
 Rows of a batch are padded on the left, so that all rows write the same cache slot: slot s of row b holds
 position s - padding[b]. What is padding is said by these numbers, never by a token id.
@@ -47,7 +46,13 @@ def inference_precision(dtype: str | None = None, *, backend: str | None = None)
 
 
 def derive_params(
-    params: Params, config: GPT2Config, *, dtype, adapters: Params | None = None, lora=None, vocab_size: int | None = None
+    params: Params,
+    config: GPT2Config,
+    *,
+    dtype,
+    adapters: Params | None = None,
+    lora=None,
+    vocab_size: int | None = None,
 ) -> InferenceParams:
     """Parameters as decoding wants them.
 
@@ -110,7 +115,12 @@ def params_for_inference(model, dtype) -> InferenceParams:
     key = (model.config, jnp.dtype(dtype), vocab_size, model.lora, *map(id, leaves))
     if key not in _DERIVED:
         derived = derive_params(
-            model.params, model.config, dtype=dtype, adapters=model.adapters, lora=model.lora, vocab_size=vocab_size
+            model.params,
+            model.config,
+            dtype=dtype,
+            adapters=model.adapters,
+            lora=model.lora,
+            vocab_size=vocab_size,
         )
         shared = {id(leaf) for leaf in jax.tree.leaves(derived)}
         # an id can come back once its array is gone; the arrays that `derived` itself holds cannot go first
@@ -170,9 +180,23 @@ def next_logits(params: InferenceParams, hidden: jax.Array, precision: Precision
 
 @functools.partial(jax.jit, static_argnames=("config", "precision"))
 def prefill(
-    params: InferenceParams, token_ids: jax.Array, padding: jax.Array, *, config: GPT2Config, precision: Precision
+    params: InferenceParams,
+    token_ids: jax.Array,
+    padding: jax.Array,
+    *,
+    config: GPT2Config,
+    precision: Precision,
 ) -> tuple[jax.Array, Cache]:
-    """Runs the prompts: ids [B, T], padded on the left by padding [B] -> logits [B, V] of the last slot, cache of T slots."""
+    """Runs the prompts.
+
+    Args:
+        params, config, precision: see `forward_cached`.
+        token_ids: [B, T] int, each row's prompt at the right.
+        padding: [B] int, slots before it.
+
+    Returns:
+        Logits [B, V] of the last slot, and a cache of T slots.
+    """
     batch, length = token_ids.shape
     cache = init_cache(config, batch, length, precision.activation_dtype)
     hidden, cache = forward_cached(params, config, token_ids, cache, 0, padding, precision)

@@ -56,7 +56,9 @@ class SamplingConfig:
         if self.top_k is not None and (
             isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral) or self.top_k < 1
         ):
-            raise ValueError(f"top_k={self.top_k!r} must be a whole number of at least 1, or None for all tokens")
+            raise ValueError(
+                f"top_k={self.top_k!r} must be a whole number of at least 1, or None for all tokens"
+            )
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r} must be above 0 and at most 1 (1 is off)")
         if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:

@@ -1,0 +1,186 @@
+"""What `generate` is asked for: prompts, lengths, seeds and stops, checked and turned into rows of token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+DEFAULT_NEW_TOKENS = 64
+SEED_RANGE = 2**32
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One continuation to make.
+
+    Attributes:
+        prompt: the text of the prompt, "" where there is none.
+        ids: what the model is given; never empty.
+        limit: most new tokens.
+        seed: 32 bits.
+    """
+
+    prompt: str
+    ids: list[int]
+    limit: int
+    seed: int
+
+
+def as_prompts(prompts: Any) -> list[Any]:
+    """A list of prompts from one prompt or several: a text, token ids, or a list or array of such.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts={prompts!r:.60} must be a text, a list of token ids, or a list of such")
+    prompts = list(_plain(prompts))
+    return [prompts] if prompts and all(is_whole(item) for item in prompts) else prompts
+
+
+def make_rows(
+    model: Any,
+    prompts: Sequence[Any],
+    *,
+    max_new_tokens: int | None,
+    max_length: int | None,
+    seed: int | Sequence[int],
+    num_samples: int,
+) -> list[Row]:
+    """The rows of prompts, each `num_samples` times in a row; arguments as for `generate`.
+
+    Raises:
+        ValueError: an argument has an impossible value, or a prompt does not fit the model.
+    """
+    if max_new_tokens is not None and max_length is not None:
+        raise ValueError(f"max_new_tokens={max_new_tokens} and max_length={max_length}: give one of them")
+    for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
+        if value is not None:
+            check_count(name, value)
+    check_count("num_samples", num_samples)
+    seeds = _row_seeds(seed, len(prompts) * num_samples)
+    rows: list[Row] = []
+    for index, prompt in enumerate(prompts):
+        text, ids = _encode(model, prompt, f"prompt {index}")
+        limit = _new_tokens(f"prompt {index}", len(ids), model.config.n_positions, max_new_tokens, max_length)
+        rows += [Row(text, ids, limit, seeds[len(rows) + sample]) for sample in range(num_samples)]
+    return rows
+
+
+def stop_ids(model: Any, stop_token_ids: Iterable[int] | None) -> list[int]:
+    """Token ids that end a continuation; None is the end token.
+
+    Raises:
+        ValueError: an id is outside the vocabulary.
+    """
+    if stop_token_ids is None:
+        return [end_token_id(model)]
+    return _checked_ids("stop_token_ids", stop_token_ids, model.config.vocab_size)
+
+
+def stop_bytes(model: Any, stop_strings: str | Iterable[str] | None) -> list[bytes]:
+    """Texts that end a continuation, as bytes.
+
+    Raises:
+        ValueError: one is empty, or the model has no tokenizer.
+    """
+    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+    if strings and model.tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer, and this model has none; use stop_token_ids")
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop_strings={stop_strings!r} must be texts, none of them empty")
+    return [string.encode() for string in strings]
+
+
+def end_token_id(model: Any) -> int:
+    """The configuration's end token; the tokenizer's where that one has no text (a padded vocabulary)."""
+    end = model.config.eos_token_id
+    if model.tokenizer is not None and end >= model.tokenizer.vocab_size:
+        return model.tokenizer.end_token_id
+    return end
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, which True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a positive whole number."""
+    if not is_whole(value) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive whole number")
+
+
+def _encode(model: Any, prompt: Any, name: str) -> tuple[str, list[int]]:
+    """The text and the token ids of one prompt."""
+    tokenizer, vocab_size = model.tokenizer, model.config.vocab_size
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} is a text and this model has no tokenizer; give token ids")
+        text, ids = prompt, _checked_ids(name, tokenizer.encode(prompt), vocab_size)
+    else:
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"{name} is {prompt!r:.60}; expected a text or a list of token ids")
+        ids = _checked_ids(name, prompt, vocab_size)
+        text = "" if tokenizer is None else tokenizer.decode(ids)
+    # GPT-2 has no token for "nothing": a text begins behind the end of another
+    return text, ids or [end_token_id(model)]
+
+
+def _new_tokens(
+    name: str, length: int, context: int, max_new_tokens: int | None, max_length: int | None
+) -> int:
+    """Most new tokens behind a prompt of `length` tokens."""
+    if max_length is not None:
+        if max_length <= length:
+            raise ValueError(
+                f"{name} has {length} tokens, which leaves no new ones within max_length={max_length} (it counts "
+                f"the prompt)"
+            )
+        new = max_length - length
+    elif max_new_tokens is not None:
+        new = max_new_tokens
+    else:
+        new = max(1, min(DEFAULT_NEW_TOKENS, context - length))
+    if length + new > context:
+        room = context - length
+        advice = (
+            f"ask for at most {room} new ones" if room > 0 else f"shorten the prompt below {context} tokens"
+        )
+        raise ValueError(
+            f"{name} has {length} tokens; with {new} new ones that makes {length + new}, and the context "
+            f"(n_positions) is {context}: {advice}"
+        )
+    return new
+
+
+def _row_seeds(seed: Any, rows: int) -> list[int]:
+    if is_whole(seed) and 0 <= seed < SEED_RANGE:
+        return [(int(seed) + row) % SEED_RANGE for row in range(rows)]
+    seeds = list(_plain(seed)) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
+    if seeds is None or len(seeds) != rows or not all(is_whole(s) and 0 <= s < SEED_RANGE for s in seeds):
+        raise ValueError(
+            f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one for each row"
+        )
+    return [int(s) for s in seeds]
+
+
+def _checked_ids(name: str, ids: Iterable[Any], vocab_size: int) -> list[int]:
+    ids = list(_plain(ids))
+    for i in ids:
+        if not is_whole(i):
+            raise ValueError(f"{name}: {i!r:.60} is not a token id (a whole number)")
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"{name}: token id {i} is outside the vocabulary of {vocab_size} ids")
+    return [int(i) for i in ids]
+
+
+def _plain(values: Any) -> Any:
+    """Arrays as lists of Python numbers."""
+    return values.tolist() if hasattr(values, "tolist") else values
