@@ -91,7 +91,7 @@ class Tokenizer:
             end_token: the special token that ends a document.
             roles: names of special tokens for `save`. None: the end token begins, ends and stands for
                 unknown.
-            add_prefix_space: put a space before a text that does not begin with white space.
+            add_prefix_space: put a space before a text that does not begin with one.
 
         Raises:
             ValueError: two tokens have the same id or the same bytes, or `end_token` is not a special token.
@@ -199,7 +199,7 @@ class Tokenizer:
             raise TypeError(f"a text must be a str, not {type(text).__name__}: {text!r:.60}")
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self.add_prefix_space and text and not text[0].isspace():
+        if self.add_prefix_space and text and text[0] != " ":
             text = " " + text
         allowed = {*self.added_tokens, *(self.special_tokens if allow_special else ())}
         if len(text) <= _LONG_RUN:
