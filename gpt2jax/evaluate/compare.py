@@ -1,0 +1,433 @@
+"""Two or more models on the same texts: figures, paired differences, and the texts they write."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import gpt2jax
+from gpt2jax.evaluate.excerpts import Excerpt, largest_differences
+from gpt2jax.evaluate.metrics import Evaluation, check_settings, evaluate
+from gpt2jax.evaluate.repetition import repetition
+from gpt2jax.evaluate.statistics import (
+    PairedDifference,
+    bootstrap_interval,
+    ratio_standard_error,
+    win_rate,
+)
+from gpt2jax.files import atomic_write
+from gpt2jax.generate import SMALLEST_BUCKET, Generation, bucket, generate
+from gpt2jax.language_model import LanguageModel
+
+SCHEMA = "gpt2jax.comparison"
+SCHEMA_VERSION = 1
+
+# the study's kind: an unfinished statement, five questions on medicine and networks, and the empty prompt twice
+STUDY_PROMPTS = (
+    "The patients who received the new treatment",
+    "What are the first signs of a stroke?",
+    "How is high blood pressure treated?",
+    "Why do bacteria become resistant to antibiotics?",
+    "How does a packet find its way through a computer network?",
+    "What does a neural network learn from its examples?",
+    "",
+    "",
+)
+STUDY_MAX_LENGTH = 200
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """What a comparison found. The first model is the baseline that the others are held against.
+
+    Attributes:
+        models: name to {"source", "parameters", "fingerprint"}.
+        evaluations: name to `Evaluation`.
+        paired: name to `PairedDifference`, for every model but the first.
+        generations: one dict a text: model, prompt, text, seconds, tokens_per_second, tokens, finish_reason, seed,
+            distinct_1, distinct_2, repeated_4.
+        excerpts: name to the documents on which the model gains and loses most against the first; none where the
+            models' tokens differ.
+        settings: of the generation and the bootstrap.
+        data: number of documents and SHA-256 of the texts.
+        versions: of Python, the packages and the device.
+        first_call_seconds: name to the time of the first generation, which compiles.
+        history: what `finetune` logged, for the training curve; or None.
+        command: the command line that made this, or None.
+    """
+
+    models: dict[str, dict[str, Any]]
+    evaluations: dict[str, Evaluation]
+    paired: dict[str, PairedDifference]
+    generations: list[dict[str, Any]]
+    excerpts: dict[str, dict[str, list[Excerpt]]]
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    first_call_seconds: dict[str, float]
+    history: list[dict[str, float]] | None
+    command: str | None
+
+    @property
+    def baseline(self) -> str:
+        """Name of the first model."""
+        return next(iter(self.evaluations))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON.
+
+        Two runs with the same seed on the same machine give the same, except under the keys `seconds` and
+        `tokens_per_second`.
+        """
+        return {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "models": [
+                {
+                    "name": name,
+                    **evaluation.as_dict(),
+                    "loss_standard_error": loss_standard_error(evaluation),
+                    **self.models[name],
+                }
+                for name, evaluation in self.evaluations.items()
+            ],
+            "paired": {name: difference.as_dict() for name, difference in self.paired.items()},
+            "generations": self.generations,
+            "settings": self.settings,
+            "data": self.data,
+            "versions": self.versions,
+            "timing": [
+                {
+                    "model": name,
+                    "step": step,
+                    "seconds": round(seconds, 3),
+                }
+                for name, evaluation in self.evaluations.items()
+                for step, seconds in (
+                    ("evaluation", evaluation.seconds),
+                    ("first generation", self.first_call_seconds.get(name)),
+                )
+                if seconds is not None
+            ],
+        }
+
+    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
+        """Writes `report.html`, `report.md` and `comparison.json` into a folder, each whole or not at all.
+
+        Returns:
+            The folder.
+        """
+        from gpt2jax.evaluate.report import markdown_report
+        from gpt2jax.evaluate.report_html import html_report
+
+        folder = pathlib.Path(folder)
+        files = {
+            "report.html": html_report(self),
+            "report.md": markdown_report(self),
+            "comparison.json": json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        }
+        for name, content in files.items():
+            with atomic_write(folder / name) as file:
+                # half of a surrogate pair, which a prompt may hold, cannot be written as UTF-8
+                file.write(content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return folder
+
+    def __repr__(self) -> str:
+        losses = ", ".join(f"{name}: {evaluation.loss:.4f}" for name, evaluation in self.evaluations.items())
+        return f"Comparison({losses} nats per token)"
+
+
+def compare(
+    models: Mapping[str, LanguageModel],
+    texts: Iterable[Any],
+    prompts: Sequence[Any] | None = None,
+    *,
+    sequence_length: int = 128,
+    batch_size: int = 32,
+    windows: str = "first",
+    stride: int | None = None,
+    compute_dtype: str = "float32",
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = 5,
+    top_p: float = 1.0,
+    do_sample: bool = True,
+    seed: int = 0,
+    resamples: int = 2000,
+    history: Sequence[Mapping[str, float]] | None = None,
+    command: str | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Evaluates models on the same texts, pairs their losses document by document, and lets them write.
+
+    Args:
+        models: name to model; the first is the baseline.
+        texts: held-out texts, as for `evaluate`.
+        prompts: to generate from, strings or lists of token ids. None: `STUDY_PROMPTS`, or none at all if a model has
+            no tokenizer. Prompt number i is sampled with seed + i, the same for every model, so that a prompt that
+            occurs twice gives two texts.
+        sequence_length, batch_size, windows, stride, compute_dtype: see `evaluate`.
+        max_length, max_new_tokens: of the generated texts, see `generate`. Default: max_length 200, as in the study,
+            or the shortest context if that is less.
+        temperature, top_k, top_p, do_sample: see `generate`.
+        seed: of sampling and bootstrap.
+        resamples: of the bootstrap.
+        history: `Run.history` of the fine-tuning, for the training curve of the report.
+        command: the command line to repeat it, for the report.
+        progress: show progress bars.
+
+    Returns:
+        A `Comparison`. Every number in it, times aside, is the same in the next run.
+
+    Raises:
+        ValueError: no models, a setting out of range, nothing to score, or `windows="first"` between models that cut
+            texts into different tokens, since their first tokens cover different parts of the texts. With "disjoint"
+            or "sliding" such models are compared in nats per byte.
+    """
+    _check_models(models)
+    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
+        raise ValueError(f"resamples={resamples!r} must be a positive whole number")
+    if isinstance(texts, str | bytes):
+        raise TypeError("texts is one string; pass a list of texts")
+    texts = list(texts)
+    evaluation_settings = (sequence_length, batch_size, windows, stride, compute_dtype)
+    for model in models.values():
+        check_settings(model, *evaluation_settings)
+    same_tokens = _same_tokens(list(models.values()))
+    if not same_tokens and windows == "first":
+        raise ValueError(
+            "the models have different tokenizers, so that their first tokens cover different parts of the texts: "
+            "use windows='disjoint' or 'sliding', which score whole texts and are compared in nats per byte"
+        )
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
+    sampling |= _length_limit(models, max_length, max_new_tokens)
+    prompts = _default_prompts(models) if prompts is None else list(prompts)
+    evaluations = {
+        name: evaluate(
+            model,
+            texts,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            windows=windows,
+            stride=stride,
+            compute_dtype=compute_dtype,
+            progress=progress,
+        )
+        for name, model in models.items()
+    }
+    baseline, *others = models
+    paired = {
+        name: paired_difference(
+            evaluations[baseline],
+            evaluations[name],
+            baseline=baseline,
+            same_tokens=same_tokens,
+            resamples=resamples,
+            seed=seed,
+        )
+        for name in others
+    }
+    generations, first_calls = _generations(models, prompts, sampling, seed)
+    tokenizer = models[baseline].tokenizer
+    return Comparison(
+        models={name: _describe(model) for name, model in models.items()},
+        evaluations=evaluations,
+        paired=paired,
+        generations=generations,
+        excerpts={
+            name: largest_differences(evaluations[baseline], evaluations[name], tokenizer)
+            for name in (others if same_tokens else [])
+        },
+        settings={"seed": seed, "resamples": resamples, **sampling},
+        data={"documents": len(texts), "sha256": _data_fingerprint(texts)},
+        versions=_versions(),
+        first_call_seconds=first_calls,
+        history=None if history is None else [dict(entry) for entry in history],
+        command=command,
+    )
+
+
+def paired_difference(
+    first: Evaluation, second: Evaluation, *, baseline: str, same_tokens: bool, resamples: int, seed: int
+) -> PairedDifference:
+    """Second less first, document by document.
+
+    Args:
+        first, second: evaluations of the same texts.
+        baseline: name of the first.
+        same_tokens: both scored the same tokens; else the difference is per byte of text.
+        resamples, seed: of the bootstrap.
+    """
+    if same_tokens:
+        unit, sizes = "nats per token", first.document_tokens.astype(np.float64)
+        differences = second.document_loss - first.document_loss
+    else:
+        unit, sizes = "nats per byte", first.document_bytes
+        if sizes is None or first.document_text_loss is None or second.document_text_loss is None:
+            raise ValueError("models that cut texts into different tokens need a tokenizer each to be compared")
+        differences = second.document_text_loss - first.document_text_loss
+    hits = second.document_hits - first.document_hits
+    return PairedDifference(
+        baseline=baseline,
+        unit=unit,
+        difference=float(differences.sum() / sizes.sum()),
+        standard_error=ratio_standard_error(differences, sizes),
+        interval=bootstrap_interval(differences, sizes, resamples=resamples, seed=seed),
+        win_rate=win_rate(differences),
+        accuracy_difference=float(hits.sum() / sizes.sum()) if same_tokens else None,
+        accuracy_standard_error=ratio_standard_error(hits, sizes) if same_tokens else None,
+        documents=first.documents,
+        resamples=resamples,
+    )
+
+
+def loss_standard_error(evaluation: Evaluation) -> float | None:
+    """Standard error of a model's loss per token over documents."""
+    return ratio_standard_error(evaluation.document_loss, evaluation.document_tokens)
+
+
+# ---- generation ----
+
+
+def _generations(
+    models: Mapping[str, LanguageModel], prompts: Sequence[Any], sampling: Mapping[str, Any], seed: int
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Each model's text for each prompt, prompt by prompt, and the time of each model's very first call."""
+    generations, first_calls = [], {}
+    for name, model in models.items():
+        compiled: set[tuple[int, int]] = set()
+        for index, prompt in enumerate(prompts):
+
+            def call(model=model, prompt=prompt, index=index) -> Generation:
+                return generate(model, [prompt], seed=seed + index, **sampling)[0]
+
+            output, seconds = _timed(call)
+            first_calls.setdefault(name, seconds)
+            shapes = _shapes(output, sampling, model.config.n_positions)
+            if shapes not in compiled:  # that call compiled: a second one tells the speed
+                compiled.add(shapes)
+                output, seconds = _timed(call)
+            # the stop token is not in `token_ids`, and was generated all the same
+            steps = len(output.token_ids) + (output.finish_reason == "stop")
+            generations.append(
+                {
+                    "model": name,
+                    "prompt": prompt if isinstance(prompt, str) else [int(token_id) for token_id in prompt],
+                    "text": output.text,
+                    "seconds": round(seconds, 4),
+                    "tokens_per_second": round(steps / seconds, 1),
+                    "tokens": len(output.token_ids),
+                    "finish_reason": output.finish_reason,
+                    "seed": seed + index,
+                    "mean_logprob": float(np.mean(output.logprobs)) if output.logprobs else None,
+                    **repetition(output.token_ids),
+                }
+            )
+    return generations, first_calls
+
+
+def _timed(call: Callable[[], Generation]) -> tuple[Generation, float]:
+    began = time.perf_counter()
+    output = call()
+    return output, time.perf_counter() - began
+
+
+def _shapes(output: Generation, sampling: Mapping[str, Any], context: int) -> tuple[int, int]:
+    """What the decoding of a prompt was compiled for: the buckets of prompt and new tokens."""
+    length = len(output.prompt_ids)
+    new = sampling.get("max_new_tokens") or sampling["max_length"] - length
+    return bucket(length, SMALLEST_BUCKET, context), bucket(new, SMALLEST_BUCKET, context)
+
+
+def _length_limit(
+    models: Mapping[str, LanguageModel], max_length: int | None, max_new_tokens: int | None
+) -> dict[str, int]:
+    if max_length is not None and max_new_tokens is not None:
+        raise ValueError(f"max_length={max_length} and max_new_tokens={max_new_tokens}: give one of them")
+    if max_new_tokens is not None:
+        return {"max_new_tokens": max_new_tokens}
+    context = min(model.config.n_positions for model in models.values())
+    return {"max_length": min(STUDY_MAX_LENGTH, context) if max_length is None else max_length}
+
+
+def _default_prompts(models: Mapping[str, LanguageModel]) -> list[str]:
+    return [] if any(model.tokenizer is None for model in models.values()) else list(STUDY_PROMPTS)
+
+
+# ---- what it takes to repeat it ----
+
+
+def _check_models(models: Mapping[str, LanguageModel]) -> None:
+    if not isinstance(models, Mapping) or not models:
+        raise ValueError(f"models={models!r:.60} must be a dict of at least one name and model")
+    for name, model in models.items():
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"the name of a model is {name!r}; it must be a text that is not empty")
+        if not isinstance(model, LanguageModel):
+            raise ValueError(f"models[{name!r}] is a {type(model).__name__}; expected a LanguageModel")
+
+
+def _same_tokens(models: Sequence[LanguageModel]) -> bool:
+    """All models make the same ids of a text: equal tokenizers, or none and equal vocabularies."""
+
+    def identity(model: LanguageModel) -> tuple[Any, int]:
+        if model.tokenizer is None:
+            return model.config.vocab_size, model.end_token_id
+        return model.tokenizer.fingerprint, model.end_token_id
+
+    return len({identity(model) for model in models}) == 1
+
+
+def _describe(model: LanguageModel) -> dict[str, Any]:
+    return {
+        "source": model.source,
+        "parameters": model.num_parameters(),
+        "adapter_rank": model.lora.rank if model.lora and model.adapters is not None else None,
+        "fingerprint": params_fingerprint((model.params, model.adapters)),
+    }
+
+
+def params_fingerprint(params: Any) -> str:
+    """SHA-256 (hex) of all arrays of a tree with their places, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _data_fingerprint(texts: Sequence[Any]) -> str:
+    """SHA-256 (hex) of the texts, each behind its length, so that where one ends counts too."""
+    digest = hashlib.sha256()
+    for text in texts:
+        if isinstance(text, str):
+            data = text.encode("utf-8", "surrogatepass")
+        else:
+            data = np.asarray(text, "<i8").tobytes()
+        digest.update(f"{type(text) is str:d} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    device = jax.devices()[0]
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
+    return {
+        "gpt2jax": gpt2jax.__version__,
+        "python": platform.python_version(),
+        **packages,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+    }

@@ -1,0 +1,315 @@
+"""A comparison in words and tables: what all reports say, the Markdown file, and the table on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from gpt2jax.evaluate.compare import Comparison, loss_standard_error
+from gpt2jax.evaluate.statistics import CONFIDENCE, PairedDifference
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MINUS = "\N{MINUS SIGN}"
+NOTHING = "\N{EN DASH}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text: the first column names the row."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+# ---- what every report says ----
+
+
+def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str:
+    """A figure for reading: fixed digits, thousands apart, a dash where there is none."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    if math.isinf(value):
+        return "∞" if value > 0 else MINUS + "∞"
+    text = f"{abs(value):,.{digits}f}"
+    sign = MINUS if value < 0 else "+" if signed else ""
+    return text if float(text.replace(",", "")) == 0 else sign + text
+
+
+def percent(share: float | None, digits: int = 1, *, signed: bool = False) -> str:
+    """A share as a percentage."""
+    return NOTHING if share is None else number(100 * share, digits, signed=signed) + " %"
+
+
+def with_error(value: float | None, error: float | None, digits: int = 4, *, signed: bool = False) -> str:
+    """A figure and its standard error."""
+    text = number(value, digits, signed=signed)
+    return text if error is None or not math.isfinite(error) else f"{text} ± {number(error, digits)}"
+
+
+def headline(comparison: Comparison) -> str:
+    """The result in one sentence."""
+    if not comparison.paired:
+        name, evaluation = next(iter(comparison.evaluations.items()))
+        return f"{name}: {number(evaluation.loss, 3)} nats per token, perplexity {number(evaluation.perplexity, 1)}"
+    name = min(comparison.paired, key=lambda name: comparison.paired[name].difference)
+    return verdict(name, comparison.paired[name])
+
+
+def verdict(name: str, difference: PairedDifference) -> str:
+    """Better, worse or neither: neither where the interval of the difference holds zero."""
+    unit, baseline = difference.unit, difference.baseline
+    low, high = difference.interval
+    if not math.isfinite(difference.difference):
+        return f"{name} has no finite loss to hold against {baseline}"
+    if low <= 0.0 <= high:
+        return f"No clear difference between {name} and {baseline}"
+    word = "better" if difference.difference < 0 else "worse"
+    return f"{name} is {number(abs(difference.difference), 3)} {unit} {word} than {baseline}"
+
+
+def evidence(comparison: Comparison, name: str) -> str:
+    """What stands behind the verdict on one model."""
+    difference = comparison.paired[name]
+    first, second = comparison.evaluations[difference.baseline], comparison.evaluations[name]
+    low, high = difference.interval
+    documents = "document" if difference.documents == 1 else "documents"
+    return (
+        f"Paired difference {with_error(difference.difference, difference.standard_error, signed=True)} {difference.unit} "
+        f"({CONFIDENCE:.0%} interval {number(low, signed=True)} to {number(high, signed=True)}). "
+        f"Perplexity {number(first.perplexity, 2)} → {number(second.perplexity, 2)}, "
+        f"accuracy {percent(first.accuracy)} → {percent(second.accuracy)}. "
+        f"Lower loss on {percent(difference.win_rate)} of {difference.documents:,} {documents}."
+    ).replace("95%", "95 %")
+
+
+def figures_table(comparison: Comparison) -> Table:
+    """The figures of every model."""
+    rows = [
+        (
+            name,
+            with_error(evaluation.loss, loss_standard_error(evaluation)),
+            number(evaluation.perplexity, 2),
+            percent(evaluation.accuracy, 2),
+            number(evaluation.bits_per_byte),
+            number(evaluation.keras_loss),
+            number(evaluation.keras_accuracy),
+            f"{evaluation.tokens:,}",
+        )
+        for name, evaluation in comparison.evaluations.items()
+    ]
+    columns = (
+        "Model",
+        "Loss, nats per token",
+        "Perplexity",
+        "Accuracy",
+        "Bits per byte",
+        "Keras loss",
+        "Keras accuracy",
+        "Tokens",
+    )
+    return Table("Figures on the held-out texts, ± standard error over documents", columns, rows)
+
+
+def paired_table(comparison: Comparison) -> Table:
+    """Every model against the first."""
+    rows = []
+    for name, difference in comparison.paired.items():
+        low, high = difference.interval
+        accuracy = NOTHING
+        if difference.accuracy_difference is not None:
+            error = difference.accuracy_standard_error
+            accuracy = percent(difference.accuracy_difference, 2, signed=True)
+            accuracy += "" if error is None else f" ± {number(100 * error, 2)} %"
+        rows.append(
+            (
+                f"{name} {MINUS} {difference.baseline}",
+                f"{with_error(difference.difference, difference.standard_error, signed=True)} {difference.unit}",
+                f"{number(low, signed=True)} to {number(high, signed=True)}",
+                accuracy,
+                percent(difference.win_rate),
+            )
+        )
+    columns = ("Pair", "Loss difference", f"{CONFIDENCE * 100:.0f} % interval", "Accuracy difference", "Wins")
+    return Table("Paired difference over the same documents; a negative loss difference is an improvement", columns, rows)
+
+
+def generation_note(generation: dict[str, Any]) -> str:
+    """Length, speed and repetition of a generated text."""
+    ended = "ended by itself" if generation["finish_reason"] == "stop" else "cut at the length limit"
+    tokens = "token" if generation["tokens"] == 1 else "tokens"
+    parts = [f"{generation['tokens']:,} {tokens}, {ended}"]
+    parts.append(f"{number(generation['tokens_per_second'], 0)} tokens/s ({number(generation['seconds'], 2)} s)")
+    if generation["repeated_4"] is not None:
+        parts.append(f"repeated 4-grams {percent(generation['repeated_4'])}")
+    return " · ".join(parts)
+
+
+def prompt_groups(comparison: Comparison) -> list[list[dict[str, Any]]]:
+    """The generations of all models, prompt by prompt in their order."""
+    count = len(comparison.generations) // len(comparison.evaluations)
+    return [comparison.generations[index::count] for index in range(count)]
+
+
+def prompt_text(prompt: str | Sequence[int]) -> str:
+    """A prompt for reading."""
+    if isinstance(prompt, str):
+        return prompt or "(empty prompt)"
+    return "token ids " + " ".join(map(str, prompt)) if prompt else "(empty prompt)"
+
+
+def repeat_table(comparison: Comparison) -> Table:
+    """All that it takes to make the comparison again."""
+    evaluation = next(iter(comparison.evaluations.values())).settings
+    settings = dataclasses.asdict(evaluation) | comparison.settings
+    rows = [(name, str(value)) for name, value in settings.items()]
+    rows += [("texts", f"{comparison.data['documents']:,}, SHA-256 {comparison.data['sha256']}")]
+    for name, about in comparison.models.items():
+        source = f"{about['source']}, " if about["source"] else ""
+        rows.append((f"model {name}", f"{source}{about['parameters']:,} parameters, SHA-256 {about['fingerprint']}"))
+    rows += [(name, version) for name, version in comparison.versions.items()]
+    rows += [("command", comparison.command)] if comparison.command else []
+    return Table("Settings, texts, models and versions of this comparison", ("What", "Value"), rows)
+
+
+def timing_table(comparison: Comparison) -> Table:
+    """Times on this machine; the only figures that another run does not repeat."""
+    rows = []
+    for name, evaluation in comparison.evaluations.items():
+        warm = [g["seconds"] for g in comparison.generations if g["model"] == name]
+        rows.append(
+            (
+                name,
+                f"{number(evaluation.seconds, 1)} s",
+                f"{number(comparison.first_call_seconds[name], 2)} s" if warm else NOTHING,
+                f"{number(min(warm), 2)} to {number(max(warm), 2)} s" if warm else NOTHING,
+            )
+        )
+    columns = ("Model", "Evaluation", "First generation", "Later generations")
+    return Table("Time on this machine; evaluation and first generation include compilation", columns, rows)
+
+
+DEFINITIONS = (
+    ("Loss", "mean cross-entropy of the scored tokens in nats; an end token behind each text counts as a token."),
+    ("Perplexity", "exp(loss)."),
+    ("Accuracy", "share of scored tokens that were the model's most likely token."),
+    (
+        "Bits per byte",
+        "loss of the scored tokens over ln 2, per byte of the text they stand for; end tokens are left out of both.",
+    ),
+    (
+        "Keras loss, Keras accuracy",
+        "as Keras reported them in the study this library reproduces: the first tokens of each text in one row of "
+        "fixed length, divided by all positions of the row, padding included; for the accuracy, padding is a token "
+        "like any other.",
+    ),
+    (
+        "Standard error, interval",
+        "over documents, since the tokens of one text depend on each other: ratio estimate, and percentiles of a "
+        "bootstrap over documents.",
+    ),
+    ("Wins", "share of documents with the lower loss; a tie counts half."),
+    ("Repeated 4-grams", "share of four-token sequences that occurred before in the same text."),
+)
+
+
+def windows_sentence(comparison: Comparison) -> str:
+    """Which tokens were scored."""
+    settings = next(iter(comparison.evaluations.values())).settings
+    length, stride = settings.sequence_length, settings.stride
+    return {
+        "first": f"Scored: the first {length - 1} tokens of each text and an end token.",
+        "disjoint": f"Scored: every token of each text, in rows of {length} side by side.",
+        "sliding": f"Scored: every token of each text once, in rows of {length} that advance by {stride}.",
+    }[settings.windows]
+
+
+# ---- Markdown ----
+
+
+def markdown_report(comparison: Comparison) -> str:
+    """The report as Markdown."""
+    parts = [f"# {_markdown(headline(comparison))}"]
+    parts += [_markdown(f"{name}: {evidence(comparison, name)}") for name in comparison.paired]
+    parts += [windows_sentence(comparison), "## Figures", _markdown_table(figures_table(comparison))]
+    if comparison.paired:
+        parts.append(_markdown_table(paired_table(comparison)))
+    if comparison.generations:
+        parts.append("## Generated text")
+        for group in prompt_groups(comparison):
+            parts += ["### Prompt", _fenced(prompt_text(group[0]["prompt"]))]
+            for generation in group:
+                parts += [f"**{_markdown(generation['model'])}** ({generation_note(generation)})"]
+                parts += [_fenced(generation["text"])]
+    for name, groups in comparison.excerpts.items():
+        for title, excerpts in (("better", groups["gains"]), ("worse", groups["losses"])):
+            if excerpts:
+                parts.append(f"## Documents on which {_markdown(name)} is {title} by most")
+            for excerpt in excerpts:
+                text = "".join(piece for piece, _ in excerpt.pieces)
+                parts.append(
+                    f"Document {excerpt.document}: {number(excerpt.difference, 3, signed=True)} nats per token over "
+                    f"{excerpt.tokens:,} tokens"
+                )
+                parts.append(_fenced(text))
+    parts += ["## To repeat it", _markdown_table(repeat_table(comparison)), _markdown_table(timing_table(comparison))]
+    parts += ["## What the figures mean", "\n".join(f"- **{term}**: {text}" for term, text in DEFINITIONS)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [
+        "| " + " | ".join(map(_cell, table.columns)) + " |",
+        "|---|" + "---:|" * (len(table.columns) - 1) if len(table.columns) > 2 else "|---|---|",
+        *("| " + " | ".join(map(_cell, row)) + " |" for row in table.rows),
+    ]
+    return f"{table.caption}:\n\n" + "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", _markdown(text))
+
+
+def _markdown(text: str) -> str:
+    """Text that stands for itself."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
+
+
+def _fenced(text: str) -> str:
+    """Text word for word, behind a fence longer than any within it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+# ---- terminal ----
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Prints the headline and the tables of figures.
+
+    Args:
+        comparison: what `compare` gave.
+        console: where; default: standard output.
+    """
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = console or Console()
+    console.print(Text(headline(comparison), style="bold"))
+    for name in comparison.paired:
+        console.print(Text(f"{name}: {evidence(comparison, name)}"))
+    tables = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.paired else [])
+    for table in tables:
+        shown = RichTable(title=table.caption, title_justify="left", title_style="dim")
+        for index, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if index else "left")
+        for row in table.rows:
+            shown.add_row(*(Text(cell) for cell in row))
+        console.print(shown)

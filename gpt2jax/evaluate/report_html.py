@@ -1,0 +1,213 @@
+"""The report as one HTML file that needs nothing else: no script, no network, style and pictures inside."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from importlib import resources
+
+from gpt2jax.evaluate.compare import Comparison
+from gpt2jax.evaluate.excerpts import Excerpt
+from gpt2jax.evaluate.report import (
+    DEFINITIONS,
+    Table,
+    evidence,
+    figures_table,
+    generation_note,
+    headline,
+    number,
+    paired_table,
+    percent,
+    prompt_groups,
+    prompt_text,
+    repeat_table,
+    timing_table,
+    verdict,
+    windows_sentence,
+)
+from gpt2jax.evaluate.report_plots import SERIES, Plot, plots
+
+STRONG = 2.0  # nats: the deepest colour of a token
+
+
+def html_report(comparison: Comparison) -> str:
+    """The whole page."""
+    style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
+    title = headline(comparison)
+    sections = [
+        _section("figures", "Figures", _figures(comparison)),
+        _section("plots", "Where the difference lies", _plots(plots(comparison))),
+        _section("texts", "Generated text", _generations(comparison)) if comparison.generations else "",
+        *(_excerpts(index, name, groups) for index, (name, groups) in enumerate(comparison.excerpts.items())),
+        _section("repeat", "To repeat it", _repeat(comparison)),
+        _section("meaning", "What the figures mean", _definitions()),
+    ]
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{_text(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header>
+<p class="kicker">gpt2jax · comparison of {_count(len(comparison.evaluations), "model")}</p>
+<h1>{_text(title)}</h1>
+{_summary(comparison)}
+</header>
+<main>
+{"".join(sections)}</main>
+</body>
+</html>
+"""
+
+
+def _summary(comparison: Comparison) -> str:
+    """The sentences and the four figures at a glance."""
+    best = min(comparison.paired, key=lambda name: comparison.paired[name].difference, default=None)
+    parts = []
+    for name in comparison.paired:
+        lead = "" if name == best else f"<strong>{_text(verdict(name, comparison.paired[name]))}.</strong> "
+        parts.append(f'<p class="lead">{lead}{_text(evidence(comparison, name))}</p>')
+    if best is not None:
+        first, second = comparison.evaluations[comparison.baseline], comparison.evaluations[best]
+        pairs = [
+            ("Loss, nats per token", number(first.loss, 3), number(second.loss, 3)),
+            ("Perplexity", number(first.perplexity, 1), number(second.perplexity, 1)),
+            ("Accuracy", percent(first.accuracy), percent(second.accuracy)),
+        ]
+        if first.bits_per_byte is not None:
+            pairs.append(("Bits per byte", number(first.bits_per_byte, 3), number(second.bits_per_byte, 3)))
+        tiles = "".join(
+            f"<div><dt>{label}</dt><dd><span>{before}</span> <i>→</i> <b>{after}</b></dd></div>"
+            for label, before, after in pairs
+        )
+        names = f"{_text(comparison.baseline)} → {_text(best)}"
+        parts.append(f'<dl class="tiles" aria-label="{names}">{tiles}</dl>')
+    return "\n".join(parts)
+
+
+def _figures(comparison: Comparison) -> str:
+    tables = _table(figures_table(comparison))
+    if comparison.paired:
+        tables += _table(paired_table(comparison))
+    return f"<p>{_text(windows_sentence(comparison))}</p>\n{tables}"
+
+
+def _plots(made: Sequence[Plot]) -> str:
+    figures = []
+    for plot in made:
+        figures.append(
+            f"<figure>\n<figcaption><strong>{_text(plot.title)}</strong> {_text(plot.text)}</figcaption>\n"
+            f"{plot.svg}\n</figure>"
+        )
+    return '<div class="plots">\n' + "\n".join(figures) + "\n</div>"
+
+
+def _generations(comparison: Comparison) -> str:
+    colours = {name: index % SERIES for index, name in enumerate(comparison.evaluations)}
+    parts = [f"<p>{_text(_sampling_sentence(comparison))}</p>"]
+    for group in prompt_groups(comparison):
+        prompt = group[0]["prompt"]
+        columns = "".join(
+            f'<article class="series-{colours[generation["model"]]}">\n<h4>{_text(generation["model"])}</h4>\n'
+            f'<div class="text">{_text(generation["text"]) or "<em>(nothing)</em>"}</div>\n'
+            f'<p class="note">{_text(generation_note(generation))}</p>\n</article>\n'
+            for generation in group
+        )
+        kind = ' class="empty"' if not prompt else ""
+        heading = f'<h3><span class="label">Prompt</span> <span{kind}>{_text(prompt_text(prompt))}</span></h3>'
+        parts.append(f'<section class="prompt">\n{heading}\n<div class="columns">\n{columns}</div>\n</section>')
+    return "\n".join(parts)
+
+
+def _sampling_sentence(comparison: Comparison) -> str:
+    settings = comparison.settings
+    if not settings["do_sample"] or settings["temperature"] == 0:
+        how = "Greedy: always the most likely token"
+    else:
+        how = f"Sampled with temperature {settings['temperature']:g}"
+        how += f", top-k {settings['top_k']}" if settings["top_k"] else ""
+        how += f", top-p {settings['top_p']:g}" if settings["top_p"] < 1 else ""
+    if "max_length" in settings:
+        how += f", up to {settings['max_length']} tokens, prompt included"
+    else:
+        how += f", up to {settings['max_new_tokens']} new tokens"
+    return f"{how}. Prompt number i, from 0, has seed {settings['seed']} + i, the same for every model."
+
+
+def _excerpts(index: int, name: str, groups: dict[str, list[Excerpt]]) -> str:
+    parts = []
+    for title, excerpts in (("gains", groups["gains"]), ("loses", groups["losses"])):
+        if excerpts:
+            parts.append(f"<h3>{_text(name)} {title} most</h3>")
+        for place, excerpt in enumerate(excerpts):
+            parts.append(_excerpt(excerpt, is_open=place == 0))
+    if not parts:
+        return ""
+    legend = (
+        '<p class="legend">Each token has the colour of its difference: '
+        '<span class="gain" style="--depth: 0.75">better</span> in solid underline, '
+        '<span class="loss" style="--depth: 0.75">worse</span> in dotted underline, '
+        f"deeper colour for a larger difference (deepest from {STRONG:g} nats).</p>"
+    )
+    return _section(f"documents-{index}", f"Documents with the largest difference: {name}", legend + "\n".join(parts))
+
+
+def _excerpt(excerpt: Excerpt, *, is_open: bool) -> str:
+    tokens = "".join(_token(text, difference) for text, difference in excerpt.pieces)
+    shown = "" if len(excerpt.pieces) >= excerpt.tokens else " (beginning)"
+    summary = (
+        f"Document {excerpt.document}: {number(excerpt.difference, 3, signed=True)} nats per token "
+        f"over {_count(excerpt.tokens, 'token')}{shown}"
+    )
+    return f'<details{" open" * is_open}><summary>{_text(summary)}</summary>\n<div class="text">{tokens}</div></details>'
+
+
+def _token(text: str, difference: float) -> str:
+    depth = round(min(abs(difference) / STRONG, 1.0), 2)
+    if depth < 0.1 or difference != difference:
+        return _text(text)
+    kind = "gain" if difference < 0 else "loss"
+    return f'<span class="{kind}" style="--depth: {depth:g}" title="{number(difference, 2, signed=True)}">{_text(text)}</span>'
+
+
+def _repeat(comparison: Comparison) -> str:
+    return _table(repeat_table(comparison), numbers=False) + _table(timing_table(comparison))
+
+
+def _definitions() -> str:
+    return "<dl>" + "".join(f"<dt>{_text(term)}</dt><dd>{_text(text)}</dd>" for term, text in DEFINITIONS) + "</dl>"
+
+
+def _section(name: str, title: str, content: str) -> str:
+    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{_text(title)}</h2>\n{content}\n</section>\n'
+
+
+def _table(table: Table, *, numbers: bool = True) -> str:
+    """A table that scrolls by itself where the page is narrow."""
+    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
+    body = "".join(
+        f'<tr><th scope="row">{_text(row[0])}</th>' + "".join(f"<td>{_text(cell)}</td>" for cell in row[1:]) + "</tr>\n"
+        for row in table.rows
+    )
+    kind = "numbers" if numbers else "words"
+    label = _text(table.caption)
+    return (
+        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">\n<table class="{kind}">\n'
+        f"<caption>{label}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
+    )
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _text(text: str) -> str:
+    """Text that stands for itself, in an element or a quoted attribute; control characters become U+FFFD."""
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text))
