@@ -1,0 +1,87 @@
+"""GPT-2 in pure JAX: exact weights, fast training and sampling, and an honest comparison of models.
+
+The public names, grouped like a table of contents. They load when they are first used, so that
+`import gpt2jax` costs little.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gpt2jax.config import PRESETS, GPT2Config
+    from gpt2jax.data.sources import load_texts
+    from gpt2jax.evaluate.compare import Comparison, compare
+    from gpt2jax.evaluate.metrics import Evaluation, evaluate
+    from gpt2jax.generate import Generation, generate, stream
+    from gpt2jax.language_model import LanguageModel, from_config, load, load_adapter, save_adapter
+    from gpt2jax.lora import LoRAConfig
+    from gpt2jax.tokenizer import Tokenizer
+    from gpt2jax.train.config import FinetuneConfig
+    from gpt2jax.train.loop import Run, finetune
+
+_HOMES = {
+    # models
+    "GPT2Config": "config",
+    "PRESETS": "config",
+    "LanguageModel": "language_model",
+    "load": "language_model",
+    "from_config": "language_model",
+    "load_adapter": "language_model",
+    "save_adapter": "language_model",
+    "Tokenizer": "tokenizer",
+    # generation
+    "generate": "generate",
+    "stream": "generate",
+    "Generation": "generate",
+    # training
+    "finetune": "train.loop",
+    "Run": "train.loop",
+    "FinetuneConfig": "train.config",
+    "LoRAConfig": "lora",
+    # data
+    "load_texts": "data.sources",
+    # evaluation
+    "evaluate": "evaluate.metrics",
+    "Evaluation": "evaluate.metrics",
+    "compare": "evaluate.compare",
+    "Comparison": "evaluate.compare",
+}
+
+__all__ = [
+    "PRESETS",
+    "Comparison",
+    "Evaluation",
+    "FinetuneConfig",
+    "GPT2Config",
+    "Generation",
+    "LanguageModel",
+    "LoRAConfig",
+    "Run",
+    "Tokenizer",
+    "compare",
+    "evaluate",
+    "finetune",
+    "from_config",
+    "generate",
+    "load",
+    "load_adapter",
+    "load_texts",
+    "save_adapter",
+    "stream",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gpt2jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gpt2jax.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

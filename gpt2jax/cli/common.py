@@ -1,0 +1,80 @@
+"""What all commands share: arguments from dataclasses, one line for a user's mistake, texts by option."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# what a user can cause and mend; anything else is a bug and shows its traceback
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def run_command(name: str, options: type[T], run: Callable[[T], None], argv: Sequence[str] | None = None) -> None:
+    """Parses the arguments into `options` and runs; a user's mistake is one line and exit code 2."""
+    import tyro
+
+    arguments = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        run(arguments)
+    except USER_ERRORS as error:
+        fail(name, str(error))
+    except FloatingPointError as error:
+        fail(name, str(error), code=1)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        fail(name, "interrupted", code=130)
+
+
+def fail(name: str, message: str, *, code: int = 2) -> None:
+    """Prints one line and ends the program."""
+    line = " ".join(message.split())
+    print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Where texts come from.
+
+    Attributes:
+        data: "numeric-docs" (documentation of the installed numpy, jax, flax, optax), "python-docs" (of the standard
+            library), "pubmed", "arxiv", a file or folder (txt, jsonl, json, parquet, csv), or a hub data set id.
+        text_column: the column with the text, where there are several.
+        limit: use only the first so many training documents.
+        streaming: read a hub data set as it comes, without downloading all of it first; needs --limit.
+        data_revision: commit, tag or branch of a hub data set.
+    """
+
+    data: str = "numeric-docs"
+    text_column: str | None = None
+    limit: int | None = None
+    streaming: bool = False
+    data_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be at least 1")
+        if self.streaming and self.limit is None:
+            raise ValueError("streaming needs a limit: how many documents to read")
+
+    def texts(self, split: str, *, limit: int | None = None) -> list[str]:
+        """The texts of "train", "validation" or "test"."""
+        from gpt2jax.data.sources import load_texts
+
+        options: dict[str, Any] = {"streaming": True} if self.streaming else {}
+        return list(
+            load_texts(
+                self.data,
+                split=split,
+                text_column=self.text_column,
+                limit=limit,
+                revision=self.data_revision,
+                **options,
+            )
+        )

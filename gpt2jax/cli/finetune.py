@@ -1,0 +1,188 @@
+"""`gpt2jax finetune`: train, evaluate before and after on held-out texts, generate with both, write a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from gpt2jax.cli.common import DataOptions, run_command
+from gpt2jax.train.config import FinetuneConfig
+
+# an optimizer step of the default job takes about a second on two cores: it is to end within three minutes
+DEFAULT_JOB_STEPS = 60
+STUDY_DATA = ("pubmed", "arxiv")
+
+_TYPES = typing.get_type_hints(FinetuneConfig)
+# the settings of a run as options of the command; LoRA's are options of their own below
+TrainOptions: Any = dataclasses.make_dataclass(
+    "TrainOptions",
+    [
+        (field.name, _TYPES[field.name], dataclasses.field(default=field.default))
+        for field in dataclasses.fields(FinetuneConfig)
+        if field.name not in ("lora", "layout", "steps")
+    ],
+    frozen=True,
+    namespace={"__doc__": FinetuneConfig.__doc__},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fine-tune a model on texts and show what it gained.
+
+    Without options: the packaged gpt2-mini, specialised on the documentation of the installed numerical packages.
+
+    Attributes:
+        model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
+        init: "random" trains a model of that name's shape from scratch.
+        source: of the texts.
+        out: folder for metrics, checkpoints, the model and the report. Default: runs/MODEL-DATA.
+        resume: go on where a killed or interrupted run in that folder stopped.
+        overwrite: delete the run that the folder holds.
+        steps: optimizer steps. Default: 60 for numeric-docs, else as many as make --epochs.
+        layout: "windows" trains on every token; "documents" on the first tokens of each text, as the study did.
+            Default: "documents" for pubmed and arxiv, else "windows".
+        lora: train low-rank adapters instead of all parameters.
+        lora_rank: their rank.
+        lora_alpha: their output is scaled by alpha / rank.
+        lora_dropout: dropout of their input.
+        lora_targets: linears that get one: attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj.
+        train: settings of the run.
+        compare: evaluate the model before and after and write the report.
+        eval_documents: at most so many held-out documents, for the validation and for the comparison each.
+        prompts: prompts for the generated texts. Default: a set that suits the data.
+        max_new_tokens: length of the generated texts.
+    """
+
+    model: str = "gpt2-mini"
+    init: Literal["pretrained", "random"] = "pretrained"
+    source: DataOptions = dataclasses.field(default_factory=DataOptions)
+    out: pathlib.Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    steps: int | None = None
+    layout: Literal["windows", "documents"] | None = None
+    lora: bool = False
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("attn.c_attn",)
+    train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+    compare: bool = True
+    eval_documents: int = 400
+    prompts: tuple[str, ...] | None = None
+    max_new_tokens: int = 100
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    run_command("finetune", Options, run, argv)
+
+
+def run(options: Options) -> None:
+    """Loads, trains, compares, writes, and says where."""
+    from rich.console import Console
+
+    from gpt2jax.train.loop import finetune
+    from gpt2jax.train.run_folder import RunFolder
+
+    console = Console()
+    config = finetune_config(options)
+    output = options.out or default_output(options)
+    RunFolder(output, resume=options.resume, overwrite=options.overwrite)  # refuse before anything long begins
+    model = starting_model(options)
+    console.print(f"[bold]model[/]  {model!r}", highlight=False)
+    train_texts = options.source.texts("train", limit=options.source.limit)
+    validation_texts = options.source.texts("validation", limit=options.eval_documents)
+    test_texts = options.source.texts("test", limit=options.eval_documents) if options.compare else []
+    console.print(
+        f"[bold]texts[/]  {options.source.data}: {len(train_texts):,} documents to train on, "
+        f"{len(validation_texts):,} for validation, {len(test_texts):,} held out for the comparison",
+        highlight=False,
+    )
+    result = finetune(
+        model,
+        train_texts,
+        config,
+        validation_texts=validation_texts,
+        output=output,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    if options.compare:
+        _compare(options, model, result, test_texts, console)
+    console.print(f"[bold]wrote[/]  {output}", highlight=False)
+
+
+def _compare(options: Options, model: Any, result: Any, texts: list[str], console: Any) -> None:
+    from gpt2jax.evaluate.compare import compare
+    from gpt2jax.evaluate.report import print_comparison
+
+    length = options.train.sequence_length or min(model.config.n_positions, 1024)
+    comparison = compare(
+        {"generic": model, "specialised": result.model},
+        texts,
+        prompts=options.prompts or default_prompts(options.source.data),
+        sequence_length=length,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.train.seed,
+        history=result.history,
+    )
+    comparison.save(result.output)
+    print_comparison(comparison, console)
+
+
+def finetune_config(options: Options) -> FinetuneConfig:
+    """The settings of the run, defaults that depend on the data filled in."""
+    from gpt2jax.lora import LoRAConfig
+
+    lora = None
+    if options.lora:
+        lora = LoRAConfig(options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets)
+    steps = options.steps
+    if steps is None and options.source.data == "numeric-docs" and options.train.epochs == TrainOptions().epochs:
+        steps = DEFAULT_JOB_STEPS
+    layout = options.layout or ("documents" if options.source.data in STUDY_DATA else "windows")
+    return FinetuneConfig(**dataclasses.asdict(options.train), steps=steps, layout=layout, lora=lora)
+
+
+def default_output(options: Options) -> pathlib.Path:
+    """runs/MODEL-DATA, from the last parts of the two names."""
+    parts = [pathlib.PurePath(name).name.split(".")[0] or "model" for name in (options.model, options.source.data)]
+    return pathlib.Path("runs") / "-".join(parts)
+
+
+def starting_model(options: Options) -> Any:
+    """The model that training begins with."""
+    from gpt2jax.config import PRESETS
+    from gpt2jax.language_model import from_config, load
+    from gpt2jax.tokenizer import Tokenizer
+
+    if options.init == "pretrained":
+        return load(options.model)
+    if options.model not in PRESETS:
+        raise ValueError(f"--init random needs the name of a shape: {', '.join(PRESETS)}; not {options.model!r}")
+    shape = PRESETS[options.model]
+    return from_config(shape, options.train.seed, tokenizer=Tokenizer.gpt2(shape.vocab_size))
+
+
+def default_prompts(data: str) -> tuple[str, ...]:
+    """Prompts of the kind of text that the data holds."""
+    from gpt2jax.evaluate.compare import STUDY_PROMPTS
+
+    if data in ("numeric-docs", "python-docs"):
+        return DOCUMENTATION_PROMPTS
+    return STUDY_PROMPTS
+
+
+DOCUMENTATION_PROMPTS = (
+    "jax.numpy.mean(a, axis=None)\n\n",
+    "numpy.linalg.solve(a, b)\n\nSolve",
+    "Returns the",
+    "Parameters\n----------\n",
+    "This function",
+    "",
+)

@@ -1,0 +1,207 @@
+"""The model as a user holds it: configuration, parameters, tokenizer and, if there are any, adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2jax.config import PRESETS, GPT2Config
+from gpt2jax.lora import LoRAConfig, merge_adapters
+from gpt2jax.model import Params, count_parameters, head_kernel, hidden_states, init_params, output_logits
+from gpt2jax.precision import FLOAT32
+from gpt2jax.tokenizer import Tokenizer
+
+FORMATS = ("hf",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A GPT-2 with all that belongs to it. Treat it as immutable: functions return new ones.
+
+    Attributes:
+        config: the architecture.
+        params: plain nested dict of float32 arrays, the blocks stacked along a leading layer axis.
+        tokenizer: text to ids and back; None for a model made from a configuration alone.
+        adapters: LoRA adapters, nested as `params`, or None.
+        lora: their settings, or None.
+        source: the name or path that `load` had, or None.
+    """
+
+    config: GPT2Config
+    params: Params
+    tokenizer: Tokenizer | None = None
+    adapters: Params | None = None
+    lora: LoRAConfig | None = None
+    source: str | None = None
+
+    def __repr__(self) -> str:
+        c = self.config
+        shape = f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.vocab_size} ids, context {c.n_positions}"
+        lora = f", LoRA rank {self.lora.rank}" if self.lora else ""
+        return f"LanguageModel({self.source or 'unnamed'}: {self.num_parameters():,} parameters, {shape}{lora})"
+
+    @property
+    def end_token_id(self) -> int:
+        """The id that begins and ends a text."""
+        eos = self.config.eos_token_id
+        return self.config.vocab_size - 1 if eos is None else eos
+
+    def num_parameters(self) -> int:
+        """Number of parameters without adapters; a tied head counts once."""
+        return count_parameters(self.params)
+
+    def logits(self, token_ids: Any, attention_mask: Any = None) -> jax.Array:
+        """Next-token logits of every position.
+
+        Args:
+            token_ids: [B, T] int.
+            attention_mask: [B, T] bool, False = padding, left or right; positions are counted over the real tokens.
+
+        Returns:
+            [B, T, V] float32.
+
+        Raises:
+            ValueError: wrong shape, an id outside the vocabulary, or T over the context.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"token_ids has shape {ids.shape} and dtype {ids.dtype}; expected whole numbers [B, T]")
+        if ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
+            bad = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
+            raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} ids")
+        mask = None if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {mask.shape}; expected that of token_ids, {ids.shape}")
+        scale = self.lora.scale if self.lora else 1.0
+        return _logits(self.params, self.adapters, ids.astype(np.int32), mask, self.config, scale)
+
+    def merge_adapter(self) -> LanguageModel:
+        """The same model with its adapters added into plain weights; itself where it has none."""
+        if self.adapters is None or self.lora is None:
+            return self
+        params = merge_adapters(self.params, self.adapters, self.lora)
+        return dataclasses.replace(self, params=params, adapters=None, lora=None, source=None)
+
+    def save(self, path: str | pathlib.Path, format: str = "hf", *, dtype: str = "float32") -> None:
+        """Writes a folder that transformers, CTranslate2 and llama.cpp's converter load as it is.
+
+        Adapters are merged into the saved weights. An existing folder of that name is replaced, whole or not at all.
+
+        Args:
+            path: the folder.
+            format: "hf" (config.json, model.safetensors, tokenizer files).
+            dtype: of the file: "float32", "float16" or "bfloat16".
+
+        Raises:
+            ValueError: unknown format or dtype.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"format={format!r} is not known; known: {', '.join(FORMATS)}")
+        from gpt2jax.weights.hf import save_hf
+
+        merged = self.merge_adapter()
+        save_hf(path, merged.config, merged.params, merged.tokenizer, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(4,))
+def _logits(params, adapters, token_ids, mask, config, lora_scale):
+    hidden = hidden_states(
+        params, config, token_ids, attention_mask=mask, adapters=adapters, lora_scale=lora_scale, precision=FLOAT32
+    )
+    return output_logits(hidden, head_kernel(params), FLOAT32)
+
+
+def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
+    """A model with random parameters."""
+    return LanguageModel(config, init_params(config, seed), tokenizer)
+
+
+# the published models, by the name that people use, and where the hub keeps them
+HUB_IDS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+PACKAGED = pathlib.Path(__file__).parent / "assets"
+
+
+def load(name: str | pathlib.Path, *, revision: str | None = None) -> LanguageModel:
+    """Loads a model.
+
+    Args:
+        name: "gpt2-mini" (packaged, needs no network), "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or any other
+            hub id of a GPT-2 (`owner/name`), or a path: a weights folder or file, or a run folder of `finetune`.
+        revision: commit, tag or branch, for a model on the hub.
+
+    Raises:
+        ValueError: no such name (the message lists the known ones), or files that are not what they should be.
+        FileNotFoundError: a path where nothing lies.
+    """
+    from gpt2jax.weights import load_weights
+    from gpt2jax.weights.hub import download
+
+    source = str(name)
+    path = pathlib.Path(name)
+    if source == "gpt2-mini":
+        path = PACKAGED / source
+    elif source in HUB_IDS or (not path.exists() and _is_hub_id(source)):
+        path = download(HUB_IDS.get(source, source), revision=revision)
+    elif not path.exists():
+        if _looks_like_path(source):
+            raise FileNotFoundError(f"there is no model at {source}")
+        known = ", ".join(PRESETS)
+        raise ValueError(f"unknown model {source!r}; known: {known}, hub ids such as owner/name, and paths")
+    if (path / "run.json").is_file():
+        return _load_run(path)
+    config, params, tokenizer = load_weights(path)
+    return LanguageModel(config, params, tokenizer, source=source)
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or bool(pathlib.PurePath(source).suffix)
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not _looks_like_path(source)
+
+
+def _load_run(path: pathlib.Path) -> LanguageModel:
+    """The result of a run folder: its model, or its adapters on their base."""
+    if (path / "model").is_dir():
+        return dataclasses.replace(load(path / "model"), source=str(path))
+    if not (path / "adapter").is_dir():
+        raise ValueError(f"{path} holds a run that has not ended: resume it, then load it")
+    base = path / "base"
+    if not base.is_dir():
+        base = json.loads((path / "run.json").read_text("utf-8"))["base_model"]
+    return dataclasses.replace(load_adapter(load(base), path / "adapter"), source=str(path))
+
+
+def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageModel:
+    """The model with the LoRA adapters of a PEFT folder.
+
+    Adapters that the model has already are merged into its weights first.
+
+    Raises:
+        ValueError: the folder's adapters do not fit the model, or are of a kind that is not known here.
+    """
+    from gpt2jax.weights.peft import load_adapter as read
+
+    lora, adapters = read(path, model.config)
+    return dataclasses.replace(model.merge_adapter(), adapters=adapters, lora=lora)
+
+
+def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
+    """Writes the model's LoRA adapters as a PEFT folder (adapter_config.json, adapter_model.safetensors).
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    from gpt2jax.weights.peft import save_adapter as write
+
+    if model.adapters is None or model.lora is None:
+        raise ValueError("the model has no adapters to save: fine-tune it with lora=LoRAConfig(...) first")
+    write(path, model.config, model.lora, model.adapters)

@@ -1,0 +1,142 @@
+"""Cross-entropy and accuracy as sums and counts, without ever holding float32 logits of a whole batch.
+
+Losses return sums: they are divided once, by the number of real tokens over all micro-batches, devices and batches, so
+that every token weighs the same however the batch is cut.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gpt2jax.model import output_logits
+from gpt2jax.precision import FLOAT32, Precision
+
+# the most logits held at once: 32 Mi float32 values are 128 MiB, and one chunk for a small vocabulary or batch
+MAX_LOGITS = 1 << 25
+
+
+def chunk_size(rows: int, vocab_size: int) -> int:
+    """Rows of one chunk so that a chunk's logits stay within `MAX_LOGITS`: equal chunks, multiples of 8."""
+    chunks = -(-rows * vocab_size // MAX_LOGITS)
+    return min(rows, -(-rows // chunks + 7) // 8 * 8) if chunks > 1 else rows
+
+
+def token_losses(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, precision: Precision = FLOAT32
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and hit of every token; for evaluation.
+
+    Args:
+        hidden: [..., D] hidden states after the last LayerNorm.
+        head: [V, D] output head.
+        targets: [...] int, the token that follows.
+        precision: dtypes of the product; softmax and loss are float32.
+
+    Returns:
+        (nll [...] float32 in nats, hit [...] bool: the most likely token is the target).
+    """
+
+    def chunk(rows):
+        nll, hit, _ = _softmax_loss(output_logits(rows[0], head, precision), rows[1])
+        return nll, hit
+
+    flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    nll, hit = _map_chunks(chunk, flat, chunk_size(targets.size, head.shape[0]))
+    return nll.reshape(targets.shape), hit.reshape(targets.shape)
+
+
+def cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, precision: Precision = FLOAT32
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of the cross-entropy of every token; differentiable in `hidden` and `head`.
+
+    The gradient (softmax minus one-hot, through the head) is computed together with the loss, chunk by chunk, so the
+    logits are computed once and are gone when the loss is known.
+
+    Args:
+        hidden: [..., D] hidden states after the last LayerNorm.
+        head: [V, D] output head.
+        targets: [...] int, the token that follows.
+        weights: [...] float32, 0 for padding.
+        precision: dtypes of the products; softmax, loss and sums are float32.
+
+    Returns:
+        (loss sum, {"tokens": sum of weights, "correct": weighted count of hits}), float32 scalars. The two counts
+        carry no gradient.
+    """
+    dim = hidden.shape[-1]
+    loss, correct = _cross_entropy(
+        hidden.reshape(-1, dim), head, targets.reshape(-1), weights.reshape(-1), precision
+    )
+    return loss, {"tokens": weights.sum(), "correct": jax.lax.stop_gradient(correct)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden, head, targets, weights, precision):
+    nll, hit = token_losses(hidden, head, targets, precision)
+    return (nll * weights).sum(), (hit * weights).sum()
+
+
+def _cross_entropy_forward(hidden, head, targets, weights, precision):
+    dtype = precision.compute_dtype
+    narrow_head = head.astype(dtype)
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+
+    def chunk(carry, rows):
+        loss, correct, d_head = carry
+        h, target, weight = rows
+        logits = output_logits(h, head, precision)
+        nll, hit, log_z = _softmax_loss(logits, target)
+        columns = jax.lax.broadcasted_iota(target.dtype, logits.shape, 1)
+        d_logits = (jnp.exp(logits - log_z[:, None]) - (columns == target[:, None])) * weight[:, None]
+        d_logits = d_logits.astype(dtype)
+        d_hidden = product("cv,vd->cd", d_logits, narrow_head)
+        d_head = d_head + product("cv,cd->vd", d_logits, h.astype(dtype))
+        return (loss + (nll * weight).sum(), correct + (hit * weight).sum(), d_head), d_hidden
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
+    size = chunk_size(targets.size, head.shape[0])
+    (loss, correct, d_head), d_hidden = _scan_chunks(chunk, start, (hidden, targets, weights), size)
+    return (loss, correct), (d_hidden, d_head, jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
+
+
+def _cross_entropy_backward(precision, saved, cotangents):
+    d_hidden, d_head, hidden_like, head_like = saved
+    scale = cotangents[0]  # the count of hits is piecewise constant: no gradient
+    # scaled in float32 before the cast: under float16 that is what loss scaling is for
+    return (d_hidden * scale).astype(hidden_like.dtype), (d_head * scale).astype(head_like.dtype), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _softmax_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits [C, V] float32, targets [C] -> (nll [C], hit [C], log of the softmax's denominator [C])."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return log_z - target_logits, jnp.argmax(logits, axis=-1) == targets, log_z
+
+
+def _map_chunks(function, rows, size):
+    _, outputs = _scan_chunks(lambda carry, chunk: (carry, function(chunk)), (), rows, size)
+    return outputs
+
+
+def _scan_chunks(function, carry, rows, size):
+    """`lax.scan` over chunks of `size` rows, the last one filled up with zeros (weight 0)."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if size >= count:
+        return function(carry, rows)
+    chunks = -(-count // size)
+
+    def cut(x):
+        padding = [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
+
+    carry, outputs = jax.lax.scan(function, carry, jax.tree.map(cut, rows))
+    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], outputs)

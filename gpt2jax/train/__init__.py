@@ -1,0 +1,1 @@
+"""Training: settings, optimizer, the jitted step, checkpoints and the loop around them."""

@@ -1,0 +1,131 @@
+"""The files of a run: settings, metrics and results in one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from gpt2jax.data.documents import Documents
+from gpt2jax.files import atomic_write
+from gpt2jax.language_model import LanguageModel
+from gpt2jax.train.config import FinetuneConfig
+
+RUN_FILE = "run.json"
+# these say how to log and keep, not what is computed: a resumed run may change them
+_FREE_FIELDS = {"log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}
+# what a run writes into its folder, here and in the report: `overwrite` deletes this and nothing else
+_OWN = ("checkpoints", "model", "base", "adapter", "metrics.jsonl", RUN_FILE)
+_REPORT = ("comparison.json", "report.html", "report.md")
+
+
+class RunFolder:
+    """A folder with one run in it.
+
+    Raises:
+        FileExistsError: it holds another run, or files that are no run's, and `resume` or `overwrite` is not given.
+    """
+
+    def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
+        self.path = pathlib.Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{path} is a file; expected a folder for the run")
+        holds_run = (self.path / RUN_FILE).exists()
+        if self.path.exists() and any(self.path.iterdir()):
+            if not holds_run and not overwrite:
+                raise FileExistsError(f"{path} is not empty and holds no run; choose another folder")
+            if holds_run and not (resume or overwrite):
+                raise FileExistsError(f"{path} holds another run; resume it, overwrite it, or choose another folder")
+        self._resumed = resume and holds_run and not overwrite
+        self._overwrite = overwrite
+
+    def begin(self, model: LanguageModel, config: FinetuneConfig, documents: Documents) -> None:
+        """Writes `run.json`, or checks that the one of a resumed run says the same.
+
+        Raises:
+            ValueError: a resumed run had other settings, another model or other texts; names what differs.
+        """
+        content = run_description(model, config, documents)
+        if self._resumed:
+            self._check_same(content)
+            return
+        if self._overwrite and self.path.is_dir():
+            for name in (*_OWN, *_REPORT):
+                entry = self.path / name
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.path / RUN_FILE) as file:
+            json.dump(content, file, indent=2)
+
+    def _check_same(self, content: dict[str, Any]) -> None:
+        before = json.loads((self.path / RUN_FILE).read_text("utf-8"))
+        flat_before, flat_now = _flatten(before), _flatten(content)
+        different = [
+            f"{name} was {flat_before.get(name)!r}, is {flat_now.get(name)!r}"
+            for name in sorted(flat_before.keys() | flat_now.keys())
+            if flat_before.get(name) != flat_now.get(name) and name.split(".")[-1] not in _FREE_FIELDS
+        ]
+        if different:
+            raise ValueError(f"cannot resume {self.path}: {'; '.join(different)}")
+
+    def read_metrics(self, *, up_to: int) -> list[dict[str, float]]:
+        """The log up to a step; later lines, of steps that a resumed run does again, are removed."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        kept = []
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # a run killed in the middle of a line
+                continue
+            if entry["step"] <= up_to:
+                kept.append(entry)
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        return kept
+
+    def append_metrics(self, entry: dict[str, float]) -> None:
+        """Adds a line to `metrics.jsonl`."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def finish(self, model: LanguageModel) -> None:
+        """Saves the trained model, or its adapters, and the base model where no name leads back to it."""
+        if model.adapters is None:
+            model.save(self.path / "model")
+            return
+        from gpt2jax.language_model import save_adapter
+
+        save_adapter(model, self.path / "adapter")
+        if model.source is None:
+            dataclasses.replace(model, adapters=None, lora=None).save(self.path / "base")
+
+
+def run_description(model: LanguageModel, config: FinetuneConfig, documents: Documents) -> dict[str, Any]:
+    """What `run.json` says: everything that the result follows from."""
+    digest = hashlib.sha256(documents.tokens.tobytes())
+    digest.update(documents.offsets.tobytes())
+    return {
+        "format": "gpt2jax run",
+        "version": 1,
+        "base_model": model.source,
+        "model_config": dataclasses.asdict(model.config),
+        "finetune": json.loads(json.dumps(dataclasses.asdict(config))),
+        "data": {
+            "documents": len(documents),
+            "tokens": int(documents.offsets[-1]),
+            "sha256": digest.hexdigest(),
+        },
+    }
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

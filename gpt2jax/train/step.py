@@ -1,0 +1,151 @@
+"""One training step as one jitted, donated function on plain pytrees."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.lora import LoRAConfig
+from gpt2jax.losses import cross_entropy
+from gpt2jax.model import Params, head_kernel, hidden_states
+from gpt2jax.precision import Precision
+from gpt2jax.train.optimizer import clip_scale, global_norm
+
+TrainState = dict[str, Any]
+Step = Callable[[TrainState, Params | None, Params], tuple[TrainState, dict[str, jax.Array]]]
+
+# dynamic loss scaling of float16: gradients below 6e-8 would vanish without it
+INITIAL_SCALE, MIN_SCALE, MAX_SCALE = 2.0**15, 1.0, 2.0**24
+GROWTH_INTERVAL = 2000
+
+
+def init_state(trainable: Params, optimizer: optax.GradientTransformation, *, loss_scaling: bool) -> TrainState:
+    """The state of a run at its beginning; it takes `trainable` over (the step donates it)."""
+    state: TrainState = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": trainable,
+        "optimizer": optimizer.init(trainable),
+    }
+    if loss_scaling:
+        state["loss_scale"] = {
+            "scale": jnp.asarray(INITIAL_SCALE, jnp.float32),
+            "finite_steps": jnp.zeros((), jnp.int32),
+            "skipped": jnp.zeros((), jnp.int32),
+        }
+    return state
+
+
+def make_train_step(
+    config: GPT2Config,
+    optimizer: optax.GradientTransformation,
+    precision: Precision,
+    *,
+    lora: LoRAConfig | None = None,
+    max_grad_norm: float | None = 1.0,
+    accumulation: int = 1,
+    seed: int = 0,
+) -> Step:
+    """Builds `step(state, frozen, batch) -> (state, metrics)`.
+
+    Args:
+        config: of the model, its dropout rates included.
+        optimizer: an optax transformation of the trainable parameters.
+        precision: dtypes; float16 makes the step scale its loss and skip overflowing steps.
+        lora: given, `state["params"]` are adapters and `frozen` the model's parameters; otherwise `frozen` is None.
+        max_grad_norm: clip to this global norm.
+        accumulation: parts that the batch is computed in.
+        seed: of dropout, whose key is a function of (seed, step).
+
+    The state is donated. The batch holds tokens, targets [B, T] int and weights [B, T] float32. Metrics are float32
+    scalars on the device: loss (mean over real tokens), accuracy, tokens, grad_norm, and for float16 loss_scale
+    and skipped (steps so far).
+    """
+
+    def loss_sum(trainable, frozen, batch, key, scale):
+        params, adapters = (trainable, None) if lora is None else (frozen, trainable)
+        hidden = hidden_states(
+            params,
+            config,
+            batch["tokens"],
+            precision=precision,
+            dropout_key=key,
+            adapters=adapters,
+            lora_scale=lora.scale if lora else 1.0,
+            lora_dropout=lora.dropout if lora else 0.0,
+        )
+        total, counts = cross_entropy(
+            hidden, head_kernel(params), batch["targets"], batch["weights"], precision
+        )
+        return total * scale, {"loss": total, **counts}
+
+    gradient = jax.grad(loss_sum, has_aux=True)
+
+    def summed_gradient(trainable, frozen, batch, key, scale):
+        """Gradient of the loss sum and the sums, over all parts of the batch."""
+        if accumulation == 1:
+            return gradient(trainable, frozen, batch, key, scale)
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+
+        def add(total, part):
+            part, index = part
+            return jax.tree.map(
+                jnp.add, total, gradient(trainable, frozen, part, jax.random.fold_in(key, index), scale)
+            ), None
+
+        zero = (
+            jax.tree.map(jnp.zeros_like, trainable),
+            {name: jnp.zeros(()) for name in ("loss", "tokens", "correct")},
+        )
+        return jax.lax.scan(add, zero, (parts, jnp.arange(accumulation)))[0]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        tokens = jnp.maximum(batch["weights"].sum(), 1.0)
+        scale = state["loss_scale"]["scale"] if "loss_scale" in state else 1.0
+        # one division by the whole batch's tokens, inside the scaled loss so that float16 sums stay in range
+        gradients, sums = summed_gradient(state["params"], frozen, batch, key, scale / tokens)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradients)
+        norm = global_norm(gradients)
+        clip = clip_scale(norm, max_grad_norm)
+        gradients = jax.tree.map(lambda g: g * clip, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+        new = {
+            "step": state["step"] + 1,
+            "params": optax.apply_updates(state["params"], updates),
+            "optimizer": optimizer_state,
+        }
+        metrics = {
+            "loss": sums["loss"] / tokens,
+            "accuracy": sums["correct"] / tokens,
+            "tokens": sums["tokens"],
+            "grad_norm": norm,
+        }
+        if "loss_scale" in state:
+            finite = jnp.isfinite(norm)
+            # an overflow leaves parameters, moments and the schedule's count as they were
+            for name in ("params", "optimizer"):
+                new[name] = jax.tree.map(functools.partial(jnp.where, finite), new[name], state[name])
+            new["loss_scale"] = next_loss_scale(state["loss_scale"], finite)
+            metrics |= {"loss_scale": scale, "skipped": new["loss_scale"]["skipped"].astype(jnp.float32)}
+        return new, metrics
+
+    return step
+
+
+def next_loss_scale(state: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
+    """Doubles the scale after `GROWTH_INTERVAL` finite steps in a row, halves it on an overflow."""
+    finite_steps = jnp.where(finite, state["finite_steps"] + 1, 0)
+    grow = finite_steps >= GROWTH_INTERVAL
+    scale = jnp.where(finite, jnp.where(grow, state["scale"] * 2, state["scale"]), state["scale"] / 2)
+    return {
+        "scale": jnp.clip(scale, MIN_SCALE, MAX_SCALE),
+        "finite_steps": jnp.where(grow, 0, finite_steps),
+        "skipped": state["skipped"] + jnp.where(finite, 0, 1),
+    }

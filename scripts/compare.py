@@ -1,0 +1,6 @@
+"""Compare models on the same texts: the same as `gpt2jax compare`."""
+
+from gpt2jax.cli.compare import main
+
+if __name__ == "__main__":
+    main()
