@@ -4,8 +4,8 @@
     for piece in stream(model, "a prompt"): print(piece, end="")
 
 What runs on the device is in decoding.py; here are prompts, buckets, batches, stop strings and text. Shapes
-are rounded up (prompts and new tokens to powers of two, rows to powers of two), so that one compiled program
-serves many calls.
+are rounded up to powers of two (rows, prompt slots, new tokens), so that one compiled program serves many
+calls.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.decoding import Progress, Request, decode, first_tokens, grow
@@ -182,7 +183,7 @@ class _Job:
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
-    """The power of two that holds `size`, within `smallest` and `largest` (which holds it too)."""
+    """The power of two that holds `size`, between `smallest` and `largest`, which holds it too."""
     return min(max(smallest, 1 << (size - 1).bit_length()), largest)
 
 
@@ -204,7 +205,8 @@ class _Run:
             token_ids[i, slots - len(row.ids) :] = row.ids
             padding[i] = slots - len(row.ids)
             limits[i], seeds[i] = row.limit, row.seed
-        self._request = Request(padding, limits, seeds, stop_ids, job.settings.filters())
+        arrays = map(jnp.asarray, (padding, limits, seeds, stop_ids))
+        self._request = Request(*arrays, filters=job.settings.filters())
         self._limit = int(limits.max())
         self._step = 1
         self._window = job.settings.window
@@ -232,7 +234,7 @@ class _Run:
         """Rows that the host has ended need no more steps."""
         done = np.ones(len(self._request.limits), bool)
         done[: len(ended)] = ended
-        self.progress = self.progress._replace(done=done)
+        self.progress = self.progress._replace(done=jnp.asarray(done))
 
 
 class _Reader:

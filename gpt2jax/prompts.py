@@ -1,4 +1,4 @@
-"""What `generate` is asked for: prompts, lengths, seeds and stops, checked and turned into rows of token ids."""
+"""What `generate` is asked for: prompts, lengths, seeds, stops; checked, and turned into rows of token ids."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def _new_tokens(
     if max_length is not None:
         if max_length <= length:
             raise ValueError(
-                f"{name} has {length} tokens, which leaves no new ones within max_length={max_length} (it counts "
-                f"the prompt)"
+                f"{name} has {length} tokens, which leaves no new ones within max_length={max_length} "
+                f"(it counts the prompt)"
             )
         new = max_length - length
     elif max_new_tokens is not None:
@@ -164,7 +164,8 @@ def _row_seeds(seed: Any, rows: int) -> list[int]:
     if is_whole(seed) and 0 <= seed < SEED_RANGE:
         return [(int(seed) + row) % SEED_RANGE for row in range(rows)]
     seeds = list(_plain(seed)) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
-    if seeds is None or len(seeds) != rows or not all(is_whole(s) and 0 <= s < SEED_RANGE for s in seeds):
+    valid = seeds is not None and all(is_whole(s) and 0 <= s < SEED_RANGE for s in seeds)
+    if seeds is None or not valid or len(seeds) != rows:
         raise ValueError(
             f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one for each row"
         )

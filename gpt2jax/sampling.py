@@ -125,7 +125,7 @@ def sample(
 
 
 def window_weights(values: jax.Array, filters: Filters) -> jax.Array:
-    """Filtered probabilities, up to a factor a row, of candidates: logits [B, W] in descending order -> [B, W]."""
+    """Filtered probabilities, up to a factor a row, of candidates: descending logits [B, W] -> [B, W]."""
     weights = _tempered(values, filters.temperature)
     weights = jnp.where(jnp.arange(values.shape[-1]) < filters.top_k, weights, 0.0)
     before = jnp.cumsum(weights, axis=-1) - weights
@@ -159,8 +159,7 @@ def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def draw_from_all(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """As `draw`, for weights [B, V] of a whole vocabulary: first a block, then an index in it; uniforms [B,
-    2].
+    """As `draw`, for weights [B, V] of a whole vocabulary: uniforms [B, 2], first for a block, then in it.
 
     Two short cumulative sums in place of one long one, and twice the random bits: one uniform float has steps
     of 1e-7, which is much in the tail of a vocabulary.
@@ -174,8 +173,9 @@ def draw_from_all(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def _largest(order: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
-    """Marks the smallest set of entries, largest `order` first, whose mass reaches `target`; of equals, the
-    first.
+    """Marks the smallest set of entries, largest `order` first, whose mass reaches `target`.
+
+    Of entries of equal order, the first ones.
 
     The border is found by bisection over the bits: 32 masked sums, a fraction of the time of a sort.
 
