@@ -1,0 +1,72 @@
+"""Weights from files and back: one module and one declarative table per format."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.model import Params
+from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.tokenizer_files import VOCABULARY_FILES
+from gpt2jax.weights.hf import WEIGHT_FILES, load_hf
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A kind of weights that can be read.
+
+    Attributes:
+        name: for messages.
+        expects: what lies at a path of this kind, for messages.
+        matches: whether a path, which exists, looks like it.
+        load: reads it.
+    """
+
+    name: str
+    expects: str
+    matches: Callable[[Path], bool]
+    load: Callable[[Path], tuple[GPT2Config, Params]]
+
+
+def _is_hf(path: Path) -> bool:
+    if path.is_dir():
+        return any((path / name).is_file() for name in WEIGHT_FILES)
+    return path.suffix == ".safetensors"
+
+
+# the first that matches reads
+FORMATS = (
+    Format(
+        "Hugging Face", "a folder with config.json and model.safetensors, or such a file", _is_hf, load_hf
+    ),
+)
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params, Tokenizer | None]:
+    """Reads weights of any known format, told by what lies at the path, and the tokenizer beside them.
+
+    Returns:
+        (config, params, tokenizer); the tokenizer is None where no file of one is there.
+
+    Raises:
+        FileNotFoundError: nothing lies at the path.
+        ValueError: what lies there is of no known format, or damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there are no weights at {path}")
+    kind = next((kind for kind in FORMATS if kind.matches(path)), None)
+    if kind is None:
+        expected = "".join(f"\n  {kind.name}: {kind.expects}" for kind in FORMATS)
+        raise ValueError(f"{path} holds no weights of a known format. Expected one of:{expected}")
+    config, params = kind.load(path)
+    return config, params, read_tokenizer_beside(path if path.is_dir() else path.parent)
+
+
+def read_tokenizer_beside(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder, or None where no file of one is there."""
+    names = ["tokenizer.json", *(name for pair in VOCABULARY_FILES for name in pair)]
+    return Tokenizer.from_folder(folder) if any((folder / name).is_file() for name in names) else None

@@ -1,0 +1,209 @@
+"""Hugging Face folders and files: read in every dress they come in, written as transformers writes them.
+
+Source: `GPT2LMHeadModel.save_pretrained` of transformers; its linears, "Conv1D", have kernels [in, out] too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.files import atomic_folder
+from gpt2jax.model import Params
+from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.weights.mapping import Rule, Tensor, fill, spread
+from gpt2jax.weights.safetensors_file import read_safetensors, write_safetensors
+
+RULES = (
+    Rule("wte.weight", "wte.embedding"),
+    Rule("wpe.weight", "wpe.embedding"),
+    Rule("h.{layer}.ln_1.weight", "h.ln_1.scale"),
+    Rule("h.{layer}.ln_1.bias", "h.ln_1.bias"),
+    Rule("h.{layer}.attn.c_attn.weight", "h.attn.c_attn.kernel"),
+    Rule("h.{layer}.attn.c_attn.bias", "h.attn.c_attn.bias"),
+    Rule("h.{layer}.attn.c_proj.weight", "h.attn.c_proj.kernel"),
+    Rule("h.{layer}.attn.c_proj.bias", "h.attn.c_proj.bias"),
+    Rule("h.{layer}.ln_2.weight", "h.ln_2.scale"),
+    Rule("h.{layer}.ln_2.bias", "h.ln_2.bias"),
+    Rule("h.{layer}.mlp.c_fc.weight", "h.mlp.c_fc.kernel"),
+    Rule("h.{layer}.mlp.c_fc.bias", "h.mlp.c_fc.bias"),
+    Rule("h.{layer}.mlp.c_proj.weight", "h.mlp.c_proj.kernel"),
+    Rule("h.{layer}.mlp.c_proj.bias", "h.mlp.c_proj.bias"),
+    Rule("ln_f.weight", "ln_f.scale"),
+    Rule("ln_f.bias", "ln_f.bias"),
+    Rule("lm_head.weight", "lm_head.kernel"),
+)
+WRAPPERS = (
+    "_orig_mod.",
+    "module.",
+    "transformer.",
+)  # torch.compile, data parallel, the model inside the head model
+MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that old versions saved with the weights
+WEIGHT_FILES = ("model.safetensors",)
+DTYPES = ("float32", "float16", "bfloat16")
+# what a folder may hold to be taken for a saved model, and be replaced by a new one
+OURS = re.compile(
+    r"(config|generation_config|vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"|merges\.txt|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+
+
+def load_hf(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
+    """Reads a Hugging Face folder, or a weights file with its config.json beside it.
+
+    Names may begin with `transformer.`, `module.` or `_orig_mod.`; saved attention masks are passed over; the
+    tied head may be in the file once or twice, under either name. Weights in 16 bits become float32.
+
+    Args:
+        path: the folder, or the file.
+
+    Returns:
+        (config, params), blocks stacked.
+
+    Raises:
+        FileNotFoundError: nothing lies there.
+        ValueError: it is no such folder or file, or tensors do not fit the configuration; all are named.
+    """
+    path = Path(path)
+    file = _weight_file(path)
+    config = read_config(file.parent)
+    tensors = tie(config, plain_names(read_safetensors(file), str(file)), str(file))
+    return config, fill(config, RULES, tensors, str(file))
+
+
+def save_hf(
+    folder: str | os.PathLike[str],
+    config: GPT2Config,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Writes config.json, generation_config.json, model.safetensors and the tokenizer's files.
+
+    The folder appears whole or not at all. One that holds a saved model is replaced, other content is not.
+
+    Args:
+        folder: the folder to make.
+        config: the architecture.
+        params: the parameters, blocks stacked.
+        tokenizer: written too where there is one.
+        dtype: of the weights in the file: "float32", "float16" or "bfloat16".
+
+    Raises:
+        ValueError: unknown dtype, or a weight that is not finite in it.
+        FileExistsError: the folder holds files that are not part of a saved model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(DTYPES)}")
+    arrays = [(_published_name(name), array) for name, array in spread(config, RULES, params)]
+    shapes = {name: array.shape for name, array in arrays}
+    refuse_foreign_files(Path(folder), OURS, "a saved model")
+    with atomic_folder(folder, overwrite=True) as aside:
+        _write_json(aside / "config.json", {**config.to_hf(), "dtype": dtype})
+        tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        _write_json(aside / "generation_config.json", {"_from_model_config": True, **tokens})
+        write_safetensors(aside / "model.safetensors", shapes, arrays, dtype, {"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(aside, max_length=config.n_positions)
+
+
+def read_config(folder: Path) -> GPT2Config:
+    """The configuration in a folder's config.json.
+
+    Raises:
+        ValueError: there is none, or it is not that of a GPT-2; the message names the file.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no config.json, which says what the weights are made of: put it beside them"
+        )
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        for name in ("pruned_heads", "quantization_config"):
+            if content.get(name):
+                raise ValueError(f"{name}={content[name]!r:.100} is not supported")
+        return GPT2Config.from_hf(content)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors by their names without wrappers, saved masks left out.
+
+    Raises:
+        ValueError: two tensors have the same name without wrappers.
+    """
+    plain: dict[str, Tensor] = {}
+    for full_name, tensor in tensors.items():
+        name = full_name
+        while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
+            name = name.removeprefix(wrapper)
+        if MASKS.fullmatch(name):
+            continue
+        if name in plain:
+            raise ValueError(f"{source}: tensor {name} is there twice, once as {full_name}")
+        plain[name] = tensor
+    return plain
+
+
+def tie(config: GPT2Config, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """For a tied head one copy of it, named as the embedding.
+
+    Raises:
+        ValueError: the two copies differ, so that tying would change the model.
+    """
+    if not config.tie_word_embeddings or "lm_head.weight" not in tensors:
+        return tensors
+    head = tensors["lm_head.weight"]
+    embedding = tensors.get("wte.weight", head)
+    others = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    # compared by their bytes: NaN is reported later, by name
+    if embedding is not head and (
+        head.shape != embedding.shape or head.read().tobytes() != embedding.read().tobytes()
+    ):
+        raise ValueError(
+            f"{source}: lm_head.weight differs from wte.weight, but the config says that they are tied: "
+            "set tie_word_embeddings to false to keep both, or remove one of them"
+        )
+    return {"wte.weight": embedding, **others}
+
+
+def refuse_foreign_files(folder: Path, known: re.Pattern[str], kind: str) -> None:
+    """Raises FileExistsError where replacing the folder would delete files that are not part of `kind`."""
+    if not folder.is_dir():
+        return
+    foreign = sorted(
+        entry.name for entry in folder.iterdir() if not known.fullmatch(entry.name) or entry.is_dir()
+    )
+    if foreign:
+        raise FileExistsError(
+            f"{folder} holds {foreign[0]!r}, which is not part of {kind}: give the name of a new folder"
+        )
+
+
+def _weight_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"there are no weights at {path}")
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"{path} holds no weights: expected {' or '.join(WEIGHT_FILES)} in it")
+
+
+def _published_name(name: str) -> str:
+    return name if name.startswith("lm_head") else f"transformer.{name}"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

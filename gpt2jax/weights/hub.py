@@ -1,0 +1,91 @@
+"""Models on the Hugging Face hub: which files are needed, fetched once into the hub's own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# the first line that a repository has in full is what is fetched of its weights
+WEIGHTS = (("model.safetensors",),)
+BESIDES = (
+    "config.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def download(hub_id: str, *, revision: str | None = None) -> Path:
+    """Fetches the files of a model that are needed, unless they are in the cache, and returns their folder.
+
+    With HF_HUB_OFFLINE=1, or where the hub cannot be reached, the cache alone serves.
+
+    Args:
+        hub_id: `owner/name`.
+        revision: commit, tag or branch; default: the head of the main branch.
+
+    Raises:
+        ValueError: there is no such model, revision or weights file on the hub.
+        PermissionError: the model is gated and access was not granted.
+        ConnectionError: the hub cannot be reached and the cache does not have the model.
+    """
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    at = f"{hub_id} at revision {revision}" if revision else hub_id
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        info = HfApi().model_info(hub_id, revision=revision)
+    except errors.HFValidationError as error:
+        raise ValueError(f"{hub_id!r} is not a name on the hub: {error}") from None
+    except errors.GatedRepoError:
+        raise PermissionError(
+            f"{at} is gated: ask for access on its page on the hub, then log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{hub_id} has no revision {revision!r}: give a commit, tag or branch") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"there is no model {hub_id} on the hub, or it is private: check the name, or `hf auth login`"
+        ) from None
+    except (
+        Exception
+    ) as error:  # the hub's client changes its HTTP library, and so its errors, between versions
+        return _cached(hub_id, revision, f"{at} is not in the cache and the hub does not answer ({error})")
+    files = needed_files([sibling.rfilename for sibling in info.siblings or []], at)
+    try:
+        return Path(snapshot_download(hub_id, revision=info.sha, allow_patterns=files))
+    except errors.GatedRepoError:
+        raise PermissionError(
+            f"{at} is gated: ask for access on its page on the hub, then log in with `hf auth login`"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        raise ConnectionError(f"{at} could not be fetched: {error}") from None
+
+
+def _cached(hub_id: str, revision: str | None, complaint: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        raise ConnectionError(
+            f"{complaint}: go online once, or give the path of a folder with its files"
+        ) from None
+
+
+def needed_files(names: Sequence[str], at: str) -> list[str]:
+    """Of a repository's files those that make its model, weights in the preferred format only.
+
+    Raises:
+        ValueError: no weights among them can be read.
+    """
+    weights = next((files for files in WEIGHTS if set(files) <= set(names)), None)
+    if weights is None:
+        expected = " or ".join(files[0] for files in WEIGHTS)
+        raise ValueError(f"{at} has no weights that can be read: expected {expected}")
+    return [*weights, *(name for name in BESIDES if name in names)]
