@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SPLITS = ("train", "validation", "test")
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
 BUILTIN_NAMES = ("python-docs", "numeric-docs")
 NUMERIC_PACKAGES = ("numpy", "jax", "flax", "optax")
 MIN_DOCSTRING = 40  # characters; shorter ones ("Return the value.") say nothing under their heading
