@@ -17,7 +17,7 @@ import numpy as np
 
 import gpt2jax
 from gpt2jax.evaluate.excerpts import Excerpt, largest_differences
-from gpt2jax.evaluate.metrics import Evaluation, check_settings, evaluate
+from gpt2jax.evaluate.metrics import Evaluation, check_settings, check_texts, evaluate, finite
 from gpt2jax.evaluate.repetition import repetition
 from gpt2jax.evaluate.statistics import (
     PairedDifference,
@@ -26,7 +26,7 @@ from gpt2jax.evaluate.statistics import (
     win_rate,
 )
 from gpt2jax.files import atomic_write
-from gpt2jax.generate import SMALLEST_BUCKET, Generation, bucket, generate
+from gpt2jax.generate import Generation, generate
 from gpt2jax.language_model import LanguageModel
 
 SCHEMA = "gpt2jax.comparison"
@@ -201,9 +201,9 @@ def compare(
     if isinstance(texts, str | bytes):
         raise TypeError("texts is one string; pass a list of texts")
     texts = list(texts)
-    evaluation_settings = (sequence_length, batch_size, windows, stride, compute_dtype)
     for model in models.values():
-        check_settings(model, *evaluation_settings)
+        check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
+        check_texts(model, texts)
     same_tokens = _same_tokens(list(models.values()))
     if not same_tokens and windows == "first":
         raise ValueError(
@@ -213,6 +213,8 @@ def compare(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
     sampling |= _length_limit(models, max_length, max_new_tokens)
     prompts = _default_prompts(models) if prompts is None else list(prompts)
+    # first, since it is short and finds a prompt that does not fit
+    generations, first_calls = _generations(models, prompts, sampling, seed)
     evaluations = {
         name: evaluate(
             model,
@@ -238,7 +240,6 @@ def compare(
         )
         for name in others
     }
-    generations, first_calls = _generations(models, prompts, sampling, seed)
     tokenizer = models[baseline].tokenizer
     return Comparison(
         models={name: _describe(model) for name, model in models.items()},
@@ -294,7 +295,7 @@ def paired_difference(
 
 def loss_standard_error(evaluation: Evaluation) -> float | None:
     """Standard error of a model's loss per token over documents."""
-    return ratio_standard_error(evaluation.document_loss, evaluation.document_tokens)
+    return finite(ratio_standard_error(evaluation.document_loss, evaluation.document_tokens))
 
 
 # ---- generation ----
@@ -314,7 +315,7 @@ def _generations(
 
             output, seconds = _timed(call)
             first_calls.setdefault(name, seconds)
-            shapes = _shapes(output, sampling, model.config.n_positions)
+            shapes = _shapes(output, sampling)
             if shapes not in compiled:  # that call compiled: a second one tells the speed
                 compiled.add(shapes)
                 output, seconds = _timed(call)
@@ -343,11 +344,11 @@ def _timed(call: Callable[[], Generation]) -> tuple[Generation, float]:
     return output, time.perf_counter() - began
 
 
-def _shapes(output: Generation, sampling: Mapping[str, Any], context: int) -> tuple[int, int]:
-    """What the decoding of a prompt was compiled for: the buckets of prompt and new tokens."""
+def _shapes(output: Generation, sampling: Mapping[str, Any]) -> tuple[int, int]:
+    """Powers of two that hold the prompt and the new tokens: what decoding compiles for."""
     length = len(output.prompt_ids)
     new = sampling.get("max_new_tokens") or sampling["max_length"] - length
-    return bucket(length, SMALLEST_BUCKET, context), bucket(new, SMALLEST_BUCKET, context)
+    return (length - 1).bit_length(), (new - 1).bit_length()
 
 
 def _length_limit(

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -236,7 +236,10 @@ def evaluate(
     """
     began = time.perf_counter()
     settings = check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
-    documents = text_documents(model, texts)
+    if isinstance(texts, str | bytes):
+        raise TypeError("texts is one string; pass a list of texts")
+    documents = _tokenize(model, list(texts))
+    check_long_enough(documents)
     end = model.end_token_id
     first = cut_documents(documents, sequence_length - 1)
     first_rows = plan_windows(first, sequence_length, sequence_length)
@@ -285,13 +288,17 @@ def check_settings(
     return Settings(sequence_length, windows, stride, batch_size, compute_dtype)
 
 
-def text_documents(model: LanguageModel, texts: Iterable[Any]) -> Documents:
-    """Texts as token ids of the model; raises where there is nothing to score."""
-    if isinstance(texts, str | bytes):
-        raise TypeError("texts is one string; pass a list of texts")
-    documents = tokenize_documents(texts, model.tokenizer, vocab_size=model.config.vocab_size)
-    check_long_enough(documents)
-    return documents
+def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:
+    """Raises ValueError where no text has two tokens; reads no further than the first that has."""
+    for text in texts:
+        beginning = text[:1000] if isinstance(text, str) else text
+        if len(_tokenize(model, [beginning])[0]) >= 2:
+            return
+    check_long_enough(_tokenize(model, texts))
+
+
+def _tokenize(model: LanguageModel, texts: Sequence[Any]) -> Documents:
+    return tokenize_documents(texts, model.tokenizer, vocab_size=model.config.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str
 
 def percent(share: float | None, digits: int = 1, *, signed: bool = False) -> str:
     """A share as a percentage."""
-    return NOTHING if share is None else number(100 * share, digits, signed=signed) + " %"
+    return NOTHING if share is None else number(100 * share, digits, signed=signed) + "\N{NO-BREAK SPACE}%"
 
 
 def with_error(value: float | None, error: float | None, digits: int = 4, *, signed: bool = False) -> str:

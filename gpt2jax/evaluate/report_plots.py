@@ -49,11 +49,14 @@ def series_colour(index: int) -> str:
 
 def plots(comparison: Comparison) -> list[Plot]:
     """All plots of a comparison that its data allow."""
-    made = [loss_by_model(comparison)]
-    made += [paired_distribution(comparison, name) for name in comparison.excerpts]
-    made += [loss_by_position(comparison)]
-    if comparison.history:
-        made += training_curves(comparison.history)
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        made = [loss_by_model(comparison)]
+        made += [paired_distribution(comparison, name) for name in comparison.excerpts]
+        made += [loss_by_position(comparison)]
+        if comparison.history:
+            made += training_curves(comparison.history)
     return made
 
 
@@ -80,6 +83,7 @@ def loss_by_model(comparison: Comparison) -> Plot:
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set_ylim(len(names) - 0.45, -0.75)
     axes.margins(x=0.18)
+    axes.xaxis.set_major_locator(_locator(5))
     axes.set_xlabel("loss, nats per token (95 % interval)")
     axes.grid(axis="x")
     return Plot("Loss by model", "Nats per token: " + ", ".join(said) + ".", _svg(figure, "loss-by-model"))
@@ -113,6 +117,7 @@ def paired_distribution(comparison: Comparison, name: str) -> Plot:
             textcoords="offset points",
             ha="center",
         )
+    axes.xaxis.set_major_locator(_locator(6))
     axes.set_xlabel("difference per document, nats per token")
     axes.set_ylabel("documents")
     axes.grid(axis="y")
@@ -218,6 +223,13 @@ def _nice(value: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * 0.999)
 
 
+def _locator(most: int) -> Any:
+    """At most so many ticks at round numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10])
+
+
 def _short(name: str, limit: int = 22) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
@@ -250,12 +262,10 @@ _STYLE = {
 
 def _figure(*, height: float = 2.9, rows: int = 1) -> tuple[Any, Any]:
     """A figure and its axes (a list of them for several rows), without touching matplotlib's global state."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.9, height), layout="constrained")
-        axes = figure.subplots(rows, 1, sharex=True)
+    figure = Figure(figsize=(4.9, height), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True)
     return figure, axes if rows == 1 else list(axes)
 
 
@@ -264,7 +274,7 @@ def _svg(figure: Any, name: str) -> str:
     import matplotlib
 
     target = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
     svg = target.getvalue()
@@ -275,6 +285,7 @@ def _svg(figure: Any, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--sans)", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg

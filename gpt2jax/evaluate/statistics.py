@@ -44,8 +44,9 @@ class PairedDifference:
     resamples: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**dataclasses.asdict(self), "interval": list(self.interval), "confidence": CONFIDENCE}
+        """Plain values for JSON; what is not a finite number is None."""
+        values = dataclasses.asdict(self) | {"interval": list(self.interval), "confidence": CONFIDENCE}
+        return {name: _finite(value) for name, value in values.items()}
 
 
 def ratio_standard_error(sums: np.ndarray, sizes: np.ndarray) -> float | None:
@@ -88,3 +89,9 @@ def bootstrap_interval(
 def win_rate(differences: np.ndarray) -> float:
     """Share of negative differences; zeros count half."""
     return float((differences < 0).mean() + 0.5 * (differences == 0).mean())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

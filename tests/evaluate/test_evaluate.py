@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import CONFIG, numpy_logits, numpy_losses, random_model, uniform_model
+
+from gpt2jax.evaluate import evaluate
+from gpt2jax.lora import LoRAConfig, init_adapters
+from gpt2jax.tokenizer import Tokenizer
+
+LENGTH = 16
+TEXTS = [
+    "",
+    "a",
+    "to be",
+    "été, 東京 and 🙂",
+    "x" * (LENGTH - 2),  # with random merges of 44 tokens: about this many
+    "a sentence that is longer than any row of this test, and so it is cut at the end of the row",
+    "<|endoftext|>!!!!",
+    "the\n\n\tlast   one \x00",
+]
+
+
+def study_by_hand(model, texts, length):
+    """The recipe of the study in float64: (loss, hits, positions)."""
+    end, pad = model.end_token_id, 0
+    total, hits, positions = 0.0, 0, 0
+    for text in texts:
+        ids = [end] + model.tokenizer.encode(text)[: length - 1] + [end]
+        mask = [1] * len(ids) + [0] * (length + 1 - len(ids))
+        ids = np.array(ids + [pad] * (length + 1 - len(ids)))
+        logits = numpy_logits(model.params, model.config, ids[:-1], np.array(mask[:-1], float))
+        total += (numpy_losses(logits, ids[1:]) * np.array(mask[1:])).sum()
+        hits += int((logits.argmax(-1) == ids[1:]).sum())
+        positions += length
+    return total / positions, hits, positions
+
+
+@pytest.fixture(scope="module")
+def keen_model():
+    """A model that often predicts "!", token 0, so that padding does count in the study's accuracy."""
+    model = random_model(3)
+    embedding = model.params["wte"]["embedding"]
+    direction = model.params["ln_f"]["bias"]
+    embedding = embedding.at[0].set(embedding[0] + 2.5 * direction / np.linalg.norm(direction))
+    return dataclasses.replace(model, params={**model.params, "wte": {"embedding": embedding}})
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_study_figures_equal_float64_numpy(keen_model, batch_size):
+    result = evaluate(keen_model, TEXTS, sequence_length=LENGTH, batch_size=batch_size)
+    loss, hits, positions = study_by_hand(keen_model, TEXTS, LENGTH)
+    assert result.keras_hits == hits
+    assert result.keras_positions == positions
+    assert result.keras_accuracy == hits / positions
+    assert result.keras_loss == pytest.approx(loss, rel=1e-5)
+    on_padding = result.keras_hits - int(result.token_hit.sum())
+    assert 0 < on_padding < positions - result.tokens  # else this test says nothing about padding
+
+
+def test_what_stands_on_padding_matters_to_the_study_accuracy(keen_model):
+    """The end token behind a short text is an input, padding is masked, and positions run on: each changes hits."""
+    texts = [text for text in TEXTS if len(keen_model.tokenizer.encode(text)) < LENGTH - 2]
+    end = keen_model.end_token_id
+    hits = {"right": 0, "no end token": 0, "no mask": 0}
+    for text in texts:
+        ids = [end] + keen_model.tokenizer.encode(text) + [end]
+        row = np.array(ids + [0] * (LENGTH - len(ids)))
+        labels = np.append(row[1:], 0)
+        mask = (np.arange(LENGTH) < len(ids)).astype(float)
+        without_end = np.where(np.arange(LENGTH) == len(ids) - 1, 0, row)
+        for name, inputs, keys in (
+            ("right", row, mask),
+            ("no end token", without_end, np.arange(LENGTH) < len(ids) - 1),
+            ("no mask", row, np.ones(LENGTH)),
+        ):
+            logits = numpy_logits(keen_model.params, CONFIG, inputs, keys)
+            hits[name] += int((logits.argmax(-1) == labels).sum())
+    assert evaluate(keen_model, texts, sequence_length=LENGTH).keras_hits == hits["right"]
+    assert len(set(hits.values())) == 3, hits
+
+
+@pytest.mark.parametrize(("windows", "stride"), [("first", None), ("disjoint", None), ("sliding", 5), ("sliding", 1)])
+def test_token_losses_equal_float64_numpy(model, windows, stride):
+    result = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=3, windows=windows, stride=stride)
+    end = model.end_token_id
+    step = {"first": LENGTH, "disjoint": LENGTH}.get(windows, stride)
+    for index, text in enumerate(TEXTS):
+        ids = model.tokenizer.encode(text)
+        ids = ids[: LENGTH - 1] if windows == "first" else ids
+        inputs, labels = np.array([end, *ids]), np.array([*ids, end])
+        expected = np.full(len(labels), np.nan)
+        begin = 0
+        while np.isnan(expected).any():
+            part = slice(begin, min(begin + LENGTH, len(labels)))
+            size = part.stop - part.start
+            losses = numpy_losses(numpy_logits(model.params, CONFIG, inputs[part], np.ones(size)), labels[part])
+            fresh = np.isnan(expected[part])
+            expected[part] = np.where(fresh, losses, expected[part])
+            begin += step
+        mine = slice(result.offsets[index], result.offsets[index + 1])
+        np.testing.assert_array_equal(result.labels[mine], labels)
+        np.testing.assert_allclose(result.token_loss[mine], expected, rtol=2e-5, atol=2e-5)
+        assert result.document_loss[index] == pytest.approx(expected.sum(), rel=1e-5)
+    assert result.loss == pytest.approx(result.document_loss.sum() / result.document_tokens.sum(), rel=1e-12)
+    assert result.accuracy == result.token_hit.mean()
+
+
+def test_study_figures_do_not_depend_on_windows(model):
+    first, sliding, disjoint = (
+        evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=3, windows=windows)
+        for windows in ("first", "sliding", "disjoint")
+    )
+    assert first.keras_loss == sliding.keras_loss == disjoint.keras_loss
+    assert first.keras_hits == sliding.keras_hits == disjoint.keras_hits
+    assert sliding.tokens == disjoint.tokens > first.tokens
+
+
+def test_figures_do_not_depend_on_batches(model):
+    texts = [text for text in TEXTS for _ in range(3)]
+    for windows in ("first", "sliding"):
+        results = [
+            evaluate(model, texts, sequence_length=LENGTH, batch_size=size, windows=windows) for size in (2, 7)
+        ]
+        for result in results[1:]:
+            np.testing.assert_allclose(result.token_loss, results[0].token_loss, rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(result.token_hit, results[0].token_hit)
+            assert result.keras_hits == results[0].keras_hits
+
+
+def test_a_text_counts_alike_among_others_and_alone(model):
+    """Padding, longer neighbours and the filling of the last batch have no effect on a document."""
+    together = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=5)
+    for index, text in enumerate(TEXTS):
+        if len(model.tokenizer.encode(text)) > 1:
+            alone = evaluate(model, [text], sequence_length=LENGTH, batch_size=1)
+            assert alone.document_loss[0] == pytest.approx(together.document_loss[index], rel=1e-5)
+            assert alone.document_hits[0] == together.document_hits[index]
+    short = evaluate(model, ["to be"], sequence_length=LENGTH)
+    long = evaluate(model, ["to be"], sequence_length=4 * LENGTH)
+    np.testing.assert_allclose(short.token_loss, long.token_loss, rtol=1e-5)
+    assert short.keras_loss == pytest.approx(4 * long.keras_loss, rel=1e-5)
+
+
+def test_uniform_model():
+    model = uniform_model()
+    texts = ["", "short", "été " * 30]
+    result = evaluate(model, texts, sequence_length=LENGTH, windows="disjoint")
+    tokens = sum(len(model.tokenizer.encode(text)) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    assert result.tokens == tokens + len(texts)
+    assert result.loss == pytest.approx(math.log(CONFIG.vocab_size), rel=1e-6)
+    assert result.perplexity == pytest.approx(CONFIG.vocab_size, rel=1e-5)
+    # 300 tokens cost log2(300) bits each; the end tokens are no text
+    assert result.bits_per_byte == pytest.approx(tokens * math.log2(300) / size, rel=1e-6)
+    # all logits are equal: the first id counts as the most likely
+    assert result.token_hit.sum() == (result.labels == 0).sum()
+
+
+def test_bytes_of_a_cut_text_are_those_of_its_scored_tokens():
+    model = uniform_model()
+    text = "été " * 30
+    result = evaluate(model, [text], sequence_length=LENGTH)
+    scored = model.tokenizer.decode_bytes(model.tokenizer.encode(text)[: LENGTH - 1])
+    assert result.tokens == LENGTH
+    assert result.document_bytes is not None and result.document_bytes[0] == len(scored) < len(text.encode())
+    assert result.bits_per_byte == pytest.approx((LENGTH - 1) * math.log2(300) / len(scored), rel=1e-6)
+
+
+def test_token_ids_need_no_tokenizer(model):
+    bare = dataclasses.replace(model, tokenizer=None)
+    ids = [model.tokenizer.encode(text) for text in TEXTS]
+    result, expected = (evaluate(m, t, sequence_length=LENGTH) for m, t in ((bare, ids), (model, TEXTS)))
+    np.testing.assert_array_equal(result.token_loss, expected.token_loss)
+    assert result.bits_per_byte is None and expected.bits_per_byte is not None
+    assert result.as_dict()["bits_per_byte"] is None
+
+
+def test_a_vocabulary_with_ids_without_text():
+    """Vocabularies are padded to round sizes: the ids behind the tokenizer's have no bytes."""
+    config = dataclasses.replace(CONFIG, vocab_size=320, eos_token_id=299)
+    model = random_model(0, config, Tokenizer.gpt2(300))
+    result = evaluate(model, [[5, 6, 310, 7], "ab"], sequence_length=8)
+    assert result.token_bytes is not None
+    assert result.token_bytes.tolist() == [1, 1, 0, 1, 0, 1, 1, 0]
+
+
+def test_adapters_count(model):
+    lora = LoRAConfig(rank=2)
+    adapters = jax.tree.map(lambda x: x + 0.3, init_adapters(CONFIG, lora, 0))
+    adapted = dataclasses.replace(model, adapters=adapters, lora=lora)
+    result = evaluate(adapted, TEXTS, sequence_length=LENGTH)
+    merged = evaluate(adapted.merge_adapter(), TEXTS, sequence_length=LENGTH)
+    assert result.loss == merged.loss != evaluate(model, TEXTS, sequence_length=LENGTH).loss
+
+
+def test_narrow_dtypes_are_close(model):
+    exact = evaluate(model, TEXTS, sequence_length=LENGTH)
+    for dtype, tolerance in (("float16", 2e-3), ("bfloat16", 2e-2)):
+        narrow = evaluate(model, TEXTS, sequence_length=LENGTH, compute_dtype=dtype)
+        assert narrow.loss == pytest.approx(exact.loss, rel=tolerance)
+        assert narrow.loss != exact.loss
+
+
+def test_loss_by_position(model):
+    result = evaluate(model, TEXTS, sequence_length=LENGTH, windows="sliding", stride=4)
+    sums, counts = result.loss_by_position()
+    assert counts.sum() == result.tokens and sums.sum() == pytest.approx(result.document_loss.sum())
+    first = [result.offsets[index] for index in range(len(TEXTS))]
+    assert sums[0] == pytest.approx(result.token_loss[first].sum(dtype=np.float64))
+    assert counts[0] == len(TEXTS)  # with context from before, no other token is the first of its row
+
+
+def test_as_dict_is_json(model):
+    result = evaluate(model, TEXTS, sequence_length=LENGTH)
+    figures = json.loads(json.dumps(result.as_dict(per_document=True), allow_nan=False))
+    assert figures["loss"] == result.loss and figures["perplexity"] == math.exp(result.loss)
+    assert sum(figures["document_tokens"]) == figures["tokens"] == result.tokens
+    assert "document_loss" not in result.as_dict()
+
+
+def test_a_model_without_finite_loss_is_still_json(model):
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * np.nan, model.params))
+    figures = evaluate(broken, TEXTS, sequence_length=LENGTH).as_dict()
+    assert figures["loss"] is None and figures["perplexity"] is None
+    json.dumps(figures, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ([], {}, "the data set is empty"),
+        (["", "a"], {}, "all 2 texts are shorter than two tokens"),
+        (["some text"], {"sequence_length": 129}, "sequence_length=129 is over the model's context of 128 tokens"),
+        (["some text"], {"sequence_length": 1}, "sequence_length=1 must be a whole number of at least 2"),
+        (["some text"], {"sequence_length": 8.0}, "sequence_length=8.0 must be a whole number"),
+        (["some text"], {"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+        (["some text"], {"windows": "all"}, "windows='all' is not known; known: first, disjoint, sliding"),
+        (["some text"], {"windows": "sliding", "stride": 17}, "stride=17 must be a whole number from 1 to"),
+        (["some text"], {"stride": 4}, "stride=4 has no meaning with windows='first'"),
+        (["some text"], {"compute_dtype": "int8"}, "compute_dtype='int8' is not known"),
+        ([[1, 2, 300]], {}, "token id 300"),
+    ],
+)
+def test_errors(model, texts, settings, message):
+    with pytest.raises(ValueError, match="^.*" + message.replace("(", r"\(")):
+        evaluate(model, texts, **{"sequence_length": LENGTH, **settings})
+
+
+def test_one_string_is_not_a_list_of_texts(model):
+    with pytest.raises(TypeError, match="one string"):
+        evaluate(model, "some text", sequence_length=LENGTH)
+
+
+def test_progress_goes_to_stderr(model, capsys):
+    evaluate(model, TEXTS, sequence_length=LENGTH, progress=True)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,67 @@
+"""Tiny models whose every parameter is random, and a GPT-2 in float64 NumPy to hold them against."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.language_model import LanguageModel, from_config
+from gpt2jax.tokenizer import Tokenizer
+
+CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=128)
+
+
+def random_model(seed: int, config: GPT2Config = CONFIG, tokenizer: Tokenizer | None = None) -> LanguageModel:
+    """A model with noise on every leaf, so that biases and LayerNorms matter."""
+    model = from_config(config, seed, tokenizer=tokenizer or Tokenizer.gpt2(config.vocab_size))
+    leaves, structure = jax.tree.flatten(model.params)
+    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return dataclasses.replace(model, params=jax.tree.unflatten(structure, noisy))
+
+
+def uniform_model(config: GPT2Config = CONFIG) -> LanguageModel:
+    """A model that gives every token the same probability."""
+    model = from_config(config, tokenizer=Tokenizer.gpt2(config.vocab_size))
+    return dataclasses.replace(model, params=jax.tree.map(jnp.zeros_like, model.params))
+
+
+def numpy_logits(params, config: GPT2Config, ids: np.ndarray, key_mask: np.ndarray) -> np.ndarray:
+    """[T] ids and the mask of their keys -> [T, V] float64; positions count every slot, the mask is added, as in Keras."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    length, heads, width = len(ids), config.n_head, config.head_dim
+
+    def norm(x, at):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * at["scale"] + at["bias"]
+
+    def layer(tree, index):
+        return jax.tree.map(lambda x: x[index], tree)
+
+    visible = np.tril(np.ones((length, length))) * key_mask[None, :]
+    x = p["wte"]["embedding"][ids] + p["wpe"]["embedding"][:length]
+    for index in range(config.n_layer):
+        h = layer(p["h"], index)
+        q, k, v = np.split(norm(x, h["ln_1"]) @ h["attn"]["c_attn"]["kernel"] + h["attn"]["c_attn"]["bias"], 3, -1)
+        outputs = []
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = q[:, part] @ k[:, part].T / np.sqrt(width) - 1e9 * (1 - visible)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            outputs.append(weights / weights.sum(-1, keepdims=True) @ v[:, part])
+        x = x + np.concatenate(outputs, -1) @ h["attn"]["c_proj"]["kernel"] + h["attn"]["c_proj"]["bias"]
+        m = norm(x, h["ln_2"]) @ h["mlp"]["c_fc"]["kernel"] + h["mlp"]["c_fc"]["bias"]
+        m = 0.5 * m * (1 + np.tanh(np.sqrt(2 / np.pi) * (m + 0.044715 * m**3)))
+        x = x + m @ h["mlp"]["c_proj"]["kernel"] + h["mlp"]["c_proj"]["bias"]
+    return norm(x, p["ln_f"]) @ p["wte"]["embedding"].T
+
+
+def numpy_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """[T, V] float64 and [T] labels -> [T] cross-entropy."""
+    top = logits.max(-1, keepdims=True)
+    log_z = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
+    return log_z - logits[np.arange(len(labels)), labels]
