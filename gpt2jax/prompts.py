@@ -1,4 +1,4 @@
-"""What `generate` is asked for: prompts, lengths, seeds, stops; checked, and turned into rows of token ids."""
+"""What `generate` is asked for: prompts, lengths, seeds, stops; checked and turned into rows of ids."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _row_seeds(seed: Any, rows: int) -> list[int]:
     valid = seeds is not None and all(is_whole(s) and 0 <= s < SEED_RANGE for s in seeds)
     if seeds is None or not valid or len(seeds) != rows:
         raise ValueError(
-            f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one for each row"
+            f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one a row"
         )
     return [int(s) for s in seeds]
 
