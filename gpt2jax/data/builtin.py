@@ -6,7 +6,8 @@
 A document is a language topic, a module's docstring, a function, or a class with its methods; each docstring
 stands under a heading with the signature, as in a printed reference. Sources are parsed, never imported, so
 the result depends on the versions of Python and of the packages alone. A docstring that occurs twice is kept
-once, and a document goes to a split by a hash of its name: no text is in two splits.
+once, a document goes to a split by a hash of its name, and what is held out repeats nothing that is trained
+on.
 """
 
 from __future__ import annotations
@@ -29,12 +30,20 @@ BUILTIN_NAMES = ("python-docs", "numeric-docs")
 NUMERIC_PACKAGES = ("numpy", "jax", "flax", "optax")
 MIN_DOCSTRING = 40  # characters; shorter ones ("Return the value.") say nothing under their heading
 MAX_SIGNATURE = 300  # characters; longer ones end in "..."
+MIN_PARAGRAPH = 80  # characters, of those that count as repeated
+MAX_REPEATED = 0.1  # share of a held-out document that may stand in training documents, too
 
 # Parts of the standard library that some distributions package apart or leave out: without them the documents
 # are the same on every machine with the same version of Python.
 _OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "venv"}
-_NOT_DOCUMENTATION = {"test", "tests", "testing", "idle_test", "examples", "benchmarks", "encodings"}
-_SKIPPED_FOLDERS = _NOT_DOCUMENTATION | {"__pycache__", "site-packages", "dist-packages", "distutils"}
+_NOT_DOCUMENTATION = {"test", "tests", "testing", "idle_test", "internal_test_util", "examples", "benchmarks"}
+_SKIPPED_FOLDERS = _NOT_DOCUMENTATION | {
+    "encodings",
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "distutils",
+}
 
 _NAME = "\0"
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -43,10 +52,11 @@ _Definition = _Function | ast.ClassDef
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of documentation: its qualified name and its text."""
+    """A piece of documentation: its qualified name, its text, and the split it belongs to."""
 
     name: str
     text: str
+    split: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ def builtin_texts(name: str, split: str = "train") -> list[str]:
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
-    return [document.text for document in documents(name) if split_of(document.name) == split]
+    return [document.text for document in documents(name) if document.split == split]
 
 
 @functools.cache
@@ -97,7 +107,7 @@ def documents(name: str) -> tuple[Document, ...]:
         entries = _entries(file for package in NUMERIC_PACKAGES for file in _installed_package(package))
     else:
         raise ValueError(f"{name!r} is not a built-in data set: {', '.join(BUILTIN_NAMES)}")
-    return tuple(_assemble(entries))
+    return tuple(_without_leaks(list(_assemble(entries))))
 
 
 def split_of(name: str) -> str:
@@ -111,15 +121,42 @@ def _assemble(entries: Iterable[_Entry]) -> Iterator[Document]:
     sections: dict[str, list[str]] = {}
     seen: set[str] = set()
     for entry in entries:
-        # Letters and digits only: the same sentence in other dress is the same text.
-        content = re.sub(r"[\W_]+", " ", entry.docstring.lower()).strip()
+        content = _content(entry.docstring)
         if len(entry.docstring) < MIN_DOCSTRING or content in seen:
             continue
         seen.add(content)
         heading = entry.heading.replace(_NAME, entry.root)
         sections.setdefault(entry.root, []).append(f"{heading}\n\n{entry.docstring}")
     for name, parts in sorted(sections.items()):
-        yield Document(name, "\n\n\n".join(parts) + "\n")
+        yield Document(name, "\n\n\n".join(parts) + "\n", split_of(name))
+
+
+def _without_leaks(every: list[Document]) -> Iterator[Document]:
+    """Leave out held-out documents of which more than MAX_REPEATED stands in the training documents word for
+    word.
+
+    Documentation repeats itself: chapters include others, functions share the description of their arguments.
+    """
+    trained = {
+        key for document in every if document.split == "train" for key, _ in _paragraphs(document.text)
+    }
+    for document in every:
+        repeated = sum(length for key, length in _paragraphs(document.text) if key in trained)
+        if document.split == "train" or repeated <= MAX_REPEATED * len(document.text):
+            yield document
+
+
+def _paragraphs(text: str) -> Iterator[tuple[str, int]]:
+    """(content, number of characters) of the paragraphs that are long enough to be told from each other."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        content = _content(paragraph)
+        if len(content) >= MIN_PARAGRAPH:
+            yield content, len(paragraph)
+
+
+def _content(text: str) -> str:
+    """Letters and digits only: the same sentence in other dress is the same text."""
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
 def _topic_entries() -> Iterator[_Entry]:

@@ -15,6 +15,7 @@ from gpt2jax.data.readers import (
     COMPRESSIONS,
     DOCUMENTS,
     READERS,
+    File,
     choose_column,
     list_files,
     read_texts,
@@ -126,11 +127,11 @@ def load_texts(
 def split_texts(texts: Iterable[str], split: str) -> Iterator[str]:
     """The part of texts without splits that belongs to one of them; see `load_texts`."""
     texts = iter(texts)
+    if split == "all":
+        yield from texts
     start = list(itertools.islice(texts, _MANY))
     ranks = sorted({_fraction(text) for text in start})
-    if split == "all":
-        yield from itertools.chain(start, texts)
-    elif len(ranks) < _FEW:
+    if len(ranks) < _FEW:
         yield from filter(None, (_cut(text, split) for text in itertools.chain(start, texts)))
     else:
         bounds = HELD_OUT, 2 * HELD_OUT
@@ -183,8 +184,8 @@ def _open_source(
             raise FileNotFoundError(f"there is no file or folder {source}")
         names = ", ".join((*BUILTIN_NAMES, *PAPERS))
         raise ValueError(
-            f"{source!r} is no data set: give {names}, the path of a file or folder, or the id of a data set on "
-            "the hub (owner/name)"
+            f"{source!r} is no data set: give {names}, the path of a file or folder, or the id of a data set "
+            "on the hub (owner/name)"
         )
     hub_id, _, configuration = source.partition(":")
     return _hub_texts(hub_id, configuration or None, split, text_column, revision, lazy)
@@ -271,8 +272,8 @@ def _papers_from_hub(
         return _hub_texts(PAPERS_HUB_ID, None, split, text_column, revision, lazy, data_dir=name)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{name}: {error}. Get {name}-dataset.zip from {PAPERS_HOME} and put it into the working folder or "
-            f"into ${DATA_VARIABLE}, or give its path as the source"
+            f"{name}: {error}. Get {name}-dataset.zip from {PAPERS_HOME} and put it into the working folder "
+            f"or into ${DATA_VARIABLE}, or give its path as the source"
         ) from error
 
 
