@@ -1,10 +1,9 @@
 """The compiled part of generation: first token, then one `while_loop` over the cache for all that follow.
 
-Three programs, compiled for shapes only: `prefill` (in inference.py) for a batch and prompt bucket,
-`first_tokens`, and `decode` for a batch, prompt and new-token bucket. Prompts, lengths, limits, seeds, stop
-ids and filters are arrays. `decode` runs up to a step that is an array as well, so that one program serves a
-whole generation in one call, a few steps at a time where the host looks for stop strings, and one step at a
-time for a stream.
+Programs are compiled for shapes only: `prefill` (in inference.py) for a batch and a prompt bucket, `decode`
+for a batch, a prompt and a new-token bucket. Prompts, lengths, limits, seeds, stop ids and filters are
+arrays. `decode` runs up to a step that is an array as well, so that one program serves a whole generation in
+one call, a few steps at a time where the host looks for stop strings, and one step at a time for a stream.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt2jax.cache import Cache, grow_cache
 from gpt2jax.config import GPT2Config
@@ -58,10 +58,37 @@ class Progress(NamedTuple):
     step: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("max_tokens", "window"))
-def first_tokens(logits: jax.Array, request: Request, *, max_tokens: int, window: int | None) -> Progress:
-    """Chooses the first new token of each row from the prompts' logits [B, V]; room for `max_tokens`."""
-    batch = logits.shape[0]
+def choose(
+    logits: jax.Array, request: Request, step: jax.Array | int, *, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Token ids [B] and their log-probabilities [B] for step `step`, from logits [B, V]."""
+    # the key of a draw is made of the row's seed and the step alone: a row does not depend on its batch
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(request.seeds)
+    return sample(logits, keys, request.filters, window=window)
+
+
+def record(progress: Progress, request: Request, token: jax.Array, logprob: jax.Array) -> Progress:
+    """Adds one token [B] and its log-probability [B] to every row that is not done."""
+    step, active = progress.step, ~progress.done
+    token = jnp.where(active, token, 0)[:, None]
+    logprob = jnp.where(active, logprob, 0.0)[:, None]
+    lengths = progress.lengths + active
+    stopped = active & (token == request.stop_ids).any(-1)
+    return Progress(
+        tokens=jax.lax.dynamic_update_slice(progress.tokens, token, (0, step)),
+        logprobs=jax.lax.dynamic_update_slice(progress.logprobs, logprob, (0, step)),
+        lengths=lengths,
+        done=progress.done | stopped | (lengths >= request.limits),
+        step=step + 1,
+    )
+
+
+_choose_first = jax.jit(choose, static_argnames="window")
+
+
+@functools.partial(jax.jit, static_argnames="max_tokens")
+def _record_first(request: Request, token: jax.Array, logprob: jax.Array, *, max_tokens: int) -> Progress:
+    batch = token.shape[0]
     empty = Progress(
         tokens=jnp.zeros((batch, max_tokens), jnp.int32),
         logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
@@ -69,7 +96,16 @@ def first_tokens(logits: jax.Array, request: Request, *, max_tokens: int, window
         done=request.limits <= 0,
         step=jnp.int32(0),
     )
-    return _choose(logits, empty, request, window)
+    return record(empty, request, token, logprob)
+
+
+def first_tokens(logits: jax.Array, request: Request, *, max_tokens: int, window: int | None) -> Progress:
+    """Chooses the first new token of each row from the prompts' logits [B, V]; room for M = `max_tokens`.
+
+    Two programs, so that the sampler is not compiled again for every M.
+    """
+    token, logprob = _choose_first(logits, request, np.int32(0), window=window)
+    return _record_first(request, token, logprob, max_tokens=max_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "precision", "window"), donate_argnames=("cache",))
@@ -110,28 +146,10 @@ def decode(
         slot = prompt_slots + progress.step - 1
         hidden, cache = forward_cached(params, config, newest, cache, slot, request.padding, precision)
         logits = next_logits(params, hidden[:, 0], precision)
-        return cache, _choose(logits, progress, request, window)
+        token, logprob = choose(logits, request, progress.step, window=window)
+        return cache, record(progress, request, token, logprob)
 
     return jax.lax.while_loop(running, body, (cache, progress))
 
 
 grow = jax.jit(grow_cache, static_argnums=1)
-
-
-def _choose(logits: jax.Array, progress: Progress, request: Request, window: int | None) -> Progress:
-    """Adds one token to every row that is not done."""
-    step, active = progress.step, ~progress.done
-    # the key of a draw is made of the row's seed and the step alone: a row does not depend on its batch
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(request.seeds)
-    token, logprob = sample(logits, keys, request.filters, window=window)
-    token = jnp.where(active, token, 0)
-    logprob = jnp.where(active, logprob, 0.0)
-    lengths = progress.lengths + active
-    stopped = (token[:, None] == request.stop_ids).any(-1)
-    return Progress(
-        tokens=jax.lax.dynamic_update_slice(progress.tokens, token[:, None], (0, step)),
-        logprobs=jax.lax.dynamic_update_slice(progress.logprobs, logprob[:, None], (0, step)),
-        lengths=lengths,
-        done=progress.done | stopped | (lengths >= request.limits),
-        step=step + 1,
-    )

@@ -1,0 +1,485 @@
+"""Generation against naive loops over the plain forward pass, and everything a user can ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2jax import decoding, inference
+from gpt2jax.config import GPT2Config
+from gpt2jax.generate import Generation, generate, stream
+from gpt2jax.model import head_kernel, hidden_states, init_params, output_logits
+from gpt2jax.prompts import end_token_id
+from gpt2jax.sampling import SamplingConfig, sample
+from gpt2jax.stopping import TextStream
+from gpt2jax.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.gpt2(300)
+END = TOKENIZER.end_token_id
+CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=64)
+# short ones run in a bucket of 16 slots when alone, and in one of 32 beside the long one
+LONG = "one, two, three, four, five, six"  # 23 tokens
+PROMPTS = ["a", "", "hello world", LONG]
+
+
+def model_of(config, params, tokenizer=TOKENIZER):
+    return types.SimpleNamespace(config=config, params=params, tokenizer=tokenizer, adapters=None, lora=None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, large enough that distributions are neither flat nor single-valued."""
+    return model_of(CONFIG, jax.tree.map(lambda x: x * 6, init_params(CONFIG, 0)))
+
+
+def speller(continuation, prompt_length=1, *, vocab_size=300, tokenizer=TOKENIZER):
+    """A model that continues any prompt of `prompt_length` tokens with the given token ids.
+
+    Blocks and token embedding are zero, positions are one-hot, and the head of a token is the sum of the
+    positions that it follows.
+    """
+    config = dataclasses.replace(
+        CONFIG, n_layer=1, n_embd=64, vocab_size=vocab_size, tie_word_embeddings=False, eos_token_id=END
+    )
+    params = jax.tree.map(jnp.zeros_like, init_params(config))
+    head = np.zeros((vocab_size, 64), np.float32)
+    for i, token in enumerate(continuation):
+        head[token, prompt_length - 1 + i] = 10.0
+    params["wpe"]["embedding"] = jnp.eye(64)
+    params["ln_f"]["scale"] = jnp.ones(64)
+    params["lm_head"]["kernel"] = jnp.asarray(head)
+    return model_of(config, params, tokenizer)
+
+
+draw = jax.jit(sample, static_argnames="window")
+
+
+@jax.jit
+def all_logits(params, ids):
+    return output_logits(hidden_states(params, CONFIG, ids), head_kernel(params))
+
+
+def naive(model, prompt, *, seed=0, max_new_tokens=12, stop=(END,), **settings):
+    """One token at a time, each from the logits of the whole text, padded at the right."""
+    config = SamplingConfig(**settings)
+    ids = list(TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt) or [END]
+    tokens, logprobs = [], []
+    for step in range(max_new_tokens):
+        context = ids + tokens
+        padded = np.array([context + [0] * (64 - len(context))])
+        logits = all_logits(model.params, padded)[:, len(context) - 1]
+        key = jax.random.fold_in(jax.random.key(seed), step)[None]
+        token, logprob = draw(logits, key, config.filters(), window=config.window)
+        if int(token[0]) in stop:
+            break
+        tokens.append(int(token[0]))
+        logprobs.append(float(logprob[0]))
+    return tokens, logprobs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"top_k": 5},
+        {"top_k": 40, "temperature": 0.8, "top_p": 0.9},
+        {"top_k": None, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_ragged_batch_equals_naive_loops(model, settings):
+    """Rows of 0 to 23 tokens in one batch: tokens and log-probabilities are those of a naive loop for each."""
+    outputs = generate(model, PROMPTS, max_new_tokens=12, seed=7, **settings)
+    for i, (prompt, output) in enumerate(zip(PROMPTS, outputs, strict=True)):
+        tokens, logprobs = naive(model, prompt, seed=7 + i, **settings)
+        assert output.token_ids == tokens
+        np.testing.assert_allclose(output.logprobs, logprobs, atol=1e-4)
+        assert output.prompt == prompt
+        assert output.text == TOKENIZER.decode(tokens)
+        assert str(output) == prompt + output.text
+        assert output.finish_reason == ("length" if len(tokens) == 12 else "stop")
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {}], ids=str)
+def test_a_row_equals_its_single_run(model, settings):
+    together = generate(model, PROMPTS, max_new_tokens=10, seed=3, **settings)
+    for i, prompt in enumerate(PROMPTS):
+        (alone,) = generate(model, prompt, max_new_tokens=10, seed=3 + i, **settings)
+        assert alone.token_ids == together[i].token_ids
+        np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
+        assert (alone.text, alone.finish_reason) == (together[i].text, together[i].finish_reason)
+
+
+def test_batch_size_changes_nothing(model):
+    together = generate(model, PROMPTS, max_new_tokens=10, seed=3)
+    in_parts = generate(model, PROMPTS, max_new_tokens=10, seed=3, batch_size=1)
+    assert [out.token_ids for out in in_parts] == [out.token_ids for out in together]
+
+
+def test_samples_of_a_prompt_follow_each_other_and_differ(model):
+    outputs = generate(model, [LONG, "hello"], max_new_tokens=10, num_samples=2, seed=5)
+    assert [out.prompt for out in outputs] == [LONG, LONG, "hello", "hello"]
+    assert outputs[0].token_ids != outputs[1].token_ids
+    for j in (0, 1):
+        (alone,) = generate(model, "hello", max_new_tokens=10, seed=5 + 2 + j)
+        assert outputs[2 + j].token_ids == alone.token_ids
+
+
+def test_seeds(model):
+    def run(seed):
+        outputs = generate(model, ["a", "a", "a", LONG], max_new_tokens=10, seed=seed)
+        return [out.token_ids for out in outputs]
+
+    first = run(1)
+    assert run(1) == first
+    assert first[0] != first[1]  # the same prompt twice is not the same sample twice
+    assert run(100)[:3] != first[:3]
+    assert run([3, 2, 1, 0])[:3] == first[2::-1]
+    assert run(np.array([1, 1, 5, 5]))[1] == first[0]
+    assert run(2**32 - 1)[1] == run(0)[0]  # seeds go round
+
+
+def test_ids_zero_and_end_are_ordinary_in_a_prompt(model):
+    for prompt in ([0], [0, 0, 5], [END, 0, END], [END, END], [7, END]):
+        (output,) = generate(model, [prompt], max_new_tokens=8, do_sample=False)
+        assert output.token_ids == naive(model, prompt, do_sample=False, max_new_tokens=8)[0]
+        assert output.prompt_ids == prompt
+        assert output.prompt == TOKENIZER.decode(prompt)
+
+
+def test_empty_prompt_begins_behind_the_end_token(model):
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    outputs = [generate(model, prompt, **settings)[0] for prompt in ("", [[]], [[END]])]
+    assert len({tuple(out.token_ids) for out in outputs}) == 1
+    assert outputs[0].prompt_ids == outputs[1].prompt_ids == [END]
+    assert outputs[0].prompt == outputs[1].prompt == ""
+    assert generate(model, []) == []
+
+
+def test_ways_to_give_prompts(model):
+    ids = TOKENIZER.encode("hello")
+    settings = {"max_new_tokens": 4, "seed": 2}
+    lists = [ids, [ids], tuple(ids), np.array(ids), np.array([ids]), [jnp.array(ids)]]
+    ways = ["hello", ["hello"], ("hello",), *lists]
+    outputs = [generate(model, way, **settings) for way in ways]
+    assert all(out == outputs[0] for out in outputs)
+    assert isinstance(outputs[0], list) and isinstance(outputs[0][0], Generation)
+    assert all(type(token) is int for token in outputs[0][0].prompt_ids + outputs[0][0].token_ids)
+
+
+def test_without_a_tokenizer(model):
+    bare = model_of(CONFIG, model.params, None)
+    ids = TOKENIZER.encode("hello")
+    (output,) = generate(bare, [ids], max_new_tokens=6, seed=1)
+    (with_text,) = generate(model, "hello", max_new_tokens=6, seed=1)
+    assert output.token_ids == with_text.token_ids
+    assert (output.text, output.prompt, str(output)) == ("", "", "")
+    for call in (lambda: generate(bare, "hello"), lambda: stream(bare, ids)):
+        with pytest.raises(ValueError, match="no tokenizer"):
+            call()
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+        generate(bare, [ids], stop_strings="x")
+
+
+# ---- where it ends ----
+
+
+def test_lengths(model):
+    (one,) = generate(model, "hello", max_new_tokens=1, stop_token_ids=[])
+    assert len(one.token_ids) == len(one.logprobs) == 1 and one.finish_reason == "length"
+    outputs = generate(model, [LONG, [1] * 15, [2] * 20, [3] * 17], max_length=30, stop_token_ids=[])
+    assert [len(out.prompt_ids) + len(out.token_ids) for out in outputs] == [30] * 4
+    (default,) = generate(model, [[1] * 60], stop_token_ids=[])
+    assert len(default.token_ids) == 4  # as many as the context has left
+    (whole,) = generate(model, [[1] * 60], max_length=64, stop_token_ids=[])
+    assert whole.token_ids == default.token_ids
+    assert whole.token_ids == naive(model, [1] * 60, max_new_tokens=4, stop=())[0]
+
+
+def test_the_whole_context(model):
+    """From one token to the last position."""
+    (output,) = generate(model, [[5]], max_new_tokens=63, do_sample=False, stop_token_ids=[])
+    assert output.token_ids == naive(model, [5], max_new_tokens=63, do_sample=False, stop=())[0]
+
+
+def test_stop_token_ids():
+    text = [10, 11, END, 12, 13, 14]
+    model = speller(text)
+
+    def run(**settings):
+        return generate(model, [[1]], max_new_tokens=6, do_sample=False, **settings)[0]
+
+    default = run()
+    assert (default.token_ids, default.finish_reason) == ([10, 11], "stop")
+    assert default.text == TOKENIZER.decode([10, 11]) and len(default.logprobs) == 2
+    never = run(stop_token_ids=[])
+    assert (never.token_ids, never.finish_reason) == (text, "length")
+    assert never.text == TOKENIZER.decode(text)
+    assert run(stop_token_ids=[13, 200]).token_ids == [10, 11, END, 12]
+    assert run(stop_token_ids=[10]).token_ids == [] and run(stop_token_ids=[10]).text == ""
+    assert run(stop_token_ids=[14]).finish_reason == "stop"  # as the last token that was allowed
+    assert run(stop_token_ids=range(12, 40)).token_ids == [10, 11, END]
+
+
+def test_rows_of_a_batch_end_on_their_own():
+    """One row stops at its first token, one later, one never; the others' tokens are not touched by it."""
+    text = [10, 11, 12, END, 13, 14, 15, 16]
+    model = speller(text, prompt_length=4)  # shorter prompts enter the text later in their continuation
+    outputs = generate(model, [[1] * 7, [1] * 4, [1] * 8], max_new_tokens=4, do_sample=False)
+    assert [out.token_ids for out in outputs] == [[], [10, 11, 12], [13, 14, 15, 16]]
+    assert [out.finish_reason for out in outputs] == ["stop", "stop", "length"]
+
+
+TEXT = "naïve 日本語 text…\n\nend. 🙂🙂 done"
+
+
+@pytest.mark.parametrize(
+    ("stops", "want"),
+    [
+        ("end", "naïve 日本語 text…\n\n"),
+        (["本"], "naïve 日"),
+        (["🙂 d", "zzz"], "naïve 日本語 text…\n\nend. 🙂"),
+        (["\n\n", "ve 日"], "naï"),
+        (["n"], ""),
+        (["absent", "done!"], TEXT),
+        (["done"], TEXT[:-4]),
+        ([TEXT], ""),
+        (("…", "text…"), "naïve 日本語 "),
+        ([], TEXT),
+    ],
+    ids=str,
+)
+def test_stop_strings_cut_exactly(stops, want):
+    """Whatever the borders of tokens: each of these characters is several tokens, and the stops span them."""
+    ids = TOKENIZER.encode(TEXT)
+    assert len(ids) > 30
+    model = speller(ids)
+    settings = {"max_new_tokens": len(ids), "stop_strings": stops, "do_sample": False}
+    (output,) = generate(model, [[1]], **settings)
+    assert output.text == want
+    assert output.finish_reason == ("length" if want == TEXT else "stop")
+    assert len(output.logprobs) == len(output.token_ids)
+    # the tokens are as few as hold the text
+    assert TOKENIZER.decode_bytes(output.token_ids).startswith(want.encode())
+    assert not output.token_ids or len(TOKENIZER.decode_bytes(output.token_ids[:-1])) < len(want.encode())
+    pieces = list(stream(model, [1], **settings))
+    assert "".join(pieces) == want
+    assert all(pieces)
+
+
+def test_stop_strings_in_a_batch():
+    ids = TOKENIZER.encode("abc def ghi jkl mno pqr")
+    model = speller(ids, prompt_length=2)
+    outputs = generate(
+        model, [[1] * 2, [1] * 3, [1] * 6], max_new_tokens=12, do_sample=False, stop_strings=["f", "kl"]
+    )
+    for output, start in zip(outputs, (0, 1, 4), strict=True):
+        whole = TOKENIZER.decode(ids[start : start + 12])
+        ends = [whole.index(stop) for stop in ("f", "kl") if stop in whole]
+        assert output.text == whole[: min(ends, default=None)]
+        assert output.finish_reason == ("stop" if ends else "length")
+
+
+# ---- streams ----
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {}, {"top_k": None, "temperature": 1.5}], ids=str)
+def test_stream_gives_the_text_of_generate(model, settings):
+    """Random tokens of a byte-level vocabulary: much of it is no UTF-8 at all."""
+    settings = {"max_new_tokens": 40, "seed": 11, "stop_token_ids": [], **settings}
+    (output,) = generate(model, "hello", **settings)
+    assert "".join(stream(model, "hello", **settings)) == output.text
+
+
+def test_stream_cuts_between_characters():
+    ids = TOKENIZER.encode("日本語 🙂 é")
+    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids), do_sample=False))
+    assert pieces == ["日", "本", "語", " ", "🙂", " ", "é"]
+
+
+def test_stream_of_a_cut_character():
+    ids = TOKENIZER.encode("a🙂")
+    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids) - 1, do_sample=False))
+    assert "".join(pieces) == TOKENIZER.decode(ids[:-1]) == "a\ufffd"
+
+
+def test_stream_shows_no_beginning_of_a_stop_string():
+    ids = TOKENIZER.encode("one STO two STOP three")
+    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids), do_sample=False, stop_strings=["STOP"]))
+    assert "".join(pieces) == "one STO two "
+    shown = ["".join(pieces[: i + 1]) for i in range(len(pieces))]
+    assert not any(text.endswith(("S", "ST", "STO")) for text in shown)
+
+
+def test_stream_raises_at_the_call(model):
+    with pytest.raises(ValueError, match="^temperature"):
+        stream(model, "a", temperature=-1)
+    with pytest.raises(ValueError, match="one prompt, not 2"):
+        stream(model, ["a", "b"])  # type: ignore[arg-type]
+
+
+def test_text_stream_equals_one_shot_decoding():
+    """Any bytes in any pieces, valid UTF-8 or not."""
+    rng = np.random.default_rng(0)
+    alphabet = [
+        b"a",
+        b"\xe2",
+        b"\x82",
+        b"\xac",
+        b"\xf0",
+        b"\x9f",
+        b"\x99",
+        b"\xc3",
+        b"\xa9",
+        b"\xff",
+        "é".encode(),
+    ]
+    for _ in range(500):
+        tokens = [alphabet[i] for i in rng.integers(0, len(alphabet), rng.integers(0, 12))]
+        text, pieces = TextStream(), []
+        for token in tokens:
+            text.add(token)
+            pieces.append(text.take())
+        pieces.append(text.take(last=True))
+        assert "".join(pieces) == b"".join(tokens).decode("utf-8", errors="replace")
+        assert text.tokens == len(tokens)
+
+
+# ---- odd models ----
+
+
+def test_ids_without_text_are_never_drawn():
+    """A vocabulary that is padded beyond its tokenizer: the padding's logits are the highest here."""
+    model = speller([310, 10, 310], vocab_size=320)
+    model.params["lm_head"]["kernel"] = model.params["lm_head"]["kernel"].at[315].set(20.0)
+    (output,) = generate(model, [[1]], max_new_tokens=3, do_sample=False, stop_token_ids=[])
+    assert max(output.token_ids) < 300
+    assert output.token_ids[1] == 10
+
+
+def test_end_token_of_a_padded_vocabulary():
+    config = GPT2Config(vocab_size=320)
+    assert config.eos_token_id == 319
+    assert end_token_id(model_of(config, None)) == END
+    assert end_token_id(model_of(config, None, tokenizer=None)) == 319
+    assert end_token_id(model_of(GPT2Config(vocab_size=300, eos_token_id=7), None)) == 7
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights(model, dtype):
+    exact, narrow = (
+        generate(model, "hello", max_new_tokens=4, do_sample=False, dtype=d)[0] for d in (None, dtype)
+    )
+    assert exact.token_ids[0] == narrow.token_ids[0]
+    assert exact.logprobs[0] != narrow.logprobs[0]
+    assert abs(exact.logprobs[0] - narrow.logprobs[0]) < 0.1
+
+
+# ---- what compiles ----
+
+
+def test_nothing_compiles_anew_within_a_bucket(model):
+    parts = (
+        inference.prefill,
+        decoding._choose_first,
+        decoding._record_first,
+        decoding.grow,
+        decoding.decode,
+    )
+
+    def programs():
+        return [f._cache_size() for f in parts]
+
+    generate(model, [LONG, "hello world", ""], max_new_tokens=16, seed=0)
+    before = programs()
+    variants = [
+        {"temperature": 0.3},
+        {"temperature": 0},
+        {"do_sample": False},
+        {"top_k": 1},
+        {"top_k": 64},
+        {"top_p": 0.5, "min_p": 0.1},
+        {"seed": [5, 2**31, 7]},
+        {"stop_token_ids": []},
+        {"stop_token_ids": [1, 2, 3, 4]},
+        {"stop_strings": ["a", "bcd"]},
+        {"max_new_tokens": 3},
+    ]
+    for settings in variants:
+        generate(model, ["xyz", [1] * 20, "one"], **{"max_new_tokens": 16, **settings})
+    generate(model, [[1] * 32, [2], [3] * 9, [4]], max_new_tokens=11)  # three rows were padded to four
+    generate(model, [[1] * 17, [2] * 17, [3] * 32], max_length=33)
+    assert programs() == before
+    list(stream(model, "a", max_new_tokens=16))
+    one_row = programs()
+    list(stream(model, "b", max_new_tokens=9, seed=4))
+    generate(model, "b", max_new_tokens=16)  # the programs of a stream
+    assert programs() == one_row
+    generate(model, "b", max_new_tokens=16, top_k=None)
+    assert programs()[-1] == one_row[-1] + 1  # the whole vocabulary is another program
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a positive whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"max_length": -1}, "max_length=-1"),
+        ({"max_new_tokens": 4, "max_length": 9}, "max_new_tokens=4 and max_length=9: give one"),
+        ({"max_length": 5}, "prompt 1 has 5 tokens.*max_length=5"),
+        (
+            {"max_new_tokens": 60},
+            r"prompt 1 has 5 tokens; with 60 new ones that makes 65.*64: ask for at most 59",
+        ),
+        ({"max_length": 65}, "65.*context"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": [1]}, "2 of them"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"seed": None}, "seed=None"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"stop_token_ids": [300]}, "stop_token_ids: token id 300 is outside the vocabulary of 300"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids: 'x' is not a token id"),
+        ({"stop_strings": ["a", ""]}, "stop_strings.*empty"),
+        ({"dtype": "int8"}, "int8"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1], [1, 2, 3, 4, 5]], **settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], [300]], "prompt 1: token id 300 is outside the vocabulary of 300"),
+        ([[-1]], "prompt 0: token id -1"),
+        ([[1.5]], "prompt 0: 1.5 is not a token id"),
+        ([[True]], "prompt 0: True is not a token id"),
+        ([["a", 1]], "prompt 0: 'a' is not a token id"),
+        (["a", None], "prompt 1 is None"),
+        (None, "prompts=None must be"),
+        (3, "prompts=3 must be"),
+        ([[1] * 64], "prompt 0 has 64 tokens.*shorten the prompt below 64 tokens"),
+        ([[1] * 200], "prompt 0 has 200 tokens"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_impossible_prompts_are_named(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts)
