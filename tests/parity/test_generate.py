@@ -1,0 +1,118 @@
+"""Generation beside transformers: greedy tokens, their log-probabilities, and the filters of sampling."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2jax.generate import generate
+from gpt2jax.sampling import SamplingConfig, full_weights
+from gpt2jax.weights.hf import load_hf
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TINY: dict[str, Any] = {"vocab_size": 211, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "one head": {"n_head": 1, "n_layer": 1},
+    "narrow heads": {"n_embd": 35, "n_head": 7, "n_layer": 3},
+    "wide mlp, untied": {"n_inner": 53, "tie_word_embeddings": False},
+    "exact gelu, other scales": {"activation_function": "gelu", "scale_attn_by_inverse_layer_idx": True},
+}
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def pair(request, tmp_path_factory):
+    """The same random model in transformers and here; every leaf random, biases and LayerNorms too."""
+    end = {"bos_token_id": 210, "eos_token_id": 210}
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**{**TINY, **end, **VARIANTS[request.param]})
+    ).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.copy_(noise + 1 if "ln_" in name and name.endswith("weight") else noise)
+    folder = tmp_path_factory.mktemp("hf")
+    theirs.save_pretrained(folder)
+    config, params = load_hf(folder)[:2]
+    return theirs, types.SimpleNamespace(
+        config=config, params=params, tokenizer=None, adapters=None, lora=None
+    )
+
+
+def prompts_of(vocab_size):
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, vocab_size, length).tolist() for length in (1, 7, 16, 23)]
+    prompts[1][0], prompts[2][3] = 0, 210  # ordinary ids that other code takes for padding
+    return prompts
+
+
+def continue_with_torch(model, prompt, **settings):
+    """transformers' greedy continuation of 16 tokens: ids, and log-probabilities in float64."""
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **settings,
+        )
+    tokens = output.sequences[0, len(prompt) :]
+    logprobs = torch.log_softmax(torch.cat(output.logits).double(), -1).gather(1, tokens[:, None])[:, 0]
+    return tokens.tolist(), logprobs.numpy()
+
+
+def test_greedy_tokens_and_logprobs(pair):
+    """A batch of prompts of 1 to 23 tokens, first without a stop, then with one that is known to come."""
+    theirs, ours = pair
+    prompts = prompts_of(211)
+    settings = {"max_new_tokens": 16, "do_sample": False}
+    outputs = generate(ours, prompts, stop_token_ids=[], **settings)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens, logprobs = continue_with_torch(theirs, prompt, eos_token_id=None)
+        assert output.token_ids == tokens
+        np.testing.assert_allclose(output.logprobs, logprobs, atol=1e-4)
+    stop = outputs[0].token_ids[6]
+    stopped = generate(ours, prompts, stop_token_ids=[stop], **settings)
+    assert stopped[0].finish_reason == "stop"
+    for prompt, output in zip(prompts, stopped, strict=True):
+        tokens, _ = continue_with_torch(theirs, prompt, eos_token_id=stop)
+        ended = tokens[-1] == stop
+        assert output.token_ids == (tokens[:-1] if ended else tokens)
+        assert output.finish_reason == ("stop" if ended else "length")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7, "top_k": 10},
+        {"temperature": 1.4, "top_p": 0.8},
+        {"top_k": 100, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 0.5, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_filters_keep_the_tokens_that_transformers_keeps(settings):
+    """The processors in the order in which transformers' generate applies them."""
+    logits = np.random.default_rng(5).normal(0, 2, (6, 400)).astype(np.float32)
+    scores = torch.from_numpy(logits.copy()) / settings.get("temperature", 1.0)
+    for name, processor in (
+        ("top_k", transformers.TopKLogitsWarper),
+        ("top_p", transformers.TopPLogitsWarper),
+        ("min_p", transformers.MinPLogitsWarper),
+    ):
+        if name in settings:
+            scores = processor(settings[name])(None, scores)
+    filters = SamplingConfig(**{"top_k": None, **settings}).filters()
+    weights = np.asarray(full_weights(jnp.asarray(logits), filters))
+    np.testing.assert_allclose(weights / weights.sum(-1, keepdims=True), scores.softmax(-1), atol=1e-6)
+    np.testing.assert_array_equal(weights > 0, np.isfinite(scores.numpy()))
