@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import pathlib
-import platform
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-import gpt2jax
+from gpt2jax.evaluate.evaluation import Evaluation, finite
 from gpt2jax.evaluate.excerpts import Excerpt, largest_differences
-from gpt2jax.evaluate.metrics import Evaluation, check_settings, check_texts, evaluate, finite
-from gpt2jax.evaluate.repetition import repetition
+from gpt2jax.evaluate.generations import generate_texts
+from gpt2jax.evaluate.metrics import check_settings, check_texts, evaluate
+from gpt2jax.evaluate.provenance import data_fingerprint, describe_model, versions
 from gpt2jax.evaluate.statistics import (
+    PER_BYTE,
+    PER_TOKEN,
     PairedDifference,
     bootstrap_interval,
     ratio_standard_error,
     win_rate,
 )
 from gpt2jax.files import atomic_write
-from gpt2jax.generate import Generation, generate
 from gpt2jax.language_model import LanguageModel
 
 SCHEMA = "gpt2jax.comparison"
 SCHEMA_VERSION = 1
 
-# the study's kind: an unfinished statement, five questions on medicine and networks, and the empty prompt twice
+# the study's kind: an unfinished statement, five questions on medicine and networks, and the empty prompt
+# twice
 STUDY_PROMPTS = (
     "The patients who received the new treatment",
     "What are the first signs of a stroke?",
@@ -54,10 +52,10 @@ class Comparison:
         models: name to {"source", "parameters", "fingerprint"}.
         evaluations: name to `Evaluation`.
         paired: name to `PairedDifference`, for every model but the first.
-        generations: one dict a text: model, prompt, text, seconds, tokens_per_second, tokens, finish_reason, seed,
-            distinct_1, distinct_2, repeated_4.
-        excerpts: name to the documents on which the model gains and loses most against the first; none where the
-            models' tokens differ.
+        generations: one dict a text: model, prompt, text, seconds, tokens_per_second, tokens, finish_reason,
+            seed, distinct_1, distinct_2, repeated_4.
+        excerpts: name to the documents on which the model gains and loses most against the first; none where
+            the models' tokens differ.
         settings: of the generation and the bootstrap.
         data: number of documents and SHA-256 of the texts.
         versions: of Python, the packages and the device.
@@ -121,6 +119,10 @@ class Comparison:
             ],
         }
 
+    def as_json(self) -> str:
+        """`as_dict()` as the text of a JSON file."""
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes `report.html`, `report.md` and `comparison.json` into a folder, each whole or not at all.
 
@@ -134,7 +136,7 @@ class Comparison:
         files = {
             "report.html": html_report(self),
             "report.md": markdown_report(self),
-            "comparison.json": json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            "comparison.json": self.as_json(),
         }
         for name, content in files.items():
             with atomic_write(folder / name) as file:
@@ -174,12 +176,12 @@ def compare(
     Args:
         models: name to model; the first is the baseline.
         texts: held-out texts, as for `evaluate`.
-        prompts: to generate from, strings or lists of token ids. None: `STUDY_PROMPTS`, or none at all if a model has
-            no tokenizer. Prompt number i is sampled with seed + i, the same for every model, so that a prompt that
-            occurs twice gives two texts.
+        prompts: to generate from, strings or lists of token ids. None: `STUDY_PROMPTS`, or none at all if a
+            model has no tokenizer. Prompt number i is sampled with seed + i, the same for every model, so
+            that a prompt that occurs twice gives two texts.
         sequence_length, batch_size, windows, stride, compute_dtype: see `evaluate`.
-        max_length, max_new_tokens: of the generated texts, see `generate`. Default: max_length 200, as in the study,
-            or the shortest context if that is less.
+        max_length, max_new_tokens: of the generated texts, see `generate`. Default: max_length 200, as in the
+            study, or the shortest context if that is less.
         temperature, top_k, top_p, do_sample: see `generate`.
         seed: of sampling and bootstrap.
         resamples: of the bootstrap.
@@ -191,9 +193,9 @@ def compare(
         A `Comparison`. Every number in it, times aside, is the same in the next run.
 
     Raises:
-        ValueError: no models, a setting out of range, nothing to score, or `windows="first"` between models that cut
-            texts into different tokens, since their first tokens cover different parts of the texts. With "disjoint"
-            or "sliding" such models are compared in nats per byte.
+        ValueError: no models, a setting out of range, nothing to score, or `windows="first"` between models
+            that cut texts into different tokens, since their first tokens cover different parts of the texts.
+            With "disjoint" or "sliding" such models are compared in nats per byte.
     """
     _check_models(models)
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
@@ -207,14 +209,14 @@ def compare(
     same_tokens = _same_tokens(list(models.values()))
     if not same_tokens and windows == "first":
         raise ValueError(
-            "the models have different tokenizers, so that their first tokens cover different parts of the texts: "
+            "the models have different tokenizers, so their first tokens cover different parts of the texts: "
             "use windows='disjoint' or 'sliding', which score whole texts and are compared in nats per byte"
         )
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
     sampling |= _length_limit(models, max_length, max_new_tokens)
     prompts = _default_prompts(models) if prompts is None else list(prompts)
     # first, since it is short and finds a prompt that does not fit
-    generations, first_calls = _generations(models, prompts, sampling, seed)
+    generations, first_calls = generate_texts(models, prompts, sampling, seed)
     evaluations = {
         name: evaluate(
             model,
@@ -242,7 +244,7 @@ def compare(
     }
     tokenizer = models[baseline].tokenizer
     return Comparison(
-        models={name: _describe(model) for name, model in models.items()},
+        models={name: describe_model(model) for name, model in models.items()},
         evaluations=evaluations,
         paired=paired,
         generations=generations,
@@ -251,8 +253,8 @@ def compare(
             for name in (others if same_tokens else [])
         },
         settings={"seed": seed, "resamples": resamples, **sampling},
-        data={"documents": len(texts), "sha256": _data_fingerprint(texts)},
-        versions=_versions(),
+        data={"documents": len(texts), "sha256": data_fingerprint(texts)},
+        versions=versions(),
         first_call_seconds=first_calls,
         history=None if history is None else [dict(entry) for entry in history],
         command=command,
@@ -271,12 +273,12 @@ def paired_difference(
         resamples, seed: of the bootstrap.
     """
     if same_tokens:
-        unit, sizes = "nats per token", first.document_tokens.astype(np.float64)
+        unit, sizes = PER_TOKEN, first.document_tokens.astype(np.float64)
         differences = second.document_loss - first.document_loss
     else:
-        unit, sizes = "nats per byte", first.document_bytes
+        unit, sizes = PER_BYTE, first.document_bytes
         if sizes is None or first.document_text_loss is None or second.document_text_loss is None:
-            raise ValueError("models that cut texts into different tokens need a tokenizer each to be compared")
+            raise ValueError("models with different token ids need a tokenizer each to be compared")
         differences = second.document_text_loss - first.document_text_loss
     hits = second.document_hits - first.document_hits
     return PairedDifference(
@@ -298,75 +300,7 @@ def loss_standard_error(evaluation: Evaluation) -> float | None:
     return finite(ratio_standard_error(evaluation.document_loss, evaluation.document_tokens))
 
 
-# ---- generation ----
-
-
-def _generations(
-    models: Mapping[str, LanguageModel], prompts: Sequence[Any], sampling: Mapping[str, Any], seed: int
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Each model's text for each prompt, prompt by prompt, and the time of each model's very first call."""
-    generations, first_calls = [], {}
-    for name, model in models.items():
-        compiled: set[tuple[int, int]] = set()
-        for index, prompt in enumerate(prompts):
-
-            def call(model=model, prompt=prompt, index=index) -> Generation:
-                return generate(model, [prompt], seed=seed + index, **sampling)[0]
-
-            output, seconds = _timed(call)
-            first_calls.setdefault(name, seconds)
-            shapes = _shapes(output, sampling)
-            if shapes not in compiled:  # that call compiled: a second one tells the speed
-                compiled.add(shapes)
-                output, seconds = _timed(call)
-            # the stop token is not in `token_ids`, and was generated all the same
-            steps = len(output.token_ids) + (output.finish_reason == "stop")
-            generations.append(
-                {
-                    "model": name,
-                    "prompt": prompt if isinstance(prompt, str) else [int(token_id) for token_id in prompt],
-                    "text": output.text,
-                    "seconds": round(seconds, 4),
-                    "tokens_per_second": round(steps / seconds, 1),
-                    "tokens": len(output.token_ids),
-                    "finish_reason": output.finish_reason,
-                    "seed": seed + index,
-                    "mean_logprob": float(np.mean(output.logprobs)) if output.logprobs else None,
-                    **repetition(output.token_ids),
-                }
-            )
-    return generations, first_calls
-
-
-def _timed(call: Callable[[], Generation]) -> tuple[Generation, float]:
-    began = time.perf_counter()
-    output = call()
-    return output, time.perf_counter() - began
-
-
-def _shapes(output: Generation, sampling: Mapping[str, Any]) -> tuple[int, int]:
-    """Powers of two that hold the prompt and the new tokens: what decoding compiles for."""
-    length = len(output.prompt_ids)
-    new = sampling.get("max_new_tokens") or sampling["max_length"] - length
-    return (length - 1).bit_length(), (new - 1).bit_length()
-
-
-def _length_limit(
-    models: Mapping[str, LanguageModel], max_length: int | None, max_new_tokens: int | None
-) -> dict[str, int]:
-    if max_length is not None and max_new_tokens is not None:
-        raise ValueError(f"max_length={max_length} and max_new_tokens={max_new_tokens}: give one of them")
-    if max_new_tokens is not None:
-        return {"max_new_tokens": max_new_tokens}
-    context = min(model.config.n_positions for model in models.values())
-    return {"max_length": min(STUDY_MAX_LENGTH, context) if max_length is None else max_length}
-
-
-def _default_prompts(models: Mapping[str, LanguageModel]) -> list[str]:
-    return [] if any(model.tokenizer is None for model in models.values()) else list(STUDY_PROMPTS)
-
-
-# ---- what it takes to repeat it ----
+# ---- arguments ----
 
 
 def _check_models(models: Mapping[str, LanguageModel]) -> None:
@@ -390,45 +324,16 @@ def _same_tokens(models: Sequence[LanguageModel]) -> bool:
     return len({identity(model) for model in models}) == 1
 
 
-def _describe(model: LanguageModel) -> dict[str, Any]:
-    return {
-        "source": model.source,
-        "parameters": model.num_parameters(),
-        "adapter_rank": model.lora.rank if model.lora and model.adapters is not None else None,
-        "fingerprint": params_fingerprint((model.params, model.adapters)),
-    }
+def _length_limit(
+    models: Mapping[str, LanguageModel], max_length: int | None, max_new_tokens: int | None
+) -> dict[str, int]:
+    if max_length is not None and max_new_tokens is not None:
+        raise ValueError(f"max_length={max_length} and max_new_tokens={max_new_tokens}: give one of them")
+    if max_new_tokens is not None:
+        return {"max_new_tokens": max_new_tokens}
+    context = min(model.config.n_positions for model in models.values())
+    return {"max_length": min(STUDY_MAX_LENGTH, context) if max_length is None else max_length}
 
 
-def params_fingerprint(params: Any) -> str:
-    """SHA-256 (hex) of all arrays of a tree with their places, dtypes and shapes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def _data_fingerprint(texts: Sequence[Any]) -> str:
-    """SHA-256 (hex) of the texts, each behind its length, so that where one ends counts too."""
-    digest = hashlib.sha256()
-    for text in texts:
-        if isinstance(text, str):
-            data = text.encode("utf-8", "surrogatepass")
-        else:
-            data = np.asarray(text, "<i8").tobytes()
-        digest.update(f"{type(text) is str:d} {len(data)}\n".encode())
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    device = jax.devices()[0]
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-    return {
-        "gpt2jax": gpt2jax.__version__,
-        "python": platform.python_version(),
-        **packages,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-    }
+def _default_prompts(models: Mapping[str, LanguageModel]) -> list[str]:
+    return [] if any(model.tokenizer is None for model in models.values()) else list(STUDY_PROMPTS)

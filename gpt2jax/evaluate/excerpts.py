@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt2jax.evaluate.metrics import Evaluation
+from gpt2jax.evaluate.evaluation import Evaluation
 from gpt2jax.tokenizer import Tokenizer
 
 MIN_TOKENS = 16  # of shorter documents the mean is mostly chance
 MAX_TOKENS = 256  # shown of one document
-END_MARK = "⏹"  # stands for the end token
+END_MARK = "■"  # stands for the end token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,9 @@ def largest_differences(
 def _pieces(
     token_ids: Sequence[int], differences: Sequence[float], tokenizer: Tokenizer | None
 ) -> list[tuple[str, float]]:
-    """Text and difference of each token; tokens that hold parts of a character are joined and their values added."""
+    """Text and difference of each token; tokens that share a character are one piece, their values added."""
     if tokenizer is None:
-        return [(f"{token_id} ", difference) for token_id, difference in zip(token_ids, differences, strict=True)]
+        return [(f"{token_id} ", value) for token_id, value in zip(token_ids, differences, strict=True)]
     pieces: list[tuple[str, float]] = []
     pending, total = b"", 0.0
     for token_id, difference in zip(token_ids, differences, strict=True):

@@ -1,7 +1,8 @@
 """Loss, accuracy, perplexity and bits per byte of a model on texts, from the loss of every single token.
 
-The loss and hit of each scored token are fetched and kept (5 bytes a token; logits never leave the device), and every
-figure is a sum over them in float64 in the order of the texts: no figure depends on how the rows were batched.
+The loss and hit of each scored token are fetched and kept (5 bytes a token; logits never leave the device),
+and every figure is a sum over them in float64 in the order of the texts: no figure depends on how the rows
+    were batched.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,10 +21,12 @@ import numpy as np
 from gpt2jax.config import GPT2Config
 from gpt2jax.data.batches import Batch, check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
+from gpt2jax.evaluate.evaluation import Evaluation, Settings
 from gpt2jax.evaluate.windows import (
     Windows,
     check_windows,
     cut_documents,
+    encode_beginnings,
     plan_windows,
     row_batches,
     study_batches,
@@ -34,171 +36,6 @@ from gpt2jax.losses import token_losses
 from gpt2jax.model import Params, head_kernel, hidden_states
 from gpt2jax.precision import Precision, precision
 from gpt2jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How an evaluation was made.
-
-    Attributes:
-        sequence_length: T, tokens of one row.
-        windows: "first", "disjoint" or "sliding" (see `gpt2jax.evaluate.windows`).
-        stride: labels that a sliding window advances; T for the others.
-        batch_size: rows of one batch.
-        compute_dtype: of the matrix products.
-    """
-
-    sequence_length: int
-    windows: str
-    stride: int
-    batch_size: int
-    compute_dtype: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Evaluation:
-    """What an evaluation found: the loss of every scored token, and figures made of it.
-
-    A scored token is a label: the tokens of the texts, and the end token behind each text, in nats.
-
-    Attributes:
-        settings: how it was made.
-        offsets: [n + 1] int64; the labels of document i are `offsets[i]:offsets[i + 1]` of the arrays below.
-        labels: [tokens] int32 token ids.
-        positions: [tokens] int32 place of each label in the row that scored it, 0 for the first.
-        token_loss: [tokens] float32 in nats.
-        token_hit: [tokens] bool, the most likely token was the label.
-        token_bytes: [tokens] int32 length of each label as text, 0 for the end token; None without a tokenizer.
-        keras_loss_sum, keras_hits, keras_positions: sums behind the study's figures.
-        seconds: time of the evaluation on this machine, compilation included.
-    """
-
-    settings: Settings
-    offsets: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    token_loss: np.ndarray
-    token_hit: np.ndarray
-    token_bytes: np.ndarray | None
-    keras_loss_sum: float
-    keras_hits: int
-    keras_positions: int
-    seconds: float
-
-    @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return len(self.offsets) - 1
-
-    @property
-    def tokens(self) -> int:
-        """Number of scored tokens, end tokens included."""
-        return int(self.offsets[-1])
-
-    @functools.cached_property
-    def document_loss(self) -> np.ndarray:
-        """[n] float64, sum of the loss over each document's tokens in nats."""
-        return sum_by_document(self.token_loss, self.offsets)
-
-    @functools.cached_property
-    def document_hits(self) -> np.ndarray:
-        """[n] float64, number of right predictions in each document."""
-        return sum_by_document(self.token_hit, self.offsets)
-
-    @property
-    def document_tokens(self) -> np.ndarray:
-        """[n] int64, number of scored tokens of each document."""
-        return np.diff(self.offsets)
-
-    @functools.cached_property
-    def document_text_loss(self) -> np.ndarray | None:
-        """[n] float64, the loss of those tokens that are text, without end tokens; None without a tokenizer."""
-        if self.token_bytes is None:
-            return None
-        return sum_by_document(np.where(self.token_bytes > 0, self.token_loss, 0), self.offsets)
-
-    @functools.cached_property
-    def document_bytes(self) -> np.ndarray | None:
-        """[n] float64, bytes of text that the scored tokens of each document stand for; None without a tokenizer."""
-        return None if self.token_bytes is None else sum_by_document(self.token_bytes, self.offsets)
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy per scored token in nats."""
-        return float(self.document_loss.sum()) / self.tokens
-
-    @property
-    def accuracy(self) -> float:
-        """Share of scored tokens that the model's most likely token was."""
-        return float(self.document_hits.sum()) / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Bits that the model needs for a byte of the text it scored, whatever its tokenizer.
-
-        The loss of the scored tokens that are text, over ln 2, over the bytes (UTF-8) that these tokens stand for. End
-        tokens are left out of both: they have no bytes, and the one behind a document that was cut is not in the text.
-        Text behind the cut is left out of both as well. None without a tokenizer or without text.
-        """
-        if self.document_text_loss is None or self.document_bytes is None or not self.document_bytes.sum():
-            return None
-        return float(self.document_text_loss.sum()) / math.log(2) / float(self.document_bytes.sum())
-
-    @property
-    def keras_loss(self) -> float:
-        """The study's loss: loss of the first T - 1 tokens and an end token of each text, over documents * T.
-
-        Padding counts in the denominator and not in the numerator.
-        """
-        return self.keras_loss_sum / self.keras_positions
-
-    @property
-    def keras_accuracy(self) -> float:
-        """The study's accuracy: right predictions over documents * T; on padding, token 0 counts as right."""
-        return self.keras_hits / self.keras_positions
-
-    def loss_by_position(self) -> tuple[np.ndarray, np.ndarray]:
-        """(loss sum [T] float64, tokens [T] float64) by the place of the token in its row."""
-        length = self.settings.sequence_length
-        sums = np.bincount(self.positions, weights=self.token_loss, minlength=length)
-        return sums, np.bincount(self.positions, minlength=length).astype(np.float64)
-
-    def as_dict(self, *, per_document: bool = False) -> dict[str, Any]:
-        """The figures as plain numbers for JSON; one that is not finite is None.
-
-        Args:
-            per_document: lists of loss, tokens and hits of every document as well.
-        """
-        figures: dict[str, Any] = {
-            "loss": finite(self.loss),
-            "accuracy": self.accuracy,
-            "keras_loss": finite(self.keras_loss),
-            "keras_accuracy": self.keras_accuracy,
-            "perplexity": finite(self.perplexity),
-            "bits_per_byte": finite(self.bits_per_byte),
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "bytes": None if self.document_bytes is None else int(self.document_bytes.sum()),
-            "keras_hits": self.keras_hits,
-            "keras_positions": self.keras_positions,
-            **dataclasses.asdict(self.settings),
-        }
-        if per_document:
-            figures["document_loss"] = [finite(value) for value in self.document_loss.tolist()]
-            figures["document_tokens"] = self.document_tokens.tolist()
-            figures["document_hits"] = [int(value) for value in self.document_hits]
-        return figures
-
-    def __repr__(self) -> str:
-        return (
-            f"Evaluation(loss={self.loss:.4f}, accuracy={self.accuracy:.4f}, perplexity={self.perplexity:.2f}, "
-            f"tokens={self.tokens}, documents={self.documents})"
-        )
 
 
 def evaluate(
@@ -214,15 +51,16 @@ def evaluate(
 ) -> Evaluation:
     """Loss and accuracy of a model on texts.
 
-    The end token goes in front of each text and is the label behind it. An empty text counts with its end token.
+    The end token goes in front of each text and is the label behind it. An empty text counts with its end
+    token.
 
     Args:
         model: a model, with adapters or without.
         texts: list of str, of lists of token ids, or a column of a `datasets.Dataset`.
         sequence_length: T, the most tokens a row holds.
         batch_size: B, rows at once. It changes time and memory, not the figures.
-        windows: "first" (the first T - 1 tokens of each text, as in the study), "disjoint" or "sliding" (the whole of
-            each text). The study's own two figures are of the first T - 1 tokens in any case.
+        windows: "first" (the first T - 1 tokens of each text, as in the study), "disjoint" or "sliding" (the
+            whole of each text). The study's own two figures are of the first T - 1 tokens in any case.
         stride: with "sliding", labels each row advances; T - stride is the least context. Default T // 2.
         compute_dtype: "float32", "bfloat16" or "float16", of the matrix products.
         progress: show a progress bar.
@@ -238,7 +76,8 @@ def evaluate(
     settings = check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
     if isinstance(texts, str | bytes):
         raise TypeError("texts is one string; pass a list of texts")
-    documents = _tokenize(model, list(texts))
+    # the study's windows need the beginnings only, and reading whole articles takes longer than scoring them
+    documents = _tokenize(model, list(texts), first=sequence_length if windows == "first" else None)
     check_long_enough(documents)
     end = model.end_token_id
     first = cut_documents(documents, sequence_length - 1)
@@ -258,6 +97,9 @@ def evaluate(
         study = score(first, first_rows, study=True, advance=advance)
         found = study if rows is first_rows else score(scored, rows, study=False, advance=advance)
     labels = np.insert(scored.tokens.astype(np.int32), scored.offsets[1:], end)
+    token_bytes = None
+    if model.tokenizer is not None:
+        token_bytes = byte_lengths(model.tokenizer, model.config.vocab_size)[labels]
     return Evaluation(
         settings=settings,
         offsets=rows.offsets,
@@ -265,7 +107,8 @@ def evaluate(
         positions=rows.positions(),
         token_loss=found.loss,
         token_hit=found.hit,
-        token_bytes=None if model.tokenizer is None else byte_lengths(model.tokenizer, model.config.vocab_size)[labels],
+        token_bytes=token_bytes,
+        documents_cut=int((documents.lengths > scored.lengths).sum()),
         keras_loss_sum=float(study.loss.sum(dtype=np.float64)),
         keras_hits=int(study.hit.sum()) + study.hits_on_padding,
         keras_positions=len(documents) * sequence_length,
@@ -274,7 +117,12 @@ def evaluate(
 
 
 def check_settings(
-    model: LanguageModel, sequence_length: int, batch_size: int, windows: str, stride: int | None, compute_dtype: str
+    model: LanguageModel,
+    sequence_length: int,
+    batch_size: int,
+    windows: str,
+    stride: int | None,
+    compute_dtype: str,
 ) -> Settings:
     """The settings, or ValueError naming the one that is wrong."""
     for name, value, least in (("sequence_length", sequence_length, 2), ("batch_size", batch_size, 1)):
@@ -297,7 +145,14 @@ def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:
     check_long_enough(_tokenize(model, texts))
 
 
-def _tokenize(model: LanguageModel, texts: Sequence[Any]) -> Documents:
+def _tokenize(model: LanguageModel, texts: Sequence[Any], first: int | None = None) -> Documents:
+    """The texts as documents, of which the first `first` tokens are wanted, or all."""
+    if first is not None and model.tokenizer is not None:
+        strings = [index for index, text in enumerate(texts) if isinstance(text, str)]
+        beginnings = encode_beginnings(model.tokenizer, [texts[index] for index in strings], first)
+        texts = list(texts)
+        for index, ids in zip(strings, beginnings, strict=True):
+            texts[index] = ids
     return tokenize_documents(texts, model.tokenizer, vocab_size=model.config.vocab_size)
 
 
@@ -361,18 +216,13 @@ def _token_scores(params, tokens, targets, mask, *, config, numerics):
 
 
 def _one_ahead(results: Iterator[Any]) -> Iterator[Any]:
-    """The same items, each held back until the next is under way: the device works while the host collects."""
+    """The same items, each held back until the next is under way: the device works as the host collects."""
     held = next(results, None)
     for item in results:
         yield held
         held = item
     if held is not None:
         yield held
-
-
-def sum_by_document(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """[tokens] -> [n] float64 sums; every document has at least one label."""
-    return np.add.reduceat(values, offsets[:-1], dtype=np.float64)
 
 
 @functools.lru_cache(maxsize=8)
@@ -387,11 +237,6 @@ def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
             except ValueError:  # a hole in the vocabulary: no text encodes to it
                 continue
     return lengths
-
-
-def finite(value: float | None) -> float | None:
-    """`value`, or None where it is not a finite number, which JSON cannot say."""
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 @contextlib.contextmanager

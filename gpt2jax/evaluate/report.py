@@ -27,6 +27,12 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+def transposed(table: Table) -> Table:
+    """Rows as columns: a few models fit a narrow terminal side by side, all their figures do not."""
+    cells = list(zip(table.columns, *table.rows, strict=True))
+    return Table(table.caption, ("Figure", *cells[0][1:]), cells[1:])
+
+
 # ---- what every report says ----
 
 
@@ -56,18 +62,29 @@ def headline(comparison: Comparison) -> str:
     """The result in one sentence."""
     if not comparison.paired:
         name, evaluation = next(iter(comparison.evaluations.items()))
-        return f"{name}: {number(evaluation.loss, 3)} nats per token, perplexity {number(evaluation.perplexity, 1)}"
-    name = min(comparison.paired, key=lambda name: comparison.paired[name].difference)
+        loss, perplexity = number(evaluation.loss, 3), number(evaluation.perplexity, 1)
+        return f"{name}: {loss} nats per token, perplexity {perplexity}"
+    name = best(comparison)
     return verdict(name, comparison.paired[name])
 
 
+def best(comparison: Comparison) -> str:
+    """The model with the lowest loss against the first one, which is not among them."""
+
+    def order(name: str) -> tuple[bool, float]:
+        difference = comparison.paired[name].difference
+        return math.isnan(difference), difference
+
+    return min(comparison.paired, key=order)
+
+
 def verdict(name: str, difference: PairedDifference) -> str:
-    """Better, worse or neither: neither where the interval of the difference holds zero."""
+    """Better, worse or neither: neither where the interval of the difference holds zero, or on a single text."""
     unit, baseline = difference.unit, difference.baseline
     low, high = difference.interval
     if not math.isfinite(difference.difference):
         return f"{name} has no finite loss to hold against {baseline}"
-    if low <= 0.0 <= high:
+    if low <= 0.0 <= high or difference.documents < 2:
         return f"No clear difference between {name} and {baseline}"
     word = "better" if difference.difference < 0 else "worse"
     return f"{name} is {number(abs(difference.difference), 3)} {unit} {word} than {baseline}"
@@ -79,13 +96,14 @@ def evidence(comparison: Comparison, name: str) -> str:
     first, second = comparison.evaluations[difference.baseline], comparison.evaluations[name]
     low, high = difference.interval
     documents = "document" if difference.documents == 1 else "documents"
+    mean = with_error(difference.difference, difference.standard_error, signed=True)
     return (
-        f"Paired difference {with_error(difference.difference, difference.standard_error, signed=True)} {difference.unit} "
-        f"({CONFIDENCE:.0%} interval {number(low, signed=True)} to {number(high, signed=True)}). "
+        f"Paired difference {mean} {difference.unit} "
+        f"({percent(CONFIDENCE, 0)} interval {number(low, signed=True)} to {number(high, signed=True)}). "
         f"Perplexity {number(first.perplexity, 2)} → {number(second.perplexity, 2)}, "
         f"accuracy {percent(first.accuracy)} → {percent(second.accuracy)}. "
         f"Lower loss on {percent(difference.win_rate)} of {difference.documents:,} {documents}."
-    ).replace("95%", "95 %")
+    )
 
 
 def figures_table(comparison: Comparison) -> Table:
@@ -135,19 +153,26 @@ def paired_table(comparison: Comparison) -> Table:
                 percent(difference.win_rate),
             )
         )
-    columns = ("Pair", "Loss difference", f"{CONFIDENCE * 100:.0f} % interval", "Accuracy difference", "Wins")
-    return Table("Paired difference over the same documents; a negative loss difference is an improvement", columns, rows)
+    columns = ("Pair", "Loss difference", f"{percent(CONFIDENCE, 0)} interval", "Accuracy difference", "Wins")
+    return Table(
+        "Paired difference over the same documents; a negative loss difference is an improvement",
+        columns,
+        rows,
+    )
 
 
-def generation_note(generation: dict[str, Any]) -> str:
+def generation_note(generation: dict[str, Any]) -> list[str]:
     """Length, speed and repetition of a generated text."""
     ended = "ended by itself" if generation["finish_reason"] == "stop" else "cut at the length limit"
     tokens = "token" if generation["tokens"] == 1 else "tokens"
     parts = [f"{generation['tokens']:,} {tokens}, {ended}"]
-    parts.append(f"{number(generation['tokens_per_second'], 0)} tokens/s ({number(generation['seconds'], 2)} s)")
+    parts += [
+        f"{number(generation['tokens_per_second'], 0)} tokens/s",
+        f"{number(generation['seconds'], 2)} s",
+    ]
     if generation["repeated_4"] is not None:
         parts.append(f"repeated 4-grams {percent(generation['repeated_4'])}")
-    return " · ".join(parts)
+    return parts
 
 
 def prompt_groups(comparison: Comparison) -> list[list[dict[str, Any]]]:
@@ -171,7 +196,9 @@ def repeat_table(comparison: Comparison) -> Table:
     rows += [("texts", f"{comparison.data['documents']:,}, SHA-256 {comparison.data['sha256']}")]
     for name, about in comparison.models.items():
         source = f"{about['source']}, " if about["source"] else ""
-        rows.append((f"model {name}", f"{source}{about['parameters']:,} parameters, SHA-256 {about['fingerprint']}"))
+        rows.append(
+            (f"model {name}", f"{source}{about['parameters']:,} parameters, SHA-256 {about['fingerprint']}")
+        )
     rows += [(name, version) for name, version in comparison.versions.items()]
     rows += [("command", comparison.command)] if comparison.command else []
     return Table("Settings, texts, models and versions of this comparison", ("What", "Value"), rows)
@@ -195,23 +222,23 @@ def timing_table(comparison: Comparison) -> Table:
 
 
 DEFINITIONS = (
-    ("Loss", "mean cross-entropy of the scored tokens in nats; an end token behind each text counts as a token."),
+    ("Loss", "mean cross-entropy per scored token in nats; the end token behind each text is one of them."),
     ("Perplexity", "exp(loss)."),
     ("Accuracy", "share of scored tokens that were the model's most likely token."),
     (
         "Bits per byte",
-        "loss of the scored tokens over ln 2, per byte of the text they stand for; end tokens are left out of both.",
+        "loss of the scored tokens over ln 2, per byte of the text they stand for; without end tokens.",
     ),
     (
         "Keras loss, Keras accuracy",
-        "as Keras reported them in the study this library reproduces: the first tokens of each text in one row of "
-        "fixed length, divided by all positions of the row, padding included; for the accuracy, padding is a token "
-        "like any other.",
+        "what Keras reports for the same model and texts: the first tokens of each text in a row of fixed length, "
+        "over all positions of all rows. Padding counts in the denominator of both; in the accuracy it is a token "
+        "to be predicted like any other.",
     ),
     (
         "Standard error, interval",
-        "over documents, since the tokens of one text depend on each other: ratio estimate, and percentiles of a "
-        "bootstrap over documents.",
+        "over documents, since the tokens of one text depend on each other: of a ratio of two sums, and percentiles "
+        "of a bootstrap.",
     ),
     ("Wins", "share of documents with the lower loss; a tie counts half."),
     ("Repeated 4-grams", "share of four-token sequences that occurred before in the same text."),
@@ -220,13 +247,18 @@ DEFINITIONS = (
 
 def windows_sentence(comparison: Comparison) -> str:
     """Which tokens were scored."""
-    settings = next(iter(comparison.evaluations.values())).settings
-    length, stride = settings.sequence_length, settings.stride
-    return {
-        "first": f"Scored: the first {length - 1} tokens of each text and an end token.",
-        "disjoint": f"Scored: every token of each text, in rows of {length} side by side.",
-        "sliding": f"Scored: every token of each text once, in rows of {length} that advance by {stride}.",
-    }[settings.windows]
+    evaluation = next(iter(comparison.evaluations.values()))
+    length, stride = evaluation.settings.sequence_length, evaluation.settings.stride
+    if evaluation.settings.windows == "first":
+        said = f"Scored: the first {length - 1} tokens of each text and an end token."
+        if evaluation.documents_cut:
+            said += (
+                f" {evaluation.documents_cut:,} of {evaluation.documents:,} texts are longer: there the end token "
+                "is none of the text's own, and costs a good model more than any other."
+            )
+        return said
+    rows = "side by side" if evaluation.settings.windows == "disjoint" else f"that advance by {stride}"
+    return f"Scored: every token of each text once, and an end token, in rows of {length} {rows}."
 
 
 # ---- Markdown ----
@@ -244,7 +276,7 @@ def markdown_report(comparison: Comparison) -> str:
         for group in prompt_groups(comparison):
             parts += ["### Prompt", _fenced(prompt_text(group[0]["prompt"]))]
             for generation in group:
-                parts += [f"**{_markdown(generation['model'])}** ({generation_note(generation)})"]
+                parts += [f"**{_markdown(generation['model'])}** ({', '.join(generation_note(generation))})"]
                 parts += [_fenced(generation["text"])]
     for name, groups in comparison.excerpts.items():
         for title, excerpts in (("better", groups["gains"]), ("worse", groups["losses"])):
@@ -257,7 +289,11 @@ def markdown_report(comparison: Comparison) -> str:
                     f"{excerpt.tokens:,} tokens"
                 )
                 parts.append(_fenced(text))
-    parts += ["## To repeat it", _markdown_table(repeat_table(comparison)), _markdown_table(timing_table(comparison))]
+    parts += [
+        "## To repeat it",
+        _markdown_table(repeat_table(comparison)),
+        _markdown_table(timing_table(comparison)),
+    ]
     parts += ["## What the figures mean", "\n".join(f"- **{term}**: {text}" for term, text in DEFINITIONS)]
     return "\n\n".join(parts) + "\n"
 
@@ -265,7 +301,7 @@ def markdown_report(comparison: Comparison) -> str:
 def _markdown_table(table: Table) -> str:
     lines = [
         "| " + " | ".join(map(_cell, table.columns)) + " |",
-        "|---|" + "---:|" * (len(table.columns) - 1) if len(table.columns) > 2 else "|---|---|",
+        "|---|" + ("---:|" * (len(table.columns) - 1) if len(table.columns) > 2 else "---|"),
         *("| " + " | ".join(map(_cell, row)) + " |" for row in table.rows),
     ]
     return f"{table.caption}:\n\n" + "\n".join(lines)
@@ -297,6 +333,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         comparison: what `compare` gave.
         console: where; default: standard output.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -305,11 +342,12 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console.print(Text(headline(comparison), style="bold"))
     for name in comparison.paired:
         console.print(Text(f"{name}: {evidence(comparison, name)}"))
-    tables = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.paired else [])
+    tables = [transposed(figures_table(comparison))]
+    tables += [transposed(paired_table(comparison))] if comparison.paired else []
     for table in tables:
-        shown = RichTable(title=table.caption, title_justify="left", title_style="dim")
+        shown = RichTable(title=table.caption, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
         for index, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if index else "left")
+            shown.add_column(Text(column), justify="right" if index else "left")
         for row in table.rows:
             shown.add_row(*(Text(cell) for cell in row))
         console.print(shown)

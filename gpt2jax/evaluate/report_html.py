@@ -6,12 +6,14 @@ import html
 import re
 from collections.abc import Sequence
 from importlib import resources
+from typing import Any
 
 from gpt2jax.evaluate.compare import Comparison
-from gpt2jax.evaluate.excerpts import Excerpt
+from gpt2jax.evaluate.excerpts import END_MARK, Excerpt
 from gpt2jax.evaluate.report import (
     DEFINITIONS,
     Table,
+    best,
     evidence,
     figures_table,
     generation_note,
@@ -23,6 +25,7 @@ from gpt2jax.evaluate.report import (
     prompt_text,
     repeat_table,
     timing_table,
+    transposed,
     verdict,
     windows_sentence,
 )
@@ -69,13 +72,13 @@ def html_report(comparison: Comparison) -> str:
 
 def _summary(comparison: Comparison) -> str:
     """The sentences and the four figures at a glance."""
-    best = min(comparison.paired, key=lambda name: comparison.paired[name].difference, default=None)
+    chosen = best(comparison) if comparison.paired else None
     parts = []
     for name in comparison.paired:
-        lead = "" if name == best else f"<strong>{_text(verdict(name, comparison.paired[name]))}.</strong> "
+        lead = "" if name == chosen else f"<strong>{_text(verdict(name, comparison.paired[name]))}.</strong> "
         parts.append(f'<p class="lead">{lead}{_text(evidence(comparison, name))}</p>')
-    if best is not None:
-        first, second = comparison.evaluations[comparison.baseline], comparison.evaluations[best]
+    if chosen is not None:
+        first, second = comparison.evaluations[comparison.baseline], comparison.evaluations[chosen]
         pairs = [
             ("Loss, nats per token", number(first.loss, 3), number(second.loss, 3)),
             ("Perplexity", number(first.perplexity, 1), number(second.perplexity, 1)),
@@ -87,16 +90,16 @@ def _summary(comparison: Comparison) -> str:
             f"<div><dt>{label}</dt><dd><span>{before}</span> <i>→</i> <b>{after}</b></dd></div>"
             for label, before, after in pairs
         )
-        names = f"{_text(comparison.baseline)} → {_text(best)}"
+        names = f"{_text(comparison.baseline)} → {_text(chosen)}"
         parts.append(f'<dl class="tiles" aria-label="{names}">{tiles}</dl>')
     return "\n".join(parts)
 
 
 def _figures(comparison: Comparison) -> str:
-    tables = _table(figures_table(comparison))
-    if comparison.paired:
-        tables += _table(paired_table(comparison))
-    return f"<p>{_text(windows_sentence(comparison))}</p>\n{tables}"
+    made = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.paired else [])
+    # figures below each other while the models fit side by side on a phone
+    tables = "".join(_table(transposed(table) if len(table.rows) <= 2 else table) for table in made)
+    return f'<p>{_text(windows_sentence(comparison))}</p>\n<div class="tables">\n{tables}</div>'
 
 
 def _plots(made: Sequence[Plot]) -> str:
@@ -117,13 +120,21 @@ def _generations(comparison: Comparison) -> str:
         columns = "".join(
             f'<article class="series-{colours[generation["model"]]}">\n<h4>{_text(generation["model"])}</h4>\n'
             f'<div class="text">{_text(generation["text"]) or "<em>(nothing)</em>"}</div>\n'
-            f'<p class="note">{_text(generation_note(generation))}</p>\n</article>\n'
+            f'<p class="note">{_note(generation)}</p>\n</article>\n'
             for generation in group
         )
         kind = ' class="empty"' if not prompt else ""
-        heading = f'<h3><span class="label">Prompt</span> <span{kind}>{_text(prompt_text(prompt))}</span></h3>'
-        parts.append(f'<section class="prompt">\n{heading}\n<div class="columns">\n{columns}</div>\n</section>')
+        heading = (
+            f'<h3><span class="label">Prompt</span> <span{kind}>{_text(prompt_text(prompt))}</span></h3>'
+        )
+        parts.append(
+            f'<section class="prompt">\n{heading}\n<div class="columns">\n{columns}</div>\n</section>'
+        )
     return "\n".join(parts)
+
+
+def _note(generation: dict[str, Any]) -> str:
+    return " · ".join(f"<span>{_text(part)}</span>" for part in generation_note(generation))
 
 
 def _sampling_sentence(comparison: Comparison) -> str:
@@ -154,9 +165,12 @@ def _excerpts(index: int, name: str, groups: dict[str, list[Excerpt]]) -> str:
         '<p class="legend">Each token has the colour of its difference: '
         '<span class="gain" style="--depth: 0.75">better</span> in solid underline, '
         '<span class="loss" style="--depth: 0.75">worse</span> in dotted underline, '
-        f"deeper colour for a larger difference (deepest from {STRONG:g} nats).</p>"
+        f"deeper colour for a larger difference (deepest from {STRONG:g} nats). "
+        f"{END_MARK} is the end token.</p>"
     )
-    return _section(f"documents-{index}", f"Documents with the largest difference: {name}", legend + "\n".join(parts))
+    return _section(
+        f"documents-{index}", f"Documents with the largest difference: {name}", legend + "\n".join(parts)
+    )
 
 
 def _excerpt(excerpt: Excerpt, *, is_open: bool) -> str:
@@ -173,8 +187,8 @@ def _token(text: str, difference: float) -> str:
     depth = round(min(abs(difference) / STRONG, 1.0), 2)
     if depth < 0.1 or difference != difference:
         return _text(text)
-    kind = "gain" if difference < 0 else "loss"
-    return f'<span class="{kind}" style="--depth: {depth:g}" title="{number(difference, 2, signed=True)}">{_text(text)}</span>'
+    kind, title = "gain" if difference < 0 else "loss", number(difference, 2, signed=True)
+    return f'<span class="{kind}" style="--depth: {depth:g}" title="{title}">{_text(text)}</span>'
 
 
 def _repeat(comparison: Comparison) -> str:
@@ -182,7 +196,11 @@ def _repeat(comparison: Comparison) -> str:
 
 
 def _definitions() -> str:
-    return "<dl>" + "".join(f"<dt>{_text(term)}</dt><dd>{_text(text)}</dd>" for term, text in DEFINITIONS) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{_text(term)}</dt><dd>{_text(text)}</dd>" for term, text in DEFINITIONS)
+        + "</dl>"
+    )
 
 
 def _section(name: str, title: str, content: str) -> str:
@@ -193,13 +211,15 @@ def _table(table: Table, *, numbers: bool = True) -> str:
     """A table that scrolls by itself where the page is narrow."""
     head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
     body = "".join(
-        f'<tr><th scope="row">{_text(row[0])}</th>' + "".join(f"<td>{_text(cell)}</td>" for cell in row[1:]) + "</tr>\n"
+        f'<tr><th scope="row">{_text(row[0])}</th>'
+        + "".join(f"<td>{_text(cell)}</td>" for cell in row[1:])
+        + "</tr>\n"
         for row in table.rows
     )
     kind = "numbers" if numbers else "words"
-    label = _text(table.caption)
+    label, scroll = _text(table.caption), 'class="scroll" role="region" tabindex="0"'
     return (
-        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">\n<table class="{kind}">\n'
+        f'<div {scroll} aria-label="{label}">\n<table class="{kind}">\n'
         f"<caption>{label}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
     )
 

@@ -1,6 +1,7 @@
 """The plots of the report as SVG that takes its colours and its font from the page around it.
 
-Matplotlib draws with marker colours, which are replaced by CSS variables afterwards: one picture serves light, dark and
+Matplotlib draws with marker colours, which are replaced by CSS variables afterwards: one picture serves
+    light, dark and
 paper. Text stays text. The same data gives the same bytes.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from gpt2jax.evaluate.compare import Comparison, loss_standard_error
 from gpt2jax.evaluate.report import number
+from gpt2jax.evaluate.statistics import PER_TOKEN
 
 SERIES = 6  # colours in the style sheet
 # stand-ins that no plot uses by chance, and the CSS variables they become
@@ -53,7 +55,11 @@ def plots(comparison: Comparison) -> list[Plot]:
 
     with matplotlib.rc_context(_STYLE):
         made = [loss_by_model(comparison)]
-        made += [paired_distribution(comparison, name) for name in comparison.excerpts]
+        made += [
+            paired_distribution(comparison, name)
+            for name, pair in comparison.paired.items()
+            if pair.unit == PER_TOKEN
+        ]
         made += [loss_by_position(comparison)]
         if comparison.history:
             made += training_curves(comparison.history)
@@ -78,7 +84,13 @@ def loss_by_model(comparison: Comparison) -> Plot:
             markersize=7,
             elinewidth=1.8,
         )
-        axes.annotate(number(evaluation.loss, 3), (evaluation.loss, index), (0, 9), textcoords="offset points", ha="center")
+        axes.annotate(
+            number(evaluation.loss, 3),
+            (evaluation.loss, index),
+            (0, 9),
+            textcoords="offset points",
+            ha="center",
+        )
         said.append(f"{name} {number(evaluation.loss, 3)}")
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set_ylim(len(names) - 0.45, -0.75)
@@ -141,20 +153,26 @@ def loss_by_position(comparison: Comparison) -> Plot:
             markersize=4,
             label=_short(name),
         )
-        said.append(f"{name} from {number(means[0], 2)} at the first token to {number(means[-1], 2)} at the last")
+        said.append(
+            f"{name} from {number(means[0], 2)} at the first token to {number(means[-1], 2)} at the last"
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("place in the row, tokens")
     axes.set_ylabel("loss, nats per token")
     axes.grid()
     axes.legend()
-    return Plot("Loss by position", "Nats per token: " + "; ".join(said) + ".", _svg(figure, "loss-by-position"))
+    return Plot(
+        "Loss by position", "Nats per token: " + "; ".join(said) + ".", _svg(figure, "loss-by-position")
+    )
 
 
 def binned_by_position(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean loss in bins of positions, three a doubling: (geometric centres counted from 1, means)."""
     last = int(np.flatnonzero(counts)[-1]) + 1
-    edges = sorted({round(2 ** (step / 3)) for step in range(3 * math.ceil(math.log2(last + 1)) + 1)} | {last + 1})
+    edges = sorted(
+        {round(2 ** (step / 3)) for step in range(3 * math.ceil(math.log2(last + 1)) + 1)} | {last + 1}
+    )
     edges = [edge for edge in edges if edge <= last + 1]
     centres, means = [], []
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
@@ -175,7 +193,11 @@ def training_curves(history: Sequence[dict[str, Any]]) -> list[Plot]:
             axes.plot(*zip(*loss, strict=True), color=series_colour(0), linewidth=1.4, label="training")
         if validation:
             axes.plot(
-                *zip(*validation, strict=True), color=series_colour(1), marker="o", markersize=4.5, label="validation"
+                *zip(*validation, strict=True),
+                color=series_colour(1),
+                marker="o",
+                markersize=4.5,
+                label="validation",
             )
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")
@@ -208,12 +230,16 @@ def training_curves(history: Sequence[dict[str, Any]]) -> list[Plot]:
         highest = {label: max(value for _, value in values) for label, values in panels}
         said = [f"{label} up to {value:,.4g}" for label, value in highest.items()]
         title = " and ".join(label for label, _ in panels)
-        made.append(Plot(title.capitalize(), f"{'; '.join(said)}.".capitalize(), _svg(figure, "training-speed")))
+        made.append(
+            Plot(title.capitalize(), f"{'; '.join(said)}.".capitalize(), _svg(figure, "training-speed"))
+        )
     return made
 
 
 def _column(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    found = [(entry["step"], entry[name]) for entry in history if entry.get(name) is not None and "step" in entry]
+    found = [
+        (entry["step"], entry[name]) for entry in history if entry.get(name) is not None and "step" in entry
+    ]
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
@@ -281,7 +307,9 @@ def _svg(figure: Any, name: str) -> str:
     svg = svg[svg.index("<svg") :].strip()
     view = re.search(r'viewBox="([^"]+)"', svg)
     assert view is not None
-    svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view[1]}" aria-hidden="true" focusable="false">', svg, count=1)
+    svg = re.sub(
+        r"<svg[^>]*>", f'<svg viewBox="{view[1]}" aria-hidden="true" focusable="false">', svg, count=1
+    )
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--sans)", svg)

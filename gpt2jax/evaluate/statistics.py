@@ -1,6 +1,7 @@
 """How sure a figure is: means per token over documents, their standard errors, and paired differences.
 
-The documents are the sample: the tokens of one text depend on each other, so that a standard error over tokens would
+The documents are the sample: the tokens of one text depend on each other, so that a standard error over
+    tokens would
 be far too small. A mean per token is a ratio of two sums over documents, and is treated as one.
 """
 
@@ -13,16 +14,18 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
+PER_TOKEN, PER_BYTE = "nats per token", "nats per byte"
 
 
 @dataclasses.dataclass(frozen=True)
 class PairedDifference:
-    """A model against the baseline on the same documents, second less first: negative is better than the baseline.
+    """A model against the baseline on the same documents, second less first: negative is better than the
+    baseline.
 
     Attributes:
         baseline: name of the model that it is compared with.
-        unit: of difference, standard error and interval: "nats per token", or "nats per byte" between models that
-            cut texts into different tokens.
+        unit: of difference, standard error and interval: `PER_TOKEN`, or `PER_BYTE` between models that cut
+            texts into different tokens.
         difference: sum of the losses' differences over all documents, over the sum of tokens (or bytes).
         standard_error: of it, over documents; None for a single document.
         interval: [low, high], bootstrap over documents, percentile method, `CONFIDENCE`.

@@ -1,12 +1,15 @@
 """Which tokens are scored, and how much context each one sees.
 
-The labels of a document of n tokens are its tokens and the end token behind them: n + 1 labels, the first predicted
+The labels of a document of n tokens are its tokens and the end token behind them: n + 1 labels, the first
+    predicted
 from an end token in front. A document longer than T labels does not fit one row:
 
-- "first": only its first T - 1 tokens and an end token as last label, as in the study. Where a document was cut, that
+- "first": only its first T - 1 tokens and an end token as last label, as in the study. Where a document was
+cut, that
   end token is not in the text, and a good model loses on it.
 - "disjoint": rows of T side by side. The first token of a row has almost no context.
-- "sliding": rows of T that advance by `stride`; each scores only the labels that no earlier row did, which so have at
+- "sliding": rows of T that advance by `stride`; each scores only the labels that no earlier row did, which so
+have at
   least T - stride tokens of context.
 
 Every label is scored exactly once.
@@ -15,12 +18,13 @@ Every label is scored exactly once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from gpt2jax.data.batches import Batch, document_row, pad_row
 from gpt2jax.data.documents import Documents
+from gpt2jax.tokenizer import Tokenizer
 
 WINDOWS = ("first", "disjoint", "sliding")
 
@@ -33,7 +37,7 @@ class Windows:
         document: [W] index of the document.
         begin, end: [W] the slice of labels the row holds.
         score: [W] the first label that the row scores; those before are context.
-        offsets: [n + 1] place of each document's labels in the flat arrays of results.
+        offsets: [n + 1] place of each document's labels in the flat results.
     """
 
     document: np.ndarray
@@ -69,11 +73,15 @@ def check_windows(windows: str, sequence_length: int, stride: int | None) -> int
         raise ValueError(f"windows={windows!r} is not known; known: {', '.join(WINDOWS)}")
     if windows != "sliding":
         if stride is not None:
-            raise ValueError(f"stride={stride!r} has no meaning with windows={windows!r}; it goes with 'sliding'")
+            raise ValueError(
+                f"stride={stride!r} has no meaning with windows={windows!r}; it goes with 'sliding'"
+            )
         return sequence_length
     stride = max(1, sequence_length // 2) if stride is None else stride
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= sequence_length:
-        raise ValueError(f"stride={stride!r} must be a whole number from 1 to sequence_length={sequence_length}")
+        raise ValueError(
+            f"stride={stride!r} must be a whole number from 1 to sequence_length={sequence_length}"
+        )
     return stride
 
 
@@ -85,8 +93,43 @@ def cut_documents(documents: Documents, length: int) -> Documents:
     return Documents(documents.tokens[source], offsets)
 
 
+def encode_beginnings(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[list[int]]:
+    """The first `count` tokens of each text, from no more of the text than that takes.
+
+    A space between two visible characters begins a new piece for the tokenizer, whatever follows: the tokens
+        of a text
+    cut there are the first tokens of the whole.
+    """
+    rows: list[list[int]] = [[] for _ in texts]
+    pending, limit = list(range(len(texts))), 8 * count
+    while pending:
+        ends = [_cut_place(texts[index], limit) for index in pending]
+        encoded = tokenizer.encode_batch(
+            [texts[index][:end] for index, end in zip(pending, ends, strict=True)]
+        )
+        short = []
+        for index, end, ids in zip(pending, ends, encoded, strict=True):
+            if len(ids) < count and end < len(texts[index]):
+                short.append(index)
+            else:
+                rows[index] = ids[:count]
+        pending, limit = short, 4 * limit
+    return rows
+
+
+def _cut_place(text: str, limit: int) -> int:
+    """The last place within `limit` characters where the tokenizer cuts too, 0 if there is none."""
+    if limit >= len(text):
+        return len(text)
+    place = text.rfind(" ", 1, limit)
+    while place > 0 and not ("!" <= text[place - 1] <= "~" and "!" <= text[place + 1] <= "~"):
+        place = text.rfind(" ", 1, place)
+    return max(place, 0)
+
+
 def plan_windows(documents: Documents, sequence_length: int, stride: int) -> Windows:
-    """Rows of T = `sequence_length` labels, each `stride` further, that score every label of every document once."""
+    """Rows of T = `sequence_length` labels, each `stride` further, that score every label of every document
+    once."""
     labels = documents.lengths + 1
     counts = 1 + np.maximum(0, -(-(labels - sequence_length) // stride))
     document = np.repeat(np.arange(len(documents)), counts)
@@ -110,9 +153,9 @@ def window_row(documents: Documents, windows: Windows, index: int, width: int, e
 def study_row(ids: np.ndarray, sequence_length: int, end_token_id: int) -> Batch:
     """A document as Keras fed it: `document_row` and a `mask` [T] bool of the keys that attention may see.
 
-    The study's row was [end] + tokens + [end] + padding, of which inputs are all but the last and targets all but the
-    first. So a short document's own end token is an input too: nothing is asked of it in the loss, but what the model
-    predicts there and on the padding behind it counts in Keras' accuracy.
+    The study's row was [end] + tokens + [end] + padding, of which inputs are all but the last and targets all
+    but the first. So a short document's own end token is an input too: nothing is asked of it in the loss,
+    but what the model predicts there and on the padding behind it counts in Keras' accuracy.
     """
     row = document_row(ids, sequence_length, end_token_id)
     if len(ids) + 1 < sequence_length:
@@ -126,10 +169,11 @@ def row_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """All rows in batches: (row indices [at most B], batch [B, width]), the longest rows first.
 
-    Rows of one batch are of similar length. The width is T or T halved up to three times, so that short rows cost less
-    and there are few shapes to compile.
+    Rows of one batch are of similar length. The width is T or T halved up to three times, so that short rows
+    cost less and there are few shapes to compile.
     """
     ladder = sorted({max(1, -(-sequence_length // (1 << k))) for k in range(4)})
+    batch_size = min(batch_size, len(windows))
     order = np.argsort(-windows.widths, kind="stable")
     for chosen in _chunks(order, batch_size):
         longest = int(windows.widths[chosen].max())
@@ -142,6 +186,7 @@ def study_batches(
     documents: Documents, *, sequence_length: int, batch_size: int, end_token_id: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """The rows of Keras in the order of the documents: (row indices [at most B], batch [B, T])."""
+    batch_size = min(batch_size, len(documents))
     for chosen in _chunks(np.arange(len(documents)), batch_size):
         rows = [study_row(documents[int(index)], sequence_length, end_token_id) for index in chosen]
         yield chosen, _stack(rows, batch_size)

@@ -13,14 +13,17 @@ import pytest
 from tiny_models import CONFIG, random_model, uniform_model
 
 from gpt2jax.evaluate import STUDY_PROMPTS, compare, evaluate, print_comparison
-from gpt2jax.evaluate.compare import paired_difference, params_fingerprint
-from gpt2jax.evaluate.metrics import Evaluation, Settings
-from gpt2jax.evaluate.repetition import repetition
+from gpt2jax.evaluate.compare import paired_difference
+from gpt2jax.evaluate.evaluation import Evaluation, Settings
+from gpt2jax.evaluate.generations import repetition
+from gpt2jax.evaluate.provenance import params_fingerprint
 from gpt2jax.generate import generate
 
 LENGTH = 16
 NASTY = '<script src="https://example.org/x.js">alert("&amp;")</script> `code` | cell\n# head \x00 \u202e'
-TEXTS = ["", "to be", "été, 東京 and 🙂 in one text", NASTY] + [f"text number {i} of the set" for i in range(12)]
+TEXTS = ["", "to be", "été, 東京 and 🙂 in one text", NASTY] + [
+    f"text number {i} of the set" for i in range(12)
+]
 PROMPTS = ["the", "", NASTY, "", [5, 6, 7]]
 HISTORY = [
     {"step": step, "loss": 4 - step / 50, "learning_rate": 1e-3, "tokens_per_second": 900.0 + step}
@@ -33,7 +36,9 @@ SETTINGS = {"sequence_length": LENGTH, "batch_size": 8, "max_new_tokens": 12, "r
 @pytest.fixture(scope="module")
 def comparison(model, other_model):
     models = {"generic": model, NASTY: other_model, "flat": uniform_model()}
-    return compare(models, TEXTS, PROMPTS, **SETTINGS, seed=7, history=HISTORY, command="gpt2jax compare <a> 'b'")
+    return compare(
+        models, TEXTS, PROMPTS, **SETTINGS, seed=7, history=HISTORY, command="gpt2jax compare <a> 'b'"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +77,14 @@ def without_times(value):
 
 def test_a_second_run_gives_the_same_to_the_last_digit(comparison, folder, model, other_model, tmp_path):
     models = {"generic": model, NASTY: other_model, "flat": uniform_model()}
-    again = compare(models, TEXTS, PROMPTS, **SETTINGS, seed=7, history=HISTORY, command="gpt2jax compare <a> 'b'")
+    again = compare(
+        models, TEXTS, PROMPTS, **SETTINGS, seed=7, history=HISTORY, command="gpt2jax compare <a> 'b'"
+    )
     assert json.dumps(without_times(again.as_dict())) == json.dumps(without_times(comparison.as_dict()))
     again.save(tmp_path)
-    pictures = [re.findall(r"<svg.*?</svg>", (f / "report.html").read_text(), re.DOTALL) for f in (folder, tmp_path)]
+    pictures = [
+        re.findall(r"<svg.*?</svg>", (f / "report.html").read_text(), re.DOTALL) for f in (folder, tmp_path)
+    ]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 6
     other_seed = compare(models, TEXTS, PROMPTS, **SETTINGS, seed=8)
     assert other_seed.generations[0]["text"] != comparison.generations[0]["text"]
@@ -85,7 +94,9 @@ def test_a_second_run_gives_the_same_to_the_last_digit(comparison, folder, model
 
 def test_generations(comparison, model):
     first = comparison.generations[: len(PROMPTS)]
-    assert [entry["prompt"] for entry in first] == PROMPTS and {entry["model"] for entry in first} == {"generic"}
+    assert [entry["prompt"] for entry in first] == PROMPTS and {entry["model"] for entry in first} == {
+        "generic"
+    }
     alone = generate(model, ["the"], max_new_tokens=12, top_k=5, seed=7)[0]
     assert first[0]["text"] == alone.text
     assert first[1]["text"] != first[3]["text"]  # the same prompt, with a seed of its own
@@ -98,7 +109,7 @@ def evaluation_of(losses: list[list[float]], hits: list[list[bool]]) -> Evaluati
     flat = np.concatenate(losses).astype(np.float32)
     ones = np.ones(len(flat), np.int32)
     settings = Settings(LENGTH, "disjoint", LENGTH, 1, "float32")
-    return Evaluation(settings, offsets, ones, ones, flat, np.concatenate(hits), ones, 1.0, 0, 1, 0.0)
+    return Evaluation(settings, offsets, ones, ones, flat, np.concatenate(hits), ones, 0, 1.0, 0, 1, 0.0)
 
 
 def test_paired_difference_by_hand():
@@ -116,7 +127,12 @@ def test_paired_difference_by_hand():
 
 def test_a_model_against_itself(model):
     found = compare({"a": model, "b": model}, TEXTS, [], **SETTINGS).paired["b"]
-    assert found.difference == 0 and found.standard_error == 0 and found.interval == (0, 0) and found.win_rate == 0.5
+    assert (
+        found.difference == 0
+        and found.standard_error == 0
+        and found.interval == (0, 0)
+        and found.win_rate == 0.5
+    )
 
 
 def test_a_single_document_has_no_standard_error(model, other_model, tmp_path):
@@ -156,8 +172,10 @@ def test_excerpts_show_the_texts_by_difference(comparison, model):
     assert all(excerpt.difference > 0 for excerpt in groups["losses"])
     for excerpt in groups["gains"] + groups["losses"]:
         assert excerpt.difference == pytest.approx(means[excerpt.document])
-        assert sum(difference for _, difference in excerpt.pieces) / excerpt.tokens == pytest.approx(excerpt.difference)
-        shown = "".join(text for text, _ in excerpt.pieces).rstrip("⏹")
+        assert sum(difference for _, difference in excerpt.pieces) / excerpt.tokens == pytest.approx(
+            excerpt.difference
+        )
+        shown = "".join(text for text, _ in excerpt.pieces).rstrip("■")
         ids = model.tokenizer.encode(TEXTS[excerpt.document])[: LENGTH - 1]
         assert shown == model.tokenizer.decode(ids)
 
@@ -197,7 +215,9 @@ def test_html_needs_nothing_else_and_shows_texts_as_they_are(comparison, folder)
     assert page.open == [] and len(set(page.ids)) == len(page.ids)
     tags = {tag for tag, _, _ in page.attributes}
     assert tags.isdisjoint({"script", "link", "img", "iframe", "object", "b onload"})
-    references = [value for _, name, value in page.attributes if name in ("href", "src", "xlink:href", "action")]
+    references = [
+        value for _, name, value in page.attributes if name in ("href", "src", "xlink:href", "action")
+    ]
     assert references and all(value.startswith("#") for value in references)
     assert all(value[1:] in page.ids for value in references)
     assert not re.findall(r"@import|url\((?!#)", text)
@@ -206,7 +226,10 @@ def test_html_needs_nothing_else_and_shows_texts_as_they_are(comparison, folder)
     shown = NASTY.replace("\x00", "\N{REPLACEMENT CHARACTER}")
     assert page.text.count(shown) >= 4 and "\x00" not in text  # title, heading, prompts, names of models
     for generation in comparison.generations:
-        assert re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", generation["text"]) in page.text
+        assert (
+            re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", generation["text"])
+            in page.text
+        )
     for evaluation in comparison.evaluations.values():
         assert f"{evaluation.loss:.4f}" in page.text and f"{evaluation.keras_accuracy:.4f}" in page.text
 
@@ -241,14 +264,24 @@ def test_contrast_in_light_and_dark(folder):
     for scheme in schemes:
         colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", scheme))
         for background in ("page", "card"):
-            for name, needed in {"ink": 7, "muted": 4.5, **{f"series-{i}": 3 for i in range(6)}, "gain": 3, "loss": 3}.items():
-                bright, dark = sorted((luminance(colours[name]), luminance(colours[background])), reverse=True)
+            for name, needed in {
+                "ink": 7,
+                "muted": 4.5,
+                **{f"series-{i}": 3 for i in range(6)},
+                "gain": 3,
+                "loss": 3,
+            }.items():
+                bright, dark = sorted(
+                    (luminance(colours[name]), luminance(colours[background])), reverse=True
+                )
                 assert (bright + 0.05) / (dark + 0.05) >= needed, (name, background, colours)
 
 
 def test_markdown(comparison, folder):
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# ") and "\x00" in text  # generated text and prompts are word for word within fences
+    assert (
+        text.startswith("# ") and "\x00" in text
+    )  # generated text and prompts are word for word within fences
     for line in text.splitlines():
         if line.startswith("| "):
             assert len(re.findall(r"(?<!\\)\|", line)) in (3, 5, 6, 9)
@@ -262,7 +295,10 @@ def test_terminal(comparison):
     stream = io.StringIO()
     print_comparison(comparison, Console(file=stream, width=200))
     for evaluation in comparison.evaluations.values():
-        assert f"{evaluation.loss:.4f}" in stream.getvalue() and f"{evaluation.keras_loss:.4f}" in stream.getvalue()
+        assert (
+            f"{evaluation.loss:.4f}" in stream.getvalue()
+            and f"{evaluation.keras_loss:.4f}" in stream.getvalue()
+        )
 
 
 def test_surrogates_and_failures_leave_no_half_file(model, tmp_path, monkeypatch):
@@ -331,8 +367,8 @@ def test_errors(model, models, settings, error, message):
 
 
 def test_an_impossible_prompt_is_found_before_the_long_work(model, monkeypatch):
-    monkeypatch.setattr(sys.modules["gpt2jax.evaluate.compare"], "evaluate", lambda *_, **__: pytest.fail("evaluated first"))
+    monkeypatch.setattr(
+        sys.modules["gpt2jax.evaluate.compare"], "evaluate", lambda *_, **__: pytest.fail("evaluated first")
+    )
     with pytest.raises(ValueError, match="prompt 0"):
         compare({"a": model}, TEXTS, ["long " * 60], **SETTINGS)
-
-

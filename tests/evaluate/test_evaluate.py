@@ -64,7 +64,8 @@ def test_study_figures_equal_float64_numpy(keen_model, batch_size):
 
 
 def test_what_stands_on_padding_matters_to_the_study_accuracy(keen_model):
-    """The end token behind a short text is an input, padding is masked, and positions run on: each changes hits."""
+    """The end token behind a short text is an input, padding is masked, and positions run on: each changes
+    hits."""
     texts = [text for text in TEXTS if len(keen_model.tokenizer.encode(text)) < LENGTH - 2]
     end = keen_model.end_token_id
     hits = {"right": 0, "no end token": 0, "no mask": 0}
@@ -85,7 +86,9 @@ def test_what_stands_on_padding_matters_to_the_study_accuracy(keen_model):
     assert len(set(hits.values())) == 3, hits
 
 
-@pytest.mark.parametrize(("windows", "stride"), [("first", None), ("disjoint", None), ("sliding", 5), ("sliding", 1)])
+@pytest.mark.parametrize(
+    ("windows", "stride"), [("first", None), ("disjoint", None), ("sliding", 5), ("sliding", 1)]
+)
 def test_token_losses_equal_float64_numpy(model, windows, stride):
     result = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=3, windows=windows, stride=stride)
     end = model.end_token_id
@@ -99,7 +102,9 @@ def test_token_losses_equal_float64_numpy(model, windows, stride):
         while np.isnan(expected).any():
             part = slice(begin, min(begin + LENGTH, len(labels)))
             size = part.stop - part.start
-            losses = numpy_losses(numpy_logits(model.params, CONFIG, inputs[part], np.ones(size)), labels[part])
+            losses = numpy_losses(
+                numpy_logits(model.params, CONFIG, inputs[part], np.ones(size)), labels[part]
+            )
             fresh = np.isnan(expected[part])
             expected[part] = np.where(fresh, losses, expected[part])
             begin += step
@@ -125,7 +130,8 @@ def test_figures_do_not_depend_on_batches(model):
     texts = [text for text in TEXTS for _ in range(3)]
     for windows in ("first", "sliding"):
         results = [
-            evaluate(model, texts, sequence_length=LENGTH, batch_size=size, windows=windows) for size in (2, 7)
+            evaluate(model, texts, sequence_length=LENGTH, batch_size=size, windows=windows)
+            for size in (2, 7)
         ]
         for result in results[1:]:
             np.testing.assert_allclose(result.token_loss, results[0].token_loss, rtol=1e-5, atol=1e-6)
@@ -167,7 +173,9 @@ def test_bytes_of_a_cut_text_are_those_of_its_scored_tokens():
     text = "été " * 30
     result = evaluate(model, [text], sequence_length=LENGTH)
     scored = model.tokenizer.decode_bytes(model.tokenizer.encode(text)[: LENGTH - 1])
-    assert result.tokens == LENGTH
+    assert result.tokens == LENGTH and result.documents_cut == 1
+    exact = model.tokenizer.decode(model.tokenizer.encode("abcdef" * 9)[: LENGTH - 1])
+    assert evaluate(model, [exact], sequence_length=LENGTH).documents_cut == 0
     assert result.document_bytes is not None and result.document_bytes[0] == len(scored) < len(text.encode())
     assert result.bits_per_byte == pytest.approx((LENGTH - 1) * math.log2(300) / len(scored), rel=1e-6)
 
@@ -210,10 +218,14 @@ def test_narrow_dtypes_are_close(model):
 def test_loss_by_position(model):
     result = evaluate(model, TEXTS, sequence_length=LENGTH, windows="sliding", stride=4)
     sums, counts = result.loss_by_position()
-    assert counts.sum() == result.tokens and sums.sum() == pytest.approx(result.document_loss.sum())
-    first = [result.offsets[index] for index in range(len(TEXTS))]
+    last = result.offsets[1:] - 1
+    assert counts.sum() == result.tokens - len(TEXTS)
+    assert sums.sum() == pytest.approx(
+        result.document_loss.sum() - result.token_loss[last].sum(dtype=np.float64)
+    )
+    first = [result.offsets[index] for index, text in enumerate(TEXTS) if text]
     assert sums[0] == pytest.approx(result.token_loss[first].sum(dtype=np.float64))
-    assert counts[0] == len(TEXTS)  # with context from before, no other token is the first of its row
+    assert counts[0] == len(first)  # with context from before, no other token is the first of its row
 
 
 def test_as_dict_is_json(model):
@@ -236,7 +248,7 @@ def test_a_model_without_finite_loss_is_still_json(model):
     [
         ([], {}, "the data set is empty"),
         (["", "a"], {}, "all 2 texts are shorter than two tokens"),
-        (["some text"], {"sequence_length": 129}, "sequence_length=129 is over the model's context of 128 tokens"),
+        (["some text"], {"sequence_length": 129}, "sequence_length=129 is over the model's context of 128"),
         (["some text"], {"sequence_length": 1}, "sequence_length=1 must be a whole number of at least 2"),
         (["some text"], {"sequence_length": 8.0}, "sequence_length=8.0 must be a whole number"),
         (["some text"], {"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),

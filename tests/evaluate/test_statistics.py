@@ -21,7 +21,8 @@ def test_with_equal_sizes_it_is_the_standard_error_of_the_mean():
 
 
 def test_standard_error_and_interval_cover_the_truth():
-    """Over many samples of documents of random length, the 95 % interval holds the true mean about 95 % of the time."""
+    """Over many samples of documents of random length, the 95 % interval holds the true mean about 95 % of
+    the time."""
     rng = np.random.default_rng(1)
     inside = {"standard error": 0, "bootstrap": 0}
     for repeat in range(300):

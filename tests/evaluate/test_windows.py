@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from gpt2jax.data.documents import Documents
-from gpt2jax.evaluate.windows import cut_documents, plan_windows, row_batches, study_row, window_row
+from gpt2jax.evaluate.windows import (
+    cut_documents,
+    encode_beginnings,
+    plan_windows,
+    row_batches,
+    study_row,
+    window_row,
+)
+from gpt2jax.tokenizer import Tokenizer
 
 END = 99
 
@@ -49,7 +57,13 @@ def test_rows():
     ("ids", "tokens", "targets", "weights", "mask"),
     [
         # n=5, L=8: the example in keras-nlp's own test of its preprocessor
-        ([1, 3, 4, 2, 5], [6, 1, 3, 4, 2, 5, 6, 0], [1, 3, 4, 2, 5, 6, 0, 0], [1] * 6 + [0] * 2, [1] * 7 + [0]),
+        (
+            [1, 3, 4, 2, 5],
+            [6, 1, 3, 4, 2, 5, 6, 0],
+            [1, 3, 4, 2, 5, 6, 0, 0],
+            [1] * 6 + [0] * 2,
+            [1] * 7 + [0],
+        ),
         ([], [6, 6] + [0] * 6, [6] + [0] * 7, [1] + [0] * 7, [1, 1] + [0] * 6),
         ([1] * 7, [6] + [1] * 7, [1] * 7 + [6], [1] * 8, [1] * 8),
         ([1] * 6, [6] + [1] * 6 + [6], [1] * 6 + [6, 0], [1] * 7 + [0], [1] * 8),
@@ -78,3 +92,40 @@ def test_batches_hold_every_row_once_in_few_shapes():
     assert sorted(chosen) == list(range(len(windows)))
     assert {batch["tokens"].shape for _, batch in batches} <= {(4, width) for width in (4, 8, 16, 32)}
     assert len({batch["tokens"].shape for _, batch in batches}) > 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_beginnings_are_the_first_tokens_of_the_whole(count):
+    rng = np.random.default_rng(count)
+    alphabet = [
+        *"abAB12.,!'-<é東🙂",
+        " ",
+        " ",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\xa0",
+        "\x1c",
+        "'s",
+        " the",
+        "<|endoftext|>",
+        "word ",
+    ]
+    texts = ["".join(rng.choice(alphabet, size=rng.integers(0, 900))) for _ in range(300)]
+    texts += ["", "a" * 5000, " " * 5000 + "a b", "a b" + " " * 5000, "\n".join("abc" * 1000)]
+    tokenizer = Tokenizer.gpt2(1000)
+    assert encode_beginnings(tokenizer, texts, count) == [tokenizer.encode(text)[:count] for text in texts]
+
+
+def test_beginnings_do_not_read_the_whole():
+    class Counting:
+        characters = 0
+
+        def encode_batch(self, texts):
+            self.characters += sum(map(len, texts))
+            return Tokenizer.gpt2(1000).encode_batch(texts)
+
+    tokenizer = Counting()
+    encode_beginnings(tokenizer, ["a few words of text " * 10_000] * 3, 100)  # type: ignore[arg-type]
+    assert tokenizer.characters < 3 * 1000

@@ -31,7 +31,8 @@ def uniform_model(config: GPT2Config = CONFIG) -> LanguageModel:
 
 
 def numpy_logits(params, config: GPT2Config, ids: np.ndarray, key_mask: np.ndarray) -> np.ndarray:
-    """[T] ids and the mask of their keys -> [T, V] float64; positions count every slot, the mask is added, as in Keras."""
+    """[T] ids and the mask of their keys -> [T, V] float64; positions count every slot, the mask is added, as
+    in Keras."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     length, heads, width = len(ids), config.n_head, config.head_dim
 
@@ -46,7 +47,8 @@ def numpy_logits(params, config: GPT2Config, ids: np.ndarray, key_mask: np.ndarr
     x = p["wte"]["embedding"][ids] + p["wpe"]["embedding"][:length]
     for index in range(config.n_layer):
         h = layer(p["h"], index)
-        q, k, v = np.split(norm(x, h["ln_1"]) @ h["attn"]["c_attn"]["kernel"] + h["attn"]["c_attn"]["bias"], 3, -1)
+        c_attn = h["attn"]["c_attn"]
+        q, k, v = np.split(norm(x, h["ln_1"]) @ c_attn["kernel"] + c_attn["bias"], 3, -1)
         outputs = []
         for head in range(heads):
             part = slice(head * width, (head + 1) * width)

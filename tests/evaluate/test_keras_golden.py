@@ -1,0 +1,41 @@
+"""The study's figures against what keras-hub's own `evaluate` gave: see
+tests/golden/make_keras_evaluation.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.evaluate import evaluate
+from gpt2jax.language_model import LanguageModel
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def maker():
+    path = GOLDEN / "make_keras_evaluation.py"
+    spec = importlib.util.spec_from_file_location("make_keras_evaluation", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_equal_to_keras_hub(maker):
+    golden = json.loads((GOLDEN / "keras_evaluation.json").read_text())
+    params = jax.tree.map(jnp.asarray, maker.random_params(golden["seed"], golden["shape"]))
+    model = LanguageModel(GPT2Config(**golden["shape"]), params)
+    documents = maker.texts(golden["seed"], golden["shape"]["vocab_size"])
+    result = evaluate(model, documents, sequence_length=golden["sequence_length"], batch_size=16)
+    assert result.keras_hits == golden["hits"]
+    assert result.keras_positions == golden["positions"]
+    assert result.tokens == golden["tokens"]
+    assert result.keras_loss == pytest.approx(golden["loss"], rel=1e-5)
+    assert result.keras_hits > result.token_hit.sum()  # some hits are on padding
