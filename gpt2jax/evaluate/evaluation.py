@@ -96,7 +96,7 @@ class Evaluation:
 
     @functools.cached_property
     def document_bytes(self) -> np.ndarray | None:
-        """[n] float64, bytes of text that each document's scored tokens stand for; None without a tokenizer."""
+        """[n] float64, bytes of text that the scored tokens stand for; None without a tokenizer."""
         return None if self.token_bytes is None else sum_by_document(self.token_bytes, self.offsets)
 
     @property

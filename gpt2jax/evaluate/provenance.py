@@ -30,7 +30,7 @@ def params_fingerprint(params: Any) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(jax.device_get(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)  # bytes, whatever the dtype
     return digest.hexdigest()
 
 
@@ -42,7 +42,7 @@ def data_fingerprint(texts: Sequence[Any]) -> str:
             data = text.encode("utf-8", "surrogatepass")
         else:
             data = np.asarray(text, "<i8").tobytes()
-        digest.update(f"{type(text) is str:d} {len(data)}\n".encode())
+        digest.update(f"{isinstance(text, str):d} {len(data)}\n".encode())
         digest.update(data)
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpt2jax.evaluate.compare import Comparison, loss_standard_error
+from gpt2jax.evaluate.excerpts import Excerpt
 from gpt2jax.evaluate.statistics import CONFIDENCE, PairedDifference
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def best(comparison: Comparison) -> str:
 
 
 def verdict(name: str, difference: PairedDifference) -> str:
-    """Better, worse or neither: neither where the interval of the difference holds zero, or on a single text."""
+    """Better or worse; neither where the interval of the difference holds zero, or on one text alone."""
     unit, baseline = difference.unit, difference.baseline
     low, high = difference.interval
     if not math.isfinite(difference.difference):
@@ -139,6 +140,7 @@ def paired_table(comparison: Comparison) -> Table:
     rows = []
     for name, difference in comparison.paired.items():
         low, high = difference.interval
+        mean = with_error(difference.difference, difference.standard_error, signed=True)
         accuracy = NOTHING
         if difference.accuracy_difference is not None:
             error = difference.accuracy_standard_error
@@ -147,7 +149,7 @@ def paired_table(comparison: Comparison) -> Table:
         rows.append(
             (
                 f"{name} {MINUS} {difference.baseline}",
-                f"{with_error(difference.difference, difference.standard_error, signed=True)} {difference.unit}",
+                f"{mean} {difference.unit}",
                 f"{number(low, signed=True)} to {number(high, signed=True)}",
                 accuracy,
                 percent(difference.win_rate),
@@ -231,14 +233,13 @@ DEFINITIONS = (
     ),
     (
         "Keras loss, Keras accuracy",
-        "what Keras reports for the same model and texts: the first tokens of each text in a row of fixed length, "
-        "over all positions of all rows. Padding counts in the denominator of both; in the accuracy it is a token "
-        "to be predicted like any other.",
+        "what Keras reports for the same model and texts: the first tokens of each text in a row of fixed "
+        "length, over all positions of all rows. Padding counts in the denominator of both; in the accuracy "
+        "it is a token to be predicted like any other.",
     ),
     (
         "Standard error, interval",
-        "over documents, since the tokens of one text depend on each other: of a ratio of two sums, and percentiles "
-        "of a bootstrap.",
+        "over documents, since the tokens of one text depend on each other; the interval by bootstrap.",
     ),
     ("Wins", "share of documents with the lower loss; a tie counts half."),
     ("Repeated 4-grams", "share of four-token sequences that occurred before in the same text."),
@@ -253,12 +254,19 @@ def windows_sentence(comparison: Comparison) -> str:
         said = f"Scored: the first {length - 1} tokens of each text and an end token."
         if evaluation.documents_cut:
             said += (
-                f" {evaluation.documents_cut:,} of {evaluation.documents:,} texts are longer: there the end token "
-                "is none of the text's own, and costs a good model more than any other."
+                f" {evaluation.documents_cut:,} of {evaluation.documents:,} texts are longer: there the end "
+                "token is none of the text's own, and costs a good model more than any other."
             )
         return said
     rows = "side by side" if evaluation.settings.windows == "disjoint" else f"that advance by {stride}"
     return f"Scored: every token of each text once, and an end token, in rows of {length} {rows}."
+
+
+def excerpt_title(excerpt: Excerpt) -> str:
+    """Which document, and how large the difference."""
+    shown = "" if len(excerpt.pieces) >= excerpt.tokens else " (beginning)"
+    mean = number(excerpt.difference, 3, signed=True)
+    return f"Document {excerpt.document}: {mean} nats per token over {excerpt.tokens:,} tokens{shown}"
 
 
 # ---- Markdown ----
@@ -284,10 +292,7 @@ def markdown_report(comparison: Comparison) -> str:
                 parts.append(f"## Documents on which {_markdown(name)} is {title} by most")
             for excerpt in excerpts:
                 text = "".join(piece for piece, _ in excerpt.pieces)
-                parts.append(
-                    f"Document {excerpt.document}: {number(excerpt.difference, 3, signed=True)} nats per token over "
-                    f"{excerpt.tokens:,} tokens"
-                )
+                parts.append(excerpt_title(excerpt))
                 parts.append(_fenced(text))
     parts += [
         "## To repeat it",

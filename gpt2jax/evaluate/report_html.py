@@ -15,6 +15,7 @@ from gpt2jax.evaluate.report import (
     Table,
     best,
     evidence,
+    excerpt_title,
     figures_table,
     generation_note,
     headline,
@@ -118,7 +119,8 @@ def _generations(comparison: Comparison) -> str:
     for group in prompt_groups(comparison):
         prompt = group[0]["prompt"]
         columns = "".join(
-            f'<article class="series-{colours[generation["model"]]}">\n<h4>{_text(generation["model"])}</h4>\n'
+            f'<article class="series-{colours[generation["model"]]}">\n'
+            f"<h4>{_text(generation['model'])}</h4>\n"
             f'<div class="text">{_text(generation["text"]) or "<em>(nothing)</em>"}</div>\n'
             f'<p class="note">{_note(generation)}</p>\n</article>\n'
             for generation in group
@@ -175,12 +177,8 @@ def _excerpts(index: int, name: str, groups: dict[str, list[Excerpt]]) -> str:
 
 def _excerpt(excerpt: Excerpt, *, is_open: bool) -> str:
     tokens = "".join(_token(text, difference) for text, difference in excerpt.pieces)
-    shown = "" if len(excerpt.pieces) >= excerpt.tokens else " (beginning)"
-    summary = (
-        f"Document {excerpt.document}: {number(excerpt.difference, 3, signed=True)} nats per token "
-        f"over {_count(excerpt.tokens, 'token')}{shown}"
-    )
-    return f'<details{" open" * is_open}><summary>{_text(summary)}</summary>\n<div class="text">{tokens}</div></details>'
+    summary = f"<summary>{_text(excerpt_title(excerpt))}</summary>"
+    return f'<details{" open" * is_open}>{summary}\n<div class="text">{tokens}</div></details>'
 
 
 def _token(text: str, difference: float) -> str:

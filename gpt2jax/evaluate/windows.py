@@ -55,7 +55,7 @@ class Windows:
         return self.end - self.begin
 
     def positions(self) -> np.ndarray:
-        """[labels] index of each label in the row that scores it: the tokens of context before it, less one."""
+        """[labels] index of each label in the row that scores it: tokens of context before it, less one."""
         positions = np.empty(self.offsets[-1], np.int32)
         for document, begin, end, score in zip(self.document, self.begin, self.end, self.score, strict=True):
             start = self.offsets[document]

@@ -6,11 +6,12 @@ import io
 import json
 import re
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from tiny_models import CONFIG, random_model, uniform_model
+from tiny_models import CONFIG, decode_bytes, encode, random_model, uniform_model
 
 from gpt2jax.evaluate import STUDY_PROMPTS, compare, evaluate, print_comparison
 from gpt2jax.evaluate.compare import paired_difference
@@ -30,7 +31,12 @@ HISTORY = [
     | ({"validation_loss": 3.5} if step % 40 == 0 else {})
     for step in range(10, 100, 10)
 ]
-SETTINGS = {"sequence_length": LENGTH, "batch_size": 8, "max_new_tokens": 12, "resamples": 200}
+SETTINGS: dict[str, Any] = {
+    "sequence_length": LENGTH,
+    "batch_size": 8,
+    "max_new_tokens": 12,
+    "resamples": 200,
+}
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +182,8 @@ def test_excerpts_show_the_texts_by_difference(comparison, model):
             excerpt.difference
         )
         shown = "".join(text for text, _ in excerpt.pieces).rstrip("■")
-        ids = model.tokenizer.encode(TEXTS[excerpt.document])[: LENGTH - 1]
-        assert shown == model.tokenizer.decode(ids)
+        ids = encode(model, TEXTS[excerpt.document])[: LENGTH - 1]
+        assert shown == decode_bytes(model, ids).decode(errors="replace")
 
 
 class Page(html.parser.HTMLParser):

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny_models import CONFIG, numpy_logits, numpy_losses, random_model, uniform_model
+from tiny_models import CONFIG, decode_bytes, encode, numpy_logits, numpy_losses, random_model, uniform_model
 
 from gpt2jax.evaluate import evaluate
 from gpt2jax.lora import LoRAConfig, init_adapters
@@ -31,7 +31,7 @@ def study_by_hand(model, texts, length):
     end, pad = model.end_token_id, 0
     total, hits, positions = 0.0, 0, 0
     for text in texts:
-        ids = [end] + model.tokenizer.encode(text)[: length - 1] + [end]
+        ids = [end] + encode(model, text)[: length - 1] + [end]
         mask = [1] * len(ids) + [0] * (length + 1 - len(ids))
         ids = np.array(ids + [pad] * (length + 1 - len(ids)))
         logits = numpy_logits(model.params, model.config, ids[:-1], np.array(mask[:-1], float))
@@ -66,11 +66,11 @@ def test_study_figures_equal_float64_numpy(keen_model, batch_size):
 def test_what_stands_on_padding_matters_to_the_study_accuracy(keen_model):
     """The end token behind a short text is an input, padding is masked, and positions run on: each changes
     hits."""
-    texts = [text for text in TEXTS if len(keen_model.tokenizer.encode(text)) < LENGTH - 2]
+    texts = [text for text in TEXTS if len(encode(keen_model, text)) < LENGTH - 2]
     end = keen_model.end_token_id
     hits = {"right": 0, "no end token": 0, "no mask": 0}
     for text in texts:
-        ids = [end] + keen_model.tokenizer.encode(text) + [end]
+        ids = [end] + encode(keen_model, text) + [end]
         row = np.array(ids + [0] * (LENGTH - len(ids)))
         labels = np.append(row[1:], 0)
         mask = (np.arange(LENGTH) < len(ids)).astype(float)
@@ -92,9 +92,9 @@ def test_what_stands_on_padding_matters_to_the_study_accuracy(keen_model):
 def test_token_losses_equal_float64_numpy(model, windows, stride):
     result = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=3, windows=windows, stride=stride)
     end = model.end_token_id
-    step = {"first": LENGTH, "disjoint": LENGTH}.get(windows, stride)
+    step = stride or LENGTH
     for index, text in enumerate(TEXTS):
-        ids = model.tokenizer.encode(text)
+        ids = encode(model, text)
         ids = ids[: LENGTH - 1] if windows == "first" else ids
         inputs, labels = np.array([end, *ids]), np.array([*ids, end])
         expected = np.full(len(labels), np.nan)
@@ -143,7 +143,7 @@ def test_a_text_counts_alike_among_others_and_alone(model):
     """Padding, longer neighbours and the filling of the last batch have no effect on a document."""
     together = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=5)
     for index, text in enumerate(TEXTS):
-        if len(model.tokenizer.encode(text)) > 1:
+        if len(encode(model, text)) > 1:
             alone = evaluate(model, [text], sequence_length=LENGTH, batch_size=1)
             assert alone.document_loss[0] == pytest.approx(together.document_loss[index], rel=1e-5)
             assert alone.document_hits[0] == together.document_hits[index]
@@ -157,7 +157,7 @@ def test_uniform_model():
     model = uniform_model()
     texts = ["", "short", "été " * 30]
     result = evaluate(model, texts, sequence_length=LENGTH, windows="disjoint")
-    tokens = sum(len(model.tokenizer.encode(text)) for text in texts)
+    tokens = sum(len(encode(model, text)) for text in texts)
     size = sum(len(text.encode()) for text in texts)
     assert result.tokens == tokens + len(texts)
     assert result.loss == pytest.approx(math.log(CONFIG.vocab_size), rel=1e-6)
@@ -172,9 +172,9 @@ def test_bytes_of_a_cut_text_are_those_of_its_scored_tokens():
     model = uniform_model()
     text = "été " * 30
     result = evaluate(model, [text], sequence_length=LENGTH)
-    scored = model.tokenizer.decode_bytes(model.tokenizer.encode(text)[: LENGTH - 1])
+    scored = decode_bytes(model, encode(model, text)[: LENGTH - 1])
     assert result.tokens == LENGTH and result.documents_cut == 1
-    exact = model.tokenizer.decode(model.tokenizer.encode("abcdef" * 9)[: LENGTH - 1])
+    exact = decode_bytes(model, encode(model, "abcdef" * 9)[: LENGTH - 1]).decode()
     assert evaluate(model, [exact], sequence_length=LENGTH).documents_cut == 0
     assert result.document_bytes is not None and result.document_bytes[0] == len(scored) < len(text.encode())
     assert result.bits_per_byte == pytest.approx((LENGTH - 1) * math.log2(300) / len(scored), rel=1e-6)
@@ -182,7 +182,7 @@ def test_bytes_of_a_cut_text_are_those_of_its_scored_tokens():
 
 def test_token_ids_need_no_tokenizer(model):
     bare = dataclasses.replace(model, tokenizer=None)
-    ids = [model.tokenizer.encode(text) for text in TEXTS]
+    ids = [encode(model, text) for text in TEXTS]
     result, expected = (evaluate(m, t, sequence_length=LENGTH) for m, t in ((bare, ids), (model, TEXTS)))
     np.testing.assert_array_equal(result.token_loss, expected.token_loss)
     assert result.bits_per_byte is None and expected.bits_per_byte is not None

@@ -30,6 +30,18 @@ def uniform_model(config: GPT2Config = CONFIG) -> LanguageModel:
     return dataclasses.replace(model, params=jax.tree.map(jnp.zeros_like, model.params))
 
 
+def encode(model: LanguageModel, text: str) -> list[int]:
+    """Token ids of a text."""
+    assert model.tokenizer is not None
+    return model.tokenizer.encode(text)
+
+
+def decode_bytes(model: LanguageModel, ids: list[int]) -> bytes:
+    """The bytes of token ids."""
+    assert model.tokenizer is not None
+    return model.tokenizer.decode_bytes(ids)
+
+
 def numpy_logits(params, config: GPT2Config, ids: np.ndarray, key_mask: np.ndarray) -> np.ndarray:
     """[T] ids and the mask of their keys -> [T, V] float64; positions count every slot, the mask is added, as
     in Keras."""

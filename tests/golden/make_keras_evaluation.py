@@ -92,8 +92,8 @@ def _assign(backbone, params: dict, shape: dict[str, int]) -> None:
 
 
 def main() -> None:
-    import keras
-    import keras_hub
+    import keras  # pyright: ignore[reportMissingImports]
+    import keras_hub  # pyright: ignore[reportMissingImports]
 
     end = SHAPE["vocab_size"] - 1
     backbone = keras_hub.models.GPT2Backbone(
