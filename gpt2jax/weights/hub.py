@@ -58,7 +58,8 @@ def download(hub_id: str, *, revision: str | None = None) -> Path:
         return _cached(hub_id, revision, f"{at} is not in the cache and the hub does not answer ({error})")
     files = needed_files([sibling.rfilename for sibling in info.siblings or []], at)
     try:
-        return Path(snapshot_download(hub_id, revision=info.sha, allow_patterns=files))
+        # by its name, not by the commit, so that the cache knows the name when offline
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except errors.GatedRepoError:
         raise PermissionError(
             f"{at} is gated: ask for access on its page on the hub, then log in with `hf auth login`"
@@ -68,14 +69,18 @@ def download(hub_id: str, *, revision: str | None = None) -> Path:
 
 
 def _cached(hub_id: str, revision: str | None, complaint: str) -> Path:
+    """The folder in the cache, when all that is needed of the model is in it."""
     from huggingface_hub import errors, snapshot_download
 
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        raise ConnectionError(
-            f"{complaint}: go online once, or give the path of a folder with its files"
-        ) from None
+    for weights in WEIGHTS:
+        files = [*weights, *BESIDES]
+        try:
+            folder = snapshot_download(hub_id, revision=revision, allow_patterns=files, local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            continue
+        if all((Path(folder) / name).is_file() for name in weights):
+            return Path(folder)
+    raise ConnectionError(f"{complaint}: go online once, or give the path of a folder with its files")
 
 
 def needed_files(names: Sequence[str], at: str) -> list[str]:

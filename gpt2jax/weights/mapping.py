@@ -102,12 +102,12 @@ def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor
     unfilled = set(leaves) - {rule.path for rule in rules}
     problems += [f"parameter {path}: no tensor of this format fills it" for path in sorted(unfilled)]
     if problems:
-        raise ValueError(f"{source} does not fit its configuration:\n{_listed(problems)}")
+        raise ValueError(f"{source} does not fit its configuration:\n{listed(problems)}")
     arrays = {path: aligned_empty(shape) for path, shape in leaves.items()}
     for name, tensor in tensors.items():
         target = _view(arrays[slots[name].rule.path], slots[name])
         target[...] = _to_canonical(tensor.read(), slots[name].rule.layout, target.shape)
-        if not _is_finite(target):
+        if not is_finite(target):
             raise ValueError(f"{tensor.file}: tensor {name} holds values that are not finite numbers")
     params: Params = {}
     for path in leaves:
@@ -189,13 +189,15 @@ def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
     return raw[start : start + size].view(np.float32).reshape(shape)
 
 
-def _is_finite(values: np.ndarray) -> bool:
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite."""
     with np.errstate(all="ignore"):
         total = values.sum()  # much faster than isfinite, and a finite sum has finite terms
     return bool(np.isfinite(total)) or bool(np.isfinite(values).all())
 
 
-def _listed(problems: Sequence[str]) -> str:
+def listed(problems: Sequence[str]) -> str:
+    """Problems one below the other, the first ones of many."""
     rest = len(problems) - PROBLEMS_SHOWN
     more = [f"... and {rest} more"] if rest > 0 else []
     return "\n".join(f"  {problem}" for problem in [*problems[:PROBLEMS_SHOWN], *more])

@@ -1,0 +1,27 @@
+"""Files that other libraries wrote, against what those computed; tests/golden/make_*.py made both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpt2jax
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FOLDERS = ("hf-tied", "hf-untied-float16", "hf-relu-bfloat16")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_logits_and_greedy_continuation(name):
+    model = gpt2jax.load(GOLDEN / name)
+    expected = json.loads((GOLDEN / name / "expected.json").read_text())
+    logits = np.load(GOLDEN / name / "logits.npy")
+    assert np.abs(logits).max() > 0.5
+    np.testing.assert_allclose(model.logits(expected["token_ids"]), logits, rtol=1e-5, atol=1e-5)
+    # greedy decoding in one forward pass: each of the 40 tokens is the most likely one after all before it
+    text = np.asarray([expected["greedy"]])
+    assert text.shape[1] == 8 + 40
+    np.testing.assert_array_equal(np.argmax(model.logits(text)[0, 7:-1], axis=-1), text[0, 8:])

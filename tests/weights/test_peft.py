@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.lora import TARGETS, LoRAConfig, init_adapters
+from gpt2jax.weights.peft import load_adapter, save_adapter
+
+TINY = GPT2Config(vocab_size=300, n_positions=16, n_embd=24, n_layer=3, n_head=2)
+LORA = LoRAConfig(rank=4, alpha=6.0, dropout=0.1, targets=("attn.c_attn", "mlp.c_proj"))
+
+
+def trained(lora: LoRAConfig) -> dict:
+    """Adapters whose factors are all random: a fresh lora_b is zero and would hide mistakes."""
+    rng = np.random.default_rng(0)
+    adapters = init_adapters(TINY, lora, seed=0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), adapters)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_adapter(tmp_path / "adapter", TINY, LORA, trained(LORA))
+    return tmp_path / "adapter"
+
+
+def edit_config(folder, **changes) -> None:
+    path = folder / "adapter_config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value != "absent"}))
+
+
+def rewrite(folder, change) -> None:
+    tensors = safetensors_numpy.load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    safetensors_numpy.save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("targets", [("attn.c_attn",), ("attn.c_proj", "mlp.c_fc"), TARGETS])
+@pytest.mark.parametrize("alpha", [16.0, 2.5])
+def test_round_trip_is_exact(tmp_path, targets, alpha):
+    lora = LoRAConfig(rank=3, alpha=alpha, dropout=0.05, targets=targets)
+    adapters = trained(lora)
+    save_adapter(tmp_path / "a", TINY, lora, adapters)
+    read, loaded = load_adapter(tmp_path / "a", TINY)
+    assert read.scale == lora.scale and (read.rank, read.dropout) == (3, 0.05)
+    assert set(read.targets) == set(targets)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(adapters), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_files_are_laid_out_as_peft_lays_them_out(saved):
+    tensors = safetensors_numpy.load_file(saved / "adapter_model.safetensors")
+    prefix = "base_model.model.transformer.h.1.attn.c_attn"
+    assert tensors[f"{prefix}.lora_A.weight"].shape == (4, 24)
+    assert tensors[f"{prefix}.lora_B.weight"].shape == (72, 4)
+    assert len(tensors) == 2 * 2 * TINY.n_layer
+    settings = json.loads((saved / "adapter_config.json").read_text())
+    assert settings["fan_in_fan_out"] is True and settings["lora_alpha"] == 6
+
+
+def test_rank_stabilised_scale(saved):
+    edit_config(saved, use_rslora=True)
+    lora, _ = load_adapter(saved, TINY)
+    assert lora.scale == pytest.approx(6.0 / 2.0, rel=1e-12)
+
+
+def test_blocks_without_adapters_get_zero_ones(saved):
+    def change(tensors):
+        for name in [name for name in tensors if ".h.1." in name]:
+            del tensors[name]
+
+    rewrite(saved, change)
+    _, adapters = load_adapter(saved, TINY)
+    kept = trained(LORA)["h"]["attn"]["c_attn"]["lora_b"]
+    lora_b = adapters["h"]["attn"]["c_attn"]["lora_b"]
+    np.testing.assert_array_equal(lora_b[1], 0)
+    np.testing.assert_array_equal(lora_b[2], kept[2])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"rank_pattern": {"c_attn": 2}},
+        {"alpha_pattern": {"c_attn": 2}},
+        {"modules_to_save": ["lm_head"]},
+        {"peft_type": "IA3"},
+        {"task_type": "SEQ_CLS"},
+        {"init_lora_weights": "pissa"},
+        {"something_of_tomorrow": True},
+        {"r": 0},
+        {"r": "4"},
+        {"lora_alpha": None},
+        {"lora_alpha": -1},
+        {"lora_dropout": 2.0},
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(saved, changes):
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match="adapter_config.json") as info:
+        load_adapter(saved, TINY)
+    assert f"{next(iter(changes)).removeprefix('lora_')}=" in str(info.value)
+
+
+def test_all_problems_come_together(saved):
+    first = "base_model.model.transformer.h.0.attn.c_attn"
+
+    def change(tensors):
+        del tensors[f"{first}.lora_B.weight"]
+        tensors[f"{first}.lora_A.weight"] = np.zeros((5, 24), np.float32)
+        tensors["base_model.model.lm_head.lora_A.weight"] = np.zeros((4, 24), np.float32)
+
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors") as info:
+        load_adapter(saved, TINY)
+    for problem in (
+        "h.0.attn.c_attn.lora_B.weight: missing",
+        "h.0.attn.c_attn.lora_A.weight: has shape [5, 24], expected [4, 24]",
+        "lm_head.lora_A.weight: unknown",
+    ):
+        assert problem in str(info.value)
+
+
+def test_a_model_of_another_size(saved):
+    small = GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+    with pytest.raises(ValueError, match=r"c_attn\.lora_A\.weight: has shape \[4, 24\], expected \[4, 16\]"):
+        load_adapter(saved, small)
+
+
+def test_paths_that_hold_no_adapter(tmp_path, saved):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_adapter(tmp_path / "nowhere", TINY)
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load_adapter(tmp_path, TINY)
+    (saved / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
+        load_adapter(saved, TINY)
+    (saved / "other.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"other\.txt"):
+        save_adapter(saved, TINY, LORA, trained(LORA))
+
+
+def test_values_that_are_no_numbers(saved):
+    def change(tensors):
+        tensors["base_model.model.transformer.h.2.mlp.c_proj.lora_A.weight"][0, 0] = np.nan
+
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=r"h\.2\.mlp\.c_proj\.lora_A\.weight.*not finite"):
+        load_adapter(saved, TINY)
