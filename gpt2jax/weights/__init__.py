@@ -11,7 +11,7 @@ from gpt2jax.config import GPT2Config
 from gpt2jax.model import Params
 from gpt2jax.tokenizer import Tokenizer
 from gpt2jax.tokenizer_files import VOCABULARY_FILES
-from gpt2jax.weights.hf import WEIGHT_FILES, load_hf
+from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, load_hf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,17 @@ class Format:
 def _is_hf(path: Path) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in WEIGHT_FILES)
-    return path.suffix == ".safetensors"
+    return path.suffix in (".safetensors", ".bin") or path.name.endswith(INDEX)
 
 
 # the first that matches reads
 FORMATS = (
     Format(
-        "Hugging Face", "a folder with config.json and model.safetensors, or such a file", _is_hf, load_hf
+        "Hugging Face",
+        "a folder with config.json and model.safetensors or pytorch_model.bin, in one file or as an index "
+        "and its shards; or such a file",
+        _is_hf,
+        load_hf,
     ),
 )
 

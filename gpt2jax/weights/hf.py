@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpt2jax.config import GPT2Config
 from gpt2jax.files import atomic_folder
 from gpt2jax.model import Params
 from gpt2jax.tokenizer import Tokenizer
 from gpt2jax.weights.mapping import Rule, Tensor, fill, spread
-from gpt2jax.weights.safetensors_file import read_safetensors, write_safetensors
+from gpt2jax.weights.safetensors_file import numpy_dtype, read_safetensors, write_safetensors
+from gpt2jax.weights.torch_file import read_state_dict
 
 RULES = (
     Rule("wte.weight", "wte.embedding"),
@@ -44,7 +47,10 @@ WRAPPERS = (
     "transformer.",
 )  # torch.compile, data parallel, the model inside the head model
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that old versions saved with the weights
-WEIGHT_FILES = ("model.safetensors",)
+INDEX = ".index.json"
+WEIGHT_FILES = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX)
+)
 DTYPES = ("float32", "float16", "bfloat16")
 # what a folder may hold to be taken for a saved model, and be replaced by a new one
 OURS = re.compile(
@@ -72,7 +78,7 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
     path = Path(path)
     file = _weight_file(path)
     config = read_config(file.parent)
-    tensors = tie(config, plain_names(read_safetensors(file), str(file)), str(file))
+    tensors = tie(config, plain_names(_read_tensors(file), str(file)), str(file))
     return config, fill(config, RULES, tensors, str(file))
 
 
@@ -83,6 +89,7 @@ def save_hf(
     tokenizer: Tokenizer | None = None,
     *,
     dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
@@ -94,6 +101,7 @@ def save_hf(
         params: the parameters, blocks stacked.
         tokenizer: written too where there is one.
         dtype: of the weights in the file: "float32", "float16" or "bfloat16".
+        max_shard_bytes: more weights than this are spread over several files, which an index lists.
 
     Raises:
         ValueError: unknown dtype, or a weight that is not finite in it.
@@ -102,13 +110,12 @@ def save_hf(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(DTYPES)}")
     arrays = [(_published_name(name), array) for name, array in spread(config, RULES, params)]
-    shapes = {name: array.shape for name, array in arrays}
     refuse_foreign_files(Path(folder), OURS, "a saved model")
     with atomic_folder(folder, overwrite=True) as aside:
         _write_json(aside / "config.json", {**config.to_hf(), "dtype": dtype})
         tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         _write_json(aside / "generation_config.json", {"_from_model_config": True, **tokens})
-        write_safetensors(aside / "model.safetensors", shapes, arrays, dtype, {"format": "pt"})
+        _write_weights(aside, arrays, dtype, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(aside, max_length=config.n_positions)
 
@@ -199,6 +206,68 @@ def _weight_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise ValueError(f"{path} holds no weights: expected {' or '.join(WEIGHT_FILES)} in it")
+
+
+def _write_weights(
+    folder: Path, arrays: list[tuple[str, np.ndarray]], dtype: str, max_shard_bytes: int
+) -> None:
+    """One file, or as many as the limit asks for and their index."""
+    itemsize = numpy_dtype(dtype).itemsize
+    shards: list[list[tuple[str, np.ndarray]]] = [[]]
+    room = max_shard_bytes
+    for name, array in arrays:
+        if shards[-1] and array.size * itemsize > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append((name, array))
+        room -= array.size * itemsize
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        last = len(shards)
+        file = "model.safetensors" if last == 1 else f"model-{number:05}-of-{last:05}.safetensors"
+        shapes = {name: array.shape for name, array in shard}
+        write_safetensors(folder / file, shapes, shard, dtype, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shapes, file))
+    if len(shards) > 1:
+        count = sum(array.size for _, array in arrays)
+        metadata = {"total_parameters": count, "total_size": count * itemsize}
+        _write_json(folder / f"model.safetensors{INDEX}", {"metadata": metadata, "weight_map": weight_map})
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if file.name.endswith(INDEX):
+        return _read_shards(file)
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_state_dict(file)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names.
+
+    Raises:
+        ValueError: the index is damaged, names files elsewhere or absent, or disagrees with what is in them.
+    """
+    try:
+        content = json.loads(index.read_text("utf-8"))
+        places = dict(content["weight_map"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of weight files: {error!r:.200}") from None
+    files = sorted({str(place) for place in places.values()})
+    for name in files:
+        if Path(name).name != name or name.endswith(INDEX):
+            raise ValueError(f"{index} names the file {name!r:.200}, which cannot be one of its own")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index} names {name!r:.200}, which is not beside it: fetch it again")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        shard = index.parent / name
+        found = _read_tensors(shard)
+        expected = {tensor for tensor, place in places.items() if place == name}
+        wrong = sorted(expected ^ set(found))
+        if wrong:
+            state = "missing" if wrong[0] in expected else "there, but not in the index"
+            raise ValueError(f"{shard} is not as {index.name} says: {wrong[0]} is {state}")
+        tensors.update(found)
+    return tensors
 
 
 def _published_name(name: str) -> str:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-# the first line that a repository has in full is what is fetched of its weights
-WEIGHTS = (("model.safetensors",),)
+# the first file that a repository has is fetched of its weights, and with an index the files that it lists
+WEIGHTS = {
+    "model.safetensors": (),
+    "model.safetensors.index.json": ("model-*-of-*.safetensors",),
+    "pytorch_model.bin": (),
+    "pytorch_model.bin.index.json": ("pytorch_model-*-of-*.bin",),
+}
 BESIDES = (
     "config.json",
     "generation_config.json",
@@ -72,13 +77,13 @@ def _cached(hub_id: str, revision: str | None, complaint: str) -> Path:
     """The folder in the cache, when all that is needed of the model is in it."""
     from huggingface_hub import errors, snapshot_download
 
-    for weights in WEIGHTS:
-        files = [*weights, *BESIDES]
+    for main, shards in WEIGHTS.items():
+        files = [main, *shards, *BESIDES]
         try:
             folder = snapshot_download(hub_id, revision=revision, allow_patterns=files, local_files_only=True)
         except errors.LocalEntryNotFoundError:
             continue
-        if all((Path(folder) / name).is_file() for name in weights):
+        if (Path(folder) / main).is_file():
             return Path(folder)
     raise ConnectionError(f"{complaint}: go online once, or give the path of a folder with its files")
 
@@ -86,11 +91,13 @@ def _cached(hub_id: str, revision: str | None, complaint: str) -> Path:
 def needed_files(names: Sequence[str], at: str) -> list[str]:
     """Of a repository's files those that make its model, weights in the preferred format only.
 
+    Returns:
+        Names, and patterns of names.
+
     Raises:
         ValueError: no weights among them can be read.
     """
-    weights = next((files for files in WEIGHTS if set(files) <= set(names)), None)
-    if weights is None:
-        expected = " or ".join(files[0] for files in WEIGHTS)
-        raise ValueError(f"{at} has no weights that can be read: expected {expected}")
-    return [*weights, *(name for name in BESIDES if name in names)]
+    main = next((name for name in WEIGHTS if name in names), None)
+    if main is None:
+        raise ValueError(f"{at} has no weights that can be read: expected {' or '.join(WEIGHTS)}")
+    return [main, *WEIGHTS[main], *(name for name in BESIDES if name in names)]

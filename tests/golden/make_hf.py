@@ -49,6 +49,8 @@ def main() -> None:
                 noise = torch.randn(parameter.shape, generator=generator) * 0.3
                 is_scale = "ln_" in parameter_name and parameter_name.endswith("weight")
                 parameter.copy_(noise + 1 if is_scale else noise)
+        if name == "hf-tied":
+            save_for_torch(model, here)
         folder = here / name
         shutil.rmtree(folder, ignore_errors=True)
         model.to(dtype).save_pretrained(folder)
@@ -62,6 +64,21 @@ def main() -> None:
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")
         np.save(folder / "logits.npy", logits)
         print(folder, sum(file.stat().st_size for file in folder.iterdir()), "bytes")
+
+
+def save_for_torch(model, here: Path) -> None:
+    """pytorch_model.bin as older versions of transformers wrote it: with masks, and the tied head twice."""
+    tensors = dict(model.state_dict())
+    for layer in range(model.config.n_layer):
+        mask = torch.tril(torch.ones((64, 64), dtype=torch.uint8)).view(1, 1, 64, 64)
+        tensors[f"transformer.h.{layer}.attn.bias"] = mask
+        tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    for name, is_zip in (("hf-bin-zip", True), ("hf-bin-legacy", False)):
+        folder = here / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        model.config.to_json_file(folder / "config.json")
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,33 @@ def test_model_without_head(tmp_path):
     assert_close(our_logits(*load_hf(tmp_path), ids), torch_logits(model, ids))
 
 
+def test_shards(tmp_path):
+    model = random_torch_model()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 2
+    config, params = load_hf(tmp_path / "theirs")
+    ids = random_ids((2, 48))
+    assert_close(our_logits(config, params, ids), torch_logits(model, ids))
+    save_hf(tmp_path / "ours", config, params, max_shard_bytes=40_000)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_files_of_torch(tmp_path, is_zip):
+    model = random_torch_model(tie_word_embeddings=False)
+    model.config.to_json_file(tmp_path / "config.json")
+    tensors = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
+    tensors["_orig_mod.transformer.h.0.attn.c_attn.weight"] = (  # saved as a view, not contiguous
+        model.transformer.h[0].attn.c_attn.weight.detach().T.contiguous().T
+    )
+    tensors["_orig_mod.transformer.ln_f.bias"] = torch.nn.Parameter(model.transformer.ln_f.bias.detach())
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+    ids = random_ids((2, 48))
+    assert_close(our_logits(*load_hf(tmp_path), ids), torch_logits(model, ids))
+
+
 def test_at_real_size(tmp_path):
     model = random_torch_model(
         vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, std=0.02,

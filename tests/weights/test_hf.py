@@ -317,3 +317,68 @@ def test_params_do_not_depend_on_the_file_afterwards(saved, params):
     file = saved / "model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
     assert_identical(loaded, params)
+
+
+@pytest.fixture
+def sharded(tmp_path, params) -> Path:
+    save_hf(tmp_path / "sharded", TINY, params, Tokenizer.gpt2(300), max_shard_bytes=20_000)
+    return tmp_path / "sharded"
+
+
+def test_shards_round_trip(sharded, params):
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    # one tensor may be larger than the limit; no shard with several is
+    assert all(
+        shard.stat().st_size < 22_000 or "wte" in shard.read_bytes()[:200].decode("latin1")
+        for shard in shards
+    )
+    assert not (sharded / "model.safetensors").exists()
+    assert_identical(load_weights(sharded)[1], params)
+    assert_identical(load_weights(sharded / "model.safetensors.index.json")[1], params)
+    save_hf(sharded, TINY, params)  # replaces shards and index
+    assert not list(sharded.glob("model-*")) and not (sharded / "model.safetensors.index.json").exists()
+
+
+def edit_index(folder: Path, change) -> None:
+    path = folder / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    change(content["weight_map"])
+    path.write_text(json.dumps(content))
+
+
+NAME = "transformer.h.1.ln_1.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda places: places.pop(NAME), rf"{NAME} is there, but not in the index"),
+        (lambda places: places.update({NAME: "model-00001-of-00009.safetensors"}), "not beside it"),
+        (lambda places: places.update({NAME: "../../../etc/passwd"}), "cannot be one of its own"),
+        (lambda places: places.update({NAME: "model.safetensors.index.json"}), "cannot be one of its own"),
+        (lambda places: places.update({"more": places[NAME]}), "more is missing"),
+        (lambda places: places.update({"more": 5}), "'5'"),
+    ],
+)
+def test_index_that_lies(sharded, change, message):
+    edit_index(sharded, change)
+    with pytest.raises(ValueError, match=message):
+        load_hf(sharded)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 5}', '{"weight_map": [1]}'])
+def test_damaged_index(sharded, content):
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json is not an index"):
+        load_hf(sharded)
+
+
+def test_absent_and_damaged_shards(sharded):
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{shard.name} is cut short"):
+        load_hf(sharded)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name}.*fetch it again"):
+        load_hf(sharded)

@@ -178,14 +178,12 @@ def test_errors_say_what_to_do(server, tmp_path):
 
 
 def test_needed_files():
-    every = [
-        "model.safetensors",
-        "pytorch_model.bin",
-        "config.json",
-        "vocab.json",
-        "onnx/model.onnx",
-        "README.md",
-    ]
-    assert hub.needed_files(every, REPO) == ["model.safetensors", "config.json", "vocab.json"]
+    config = ["config.json", "vocab.json"]
+    every = ["model.safetensors", "pytorch_model.bin", *config, "onnx/model.onnx", "README.md"]
+    assert hub.needed_files(every, REPO) == ["model.safetensors", *config]
+    assert hub.needed_files(every[1:], REPO) == ["pytorch_model.bin", *config]
+    index = "model.safetensors.index.json"
+    sharded = [index, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", *every[1:]]
+    assert hub.needed_files(sharded, REPO) == [index, "model-*-of-*.safetensors", *config]
     with pytest.raises(ValueError, match=f"{REPO}.*no weights.*model.safetensors"):
         hub.needed_files(["config.json", "flax_model.msgpack"], REPO)
