@@ -1,4 +1,4 @@
-"""Settings of the whole suite: few code-generation parts and a compilation cache, since compiling is most of its time."""
+"""Settings of the whole suite: fewer compiler parts and a compilation cache, since compiling is most of its time."""
 
 from __future__ import annotations
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+
+# XLA:CPU cuts each program into 32 parts for as many compiler threads; with few cores that makes compiling take
+# twice as long. It is read once, when jax starts, so it is set before anything imports jax.
+if "xla_cpu_parallel_codegen_split_count" not in os.environ.get("XLA_FLAGS", ""):
+    _parts = f"--xla_cpu_parallel_codegen_split_count={min(32, os.cpu_count() or 1)}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_parts}".strip()
 
 COMMANDS = {
     "finetune": "train a model on texts, compare it with the one it came from, write a report",

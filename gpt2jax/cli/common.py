@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def run_command(name: str, options: type[T], run: Callable[[T], None], argv: Seq
         fail(name, "interrupted", code=130)
 
 
-def fail(name: str, message: str, *, code: int = 2) -> None:
+def fail(name: str, message: str, *, code: int = 2) -> NoReturn:
     """Prints one line and ends the program."""
     line = " ".join(message.split())
     print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
@@ -46,13 +46,15 @@ class DataOptions:
         data: "numeric-docs" (documentation of the installed numpy, jax, flax, optax), "python-docs" (of the standard
             library), "pubmed", "arxiv", a file or folder (txt, jsonl, json, parquet, csv), or a hub data set id.
         text_column: the column with the text, where there are several.
-        limit: use only the first so many training documents.
-        streaming: read a hub data set as it comes, without downloading all of it first; needs --limit.
+        documents: what a text is in plain .txt files: "file" (all of it, cut at <|endoftext|>), "paragraph", "line".
+        limit: use only the first so many documents.
+        streaming: read a hub data set as it comes instead of downloading it first; so does --limit.
         data_revision: commit, tag or branch of a hub data set.
     """
 
     data: str = "numeric-docs"
     text_column: str | None = None
+    documents: Literal["file", "paragraph", "line"] = "file"
     limit: int | None = None
     streaming: bool = False
     data_revision: str | None = None
@@ -60,21 +62,18 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1")
-        if self.streaming and self.limit is None:
-            raise ValueError("streaming needs a limit: how many documents to read")
 
     def texts(self, split: str, *, limit: int | None = None) -> list[str]:
-        """The texts of "train", "validation" or "test"."""
+        """The texts of "train", "validation", "test" or "all", at most `limit` of them."""
         from gpt2jax.data.sources import load_texts
 
-        options: dict[str, Any] = {"streaming": True} if self.streaming else {}
-        return list(
-            load_texts(
-                self.data,
-                split=split,
-                text_column=self.text_column,
-                limit=limit,
-                revision=self.data_revision,
-                **options,
-            )
+        texts = load_texts(
+            self.data,
+            split=split,
+            text_column=self.text_column,
+            limit=limit,
+            streaming=self.streaming,
+            revision=self.data_revision,
+            documents=self.documents,
         )
+        return list(texts)

@@ -93,8 +93,6 @@ def run(options: Options) -> None:
     config = finetune_config(options)
     output = options.out or default_output(options)
     RunFolder(output, resume=options.resume, overwrite=options.overwrite)  # refuse before anything long begins
-    model = starting_model(options)
-    console.print(f"[bold]model[/]  {model!r}", highlight=False)
     train_texts = options.source.texts("train", limit=options.source.limit)
     validation_texts = options.source.texts("validation", limit=options.eval_documents)
     test_texts = options.source.texts("test", limit=options.eval_documents) if options.compare else []
@@ -103,6 +101,8 @@ def run(options: Options) -> None:
         f"{len(validation_texts):,} for validation, {len(test_texts):,} held out for the comparison",
         highlight=False,
     )
+    model = starting_model(options)
+    console.print(f"[bold]model[/]  {model!r}", highlight=False)
     result = finetune(
         model,
         train_texts,
@@ -118,8 +118,8 @@ def run(options: Options) -> None:
 
 
 def _compare(options: Options, model: Any, result: Any, texts: list[str], console: Any) -> None:
-    from gpt2jax.evaluate.compare import compare
-    from gpt2jax.evaluate.report import print_comparison
+    from gpt2jax.evaluation.compare import compare
+    from gpt2jax.evaluation.report import print_comparison
 
     length = options.train.sequence_length or min(model.config.n_positions, 1024)
     comparison = compare(
@@ -171,7 +171,7 @@ def starting_model(options: Options) -> Any:
 
 def default_prompts(data: str) -> tuple[str, ...]:
     """Prompts of the kind of text that the data holds."""
-    from gpt2jax.evaluate.compare import STUDY_PROMPTS
+    from gpt2jax.evaluation.compare import STUDY_PROMPTS
 
     if data in ("numeric-docs", "python-docs"):
         return DOCUMENTATION_PROMPTS

@@ -33,7 +33,9 @@ class FinetuneConfig:
         warmup_steps: linear rise to it.
         final_learning_rate: the cosine ends at this share of the peak.
         weight_decay: decoupled, on matrices only (never on biases and LayerNorms).
-        beta1, beta2, epsilon: of AdamW.
+        beta1: decay of the optimizer's mean of gradients.
+        beta2: decay of its mean of squared gradients.
+        epsilon: added to the root of the latter.
         max_grad_norm: the gradient is scaled down to this global norm; None: never.
         dropout: overrides the model's three dropout rates; None: as the model says.
         compute_dtype: operands of matrix products: "float32", "bfloat16", or "float16" (with dynamic loss scaling).

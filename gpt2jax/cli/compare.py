@@ -1,0 +1,102 @@
+"""`gpt2jax compare`: several models on the same texts, with a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from gpt2jax.cli.common import DataOptions, run_command
+from gpt2jax.cli.finetune import default_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare models on the same texts: figures with error bars, generated text side by side, a report.
+
+    Attributes:
+        models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The first is what
+            the others are compared with.
+        source: of the texts.
+        split: which of them; "all" for everything.
+        sequence_length: tokens of one row. Default: 128, or the shortest context if that is less.
+        batch_size: rows at once.
+        windows: "first" (the first tokens of each text, as the study did), "disjoint" or "sliding" (all of each text).
+        prompts: prompts for the generated texts. Default: a set that suits the data.
+        max_new_tokens: length of the generated texts.
+        top_k: draw among so many of the likeliest tokens; 0 for all.
+        seed: of the generated texts and the bootstrap.
+        out: folder for report.html, report.md and comparison.json.
+        overwrite: replace a comparison that the folder holds.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    source: DataOptions = dataclasses.field(default_factory=DataOptions)
+    split: Literal["train", "validation", "test", "all"] = "test"
+    sequence_length: int | None = None
+    batch_size: int = 32
+    windows: Literal["first", "disjoint", "sliding"] = "first"
+    prompts: tuple[str, ...] | None = None
+    max_new_tokens: int = 100
+    top_k: int = 5
+    seed: int = 0
+    out: pathlib.Path = pathlib.Path("comparison")
+    overwrite: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    run_command("compare", Options, run, argv)
+
+
+def run(options: Options) -> None:
+    """Loads, compares, writes, and says where."""
+    from rich.console import Console
+
+    from gpt2jax.evaluation.compare import compare
+    from gpt2jax.evaluation.report import print_comparison
+    from gpt2jax.language_model import load
+
+    names = named_models(options.models)
+    if (options.out / "comparison.json").exists() and not options.overwrite:
+        raise FileExistsError(f"{options.out} holds a comparison; choose another folder with --out, or --overwrite")
+    models = {name: load(source) for name, source in names.items()}
+    texts = options.source.texts(options.split, limit=options.source.limit)
+    context = min(model.config.n_positions for model in models.values())
+    comparison = compare(
+        models,
+        texts,
+        prompts=options.prompts or default_prompts(options.source.data),
+        sequence_length=options.sequence_length or min(128, context),
+        batch_size=options.batch_size,
+        windows=options.windows,
+        max_new_tokens=options.max_new_tokens,
+        top_k=options.top_k or None,
+        seed=options.seed,
+        command=shlex.join(["gpt2jax", "compare", *sys.argv[1:]]) if sys.argv[0] else None,
+        progress=True,
+    )
+    comparison.save(options.out)
+    console = Console()
+    print_comparison(comparison, console)
+    console.print(f"[bold]wrote[/]  {options.out}/report.html, report.md, comparison.json", highlight=False)
+
+
+def named_models(arguments: Sequence[str]) -> dict[str, str]:
+    """NAME=MODEL and MODEL arguments as name to model."""
+    if len(arguments) < 2:
+        raise ValueError(f"compare takes two models or more, not {len(arguments)}: for one there is evaluate")
+    names: dict[str, str] = {}
+    for argument in arguments:
+        name, _, source = argument.rpartition("=")
+        source = argument if not name else source
+        name = name or pathlib.PurePath(argument).name
+        if name in names:
+            raise ValueError(f"two models are named {name!r}: write NAME=MODEL to tell them apart")
+        names[name] = source
+    return names

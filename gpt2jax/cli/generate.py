@@ -1,0 +1,161 @@
+"""`gpt2jax generate`: continue prompts from the command line, a file or standard input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from gpt2jax.cli.common import run_command
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Continue prompts.
+
+    Without prompts, lines of standard input are prompts; at a terminal, it asks for them one by one.
+
+    Attributes:
+        prompts: texts to continue; "" begins a text of its own.
+        file: a file with one prompt a line, or JSON lines with a field "prompt".
+        model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
+        max_new_tokens: most tokens to add. Default: 64.
+        max_length: most tokens of prompt and continuation together; instead of --max-new-tokens.
+        temperature: below 1 sharpens, above 1 flattens; 0 is greedy.
+        top_k: draw among so many of the likeliest tokens; 0 for all.
+        top_p: draw among the likeliest tokens that hold this share.
+        min_p: leave out tokens below this share of the likeliest one.
+        greedy: always the likeliest token.
+        num_samples: continuations of each prompt.
+        seed: prompt i draws with seed + i.
+        stop: texts that end a continuation.
+        dtype: of the weights: float32, bfloat16. Default: float32 on a CPU, bfloat16 elsewhere.
+        out: write JSON lines to this file instead of text to the terminal.
+    """
+
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    file: pathlib.Path | None = None
+    model: str = "gpt2-mini"
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    temperature: float = 1.0
+    top_k: int = 5
+    top_p: float = 1.0
+    min_p: float = 0.0
+    greedy: bool = False
+    num_samples: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    dtype: str | None = None
+    out: pathlib.Path | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    run_command("generate", Options, run, argv)
+
+
+def run(options: Options) -> None:
+    """Loads the model and continues the prompts."""
+    from gpt2jax.generation import stream
+    from gpt2jax.language_model import load
+
+    prompts = read_prompts(options)
+    interactive = not prompts and sys.stdin.isatty()
+    if not prompts and not interactive:
+        prompts = sys.stdin.read().splitlines()
+        if not prompts:
+            raise ValueError("there is no prompt: give one as an argument, in --file, or on standard input")
+    model = load(options.model)
+    settings = {
+        "max_new_tokens": options.max_new_tokens,
+        "max_length": options.max_length,
+        "temperature": options.temperature,
+        "top_k": options.top_k or None,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "do_sample": not options.greedy,
+        "stop_strings": options.stop or None,
+        "dtype": options.dtype,
+    }
+    if interactive:
+        _converse(model, settings, options)
+    elif options.out is None and options.num_samples == 1:
+        for index, prompt in enumerate(prompts):
+            _show(prompt, stream(model, prompt, seed=options.seed + index, **settings))
+    else:
+        _write(model, prompts, settings, options)
+
+
+def read_prompts(options: Options) -> list[str]:
+    """The prompts of the arguments and of the file."""
+    prompts = list(options.prompts)
+    if options.file is None:
+        return prompts
+    if not options.file.is_file():
+        raise FileNotFoundError(f"there is no file {options.file}")
+    for number, line in enumerate(options.file.read_text("utf-8").splitlines(), 1):
+        if options.file.suffix != ".jsonl":
+            prompts.append(line)
+            continue
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f'{options.file}, line {number}: expected JSON with a field "prompt"') from None
+    return prompts
+
+
+def _show(prompt: str, pieces: Any) -> None:
+    """Prints a continuation as it comes, and its speed to standard error."""
+    began, first, count = time.perf_counter(), None, 0
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        first = first or time.perf_counter()
+        count += len(piece)
+        print(piece, end="", flush=True)
+    print()
+    now = time.perf_counter()
+    if first is not None and sys.stderr.isatty():
+        print(f"[first text after {first - began:.2f} s, {count} characters in {now - began:.2f} s]", file=sys.stderr)
+
+
+def _converse(model: Any, settings: dict[str, Any], options: Options) -> None:
+    from gpt2jax.generation import stream
+
+    print("Type the beginning of a text; an empty line lets the model begin; Ctrl-D ends.", file=sys.stderr)
+    index = 0
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        try:
+            _show(prompt, stream(model, prompt, seed=options.seed + index, **settings))
+        except ValueError as error:  # a prompt that is too long must not end the conversation
+            print(f"error: {error}", file=sys.stderr)
+        index += 1
+
+
+def _write(model: Any, prompts: list[str], settings: dict[str, Any], options: Options) -> None:
+    from gpt2jax.files import atomic_write
+    from gpt2jax.generation import generate
+
+    began = time.perf_counter()
+    outputs = generate(model, prompts, seed=options.seed, num_samples=options.num_samples, **settings)
+    seconds = time.perf_counter() - began
+    if options.out is None:
+        for output in outputs:
+            print(str(output) + "\n")
+        return
+    with atomic_write(options.out) as file:
+        for output in outputs:
+            file.write(json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n")
+    tokens = sum(len(output.token_ids) for output in outputs)
+    print(f"wrote {len(outputs)} continuations, {tokens} tokens in {seconds:.1f} s, to {options.out}")
