@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gpt2jax.config import PRESETS, GPT2Config
     from gpt2jax.data.sources import load_texts
-    from gpt2jax.evaluate.compare import Comparison, compare
-    from gpt2jax.evaluate.metrics import Evaluation, evaluate
-    from gpt2jax.generate import Generation, generate, stream
+    from gpt2jax.evaluation.compare import Comparison, compare
+    from gpt2jax.evaluation.metrics import Evaluation, evaluate
+    from gpt2jax.generation import Generation, generate, stream
     from gpt2jax.language_model import LanguageModel, from_config, load, load_adapter, save_adapter
     from gpt2jax.lora import LoRAConfig
     from gpt2jax.tokenizer import Tokenizer
@@ -34,9 +34,9 @@ _HOMES = {
     "save_adapter": "language_model",
     "Tokenizer": "tokenizer",
     # generation
-    "generate": "generate",
-    "stream": "generate",
-    "Generation": "generate",
+    "generate": "generation",
+    "stream": "generation",
+    "Generation": "generation",
     # training
     "finetune": "train.loop",
     "Run": "train.loop",
@@ -45,10 +45,10 @@ _HOMES = {
     # data
     "load_texts": "data.sources",
     # evaluation
-    "evaluate": "evaluate.metrics",
-    "Evaluation": "evaluate.metrics",
-    "compare": "evaluate.compare",
-    "Comparison": "evaluate.compare",
+    "evaluate": "evaluation.metrics",
+    "Evaluation": "evaluation.metrics",
+    "compare": "evaluation.compare",
+    "Comparison": "evaluation.compare",
 }
 
 __all__ = [

@@ -16,7 +16,7 @@ class Settings:
 
     Attributes:
         sequence_length: T, tokens of one row.
-        windows: "first", "disjoint" or "sliding" (see `gpt2jax.evaluate.windows`).
+        windows: "first", "disjoint" or "sliding" (see `gpt2jax.evaluation.windows`).
         stride: labels that a sliding window advances; T for the others.
         batch_size: rows of one batch.
         compute_dtype: of the matrix products.

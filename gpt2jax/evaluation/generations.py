@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.generate import Generation, generate
+from gpt2jax.generation import Generation, generate
 from gpt2jax.language_model import LanguageModel
 
 

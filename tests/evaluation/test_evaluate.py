@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import CONFIG, decode_bytes, encode, numpy_logits, numpy_losses, random_model, uniform_model
 
-from gpt2jax.evaluate import evaluate
+from gpt2jax.evaluation import evaluate
 from gpt2jax.lora import LoRAConfig, init_adapters
 from gpt2jax.tokenizer import Tokenizer
 

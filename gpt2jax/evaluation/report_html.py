@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from gpt2jax.evaluate.compare import Comparison
-from gpt2jax.evaluate.excerpts import END_MARK, Excerpt
-from gpt2jax.evaluate.report import (
+from gpt2jax.evaluation.compare import Comparison
+from gpt2jax.evaluation.excerpts import END_MARK, Excerpt
+from gpt2jax.evaluation.report import (
     DEFINITIONS,
     Table,
     best,
@@ -30,7 +30,7 @@ from gpt2jax.evaluate.report import (
     verdict,
     windows_sentence,
 )
-from gpt2jax.evaluate.report_plots import SERIES, Plot, plots
+from gpt2jax.evaluation.report_plots import SERIES, Plot, plots
 
 STRONG = 2.0  # nats: the deepest colour of a token
 

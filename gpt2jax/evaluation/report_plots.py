@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.evaluate.compare import Comparison, loss_standard_error
-from gpt2jax.evaluate.report import number
-from gpt2jax.evaluate.statistics import PER_TOKEN
+from gpt2jax.evaluation.compare import Comparison, loss_standard_error
+from gpt2jax.evaluation.report import number
+from gpt2jax.evaluation.statistics import PER_TOKEN
 
 SERIES = 6  # colours in the style sheet
 # stand-ins that no plot uses by chance, and the CSS variables they become

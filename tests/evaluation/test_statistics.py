@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gpt2jax.evaluate.statistics import bootstrap_interval, ratio_standard_error, win_rate
+from gpt2jax.evaluation.statistics import bootstrap_interval, ratio_standard_error, win_rate
 
 
 def test_ratio_standard_error_by_hand():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from gpt2jax.config import GPT2Config
-from gpt2jax.evaluate import evaluate
+from gpt2jax.evaluation import evaluate
 from gpt2jax.language_model import LanguageModel
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"

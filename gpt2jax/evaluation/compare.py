@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.evaluate.evaluation import Evaluation, finite
-from gpt2jax.evaluate.excerpts import Excerpt, largest_differences
-from gpt2jax.evaluate.generations import generate_texts
-from gpt2jax.evaluate.metrics import check_settings, check_texts, evaluate
-from gpt2jax.evaluate.provenance import data_fingerprint, describe_model, versions
-from gpt2jax.evaluate.statistics import (
+from gpt2jax.evaluation.evaluation import Evaluation, finite
+from gpt2jax.evaluation.excerpts import Excerpt, largest_differences
+from gpt2jax.evaluation.generations import generate_texts
+from gpt2jax.evaluation.metrics import check_settings, check_texts, evaluate
+from gpt2jax.evaluation.provenance import data_fingerprint, describe_model, versions
+from gpt2jax.evaluation.statistics import (
     PER_BYTE,
     PER_TOKEN,
     PairedDifference,
@@ -129,8 +129,8 @@ class Comparison:
         Returns:
             The folder.
         """
-        from gpt2jax.evaluate.report import markdown_report
-        from gpt2jax.evaluate.report_html import html_report
+        from gpt2jax.evaluation.report import markdown_report
+        from gpt2jax.evaluation.report_html import html_report
 
         folder = pathlib.Path(folder)
         files = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2jax.data.documents import Documents
-from gpt2jax.evaluate.windows import (
+from gpt2jax.evaluation.windows import (
     cut_documents,
     encode_beginnings,
     plan_windows,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2jax.generate import generate
+from gpt2jax.generation import generate
 from gpt2jax.sampling import SamplingConfig, full_weights
 from gpt2jax.weights.hf import load_hf
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tiny_models import CONFIG, decode_bytes, encode, random_model, uniform_model
 
-from gpt2jax.evaluate import STUDY_PROMPTS, compare, evaluate, print_comparison
-from gpt2jax.evaluate.compare import paired_difference
-from gpt2jax.evaluate.evaluation import Evaluation, Settings
-from gpt2jax.evaluate.generations import repetition
-from gpt2jax.evaluate.provenance import params_fingerprint
-from gpt2jax.generate import generate
+from gpt2jax.evaluation import STUDY_PROMPTS, compare, evaluate, print_comparison
+from gpt2jax.evaluation.compare import paired_difference
+from gpt2jax.evaluation.evaluation import Evaluation, Settings
+from gpt2jax.evaluation.generations import repetition
+from gpt2jax.evaluation.provenance import params_fingerprint
+from gpt2jax.generation import generate
 
 LENGTH = 16
 NASTY = '<script src="https://example.org/x.js">alert("&amp;")</script> `code` | cell\n# head \x00 \u202e'
@@ -312,7 +312,7 @@ def test_surrogates_and_failures_leave_no_half_file(model, tmp_path, monkeypatch
     found.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"report.html", "report.md", "comparison.json"}
-    monkeypatch.setattr("gpt2jax.evaluate.report_html.html_report", lambda comparison: 1 / 0)
+    monkeypatch.setattr("gpt2jax.evaluation.report_html.html_report", lambda comparison: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         found.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -374,7 +374,7 @@ def test_errors(model, models, settings, error, message):
 
 def test_an_impossible_prompt_is_found_before_the_long_work(model, monkeypatch):
     monkeypatch.setattr(
-        sys.modules["gpt2jax.evaluate.compare"], "evaluate", lambda *_, **__: pytest.fail("evaluated first")
+        sys.modules["gpt2jax.evaluation.compare"], "evaluate", lambda *_, **__: pytest.fail("evaluated first")
     )
     with pytest.raises(ValueError, match="prompt 0"):
         compare({"a": model}, TEXTS, ["long " * 60], **SETTINGS)

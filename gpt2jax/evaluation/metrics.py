@@ -21,8 +21,8 @@ import numpy as np
 from gpt2jax.config import GPT2Config
 from gpt2jax.data.batches import Batch, check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
-from gpt2jax.evaluate.evaluation import Evaluation, Settings
-from gpt2jax.evaluate.windows import (
+from gpt2jax.evaluation.evaluation import Evaluation, Settings
+from gpt2jax.evaluation.windows import (
     Windows,
     check_windows,
     cut_documents,

@@ -12,7 +12,7 @@ import pytest
 
 from gpt2jax import decoding, inference
 from gpt2jax.config import GPT2Config
-from gpt2jax.generate import Generation, generate, stream
+from gpt2jax.generation import Generation, generate, stream
 from gpt2jax.model import head_kernel, hidden_states, init_params, output_logits
 from gpt2jax.prompts import end_token_id
 from gpt2jax.sampling import SamplingConfig, sample

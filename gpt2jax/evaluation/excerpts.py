@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt2jax.evaluate.evaluation import Evaluation
+from gpt2jax.evaluation.evaluation import Evaluation
 from gpt2jax.tokenizer import Tokenizer
 
 MIN_TOKENS = 16  # of shorter documents the mean is mostly chance
