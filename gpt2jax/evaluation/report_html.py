@@ -136,7 +136,7 @@ def _generations(comparison: Comparison) -> str:
 
 
 def _note(generation: dict[str, Any]) -> str:
-    return " · ".join(f"<span>{_text(part)}</span>" for part in generation_note(generation))
+    return " ".join(f"<span>{_text(part)}</span>" for part in generation_note(generation))
 
 
 def _sampling_sentence(comparison: Comparison) -> str:

@@ -132,6 +132,7 @@ def paired_distribution(comparison: Comparison, name: str) -> Plot:
     axes.xaxis.set_major_locator(_locator(6))
     axes.set_xlabel("difference per document, nats per token")
     axes.set_ylabel("documents")
+    axes.yaxis.set_major_locator(_locator(6, integer=True))
     axes.grid(axis="y")
     better = int((differences < 0).sum())
     text = f"{name} has the lower loss on {better:,} of {len(differences):,} documents (left of zero)."
@@ -249,11 +250,11 @@ def _nice(value: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * 0.999)
 
 
-def _locator(most: int) -> Any:
+def _locator(most: int, *, integer: bool = False) -> Any:
     """At most so many ticks at round numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10])
+    return MaxNLocator(most, integer=integer, steps=[1, 2, 5, 10] if integer else [1, 2, 2.5, 5, 10])
 
 
 def _short(name: str, limit: int = 22) -> str:
