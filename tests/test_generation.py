@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ LONG = "one, two, three, four, five, six"  # 23 tokens
 PROMPTS = ["a", "", "hello world", LONG]
 
 
-def model_of(config, params, tokenizer=TOKENIZER):
+def model_of(config, params, tokenizer: Tokenizer | None = TOKENIZER):
     return types.SimpleNamespace(config=config, params=params, tokenizer=tokenizer, adapters=None, lora=None)
 
 
@@ -93,7 +94,7 @@ def naive(model, prompt, *, seed=0, max_new_tokens=12, stop=(END,), **settings):
     ids=str,
 )
 def test_ragged_batch_equals_naive_loops(model, settings):
-    """Rows of 0 to 23 tokens in one batch: tokens and log-probabilities are those of a naive loop for each."""
+    """Rows of 0 to 23 tokens in one batch: tokens and log-probabilities of each are a naive loop's."""
     outputs = generate(model, PROMPTS, max_new_tokens=12, seed=7, **settings)
     for i, (prompt, output) in enumerate(zip(PROMPTS, outputs, strict=True)):
         tokens, logprobs = naive(model, prompt, seed=7 + i, **settings)
@@ -153,7 +154,7 @@ def test_ids_zero_and_end_are_ordinary_in_a_prompt(model):
 
 
 def test_empty_prompt_begins_behind_the_end_token(model):
-    settings = {"max_new_tokens": 8, "do_sample": False}
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     outputs = [generate(model, prompt, **settings)[0] for prompt in ("", [[]], [[END]])]
     assert len({tuple(out.token_ids) for out in outputs}) == 1
     assert outputs[0].prompt_ids == outputs[1].prompt_ids == [END]
@@ -163,7 +164,7 @@ def test_empty_prompt_begins_behind_the_end_token(model):
 
 def test_ways_to_give_prompts(model):
     ids = TOKENIZER.encode("hello")
-    settings = {"max_new_tokens": 4, "seed": 2}
+    settings: dict[str, Any] = {"max_new_tokens": 4, "seed": 2}
     lists = [ids, [ids], tuple(ids), np.array(ids), np.array([ids]), [jnp.array(ids)]]
     ways = ["hello", ["hello"], ("hello",), *lists]
     outputs = [generate(model, way, **settings) for way in ways]
@@ -384,7 +385,7 @@ def test_narrow_weights(model, dtype):
 
 
 def test_nothing_compiles_anew_within_a_bucket(model):
-    parts = (
+    parts: tuple[Any, ...] = (
         inference.prefill,
         decoding._choose_first,
         decoding._record_first,

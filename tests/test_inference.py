@@ -7,6 +7,7 @@ import gc
 import re
 import types
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def params_of(config, seed=0):
     return jax.tree.unflatten(tree, [leaf * 3 + n for leaf, n in zip(leaves, noise, strict=True)])
 
 
-def ids_of(config, rows, length, seed=0):
+def ids_of(config, rows, length, seed=0) -> Any:
     return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
 
 
@@ -217,10 +218,10 @@ def test_cache_size_and_growth():
 WIDE = GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=1000, n_positions=256)
 
 
-def compiled_decode(batch, dtype, window):
+def compiled_decode(batch, dtype, window) -> tuple[Any, Any]:
     config, narrow = WIDE, precision(dtype, backend="cpu")
     params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=narrow.compute_dtype))
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     new, slots = 64, 128
     cache = jax.eval_shape(lambda: init_cache(config, batch, slots, narrow.activation_dtype))
     progress = Progress(
@@ -247,19 +248,17 @@ def compiled_decode(batch, dtype, window):
 def test_a_step_copies_neither_weights_nor_cache(batch, dtype, window):
     """The loop writes the cache in place and streams the weights as they are.
 
-    A batch of one is its own case: there XLA drops axes of size 1, which once cost six copies of each cache
-        array.
+    A batch of one is its own case: there XLA drops axes of size 1, which once cost six copies of each
+    cache array.
     """
     program, cache = compiled_decode(batch, dtype, window)
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert program.memory_analysis().alias_size_in_bytes >= nbytes  # the donated cache is the returned one
     smallest = min(WIDE.n_embd**2, jax.tree.leaves(cache)[0].size)
     found = []
-    for kind, dims, line in re.findall(
-        r"= \w+\[([\d,]+)\]\S* (copy|convert|transpose|pad|concatenate)\((.*)", program.as_text()
-    ):
-        size = int(np.prod([int(d) for d in kind.split(",")]))
-        found.append((size, dims, line))
+    pattern = r"= \w+\[([\d,]+)\]\S* (copy|convert|transpose|pad|concatenate)\((.*)"
+    for dims, operation, line in re.findall(pattern, program.as_text()):
+        found.append((int(np.prod([int(dim) for dim in dims.split(",")])), operation, line))
     assert found  # small ones there are: the pattern reads this text
     large = [item for item in found if item[0] >= smallest]
     assert not large, large

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,7 +196,8 @@ def test_draw_is_the_inverse_of_the_cumulative_sum():
 def test_greedy_takes_the_lowest_of_the_best(window):
     logits = normal_logits(4)
     logits[:, [33, 250]] = logits.max() + 1
-    for settings in ({"do_sample": False}, {"temperature": 0}, {"top_k": 1}):
+    ways: list[dict[str, Any]] = [{"do_sample": False}, {"temperature": 0}, {"top_k": 1}]
+    for settings in ways:
         tokens, logprobs = sample(logits, keys_of(4), SamplingConfig(**settings).filters(), window=window)
         assert tokens.tolist() == [33] * 4
         want = logits[:, 33] - np.log(np.exp(logits.astype(np.float64)).sum(-1))
@@ -237,7 +240,9 @@ def test_huge_logits_stay_finite():
 
 
 def test_settings_compile_nothing_anew():
-    program = jax.jit(lambda *args, window: sampling.sample(*args, window=window), static_argnames="window")
+    program: Any = jax.jit(
+        lambda *args, window: sampling.sample(*args, window=window), static_argnames="window"
+    )
     logits, keys = normal_logits(2), keys_of(2)
     for top_k in (1, 5, 40, 64):
         for temperature in (0.0, 0.5, 1.0):
@@ -268,5 +273,6 @@ def test_impossible_settings_are_named(field, value):
 
 
 def test_numpy_numbers_are_settings_too():
-    config = SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(7), top_p=np.float64(0.5), min_p=0)
+    numbers: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(7), "top_p": np.float64(0.5)}
+    config = SamplingConfig(**numbers, min_p=0)
     assert config.filters() == Filters(0.5, 7, 0.5, 0.0)
