@@ -12,6 +12,9 @@ from gpt2jax.model import Params
 from gpt2jax.tokenizer import Tokenizer
 from gpt2jax.tokenizer_files import VOCABULARY_FILES
 from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, load_hf
+from gpt2jax.weights.keras import is_keras, is_keras_checkpoint, load_keras, load_keras_checkpoint
+from gpt2jax.weights.nanogpt import is_nanogpt, load_nanogpt
+from gpt2jax.weights.openai import is_openai, load_openai
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Format:
     Attributes:
         name: for messages.
         expects: what lies at a path of this kind, for messages.
-        matches: whether a path, which exists, looks like it.
+        matches: whether a path looks like it.
         load: reads it.
     """
 
@@ -46,6 +49,15 @@ FORMATS = (
         _is_hf,
         load_hf,
     ),
+    Format("OpenAI", "a folder with hparams.json and model.ckpt.*", is_openai, load_openai),
+    Format("Keras", "a preset folder with model.weights.h5, or a *.weights.h5 file", is_keras, load_keras),
+    Format("nanoGPT", "a ckpt.pt, or a folder with one", is_nanogpt, load_nanogpt),
+    Format(
+        "Keras TensorFlow checkpoint",
+        "its prefix, for which PREFIX.index and PREFIX.data-* exist, or its folder",
+        is_keras_checkpoint,
+        load_keras_checkpoint,
+    ),
 )
 
 
@@ -60,7 +72,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params, Toke
         ValueError: what lies there is of no known format, or damaged.
     """
     path = Path(path).expanduser()
-    if not path.exists():
+    if not path.exists() and not is_keras_checkpoint(path):  # a checkpoint's prefix is not a file
         raise FileNotFoundError(f"there are no weights at {path}")
     kind = next((kind for kind in FORMATS if kind.matches(path)), None)
     if kind is None:

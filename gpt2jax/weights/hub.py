@@ -11,6 +11,7 @@ WEIGHTS = {
     "model.safetensors.index.json": ("model-*-of-*.safetensors",),
     "pytorch_model.bin": (),
     "pytorch_model.bin.index.json": ("pytorch_model-*-of-*.bin",),
+    "model.weights.h5": (),
 }
 BESIDES = (
     "config.json",
@@ -21,6 +22,8 @@ BESIDES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "assets/tokenizer/vocabulary.json",
+    "assets/tokenizer/merges.txt",
 )
 
 

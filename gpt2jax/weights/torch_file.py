@@ -218,6 +218,7 @@ class _Interpreter:
             del stack[start:]
             return items
 
+        argument: Any
         for opcode, argument, _ in pickletools.genops(program):
             name = opcode.name
             if name in ("PROTO", "FRAME"):

@@ -1,0 +1,80 @@
+"""OpenAI's release of GPT-2: a TensorFlow checkpoint, hparams.json, encoder.json and vocab.bpe in one folder.
+
+Source: model.py and download_model.py of github.com/openai/gpt-2; its linears are convolutions of width one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.model import Params
+from gpt2jax.weights.mapping import Rule, fill
+from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
+
+HPARAMS = "hparams.json"
+FIELDS = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "n_positions",
+    "n_embd": "n_embd",
+    "n_head": "n_head",
+    "n_layer": "n_layer",
+}
+LINEARS = (
+    ("attn/c_attn", "h.attn.c_attn"),
+    ("attn/c_proj", "h.attn.c_proj"),
+    ("mlp/c_fc", "h.mlp.c_fc"),
+    ("mlp/c_proj", "h.mlp.c_proj"),
+)
+RULES = (
+    Rule("model/wte", "wte.embedding"),
+    Rule("model/wpe", "wpe.embedding"),
+    *(Rule(f"model/h{{layer}}/{norm}/g", f"h.{norm}.scale") for norm in ("ln_1", "ln_2")),
+    *(Rule(f"model/h{{layer}}/{norm}/b", f"h.{norm}.bias") for norm in ("ln_1", "ln_2")),
+    *(Rule(f"model/h{{layer}}/{name}/w", f"{path}.kernel", "leading_one") for name, path in LINEARS),
+    *(Rule(f"model/h{{layer}}/{name}/b", f"{path}.bias") for name, path in LINEARS),
+    Rule("model/ln_f/g", "ln_f.scale"),
+    Rule("model/ln_f/b", "ln_f.bias"),
+)
+
+
+def load_openai(folder: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
+    """Reads a folder of OpenAI's release.
+
+    Returns:
+        (config, params), blocks stacked.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not one of OpenAI's, or damaged; the message names the file and all tensors that do not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    config = _read_hparams(folder / HPARAMS)
+    prefix = checkpoint_prefix(folder)
+    if prefix is None:
+        raise ValueError(
+            f"{folder} has no checkpoint: expected model.ckpt.index and model.ckpt.data-00000-of-00001"
+        )
+    return config, fill(config, RULES, read_checkpoint(prefix), str(prefix))
+
+
+def is_openai(path: Path) -> bool:
+    """Whether a path looks like such a folder."""
+    return (path / HPARAMS).is_file()
+
+
+def _read_hparams(path: Path) -> GPT2Config:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {HPARAMS}, which says what the weights are made of")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        missing = [name for name in FIELDS if name not in content]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        return GPT2Config(**{ours: content[theirs] for theirs, ours in FIELDS.items()})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None

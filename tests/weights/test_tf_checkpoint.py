@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2jax.weights.crc32c import POLYNOMIAL, crc32c, masked_crc32c
+from gpt2jax.weights.openai import load_openai
+from gpt2jax.weights.tf_checkpoint import FOOTER, MAGIC, read_checkpoint
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def slow_crc32c(data: bytes) -> int:
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (POLYNOMIAL if register & 1 else 0)
+    return register ^ 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"123456789", 0xE3069283),  # the usual check value
+        (bytes(32), 0x8A9136AA),  # RFC 3720, B.4
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (b"", 0),
+    ],
+)
+def test_crc32c_of_known_data(data, expected):
+    assert crc32c(data) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 127, 128, 129, 1000, 12345, 70001])
+def test_crc32c_of_any_length(size):
+    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    assert crc32c(data) == crc32c(data.tobytes()) == slow_crc32c(data.tobytes())
+
+
+@pytest.fixture
+def openai(tmp_path) -> Path:
+    shutil.copytree(GOLDEN / "openai", tmp_path / "openai")
+    return tmp_path / "openai"
+
+
+def test_names_shapes_and_dtypes():
+    tensors = read_checkpoint(GOLDEN / "openai" / "model.ckpt")
+    assert len(tensors) == 2 + 12 * 2 + 2
+    kernel = tensors["model/h1/attn/c_attn/w"]
+    assert kernel.shape == (1, 16, 48) and kernel.dtype == "float32" and kernel.read().shape == (1, 16, 48)
+    mixed = read_checkpoint(GOLDEN / "keras-nlp" / "cp.ckpt")
+    steps = mixed["optimizer/_iterations/.ATTRIBUTES/VARIABLE_VALUE"]
+    assert (steps.shape, steps.dtype, steps.read().item()) == ((), "int64", 0)
+    assert not any("OBJECT_GRAPH" in name for name in mixed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cut short"),
+        (bytes(FOOTER), "cut short, or no index"),
+        (bytes(FOOTER - 8) + MAGIC, "reaches over its end"),
+        (b"\xff" * (FOOTER - 8) + MAGIC, "too many digits"),
+        (b"\x80" * 100, "cut short, or no index"),
+    ],
+)
+def test_files_that_are_no_index(tmp_path, content, message):
+    (tmp_path / "a.ckpt.index").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.ckpt\.index.*{message}"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def table(entries: list[tuple[bytes, bytes]], compression: int = 0) -> bytes:
+    """An index with one block, made by hand."""
+
+    def block(items) -> bytes:
+        body = b"".join(bytes([0, len(key), len(value)]) + key + value for key, value in items)
+        body += (0).to_bytes(4, "little") + (1).to_bytes(4, "little") + bytes([compression])
+        return body + masked_crc32c(body).to_bytes(4, "little")
+
+    data = block(entries)
+    blocks = block([(b"z", bytes([0, len(data) - 5]))])
+    footer = bytes([0, 0, len(data), len(blocks) - 5])
+    assert len(data) < 128 and len(blocks) < 128
+    return data + blocks + footer.ljust(FOOTER - 8, b"\0") + MAGIC
+
+
+HEADER = (b"", b"\x08\x01")  # one data file
+
+
+def entry(dtype: int = 1, dims: tuple[int, ...] = (2,), size: int = 8, extra: bytes = b"") -> bytes:
+    shape = b"".join(bytes([0x12, 2, 0x08, dim]) for dim in dims)
+    return bytes([0x08, dtype, 0x12, len(shape)]) + shape + bytes([0x28, size, 0x35]) + bytes(4) + extra
+
+
+def test_a_table_made_by_hand(tmp_path):
+    numbers = np.array([1.5, -2.0], np.float32)
+    checksum = masked_crc32c(numbers).to_bytes(4, "little")
+    good = entry()[:-4] + checksum
+    (tmp_path / "a.index").write_bytes(table([HEADER, (b"x", good)]))
+    (tmp_path / "a.data-00000-of-00001").write_bytes(numbers.tobytes())
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "a")["x"].read(), numbers)
+    (tmp_path / "a.index").write_bytes(table([HEADER, (b"x", entry())]))
+    with pytest.raises(ValueError, match="the checksum of tensor x does not match"):
+        read_checkpoint(tmp_path / "a")["x"].read()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (table([(b"x", entry())]), "no header"),
+        (table([(b"", b"\x08\x01\x10\x01"), (b"x", entry())]), "big-endian"),
+        (table([HEADER, (b"x", entry())], compression=1), "compressed"),
+        (table([HEADER, (b"x", entry(dims=(3,)))]), r"x \[3\] float32 cannot have 8 bytes"),
+        (table([HEADER, (b"x", entry(size=127))]), "cut short: x ends at 127"),
+        (table([HEADER, (b"x", entry(extra=b"\x3a\x00"))]), "x is saved in slices"),
+        (table([HEADER, (b"x", b"\x0f")]), "unknown kind 7"),
+        (table([HEADER, (b"x", b"\x12\x7f\x00")]), "reaches over its end"),
+        (table([HEADER, (b"x", b"\x0a\x00")]), "is not a number"),
+        (table([HEADER, (b"\xff", entry())]), "damaged"),
+    ],
+)
+def test_tables_that_lie(tmp_path, content, message):
+    (tmp_path / "a.index").write_bytes(content)
+    (tmp_path / "a.data-00000-of-00001").write_bytes(bytes(8))
+    with pytest.raises(ValueError, match=message) as info:
+        read_checkpoint(tmp_path / "a")
+    assert str(tmp_path / "a") in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 3}, r"model/h2/ln_1/g: missing, expected \[16\]"),
+        ({"n_embd": 32}, r"model/wte: has shape \[97, 16\], expected \[97, 32\]"),
+        ({"n_head": 5}, "n_head=5"),
+        ({"n_vocab": None}, r"vocab_size=None"),
+    ],
+)
+def test_hparams_of_another_model(openai, changes, message):
+    path = openai / "hparams.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message):
+        load_openai(openai)
+
+
+def test_folders_that_are_not_openais(openai):
+    for content in ("", "[]", '{"n_vocab": 97}'):
+        (openai / "hparams.json").write_text(content)
+        with pytest.raises(ValueError, match=r"hparams\.json"):
+            load_openai(openai)
+    (openai / "hparams.json").unlink()
+    with pytest.raises(ValueError, match=r"hparams\.json"):
+        load_openai(openai)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_openai(openai / "nowhere")
