@@ -118,7 +118,9 @@ class GPT2Config:
         if model_type != "gpt2":
             raise ValueError(f"model_type={model_type!r} is not a GPT-2 (expected 'gpt2')")
         if config.get("add_cross_attention"):
-            raise ValueError("add_cross_attention=True is not supported: only the decoder without cross-attention is")
+            raise ValueError(
+                "add_cross_attention=True is not supported: only the decoder without cross-attention is"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in config.items() if name in known}
         eos = values.get("eos_token_id")

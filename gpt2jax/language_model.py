@@ -9,7 +9,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.config import PRESETS, GPT2Config
@@ -45,7 +44,9 @@ class LanguageModel:
         c = self.config
         shape = f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.vocab_size} ids, context {c.n_positions}"
         lora = f", LoRA rank {self.lora.rank}" if self.lora else ""
-        return f"LanguageModel({self.source or 'unnamed'}: {self.num_parameters():,} parameters, {shape}{lora})"
+        return (
+            f"LanguageModel({self.source or 'unnamed'}: {self.num_parameters():,} parameters, {shape}{lora})"
+        )
 
     @property
     def end_token_id(self) -> int:
@@ -72,13 +73,17 @@ class LanguageModel:
         """
         ids = np.asarray(token_ids)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"token_ids has shape {ids.shape} and dtype {ids.dtype}; expected whole numbers [B, T]")
+            raise ValueError(
+                f"token_ids has shape {ids.shape} and dtype {ids.dtype}; expected whole numbers [B, T]"
+            )
         if ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
             bad = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} ids")
         mask = None if attention_mask is None else np.asarray(attention_mask).astype(bool)
         if mask is not None and mask.shape != ids.shape:
-            raise ValueError(f"attention_mask has shape {mask.shape}; expected that of token_ids, {ids.shape}")
+            raise ValueError(
+                f"attention_mask has shape {mask.shape}; expected that of token_ids, {ids.shape}"
+            )
         scale = self.lora.scale if self.lora else 1.0
         return _logits(self.params, self.adapters, ids.astype(np.int32), mask, self.config, scale)
 
@@ -113,7 +118,13 @@ class LanguageModel:
 @functools.partial(jax.jit, static_argnums=(4,))
 def _logits(params, adapters, token_ids, mask, config, lora_scale):
     hidden = hidden_states(
-        params, config, token_ids, attention_mask=mask, adapters=adapters, lora_scale=lora_scale, precision=FLOAT32
+        params,
+        config,
+        token_ids,
+        attention_mask=mask,
+        adapters=adapters,
+        lora_scale=lora_scale,
+        precision=FLOAT32,
     )
     return output_logits(hidden, head_kernel(params), FLOAT32)
 
@@ -161,7 +172,9 @@ def load(name: str | pathlib.Path, *, revision: str | None = None) -> LanguageMo
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or bool(pathlib.PurePath(source).suffix)
+    return (
+        source.startswith((".", "/", "~")) or source.count("/") > 1 or bool(pathlib.PurePath(source).suffix)
+    )
 
 
 def _is_hub_id(source: str) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -46,7 +45,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0.0:
         return x
     # 16 random bits an element: half the work of a float32 draw, and a rate exact to 1/65536
-    dropped = round(rate * 65536)
+    dropped = min(round(rate * 65536), 65535)
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= dropped
     return jnp.where(keep, x * (65536 / (65536 - dropped)), jnp.zeros((), x.dtype)).astype(x.dtype)
 
@@ -104,7 +103,9 @@ class Attention(nnx.Module):
         self.c_attn = Linear(dim, 3 * dim, layers=layers, std=std, rngs=rngs)
         self.c_proj = Linear(dim, dim, layers=layers, std=std / math.sqrt(2 * config.n_layer), rngs=rngs)
 
-    def __call__(self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
+    def __call__(
+        self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None
+    ):
         """x [B, T, D], mask [B or 1, 1, T, S] -> ([B, T, D], cache).
 
         With a cache (keys, values), each [B * N, S, H], the new keys and values are written at `cache_index`, and
@@ -127,9 +128,10 @@ class Attention(nnx.Module):
         scores = scores.reshape(*heads, *scores.shape[-2:])
         probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
         probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
-        y = self._product("...ts,...sh->...th", probabilities.reshape(*k.shape[:-2], *scores.shape[-2:]), v, dtype)
-        y = y.reshape(*heads, *y.shape[-2:]).swapaxes(1, 2).reshape(x.shape).astype(call.precision.activation_dtype)
-        y = self.c_proj(y, call, adapters.get("c_proj"), keys[2])
+        probabilities = probabilities.reshape(*k.shape[:-2], *scores.shape[-2:])
+        y = self._product("...ts,...sh->...th", probabilities, v, dtype)
+        y = y.reshape(*heads, *y.shape[-2:]).swapaxes(1, 2).reshape(x.shape)
+        y = self.c_proj(y.astype(call.precision.activation_dtype), call, adapters.get("c_proj"), keys[2])
         return dropout(y, self.config.resid_pdrop, keys[3]), cache
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
@@ -142,7 +144,8 @@ class Attention(nnx.Module):
 
     @staticmethod
     def _product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # no TF32 where float32 is asked for
+        # no TF32 where float32 is asked for
+        exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
         a, b = a.astype(dtype), b.astype(dtype)
         return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
 
@@ -180,7 +183,9 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(config.n_embd, layers=layers, epsilon=epsilon)
         self.mlp = MLP(config, layers=layers, rngs=rngs)
 
-    def __call__(self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None):
+    def __call__(
+        self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None
+    ):
         """x [B, T, D] -> ([B, T, D], cache); see `Attention`."""
         adapters = adapters or {}
         keys = split_or_none(key, 2)
@@ -348,12 +353,13 @@ def hidden_states(
 
 
 def _default_positions(shape, attention_mask, segment_ids) -> jax.Array:
-    slots = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    real = slots if attention_mask is None else jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1
+    real = jnp.ones(shape, jnp.int32) if attention_mask is None else attention_mask.astype(jnp.int32)
+    before = jnp.cumsum(real, axis=1) - real  # real tokens to the left
     if segment_ids is not None:
-        first = jnp.concatenate([jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-        real = real - jax.lax.cummax(jnp.where(first, real, 0), axis=1)
-    return jnp.maximum(real, 0)
+        begins = segment_ids[:, 1:] != segment_ids[:, :-1]
+        begins = jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True)
+        before = before - jax.lax.cummax(jnp.where(begins, before, 0), axis=1)
+    return before
 
 
 def head_kernel(params: Params) -> jax.Array:

@@ -81,7 +81,8 @@ class _Dtype:
 
 
 def _matmul_forward(x, w, compute_dtype):
-    return matmul(x, w, compute_dtype), (x.astype(compute_dtype), w.astype(compute_dtype), _Dtype(x.dtype), _Dtype(w.dtype))
+    saved = (x.astype(compute_dtype), w.astype(compute_dtype), _Dtype(x.dtype), _Dtype(w.dtype))
+    return matmul(x, w, compute_dtype), saved
 
 
 def _matmul_backward(compute_dtype, saved, g):

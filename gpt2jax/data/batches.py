@@ -52,7 +52,9 @@ class Batches:
         check_long_enough(self.documents)
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} is not known; known: {', '.join(LAYOUTS)}")
-        stream = join_documents(self.documents, self.end_token_id) if self.layout == "windows" else np.empty(0)
+        stream = (
+            join_documents(self.documents, self.end_token_id) if self.layout == "windows" else np.empty(0)
+        )
         object.__setattr__(self, "_stream", stream)
 
     @property

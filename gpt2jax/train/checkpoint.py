@@ -29,15 +29,26 @@ class Checkpoints:
         """Step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Copies the state and writes it in the background; does nothing for a step that is there already."""
-        if self.latest_step() != step:
-            self._manager.save(step, args=self._ocp.args.StandardSave(state))
+    def save(self, step: int, state: TrainState, unlogged: list[dict[str, float]]) -> None:
+        """Copies the state and writes it in the background; does nothing for a step that is there already.
 
-    def restore(self, template: Any) -> TrainState:
-        """The newest checkpoint, in the structure, dtypes and shardings of `template`."""
+        Args:
+            step: steps done.
+            state: the training state.
+            unlogged: metrics of the steps since the last entry of the log, which the next entry sums up.
+        """
+        if self.latest_step() != step:
+            args = self._ocp.args
+            items = {"state": args.StandardSave(state), "unlogged": args.JsonSave(unlogged)}
+            self._manager.save(step, args=args.Composite(**items))
+
+    def restore(self, template: Any) -> tuple[TrainState, list[dict[str, float]]]:
+        """State and unlogged metrics of the newest checkpoint; the state in structure and dtypes of `template`."""
+        args = self._ocp.args
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, template)
-        return self._manager.restore(self.latest_step(), args=self._ocp.args.StandardRestore(abstract))
+        items = {"state": args.StandardRestore(abstract), "unlogged": args.JsonRestore()}
+        restored = self._manager.restore(self.latest_step(), args=args.Composite(**items))
+        return restored["state"], restored["unlogged"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -9,7 +9,6 @@ from gpt2jax.data.batches import LAYOUTS
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.precision import COMPUTE_DTYPES
 
-
 OPTIMIZERS = ("adamw", "muon")
 
 

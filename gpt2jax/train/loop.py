@@ -141,24 +141,31 @@ def _train(
     )
     frozen = None if config.lora is None else model.params
     state = _fresh_state(model, config, optimizer)
-    checkpoints = None
+    checkpoints, unlogged = None, []
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
+            state, unlogged = checkpoints.restore(state)
     start = int(state["step"])
-    log = _Log(config, plan, folder, start)
+    log = _Log(config, plan, folder, start, unlogged)
     validate = None
     if validation is not None:
         validate = functools.partial(
-            validation_loss, model=model, config=config, documents=validation, length=plan.batches.sequence_length
+            validation_loss,
+            model=model,
+            config=config,
+            documents=validation,
+            length=plan.batches.sequence_length,
         )
     try:
         with training_progress(plan.steps, start, show=show) as report:
-            for step in range(start + 1, plan.steps + 1):
-                state, metrics = step_function(state, frozen, plan.batches.batch(step - 1))
-                # fetching the metrics of the step before keeps the device busy with this one
-                log.add(step, metrics)
+            for step in range(start, plan.steps + 1):
+                if step > start:
+                    state, metrics = step_function(state, frozen, plan.batches.batch(step - 1))
+                    # fetching the metrics of the step before keeps the device busy with this one
+                    log.add(step, metrics)
+                elif not log.unlogged:  # else the run stopped between a step and its entry in the log
+                    continue
                 at_end = step == plan.steps
                 extra = {}
                 if validate is not None and (step % plan.eval_every == 0 or at_end):
@@ -168,10 +175,13 @@ def _train(
                     report(step, log.flush(extra))
                 if checkpoints is not None and (step % plan.checkpoint_every == 0 or at_end):
                     log.fetch()
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, state, log.unlogged)
     except KeyboardInterrupt:
-        if checkpoints is not None and int(state["step"]) > start:
-            checkpoints.save(int(state["step"]), state)
+        # between a step and its log there is no whole state: then the checkpoint before has to do
+        if checkpoints is not None and log.step > start and not state["step"].is_deleted():
+            log.fetch()
+            if log.step == int(state["step"]):
+                checkpoints.save(log.step, state, log.unlogged)
         raise
     except FloatingPointError as error:
         kept = None if checkpoints is None else checkpoints.latest_step()
@@ -195,7 +205,8 @@ def with_dropout(config: GPT2Config, rate: float | None) -> GPT2Config:
 
 def _fresh_state(model: LanguageModel, config: FinetuneConfig, optimizer: Any) -> TrainState:
     if config.lora is None:
-        trainable = jax.tree.map(jnp.copy, model.params)  # the step donates its state; the model stays as it is
+        # the step donates its state; the model stays as it is
+        trainable = jax.tree.map(jnp.copy, model.params)
     else:
         trainable = init_adapters(model.config, config.lora, config.seed)
     return init_state(trainable, optimizer, loss_scaling=config.compute_dtype == "float16")
@@ -210,14 +221,23 @@ def _trained_model(model: LanguageModel, config: FinetuneConfig, state: TrainSta
 class _Log:
     """Collects the metrics of every step, one step behind the device, into entries of the history."""
 
-    def __init__(self, config: FinetuneConfig, plan: _Plan, folder: RunFolder | None, start: int):
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        plan: _Plan,
+        folder: RunFolder | None,
+        start: int,
+        unlogged: list[dict[str, float]],
+    ):
         self._config, self._folder = config, folder
         self._schedule = make_schedule(config, plan.steps)
+        self.step = start
         self.history = [] if folder is None else folder.read_metrics(up_to=start)
+        logged = self.history[-1]["step"] if self.history else 0
+        self.unlogged = [entry for entry in unlogged if entry["step"] > logged]
         self._tokens = self.history[-1]["tokens"] if self.history else 0
         self._seconds = self.history[-1]["seconds"] if self.history else 0.0
         self._pending: tuple[int, Any] | None = None
-        self._steps: list[dict[str, float]] = []
         self._clock = time.perf_counter()
         self._timed_tokens, self._timed_seconds = 0.0, 0.0
         self._first = True
@@ -226,6 +246,7 @@ class _Log:
         """Takes a step's metrics, and fetches those of the step before."""
         self.fetch()
         self._pending = (step, metrics)
+        self.step = step
         if self._first:  # it compiled: not part of the speed
             self.fetch()
             self.pause()
@@ -240,7 +261,7 @@ class _Log:
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._check(step, values)
-        self._steps.append({"step": step, **values})
+        self.unlogged.append({"step": step, **values})
         self._timed_tokens += values["tokens"]
 
     def pause(self) -> None:
@@ -260,31 +281,34 @@ class _Log:
             self._timed_seconds += now - self._clock
         self._seconds += now - self._clock
         self._clock = now
-        last = self._steps[-1]
-        tokens = sum(entry["tokens"] for entry in self._steps)
-        self._tokens += tokens
+        last = self.unlogged[-1]
+        self._tokens += sum(entry["tokens"] for entry in self.unlogged)
+        updates = last["step"] - int(last.get("skipped", 0))  # a skipped step leaves the schedule where it is
         entry = {
             "step": last["step"],
-            "loss": _mean(self._steps, "loss"),
-            "accuracy": _mean(self._steps, "accuracy"),
+            "loss": _mean(self.unlogged, "loss"),
+            "accuracy": _mean(self.unlogged, "accuracy"),
             "tokens": self._tokens,
-            "learning_rate": float(self._schedule(last["step"] - 1)),
+            "learning_rate": float(self._schedule(max(updates - 1, 0))),
             "grad_norm": last["grad_norm"],
             "seconds": round(self._seconds, 3),
         }
         entry |= {name: last[name] for name in ("loss_scale", "skipped") if name in last} | extra
         if self._timed_seconds > 0 and self._timed_tokens > 0:
             entry["tokens_per_second"] = round(self._timed_tokens / self._timed_seconds, 1)
-        self._steps, self._timed_tokens, self._timed_seconds = [], 0.0, 0.0
-        self.history.append(entry)
+        entry = {name: value for name, value in entry.items() if math.isfinite(value)}  # JSON knows no others
         if self._folder is not None:
             self._folder.append_metrics(entry)
+        self.history.append(entry)
+        self.unlogged, self._timed_tokens, self._timed_seconds = [], 0.0, 0.0
         return entry
 
     def _check(self, step: int, values: dict[str, float]) -> None:
         if self._config.compute_dtype == "float16":
             if not math.isfinite(values["grad_norm"]) and values["loss_scale"] <= MIN_SCALE:
-                raise FloatingPointError(f"step {step}: the gradient overflows even at loss scale {MIN_SCALE}")
+                raise FloatingPointError(
+                    f"step {step}: the gradient overflows even at loss scale {MIN_SCALE}"
+                )
         elif not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise FloatingPointError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
@@ -307,7 +331,8 @@ def validation_loss(
     for batch in batches:
         scale = config.lora.scale if config.lora else 1.0
         sums += np.asarray(
-            _batch_sums(params, adapters, batch, model.config, precision(config.compute_dtype), scale), np.float64
+            _batch_sums(params, adapters, batch, model.config, precision(config.compute_dtype), scale),
+            np.float64,
         )
     return {"validation_loss": float(sums[0] / sums[2]), "validation_accuracy": float(sums[1] / sums[2])}
 

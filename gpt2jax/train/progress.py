@@ -7,7 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -47,4 +54,6 @@ def figures(metrics: dict[str, float]) -> str:
 
 
 def _print_line(steps: int) -> Report:
-    return lambda step, metrics: print(f"step {step}/{steps}  {figures(metrics)}", file=sys.stderr, flush=True)
+    return lambda step, metrics: print(
+        f"step {step}/{steps}  {figures(metrics)}", file=sys.stderr, flush=True
+    )

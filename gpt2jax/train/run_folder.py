@@ -39,7 +39,9 @@ class RunFolder:
             if not holds_run and not overwrite:
                 raise FileExistsError(f"{path} is not empty and holds no run; choose another folder")
             if holds_run and not (resume or overwrite):
-                raise FileExistsError(f"{path} holds another run; resume it, overwrite it, or choose another folder")
+                raise FileExistsError(
+                    f"{path} holds another run; resume it, overwrite it, or choose another folder"
+                )
         self._resumed = resume and holds_run and not overwrite
         self._overwrite = overwrite
 

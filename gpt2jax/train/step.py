@@ -25,7 +25,9 @@ INITIAL_SCALE, MIN_SCALE, MAX_SCALE = 2.0**15, 1.0, 2.0**24
 GROWTH_INTERVAL = 2000
 
 
-def init_state(trainable: Params, optimizer: optax.GradientTransformation, *, loss_scaling: bool) -> TrainState:
+def init_state(
+    trainable: Params, optimizer: optax.GradientTransformation, *, loss_scaling: bool
+) -> TrainState:
     """The state of a run at its beginning; it takes `trainable` over (the step donates it)."""
     state: TrainState = {
         "step": jnp.zeros((), jnp.int32),
