@@ -7,6 +7,7 @@ that every token weighs the same however the batch is cut.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ MAX_LOGITS = 1 << 25
 
 def chunk_size(rows: int, vocab_size: int) -> int:
     """Rows of one chunk so that a chunk's logits stay within `MAX_LOGITS`: equal chunks, multiples of 8."""
-    chunks = -(-rows * vocab_size // MAX_LOGITS)
-    return min(rows, -(-rows // chunks + 7) // 8 * 8) if chunks > 1 else rows
+    chunks = max(1, math.ceil(rows * vocab_size / MAX_LOGITS))
+    return min(rows, math.ceil(math.ceil(rows / chunks) / 8) * 8)
 
 
 def token_losses(
@@ -68,19 +69,18 @@ def cross_entropy(
         carry no gradient.
     """
     dim = hidden.shape[-1]
-    loss, correct = _cross_entropy(
+    loss, correct = _differentiable_sums(
         hidden.reshape(-1, dim), head, targets.reshape(-1), weights.reshape(-1), precision
     )
     return loss, {"tokens": weights.sum(), "correct": jax.lax.stop_gradient(correct)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(hidden, head, targets, weights, precision):
+def _sums(hidden, head, targets, weights, precision) -> tuple[jax.Array, jax.Array]:
     nll, hit = token_losses(hidden, head, targets, precision)
     return (nll * weights).sum(), (hit * weights).sum()
 
 
-def _cross_entropy_forward(hidden, head, targets, weights, precision):
+def _sums_forward(hidden, head, targets, weights, precision):
     dtype = precision.compute_dtype
     narrow_head = head.astype(dtype)
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -105,14 +105,15 @@ def _cross_entropy_forward(hidden, head, targets, weights, precision):
     return (loss, correct), (d_hidden, d_head, jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
 
 
-def _cross_entropy_backward(precision, saved, cotangents):
+def _sums_backward(precision, saved, cotangents):
     d_hidden, d_head, hidden_like, head_like = saved
     scale = cotangents[0]  # the count of hits is piecewise constant: no gradient
     # scaled in float32 before the cast: under float16 that is what loss scaling is for
     return (d_hidden * scale).astype(hidden_like.dtype), (d_head * scale).astype(head_like.dtype), None, None
 
 
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+_differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4,))
+_differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _softmax_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-BASE = {
+BASE: dict[str, Any] = {
+    "attn_implementation": "eager",
     "vocab_size": 97,
     "n_positions": 64,
     "n_embd": 16,
@@ -22,7 +24,7 @@ BASE = {
     "bos_token_id": 96,
     "eos_token_id": 96,
 }
-VARIANTS = {
+VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "hf-tied": (torch.float32, {}),
     "hf-untied-float16": (
         torch.float16,
@@ -41,8 +43,8 @@ VARIANTS = {
 def main() -> None:
     here = Path(__file__).parent
     for seed, (name, (dtype, changes)) in enumerate(VARIANTS.items()):
-        config = transformers.GPT2Config(**{**BASE, **changes}, attn_implementation="eager")
-        model = transformers.GPT2LMHeadModel(config).eval()
+        config = transformers.GPT2Config(**{**BASE, **changes})
+        model: Any = transformers.GPT2LMHeadModel(config).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():

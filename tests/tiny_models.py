@@ -10,18 +10,26 @@ import numpy as np
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel, from_config
+from gpt2jax.model import Params, init_params
 from gpt2jax.tokenizer import Tokenizer
 
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=128)
+# without dropout, for what must repeat exactly in training
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=101, n_positions=32, **NO_DROPOUT)
+
+
+def random_params(config: GPT2Config = TINY, seed: int = 0, noise: float = 0.2) -> Params:
+    """Parameters with noise on every leaf, so that biases and LayerNorms matter."""
+    leaves, structure = jax.tree.flatten(init_params(config, seed))
+    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+    noisy = [leaf + noise * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
 
 
 def random_model(seed: int, config: GPT2Config = CONFIG, tokenizer: Tokenizer | None = None) -> LanguageModel:
-    """A model with noise on every leaf, so that biases and LayerNorms matter."""
-    model = from_config(config, seed, tokenizer=tokenizer or Tokenizer.gpt2(config.vocab_size))
-    leaves, structure = jax.tree.flatten(model.params)
-    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return dataclasses.replace(model, params=jax.tree.unflatten(structure, noisy))
+    """A model with noise on every leaf."""
+    return LanguageModel(config, random_params(config, seed), tokenizer or Tokenizer.gpt2(config.vocab_size))
 
 
 def uniform_model(config: GPT2Config = CONFIG) -> LanguageModel:

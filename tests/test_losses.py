@@ -1,0 +1,98 @@
+"""Chunked cross-entropy beside the plain formula, its gradient beside autodiff's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gpt2jax.losses as losses
+from gpt2jax.losses import chunk_size, cross_entropy, token_losses
+from gpt2jax.precision import FLOAT32, precision
+
+ROWS, DIM, VOCAB = 50, 16, 64
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = np.random.default_rng(0)
+    return (
+        jnp.asarray(generator.normal(size=(ROWS, DIM)), jnp.float32),
+        jnp.asarray(generator.normal(size=(VOCAB, DIM)), jnp.float32),
+        jnp.asarray(generator.integers(0, VOCAB, ROWS), jnp.int32),
+        jnp.asarray(generator.integers(0, 3, ROWS), jnp.float32),
+    )
+
+
+def dense(hidden, head, targets, weights):
+    log_probabilities = jax.nn.log_softmax(hidden @ head.T)
+    return -(log_probabilities[jnp.arange(len(targets)), targets] * weights).sum()
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    if request.param == "many chunks":
+        monkeypatch.setattr(losses, "MAX_LOGITS", 9 * VOCAB)
+        assert chunk_size(ROWS, VOCAB) == 16 < ROWS
+
+
+def test_loss_gradient_and_counts(inputs, chunks):
+    hidden, head, targets, weights = inputs
+
+    def ours(hidden, head):
+        total, counts = cross_entropy(hidden, head, targets, weights)
+        return 3.0 * total, counts
+
+    (total, counts), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
+    expected, expected_gradients = jax.value_and_grad(dense, argnums=(0, 1))(hidden, head, targets, weights)
+    np.testing.assert_allclose(total, 3 * expected, rtol=1e-6)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, 3 * reference, atol=1e-5)
+    hits = jnp.argmax(hidden @ head.T, -1) == targets
+    assert counts["correct"] == (hits * weights).sum()
+    assert counts["tokens"] == weights.sum()
+
+
+def test_token_losses(inputs, chunks):
+    hidden, head, targets, _ = inputs
+    nll, hit = token_losses(hidden.reshape(5, 10, DIM), head, targets.reshape(5, 10))
+    for index in range(ROWS):
+        one = jax.nn.one_hot(index, ROWS)
+        np.testing.assert_allclose(nll.reshape(-1)[index], dense(hidden, head, targets, one), rtol=1e-5)
+    np.testing.assert_array_equal(hit.reshape(-1), jnp.argmax(hidden @ head.T, -1) == targets)
+
+
+def test_tokens_of_weight_zero_have_no_say(inputs):
+    hidden, head, targets, weights = inputs
+    weights = weights.at[:10].set(0)
+    changed = hidden.at[:10].set(100.0)
+    gradient = jax.grad(lambda h: cross_entropy(h, head, targets, weights)[0])
+    np.testing.assert_allclose(
+        cross_entropy(hidden, head, targets, weights)[0], cross_entropy(changed, head, targets, weights)[0]
+    )
+    assert not gradient(changed)[:10].any()
+
+
+def test_logits_of_all_rows_are_never_held(monkeypatch):
+    monkeypatch.setattr(losses, "MAX_LOGITS", 1 << 14)
+    rows, vocab = 512, 512
+
+    def compiled(rows_at_once):
+        monkeypatch.setattr(losses, "MAX_LOGITS", rows_at_once * vocab)
+        shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, DIM), "f4"), ((vocab, DIM), "f4"))]
+        shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
+        step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m)[0], argnums=(0, 1))
+        return jax.jit(step).lower(*shapes).compile()
+
+    whole, cut = compiled(rows), compiled(32)
+    assert f"f32[{rows},{vocab}]" in whole.as_text()
+    assert f"f32[{rows},{vocab}]" not in cut.as_text()
+    assert cut.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
+
+
+def test_narrow_products(inputs):
+    hidden, head, targets, weights = inputs
+    exact = jax.grad(lambda h: cross_entropy(h, head, targets, weights, FLOAT32)[0])(hidden)
+    narrow = jax.grad(lambda h: cross_entropy(h, head, targets, weights, precision("bfloat16"))[0])(hidden)
+    assert 0 < float(jnp.abs(exact - narrow).max()) < 0.1

@@ -1,0 +1,203 @@
+"""Runs: their folder, their history, and that a stopped and resumed one ends as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import TINY, random_params
+
+import gpt2jax.train.loop as loop
+from gpt2jax.language_model import LanguageModel, load
+from gpt2jax.lora import LoRAConfig
+from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.loop import finetune
+
+CONFIG = FinetuneConfig(steps=12, batch_size=4, sequence_length=16, log_every=3, eval_every=6, checkpoint_every=4)
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def texts(count: int = 30) -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    return [(np.arange(n) % 7 * 3 + generator.integers(3)).tolist() for n in generator.integers(4, 40, count)]
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(TINY, random_params(noise=0.02))
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """A run from beginning to end, and its folder."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return finetune(model, texts(), CONFIG, validation_texts=texts(3), output=folder, progress=False)
+
+
+def assert_same(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def without_timings(history):
+    return [{k: v for k, v in entry.items() if k not in TIMINGS} for entry in history]
+
+
+def test_history(finished, model):
+    history = finished.history
+    assert [entry["step"] for entry in history] == [3, 6, 9, 12]
+    assert history[-1]["loss"] < history[0]["loss"] - 0.3
+    assert ["validation_loss" in entry for entry in history] == [False, True, False, True]
+    assert history[-1]["tokens"] == sum(
+        loop.Batches(loop.tokenize_documents(texts(), None, vocab_size=101), "windows", 16, 4, 100, 0)
+        .batch(step)["weights"]
+        .sum()
+        for step in range(12)
+    )
+    lines = (finished.output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+
+
+def test_the_given_model_stays_as_it_is(finished, model):
+    assert_same(model.params, random_params(noise=0.02))
+    assert (finished.model.params["wte"]["embedding"] != model.params["wte"]["embedding"]).any()
+
+
+def test_run_folder_loads(finished):
+    again = load(finished.output)
+    assert_same(again.params, finished.model.params)
+    assert again.source == str(finished.output)
+    assert sorted(p.name for p in finished.output.iterdir()) == ["checkpoints", "metrics.jsonl", "model", "run.json"]
+    assert sorted(int(p.name) for p in (finished.output / "checkpoints").iterdir()) == [8, 12]
+
+
+@pytest.mark.parametrize("stop", [1, 9])
+def test_interrupted_and_resumed(model, finished, tmp_path, monkeypatch, stop):
+    options = {"validation_texts": texts(3), "output": tmp_path / "run", "progress": False}
+    batch = loop.Batches.batch
+
+    def interrupted(self, step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    monkeypatch.setattr(loop.Batches, "batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, texts(), CONFIG, **options)
+    monkeypatch.setattr(loop.Batches, "batch", batch)
+    with pytest.raises(ValueError, match="has not ended: resume it"):
+        load(tmp_path / "run")
+    resumed = finetune(model, texts(), CONFIG, resume=True, **options)
+    assert_same(resumed.model.params, finished.model.params)
+    assert resumed.history[-1]["validation_loss"] == finished.history[-1]["validation_loss"]
+
+
+SCRIPT = """
+import os, sys, time
+sys.path[:0] = [{tests!r}]
+from test_finetune import CONFIG, LanguageModel, TINY, finetune, random_params, texts
+import gpt2jax.train.loop as loop
+batch = loop.Batches.batch
+def slow(self, step):
+    print("step", step, flush=True)
+    time.sleep(0.05)
+    return batch(self, step)
+loop.Batches.batch = slow
+finetune(LanguageModel(TINY, random_params(noise=0.02)), texts(), CONFIG, validation_texts=texts(3),
+         output={output!r}, progress=False)
+"""
+
+
+def test_killed_and_resumed(model, finished, tmp_path):
+    """kill -9 in the middle, while checkpoints are being written in the background."""
+    output = tmp_path / "run"
+    tests = os.path.dirname(__file__)
+    script = SCRIPT.format(tests=tests, output=str(output))
+    path = os.pathsep.join([tests, os.path.dirname(tests), os.getcwd()])
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == "step 9":
+                time.sleep(0.02)
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert not (output / "model").exists()
+    options = {"validation_texts": texts(3), "output": output, "progress": False, "resume": True}
+    resumed = finetune(model, texts(), CONFIG, **options)
+    assert_same(resumed.model.params, finished.model.params)
+    assert without_timings(resumed.history) == without_timings(finished.history)
+
+
+def test_other_settings_are_not_resumed(model, finished):
+    other = FinetuneConfig(**{**CONFIG.__dict__, "batch_size": 2, "learning_rate": 0.5, "log_every": 1})
+    with pytest.raises(ValueError, match=r"batch_size was 4, is 2; finetune\.learning_rate was 0\.001, is 0\.5"):
+        finetune(model, texts(), other, output=finished.output, resume=True, progress=False)
+    with pytest.raises(ValueError, match="data.documents was 30, is 29"):
+        finetune(model, texts(29), CONFIG, output=finished.output, resume=True, progress=False)
+
+
+def test_folders_with_something_in_them(model, finished, tmp_path):
+    with pytest.raises(FileExistsError, match="holds another run"):
+        finetune(model, texts(), CONFIG, output=finished.output, progress=False)
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="holds no run"):
+        finetune(model, texts(), CONFIG, output=tmp_path, progress=False)
+    one = FinetuneConfig(steps=1, batch_size=4, sequence_length=16)
+    finetune(model, texts(), one, output=tmp_path / "run", progress=False)
+    (tmp_path / "run" / "notes.txt").write_text("precious")
+    run = finetune(model, texts(), one, output=tmp_path / "run", overwrite=True, progress=False)
+    assert len(run.history) == 1
+    assert (tmp_path / "run" / "notes.txt").read_text() == "precious"
+
+
+def test_lora_run(model, tmp_path):
+    config = FinetuneConfig(steps=4, batch_size=4, sequence_length=16, lora=LoRAConfig(rank=2, dropout=0.1))
+    run = finetune(model, texts(), config, output=tmp_path / "run", progress=False)
+    assert run.model.params is model.params and run.model.lora == config.lora
+    again = load(tmp_path / "run")  # the base was made in memory, so the run keeps it
+    ids = np.arange(10)[None]
+    np.testing.assert_allclose(again.logits(ids), run.model.logits(ids), atol=1e-6)
+    state = tmp_path / "run" / "checkpoints" / "4"
+    assert sum(file.stat().st_size for file in state.rglob("*")) < 200_000  # adapters and their moments only
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path):
+    config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, learning_rate=1e30, checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match=r"step \d: loss .*; the last good checkpoint is step \d"):
+        finetune(model, texts(), config, output=tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([[1], []], {}, "shorter than two tokens"),
+        ([], {}, "there are no texts"),
+        (texts(2), {"sequence_length": 33}, "sequence_length=33 is over the model's context of 32"),
+    ],
+)
+def test_what_cannot_be_trained_on_leaves_nothing(model, tmp_path, rows, settings, message):
+    config = FinetuneConfig(**{"steps": 1, **settings})
+    with pytest.raises(ValueError, match=message):
+        finetune(model, rows, config, output=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_strings_and_epochs():
+    tokenizer = Tokenizer.gpt2(300)
+    from tiny_models import CONFIG as SHAPE
+
+    model = LanguageModel(SHAPE, random_params(SHAPE), tokenizer)
+    config = FinetuneConfig(epochs=2, batch_size=2, sequence_length=16, layout="documents", compute_dtype="bfloat16")
+    run = finetune(model, ["a text", "another one", "a third"], config, progress=False)
+    assert run.output is None and run.history[-1]["step"] == 3
