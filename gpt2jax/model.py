@@ -104,7 +104,16 @@ class Attention(nnx.Module):
         self.c_proj = Linear(dim, dim, layers=layers, std=std / math.sqrt(2 * config.n_layer), rngs=rngs)
 
     def __call__(
-        self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None
+        self,
+        x,
+        call: Call,
+        *,
+        layer_index,
+        mask,
+        cache=None,
+        cache_index: Any = None,
+        adapters=None,
+        key=None,
     ):
         """x [B, T, D], mask [B or 1, 1, T, S] -> ([B, T, D], cache).
 
@@ -184,7 +193,16 @@ class Block(nnx.Module):
         self.mlp = MLP(config, layers=layers, rngs=rngs)
 
     def __call__(
-        self, x, call: Call, *, layer_index, mask, cache=None, cache_index=None, adapters=None, key=None
+        self,
+        x,
+        call: Call,
+        *,
+        layer_index,
+        mask,
+        cache=None,
+        cache_index: Any = None,
+        adapters=None,
+        key=None,
     ):
         """x [B, T, D] -> ([B, T, D], cache); see `Attention`."""
         adapters = adapters or {}

@@ -47,7 +47,6 @@ def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
 FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, w: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
     """x [..., K] @ w [K, M] -> [..., M] float32, with both operands in `compute_dtype` and float32 sums.
 
@@ -57,7 +56,11 @@ def matmul(x: jax.Array, w: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
     if x.size == x.shape[-1] and compute_dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         # for one narrow row XLA:CPU widens the whole weight first; with two it streams it at the speed of memory
         rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
-        return matmul(rows, w, compute_dtype)[:1].reshape(*x.shape[:-1], w.shape[-1])
+        return _matmul(rows, w, compute_dtype)[:1].reshape(*x.shape[:-1], w.shape[-1])
+    return _matmul(x, w, compute_dtype)
+
+
+def _plain_matmul(x: jax.Array, w: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
     return _product(x, w, (((x.ndim - 1,), (0,)), ((), ())), compute_dtype)
 
 
@@ -82,7 +85,7 @@ class _Dtype:
 
 def _matmul_forward(x, w, compute_dtype):
     saved = (x.astype(compute_dtype), w.astype(compute_dtype), _Dtype(x.dtype), _Dtype(w.dtype))
-    return matmul(x, w, compute_dtype), saved
+    return _plain_matmul(x, w, compute_dtype), saved
 
 
 def _matmul_backward(compute_dtype, saved, g):
@@ -94,4 +97,5 @@ def _matmul_backward(compute_dtype, saved, g):
     return dx.astype(x_dtype.dtype), dw.astype(w_dtype.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul = jax.custom_vjp(_plain_matmul, nondiff_argnums=(2,))
+_matmul.defvjp(_matmul_forward, _matmul_backward)

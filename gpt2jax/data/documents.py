@@ -65,7 +65,7 @@ def tokenize_documents(texts: Iterable[Any], tokenizer: Any, *, vocab_size: int)
     return Documents(tokens, offsets)
 
 
-def _as_ids(text: Any, index: int, tokenizer: Any) -> Sequence[int]:
+def _as_ids(text: Any, index: int, tokenizer: Any) -> Sequence[int] | np.ndarray:
     if isinstance(text, str):
         if tokenizer is None:
             raise ValueError("the model has no tokenizer: pass texts as lists of token ids")

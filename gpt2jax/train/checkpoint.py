@@ -39,7 +39,7 @@ class Checkpoints:
         """
         if self.latest_step() != step:
             args = self._ocp.args
-            items = {"state": args.StandardSave(state), "unlogged": args.JsonSave(unlogged)}
+            items = {"state": args.StandardSave(state), "unlogged": args.JsonSave({"steps": unlogged})}
             self._manager.save(step, args=args.Composite(**items))
 
     def restore(self, template: Any) -> tuple[TrainState, list[dict[str, float]]]:
@@ -48,7 +48,7 @@ class Checkpoints:
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, template)
         items = {"state": args.StandardRestore(abstract), "unlogged": args.JsonRestore()}
         restored = self._manager.restore(self.latest_step(), args=args.Composite(**items))
-        return restored["state"], restored["unlogged"]
+        return restored["state"], restored["unlogged"]["steps"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -289,7 +289,7 @@ class _Log:
             "loss": _mean(self.unlogged, "loss"),
             "accuracy": _mean(self.unlogged, "accuracy"),
             "tokens": self._tokens,
-            "learning_rate": float(self._schedule(max(updates - 1, 0))),
+            "learning_rate": float(np.asarray(self._schedule(max(updates - 1, 0)))),
             "grad_norm": last["grad_norm"],
             "seconds": round(self._seconds, 3),
         }

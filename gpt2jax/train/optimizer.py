@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
     )
 
 
-def _muon_axes(params: Params) -> Params:
+def _muon_axes(params: Any) -> Any:
     """The axes of the matrices that Muon orthogonalises: the stacked kernels [L, in, out], nothing else."""
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
