@@ -184,17 +184,16 @@ def tie(config: GPT2Config, tensors: dict[str, Tensor], source: str) -> dict[str
     return {"wte.weight": embedding, **others}
 
 
-def refuse_foreign_files(folder: Path, known: re.Pattern[str], kind: str) -> None:
-    """Raises FileExistsError where replacing the folder would delete files that are not part of `kind`."""
-    if not folder.is_dir():
-        return
-    foreign = sorted(
-        entry.name for entry in folder.iterdir() if not known.fullmatch(entry.name) or entry.is_dir()
-    )
-    if foreign:
-        raise FileExistsError(
-            f"{folder} holds {foreign[0]!r}, which is not part of {kind}: give the name of a new folder"
-        )
+def refuse_foreign_files(
+    folder: Path, known: re.Pattern[str], kind: str, *, folders: tuple[str, ...] = ()
+) -> None:
+    """Raises FileExistsError where replacing the folder would delete what is not part of `kind`."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    for entry in entries:
+        if not known.fullmatch(entry.name) or entry.is_dir() != (entry.name in folders):
+            raise FileExistsError(
+                f"{folder} holds {entry.name!r}, which is not part of {kind}: give the name of a new folder"
+            )
 
 
 def _weight_file(path: Path) -> Path:

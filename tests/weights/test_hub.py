@@ -185,5 +185,7 @@ def test_needed_files():
     index = "model.safetensors.index.json"
     sharded = [index, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", *every[1:]]
     assert hub.needed_files(sharded, REPO) == [index, "model-*-of-*.safetensors", *config]
+    preset = ["model.weights.h5", "config.json", "assets/tokenizer/merges.txt", "task.json"]
+    assert hub.needed_files(preset, REPO) == preset[:3]
     with pytest.raises(ValueError, match=f"{REPO}.*no weights.*model.safetensors"):
         hub.needed_files(["config.json", "flax_model.msgpack"], REPO)

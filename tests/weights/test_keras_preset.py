@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.model import abstract_params
+from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.weights import load_weights
+from gpt2jax.weights.keras_preset import save_keras
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+TINY = GPT2Config(vocab_size=300, n_positions=16, n_embd=24, n_layer=3, n_head=2, n_inner=40)
+
+
+@pytest.fixture
+def params() -> dict:
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), abstract_params(TINY)
+    )
+
+
+def test_round_trip_is_exact(tmp_path, params):
+    tokenizer = Tokenizer.gpt2(300)
+    save_keras(tmp_path / "preset", TINY, params, tokenizer)
+    config, loaded, read = load_weights(tmp_path / "preset")
+    assert config == TINY and read is not None and read.fingerprint == tokenizer.fingerprint
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_same_datasets_as_keras_hub_writes(tmp_path):
+    config, params, _ = load_weights(GOLDEN / "keras-hub")
+    save_keras(tmp_path / "ours", config, params)
+    contents = []
+    for folder in (GOLDEN / "keras-hub", tmp_path / "ours"):
+        datasets: dict[str, np.ndarray] = {}
+
+        def note(name, item, datasets=datasets):
+            if isinstance(item, h5py.Dataset):
+                datasets[name] = item[()]
+
+        with h5py.File(folder / "model.weights.h5") as file:
+            file.visititems(note)
+        contents.append(datasets)
+    theirs, ours = contents
+    assert set(theirs) == set(ours) and len(ours) > 30
+    for name, values in theirs.items():
+        assert ours[name].dtype == values.dtype
+        np.testing.assert_array_equal(ours[name], values)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": 1e-6},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"tie_word_embeddings": False},
+        {"attn_pdrop": 0.2},
+    ],
+)
+def test_what_keras_cannot_express_is_refused_by_name(tmp_path, params, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        save_keras(tmp_path / "preset", dataclasses.replace(TINY, **changes), params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_replaces_a_preset_but_nothing_else(tmp_path, params):
+    for _ in range(2):
+        save_keras(tmp_path / "preset", TINY, params, Tokenizer.gpt2(300))
+    (tmp_path / "preset" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        save_keras(tmp_path / "preset", TINY, params)
