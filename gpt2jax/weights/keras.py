@@ -264,7 +264,7 @@ def _read_h5(path: Path) -> dict[str, Tensor]:
     try:
         with h5py.File(path, "r") as file:
             return {name: _h5_tensor(path, name, dataset) for name, dataset in _datasets(file)}
-    except (OSError, RuntimeError, KeyError, TypeError, UnicodeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path} is cut short or damaged: {error}") from None
 
 
@@ -298,7 +298,7 @@ def _h5_tensor(path: Path, name: str, dataset: Any) -> Tensor:
         try:
             with h5py.File(path, "r") as file:
                 values = np.asarray(file[name])
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
             raise ValueError(f"{path} is damaged at {name}: {error}") from None
         return values.view(ml_dtypes.bfloat16) if is_bfloat16 else values
 

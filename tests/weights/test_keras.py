@@ -220,3 +220,21 @@ def test_newest_checkpoint_of_a_folder(checkpoint):
         load_keras_checkpoint(checkpoint.parent)  # two, and nothing says which
     (checkpoint.parent / "checkpoint").write_text('model_checkpoint_path: "/home/somebody/later.ckpt"\n')
     assert same(load_keras_checkpoint(checkpoint.parent)[1], load_keras_checkpoint(checkpoint)[1])
+
+
+def test_flipped_bits_of_an_h5_file_end_well_or_in_one_error(tmp_path):
+    """The format has no checksums: numbers may change, but nothing else than a clear error may happen."""
+    whole = WHOLE.read_bytes()
+    path = tmp_path / "a.weights.h5"
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_keras(path)
+        except ValueError as error:
+            assert "a.weights.h5" in str(error)
+            refused += 1
+    assert refused > 5

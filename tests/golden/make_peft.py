@@ -1,0 +1,50 @@
+"""Writes peft/: an adapter of the peft library for the model in hf-tied/, and the logits of both together.
+
+Run after make_hf.py with the peers installed: python tests/golden/make_peft.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    folder = here / "peft"
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        here / "hf-tied", attn_implementation="eager"
+    )
+    settings: dict[str, Any] = {
+        "r": 3,
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "target_modules": ["c_attn", "mlp.c_proj"],
+    }
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings)
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        token_ids = torch.randint(0, 97, (2, 24), generator=generator)
+        logits = model(token_ids).logits.numpy()
+    shutil.rmtree(folder, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = "hf-tied"
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    (folder / "expected.json").write_text(json.dumps({"token_ids": token_ids.tolist()}) + "\n")
+    np.save(folder / "logits.npy", logits)
+
+
+if __name__ == "__main__":
+    main()
