@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, NoReturn, TypeVar
@@ -29,6 +30,14 @@ def run_command(name: str, options: type[T], run: Callable[[T], None], argv: Seq
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         fail(name, "interrupted", code=130)
+
+
+def command_line(name: str) -> str:
+    """The command as the user typed it, for a report: its name and options, no path of the machine."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == [name]:
+        arguments = arguments[1:]
+    return shlex.join(["gpt2jax", name, *arguments])
 
 
 def fail(name: str, message: str, *, code: int = 2) -> NoReturn:

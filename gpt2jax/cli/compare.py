@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, run_command
+from gpt2jax.cli.common import DataOptions, command_line, run_command
 from gpt2jax.cli.finetune import default_prompts
 
 
@@ -78,7 +76,7 @@ def run(options: Options) -> None:
         max_new_tokens=options.max_new_tokens,
         top_k=options.top_k or None,
         seed=options.seed,
-        command=shlex.join(["gpt2jax", "compare", *sys.argv[1:]]) if sys.argv[0] else None,
+        command=command_line("compare"),
         progress=True,
     )
     comparison.save(options.out)

@@ -8,11 +8,11 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from gpt2jax.cli.common import DataOptions, run_command
+from gpt2jax.cli.common import DataOptions, command_line, run_command
 from gpt2jax.train.config import FinetuneConfig
 
-# an optimizer step of the default job takes about a second on two cores: it is to end within three minutes
-DEFAULT_JOB_STEPS = 60
+# an optimizer step of the default job takes about two seconds on two cores: it is to end within three minutes
+DEFAULT_JOB_STEPS = 40
 STUDY_DATA = ("pubmed", "arxiv")
 
 _TYPES = typing.get_type_hints(FinetuneConfig)
@@ -42,7 +42,7 @@ class Options:
         out: folder for metrics, checkpoints, the model and the report. Default: runs/MODEL-DATA.
         resume: go on where a killed or interrupted run in that folder stopped.
         overwrite: delete the run that the folder holds.
-        steps: optimizer steps. Default: 60 for numeric-docs, else as many as make --epochs.
+        steps: optimizer steps. Default: 40 for numeric-docs, else as many as make --epochs.
         layout: "windows" trains on every token; "documents" on the first tokens of each text, as the study did.
             Default: "documents" for pubmed and arxiv, else "windows".
         lora: train low-rank adapters instead of all parameters.
@@ -72,7 +72,7 @@ class Options:
     lora_targets: tuple[str, ...] = ("attn.c_attn",)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
     compare: bool = True
-    eval_documents: int = 400
+    eval_documents: int = 120
     prompts: tuple[str, ...] | None = None
     max_new_tokens: int = 100
 
@@ -114,7 +114,9 @@ def run(options: Options) -> None:
     )
     if options.compare:
         _compare(options, model, result, test_texts, console)
-    console.print(f"[bold]wrote[/]  {output}", highlight=False)
+    files = "report.html, report.md, comparison.json, " if options.compare else ""
+    result_folder = "adapter" if options.lora else "model"
+    console.print(f"[bold]wrote[/]  {output}: {files}{result_folder}, checkpoints, metrics.jsonl", highlight=False)
 
 
 def _compare(options: Options, model: Any, result: Any, texts: list[str], console: Any) -> None:
@@ -130,6 +132,7 @@ def _compare(options: Options, model: Any, result: Any, texts: list[str], consol
         max_new_tokens=options.max_new_tokens,
         seed=options.train.seed,
         history=result.history,
+        command=command_line("finetune"),
     )
     comparison.save(result.output)
     print_comparison(comparison, console)

@@ -42,8 +42,8 @@ class FinetuneConfig:
         lora: train low-rank adapters instead of the parameters; None: all parameters.
         seed: of the order of the batches, dropout and new adapters.
         log_every: steps between two lines of the log.
-        eval_every: steps between two validations; None: five in a run. One at the end always.
-        checkpoint_every: steps between two checkpoints; None: five in a run. One at the end always.
+        eval_every: steps between two validations; None: three in a run. One at the end always.
+        checkpoint_every: steps between two checkpoints; None: three in a run. One at the end always.
         keep_checkpoints: how many of the newest checkpoints to keep.
 
     Raises:

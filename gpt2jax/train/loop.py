@@ -114,8 +114,8 @@ def _plan(model: LanguageModel, config: FinetuneConfig, documents: Documents) ->
     end = model.end_token_id
     batches = Batches(documents, config.layout, length, config.batch_size, end, config.seed)
     steps = config.steps or max(1, math.ceil(config.epochs * batches.rows / config.batch_size))
-    fifth = max(1, math.ceil(steps / 5))
-    return _Plan(batches, steps, config.eval_every or fifth, config.checkpoint_every or fifth)
+    third = max(1, math.ceil(steps / 3))
+    return _Plan(batches, steps, config.eval_every or third, config.checkpoint_every or third)
 
 
 def _train(

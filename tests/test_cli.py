@@ -1,0 +1,135 @@
+"""The commands as a user meets them: what they write, and one line for a mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+import gpt2jax
+from gpt2jax.cli import main
+
+WORDS = "the array of shape and dtype is returned when axis keepdims none".split()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file of a user's own, its text in a column named body."""
+    path = tmp_path_factory.mktemp("data") / "my.jsonl"
+    rows = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 30)) + f" {i}" for i in range(40)]
+    path.write_text("".join(json.dumps({"title": f"t{i}", "body": row}) + "\n" for i, row in enumerate(rows)))
+    return path
+
+
+SHORT = "--steps 2 --batch-size 4 --sequence-length 32 --max-new-tokens 8".split()
+
+
+@pytest.fixture(scope="module")
+def run(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    options = ["--data", str(texts), "--text-column", "body", "--prompts", "the array", "", *SHORT]
+    main(["finetune", *options, "--out", str(folder)])
+    return folder
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one line that a mistaken command prints."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(argv))
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_finetune_writes_a_run_and_a_report(run):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"run.json", "metrics.jsonl", "checkpoints", "model", "report.html", "report.md", "comparison.json"}
+    content = json.loads((run / "comparison.json").read_text())
+    assert [model["name"] for model in content["models"]] == ["generic", "specialised"]
+    assert content["models"][1]["loss"] < content["models"][0]["loss"]
+    assert {g["prompt"] for g in content["generations"]} == {"the array", ""}
+    assert gpt2jax.load(run).tokenizer is not None
+
+
+def test_finished_run_repeats_from_its_checkpoint(run, texts, capsys):
+    before = json.loads((run / "comparison.json").read_text())
+    options = ["--data", str(texts), "--text-column", "body", "--prompts", "the array", "", *SHORT]
+    assert "holds another run" in fails(capsys, "finetune", *options, "--out", str(run))
+    main(["finetune", *options, "--out", str(run), "--resume"])
+    after = json.loads((run / "comparison.json").read_text())
+    assert after["models"] == before["models"] and after["paired"] == before["paired"]
+    assert [g["text"] for g in after["generations"]] == [g["text"] for g in before["generations"]]
+
+
+def test_evaluate_and_compare(run, texts, tmp_path, capsys):
+    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--split", "test"]
+    main(["evaluate", "--model", str(run), *data, "--out", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    compared = json.loads((run / "comparison.json").read_text())["models"][1]
+    assert figures["loss"] == compared["loss"] and figures["keras_accuracy"] == compared["keras_accuracy"]
+    out = tmp_path / "comparison"
+    main(["compare", "gpt2-mini", f"mine={run}", *data, "--max-new-tokens", "4", "--out", str(out)])
+    assert [m["name"] for m in json.loads((out / "comparison.json").read_text())["models"]] == ["gpt2-mini", "mine"]
+    assert "holds a comparison" in fails(capsys, "compare", "gpt2-mini", f"mine={run}", *data, "--out", str(out))
+    assert "takes two models" in fails(capsys, "compare", "gpt2-mini")
+
+
+def test_generate(tmp_path, capsys, monkeypatch):
+    settings = ["--max-new-tokens", "8", "--seed", "3"]
+    main(["generate", "Return the", *settings])
+    shown = capsys.readouterr().out
+    expected = gpt2jax.generate(gpt2jax.load("gpt2-mini"), "Return the", max_new_tokens=8, seed=3)[0]
+    assert shown == str(expected) + "\n"
+    (tmp_path / "prompts.txt").write_text("Return the\nclass\n")
+    file, out = str(tmp_path / "prompts.txt"), tmp_path / "out.jsonl"
+    main(["generate", "--file", file, *settings, "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["text"] == expected.text and [row["prompt"] for row in rows] == ["Return the", "class"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Return the\n"))
+    capsys.readouterr()
+    main(["generate", *settings])
+    assert capsys.readouterr().out == str(expected) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--text-column", "nope"], "title"),
+        (["--sequence-length", "300"], "over the model's context of 256"),
+        (["--model", "gpt3"], "gpt2-medium"),
+        (["--model", "README.md"], "README.md"),
+        (["--lora", "--lora-targets", "c_attn"], "attn.c_attn"),
+        (["--steps", "0"], "steps=0"),
+        (["--init", "random", "--model", "mine"], "--init random"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, options, message):
+    out = tmp_path / "out"
+    arguments = ["--data", str(texts), "--out", str(out)]
+    if "--text-column" not in options:
+        arguments += ["--text-column", "body"]
+    line = fails(capsys, "finetune", *arguments, *options)
+    assert message in line and line.startswith("gpt2jax finetune: error: ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "empty"), ('{"text": ""}\n' * 30, "shorter than two tokens")])
+def test_texts_without_anything_to_learn(tmp_path, capsys, content, message):
+    (tmp_path / "texts.jsonl").write_text(content)
+    line = fails(capsys, "finetune", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "out"))
+    assert message in line or "no text" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_launcher_help_and_unknown_command(capsys):
+    for name in ("finetune", "generate", "evaluate", "compare"):
+        shown = subprocess.run([sys.executable, f"scripts/{name}.py", "--help"], capture_output=True, text=True)
+        assert shown.returncode == 0 and "--seed" in shown.stdout and "--out" in shown.stdout
+    assert "known: finetune, generate, evaluate, compare" in fails(capsys, "finetuen")
+    main(["--help"])
+    assert "finetune" in capsys.readouterr().out
