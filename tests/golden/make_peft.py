@@ -40,7 +40,7 @@ def main() -> None:
         logits = model(token_ids).logits.numpy()
     shutil.rmtree(folder, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = "hf-tied"
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").unlink()
     (folder / "expected.json").write_text(json.dumps({"token_ids": token_ids.tolist()}) + "\n")
     np.save(folder / "logits.npy", logits)

@@ -228,7 +228,7 @@ def test_flipped_bits_of_an_h5_file_end_well_or_in_one_error(tmp_path):
     path = tmp_path / "a.weights.h5"
     rng = random.Random(0)
     refused = 0
-    for _ in range(150):
+    for _ in range(60):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
@@ -237,4 +237,4 @@ def test_flipped_bits_of_an_h5_file_end_well_or_in_one_error(tmp_path):
         except ValueError as error:
             assert "a.weights.h5" in str(error)
             refused += 1
-    assert refused > 5
+    assert refused > 2
