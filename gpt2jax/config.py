@@ -74,19 +74,19 @@ class GPT2Config:
             )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             rate = getattr(self, name)
-            if not 0.0 <= rate < 1.0:
+            if not _is_number(rate) or not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name}={rate!r} must be at least 0 and below 1")
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not _is_number(value) or value <= 0:
                 raise ValueError(f"{name}={value!r} must be a positive number")
         # the end-of-text token is the last id unless the file says otherwise
         for name in ("bos_token_id", "eos_token_id"):
             token_id = getattr(self, name)
             if token_id is None:
                 object.__setattr__(self, name, self.vocab_size - 1)
-            elif not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"{name}={token_id} is outside the vocabulary of {self.vocab_size} ids")
+            elif not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"{name}={token_id!r} is outside the vocabulary of {self.vocab_size} ids")
 
     @property
     def head_dim(self) -> int:
@@ -129,9 +129,14 @@ class GPT2Config:
         vocab_size = values.get("vocab_size", cls.vocab_size)
         for name in ("bos_token_id", "eos_token_id"):
             # other libraries write GPT-2's 50256 into configurations of smaller vocabularies: then it names no token
-            if values.get(name) is not None and values[name] >= vocab_size:
+            token_id = values.get(name)
+            if isinstance(token_id, int) and isinstance(vocab_size, int) and token_id >= vocab_size:
                 values[name] = None
         return cls(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _check_positive_int(name: str, value: Any) -> None:

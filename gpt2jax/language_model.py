@@ -106,6 +106,7 @@ class LanguageModel:
 
         Raises:
             ValueError: unknown format or dtype.
+            FileExistsError: the folder holds files that are no saved model's.
         """
         if format not in FORMATS:
             raise ValueError(f"format={format!r} is not known; known: {', '.join(FORMATS)}")
@@ -217,4 +218,5 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
 
     if model.adapters is None or model.lora is None:
         raise ValueError("the model has no adapters to save: fine-tune it with lora=LoRAConfig(...) first")
-    write(path, model.config, model.lora, model.adapters)
+    base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
+    write(path, model.config, model.lora, model.adapters, base_model=base_model)

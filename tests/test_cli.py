@@ -47,7 +47,15 @@ def fails(capsys, *argv: str) -> str:
 
 def test_finetune_writes_a_run_and_a_report(run):
     names = {path.name for path in run.iterdir()}
-    assert names >= {"run.json", "metrics.jsonl", "checkpoints", "model", "report.html", "report.md", "comparison.json"}
+    assert names >= {
+        "run.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+        "report.html",
+        "report.md",
+        "comparison.json",
+    }
     content = json.loads((run / "comparison.json").read_text())
     assert [model["name"] for model in content["models"]] == ["generic", "specialised"]
     assert content["models"][1]["loss"] < content["models"][0]["loss"]
@@ -73,8 +81,13 @@ def test_evaluate_and_compare(run, texts, tmp_path, capsys):
     assert figures["loss"] == compared["loss"] and figures["keras_accuracy"] == compared["keras_accuracy"]
     out = tmp_path / "comparison"
     main(["compare", "gpt2-mini", f"mine={run}", *data, "--max-new-tokens", "4", "--out", str(out)])
-    assert [m["name"] for m in json.loads((out / "comparison.json").read_text())["models"]] == ["gpt2-mini", "mine"]
-    assert "holds a comparison" in fails(capsys, "compare", "gpt2-mini", f"mine={run}", *data, "--out", str(out))
+    assert [m["name"] for m in json.loads((out / "comparison.json").read_text())["models"]] == [
+        "gpt2-mini",
+        "mine",
+    ]
+    assert "holds a comparison" in fails(
+        capsys, "compare", "gpt2-mini", f"mine={run}", *data, "--out", str(out)
+    )
     assert "takes two models" in fails(capsys, "compare", "gpt2-mini")
 
 
@@ -118,7 +131,9 @@ def test_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, option
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "empty"), ('{"text": ""}\n' * 30, "shorter than two tokens")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "empty"), ('{"text": ""}\n' * 30, "shorter than two tokens")]
+)
 def test_texts_without_anything_to_learn(tmp_path, capsys, content, message):
     (tmp_path / "texts.jsonl").write_text(content)
     line = fails(capsys, "finetune", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "out"))
@@ -128,7 +143,9 @@ def test_texts_without_anything_to_learn(tmp_path, capsys, content, message):
 
 def test_launcher_help_and_unknown_command(capsys):
     for name in ("finetune", "generate", "evaluate", "compare"):
-        shown = subprocess.run([sys.executable, f"scripts/{name}.py", "--help"], capture_output=True, text=True)
+        shown = subprocess.run(
+            [sys.executable, f"scripts/{name}.py", "--help"], capture_output=True, text=True
+        )
         assert shown.returncode == 0 and "--seed" in shown.stdout and "--out" in shown.stdout
     assert "known: finetune, generate, evaluate, compare" in fails(capsys, "finetuen")
     main(["--help"])

@@ -44,7 +44,10 @@ def test_impossible_values_are_named(field, value):
 
 def test_hugging_face_and_back():
     config = GPT2Config(
-        n_inner=100, activation_function="relu", scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False
+        n_inner=100,
+        activation_function="relu",
+        scale_attn_by_inverse_layer_idx=True,
+        tie_word_embeddings=False,
     )
     assert GPT2Config.from_hf(config.to_hf()) == config
     assert GPT2Config.from_hf({"vocab_size": 300, "eos_token_id": 50256}).eos_token_id == 299

@@ -23,7 +23,9 @@ def random_params(config: GPT2Config = TINY, seed: int = 0, noise: float = 0.2) 
     """Parameters with noise on every leaf, so that biases and LayerNorms matter."""
     leaves, structure = jax.tree.flatten(init_params(config, seed))
     keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    noisy = [leaf + noise * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    noisy = [
+        leaf + noise * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)
+    ]
     return jax.tree.unflatten(structure, noisy)
 
 

@@ -11,10 +11,19 @@ from typing import Literal, NoReturn, TypeVar
 T = TypeVar("T")
 
 # what a user can cause and mend; anything else is a bug and shows its traceback
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 
-def run_command(name: str, options: type[T], run: Callable[[T], None], argv: Sequence[str] | None = None) -> None:
+def run_command(
+    name: str, options: type[T], run: Callable[[T], None], argv: Sequence[str] | None = None
+) -> None:
     """Parses the arguments into `options` and runs; a user's mistake is one line and exit code 2."""
     import tyro
 

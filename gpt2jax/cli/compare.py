@@ -62,7 +62,9 @@ def run(options: Options) -> None:
 
     names = named_models(options.models)
     if (options.out / "comparison.json").exists() and not options.overwrite:
-        raise FileExistsError(f"{options.out} holds a comparison; choose another folder with --out, or --overwrite")
+        raise FileExistsError(
+            f"{options.out} holds a comparison; choose another folder with --out, or --overwrite"
+        )
     models = {name: load(source) for name, source in names.items()}
     texts = options.source.texts(options.split, limit=options.source.limit)
     context = min(model.config.n_positions for model in models.values())

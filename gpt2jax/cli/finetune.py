@@ -70,7 +70,7 @@ class Options:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ("attn.c_attn",)
-    train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+    train: TrainOptions = dataclasses.field(default_factory=TrainOptions)  # pyright: ignore[reportInvalidTypeForm]
     compare: bool = True
     eval_documents: int = 120
     prompts: tuple[str, ...] | None = None
@@ -92,7 +92,9 @@ def run(options: Options) -> None:
     console = Console()
     config = finetune_config(options)
     output = options.out or default_output(options)
-    RunFolder(output, resume=options.resume, overwrite=options.overwrite)  # refuse before anything long begins
+    RunFolder(
+        output, resume=options.resume, overwrite=options.overwrite
+    )  # refuse before anything long begins
     train_texts = options.source.texts("train", limit=options.source.limit)
     validation_texts = options.source.texts("validation", limit=options.eval_documents)
     test_texts = options.source.texts("test", limit=options.eval_documents) if options.compare else []
@@ -116,7 +118,9 @@ def run(options: Options) -> None:
         _compare(options, model, result, test_texts, console)
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "adapter" if options.lora else "model"
-    console.print(f"[bold]wrote[/]  {output}: {files}{result_folder}, checkpoints, metrics.jsonl", highlight=False)
+    console.print(
+        f"[bold]wrote[/]  {output}: {files}{result_folder}, checkpoints, metrics.jsonl", highlight=False
+    )
 
 
 def _compare(options: Options, model: Any, result: Any, texts: list[str], console: Any) -> None:
@@ -146,7 +150,11 @@ def finetune_config(options: Options) -> FinetuneConfig:
     if options.lora:
         lora = LoRAConfig(options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets)
     steps = options.steps
-    if steps is None and options.source.data == "numeric-docs" and options.train.epochs == TrainOptions().epochs:
+    if (
+        steps is None
+        and options.source.data == "numeric-docs"
+        and options.train.epochs == TrainOptions().epochs
+    ):
         steps = DEFAULT_JOB_STEPS
     layout = options.layout or ("documents" if options.source.data in STUDY_DATA else "windows")
     return FinetuneConfig(**dataclasses.asdict(options.train), steps=steps, layout=layout, lora=lora)
@@ -154,7 +162,9 @@ def finetune_config(options: Options) -> FinetuneConfig:
 
 def default_output(options: Options) -> pathlib.Path:
     """runs/MODEL-DATA, from the last parts of the two names."""
-    parts = [pathlib.PurePath(name).name.split(".")[0] or "model" for name in (options.model, options.source.data)]
+    parts = [
+        pathlib.PurePath(name).name.split(".")[0] or "model" for name in (options.model, options.source.data)
+    ]
     return pathlib.Path("runs") / "-".join(parts)
 
 
@@ -167,7 +177,9 @@ def starting_model(options: Options) -> Any:
     if options.init == "pretrained":
         return load(options.model)
     if options.model not in PRESETS:
-        raise ValueError(f"--init random needs the name of a shape: {', '.join(PRESETS)}; not {options.model!r}")
+        raise ValueError(
+            f"--init random needs the name of a shape: {', '.join(PRESETS)}; not {options.model!r}"
+        )
     shape = PRESETS[options.model]
     return from_config(shape, options.train.seed, tokenizer=Tokenizer.gpt2(shape.vocab_size))
 

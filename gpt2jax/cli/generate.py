@@ -122,7 +122,10 @@ def _show(prompt: str, pieces: Any) -> None:
     print()
     now = time.perf_counter()
     if first is not None and sys.stderr.isatty():
-        print(f"[first text after {first - began:.2f} s, {count} characters in {now - began:.2f} s]", file=sys.stderr)
+        print(
+            f"[first text after {first - began:.2f} s, {count} characters in {now - began:.2f} s]",
+            file=sys.stderr,
+        )
 
 
 def _converse(model: Any, settings: dict[str, Any], options: Options) -> None:

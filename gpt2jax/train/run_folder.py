@@ -7,7 +7,11 @@ import hashlib
 import json
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
+
+import jax
+import numpy as np
 
 from gpt2jax.data.documents import Documents
 from gpt2jax.files import atomic_write
@@ -15,8 +19,9 @@ from gpt2jax.language_model import LanguageModel
 from gpt2jax.train.config import FinetuneConfig
 
 RUN_FILE = "run.json"
-# these say how to log and keep, not what is computed: a resumed run may change them
-_FREE_FIELDS = {"log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}
+# these say how to log and keep, not what is computed: a resumed run may change them; nor does it matter under what
+# name the same parameters were loaded
+_FREE_FIELDS = {"log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "base_model"}
 # what a run writes into its folder, here and in the report: `overwrite` deletes this and nothing else
 _OWN = ("checkpoints", "model", "base", "adapter", "metrics.jsonl", RUN_FILE)
 _REPORT = ("comparison.json", "report.html", "report.md")
@@ -110,20 +115,26 @@ class RunFolder:
 
 def run_description(model: LanguageModel, config: FinetuneConfig, documents: Documents) -> dict[str, Any]:
     """What `run.json` says: everything that the result follows from."""
-    digest = hashlib.sha256(documents.tokens.tobytes())
-    digest.update(documents.offsets.tobytes())
     return {
         "format": "gpt2jax run",
         "version": 1,
         "base_model": model.source,
+        "base_sha256": _sha256(jax.tree.leaves(model.params)),
         "model_config": dataclasses.asdict(model.config),
         "finetune": json.loads(json.dumps(dataclasses.asdict(config))),
         "data": {
             "documents": len(documents),
             "tokens": int(documents.offsets[-1]),
-            "sha256": digest.hexdigest(),
+            "sha256": _sha256([documents.tokens, documents.offsets]),
         },
     }
+
+
+def _sha256(arrays: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

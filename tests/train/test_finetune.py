@@ -21,7 +21,9 @@ from gpt2jax.tokenizer import Tokenizer
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.loop import finetune
 
-CONFIG = FinetuneConfig(steps=12, batch_size=4, sequence_length=16, log_every=3, eval_every=6, checkpoint_every=4)
+CONFIG = FinetuneConfig(
+    steps=12, batch_size=4, sequence_length=16, log_every=3, eval_every=6, checkpoint_every=4
+)
 TIMINGS = ("seconds", "tokens_per_second")
 
 
@@ -74,7 +76,12 @@ def test_run_folder_loads(finished):
     again = load(finished.output)
     assert_same(again.params, finished.model.params)
     assert again.source == str(finished.output)
-    assert sorted(p.name for p in finished.output.iterdir()) == ["checkpoints", "metrics.jsonl", "model", "run.json"]
+    assert sorted(p.name for p in finished.output.iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "model",
+        "run.json",
+    ]
     assert sorted(int(p.name) for p in (finished.output / "checkpoints").iterdir()) == [8, 12]
 
 
@@ -141,7 +148,9 @@ def test_killed_and_resumed(model, finished, tmp_path):
 
 def test_other_settings_are_not_resumed(model, finished):
     other = FinetuneConfig(**{**CONFIG.__dict__, "batch_size": 2, "learning_rate": 0.5, "log_every": 1})
-    with pytest.raises(ValueError, match=r"batch_size was 4, is 2; finetune\.learning_rate was 0\.001, is 0\.5"):
+    with pytest.raises(
+        ValueError, match=r"batch_size was 4, is 2; finetune\.learning_rate was 0\.001, is 0\.5"
+    ):
         finetune(model, texts(), other, output=finished.output, resume=True, progress=False)
     with pytest.raises(ValueError, match="data.documents was 30, is 29"):
         finetune(model, texts(29), CONFIG, output=finished.output, resume=True, progress=False)
@@ -198,6 +207,8 @@ def test_strings_and_epochs():
     from tiny_models import CONFIG as SHAPE
 
     model = LanguageModel(SHAPE, random_params(SHAPE), tokenizer)
-    config = FinetuneConfig(epochs=2, batch_size=2, sequence_length=16, layout="documents", compute_dtype="bfloat16")
+    config = FinetuneConfig(
+        epochs=2, batch_size=2, sequence_length=16, layout="documents", compute_dtype="bfloat16"
+    )
     run = finetune(model, ["a text", "another one", "a third"], config, progress=False)
     assert run.output is None and run.history[-1]["step"] == 3

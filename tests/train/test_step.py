@@ -14,7 +14,13 @@ from tiny_models import TINY, random_params
 from gpt2jax.lora import LoRAConfig, init_adapters
 from gpt2jax.precision import precision
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.optimizer import clip_scale, decay_mask, make_optimizer, make_schedule, resolve_learning_rate
+from gpt2jax.train.optimizer import (
+    clip_scale,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    resolve_learning_rate,
+)
 from gpt2jax.train.step import GROWTH_INTERVAL, INITIAL_SCALE, init_state, make_train_step, next_loss_scale
 
 CONFIG = FinetuneConfig(steps=10, learning_rate=1e-2, weight_decay=0.1)
@@ -112,7 +118,10 @@ def test_float16_overflow_skips_the_step():
     state["loss_scale"]["scale"] = jnp.float32(INITIAL_SCALE)
     state, metrics = step(state, None, batch())
     assert np.isfinite(metrics["grad_norm"])
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(kept["params"]), jax.tree.leaves(state["params"])))
+    assert any(
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(kept["params"]), jax.tree.leaves(state["params"]), strict=True)
+    )
 
 
 def test_narrow_gradients_are_close():

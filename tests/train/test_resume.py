@@ -1,0 +1,152 @@
+"""A run stopped at any place and resumed is the run that never stopped, its log included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import random_params
+
+import gpt2jax.train.loop as loop
+from gpt2jax.config import GPT2Config
+from gpt2jax.language_model import LanguageModel
+from gpt2jax.lora import LoRAConfig
+from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.loop import finetune
+
+SHAPE = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=16)  # with dropout
+# entries of the log at 4, 5, 8, 10, 11; checkpoints at 3, 6, 9, 11: a checkpoint falls between two entries
+CONFIG = FinetuneConfig(
+    steps=11, batch_size=2, sequence_length=16, log_every=4, eval_every=5, checkpoint_every=3
+)
+TIMINGS = ("seconds", "tokens_per_second")
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(SHAPE, random_params(SHAPE))
+
+
+def texts() -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 49, size).tolist() for size in generator.integers(2, 40, 12)]
+
+
+def train(model: LanguageModel, config: FinetuneConfig, output: Any, **options: Any) -> loop.Run:
+    return finetune(
+        model, texts(), config, validation_texts=texts()[:2], output=output, progress=False, **options
+    )
+
+
+def assert_same_run(a: loop.Run, b: loop.Run) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a.model.params, b.model.params)
+    jax.tree.map(np.testing.assert_array_equal, a.model.adapters, b.model.adapters)
+    logs = [[{k: v for k, v in e.items() if k not in TIMINGS} for e in run.history] for run in (a, b)]
+    assert logs[0] == logs[1]
+    assert b.output is not None
+    lines = (b.output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == b.history
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> loop.Run:
+    return train(model, CONFIG, tmp_path_factory.mktemp("whole") / "run")
+
+
+def at_call(owner: Any, name: str, number: int, *, after: bool) -> Patch:
+    """Stops at a call of a function, counted from 1, when it begins or when it has returned."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        original, calls = getattr(owner, name), []
+
+        def stop(*args, **options):
+            calls.append(1)
+            if len(calls) == number and not after:
+                raise KeyboardInterrupt
+            result = original(*args, **options)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(owner, name, stop)
+
+    return patch
+
+
+def in_step(number: int) -> Patch:
+    """Stops when a step has been computed, before its result has a name: the state before it is donated."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        make = loop.make_train_step
+
+        def make_stopping(*args, **options):
+            step, calls = make(*args, **options), []
+
+            def stop(*arguments):
+                result = step(*arguments)
+                calls.append(1)
+                if len(calls) == number:
+                    raise KeyboardInterrupt
+                return result
+
+            return stop
+
+        monkeypatch.setattr(loop, "make_train_step", make_stopping)
+
+    return patch
+
+
+@pytest.mark.parametrize(
+    ("patch", "saved"),
+    [
+        pytest.param(at_call(loop.Batches, "batch", 3, after=False), 2, id="before the first entry"),
+        pytest.param(at_call(loop.Batches, "batch", 8, after=False), 7, id="between two entries"),
+        pytest.param(in_step(8), 6, id="in a step"),
+        pytest.param(at_call(loop, "validation_loss", 2, after=False), 10, id="in a validation"),
+        pytest.param(at_call(loop, "validation_loss", 3, after=True), 11, id="in the last validation"),
+        pytest.param(at_call(loop.RunFolder, "append_metrics", 3, after=True), 8, id="behind an entry"),
+        pytest.param(at_call(loop.RunFolder, "finish", 1, after=False), 11, id="before the model is written"),
+    ],
+)
+def test_stopped_and_resumed(model, whole, tmp_path, patch, saved):
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch(monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, CONFIG, output)
+    assert max(int(path.name) for path in (output / "checkpoints").iterdir()) == saved
+    assert_same_run(whole, train(model, CONFIG, output, resume=True))
+
+
+def test_stopped_in_the_first_step(model, whole, tmp_path):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        in_step(1)(monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, CONFIG, tmp_path / "run")
+    assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
+
+
+def test_adapters_loss_scale_and_parts(model, tmp_path):
+    lora = LoRAConfig(rank=2, dropout=0.2)
+    config = dataclasses.replace(CONFIG, lora=lora, compute_dtype="float16", accumulation=2, steps=6)
+    whole = train(model, config, tmp_path / "whole")
+    assert whole.history[-1]["loss_scale"] > 1 and whole.history[-1]["skipped"] >= 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        at_call(loop.Batches, "batch", 5, after=False)(monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, config, tmp_path / "run")
+    assert_same_run(whole, train(model, config, tmp_path / "run", resume=True))
+
+
+def test_a_finished_run_resumed_is_itself(model, whole):
+    before = (whole.output / "metrics.jsonl").read_text()
+    again = train(model, CONFIG, whole.output, resume=True)
+    assert again.history == whole.history
+    assert_same_run(whole, again)
+    assert (whole.output / "metrics.jsonl").read_text() == before
