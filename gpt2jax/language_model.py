@@ -17,7 +17,7 @@ from gpt2jax.model import Params, count_parameters, head_kernel, hidden_states, 
 from gpt2jax.precision import FLOAT32
 from gpt2jax.tokenizer import Tokenizer
 
-FORMATS = ("hf",)
+FORMATS = ("hf", "keras")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,22 +97,30 @@ class LanguageModel:
     def save(self, path: str | pathlib.Path, format: str = "hf", *, dtype: str = "float32") -> None:
         """Writes a folder that transformers, CTranslate2 and llama.cpp's converter load as it is.
 
-        Adapters are merged into the saved weights. An existing folder of that name is replaced, whole or not at all.
+        Adapters are merged into the saved weights. A folder that holds a saved
+        model is replaced, whole or not at all; one with anything else in it is refused.
 
         Args:
             path: the folder.
-            format: "hf" (config.json, model.safetensors, tokenizer files).
+            format: "hf" (config.json, model.safetensors, tokenizer files) or "keras" (a preset of keras-hub).
             dtype: of the file: "float32", "float16" or "bfloat16".
 
         Raises:
-            ValueError: unknown format or dtype.
+            ValueError: unknown format or dtype, or a configuration that the format cannot express.
+            FileExistsError: the folder holds files that are no model's.
             FileExistsError: the folder holds files that are no saved model's.
         """
         if format not in FORMATS:
             raise ValueError(f"format={format!r} is not known; known: {', '.join(FORMATS)}")
         from gpt2jax.weights.hf import save_hf
+        from gpt2jax.weights.keras_preset import save_keras
 
         merged = self.merge_adapter()
+        if format == "keras":
+            if dtype != "float32":
+                raise ValueError(f"dtype={dtype!r}: Keras presets are written in float32")
+            save_keras(path, merged.config, merged.params, merged.tokenizer)
+            return
         save_hf(path, merged.config, merged.params, merged.tokenizer, dtype=dtype)
 
 
@@ -157,11 +165,13 @@ def load(name: str | pathlib.Path, *, revision: str | None = None) -> LanguageMo
 
     source = str(name)
     path = pathlib.Path(name)
+    # a TensorFlow checkpoint is named by what its files' names begin with
+    exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
     if source == "gpt2-mini":
         path = PACKAGED / source
-    elif source in HUB_IDS or (not path.exists() and _is_hub_id(source)):
+    elif source in HUB_IDS or (not exists and _is_hub_id(source)):
         path = download(HUB_IDS.get(source, source), revision=revision)
-    elif not path.exists():
+    elif not exists:
         if _looks_like_path(source):
             raise FileNotFoundError(f"there is no model at {source}")
         known = ", ".join(PRESETS)
