@@ -33,8 +33,11 @@ def test_parameter_counts(name, parameters):
         ("n_inner", -1),
         ("activation_function", "mish"),
         ("attn_pdrop", 1.0),
+        ("embd_pdrop", "0.1"),
         ("layer_norm_epsilon", 0.0),
+        ("initializer_range", None),
         ("eos_token_id", 50257),
+        ("bos_token_id", "<s>"),
     ],
 )
 def test_impossible_values_are_named(field, value):

@@ -1,7 +1,9 @@
-"""Loading by name or path, and saving."""
+"""The model as a user holds it: what it says of itself, loading by name or path, saving, adapters."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 
 import jax
@@ -10,7 +12,41 @@ import pytest
 from tiny_models import CONFIG, TINY, random_model, random_params
 
 import gpt2jax
-from gpt2jax.language_model import LanguageModel
+from gpt2jax.language_model import LanguageModel, from_config, load_adapter, save_adapter
+from gpt2jax.lora import LoRAConfig, init_adapters
+
+LORA = LoRAConfig(rank=2, alpha=5.0, targets=("attn.c_attn", "mlp.c_fc"))
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(TINY, random_params())
+
+
+@pytest.fixture(scope="module")
+def adapted(model) -> LanguageModel:
+    adapters = jax.tree.map(lambda x: x + 0.05, init_adapters(TINY, LORA, seed=1))
+    return dataclasses.replace(model, adapters=adapters, lora=LORA)
+
+
+def assert_same(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_what_it_says_of_itself(model, adapted):
+    assert model.num_parameters() == adapted.num_parameters() == 101 * 32 + 32 * 32 + 2 * 12704 + 64
+    untied = from_config(dataclasses.replace(TINY, tie_word_embeddings=False))
+    assert untied.num_parameters() == model.num_parameters() + 101 * 32
+    said = "2 layers, 2 heads, width 32, 101 ids, context 32"
+    assert repr(model) == f"LanguageModel(unnamed: 29,728 parameters, {said})"
+    assert repr(adapted).endswith("LoRA rank 2)")
+    assert model.end_token_id == 100
+
+
+def test_random_models_follow_their_seed():
+    assert_same(from_config(TINY, 3).params, from_config(TINY, seed=3).params)
+    first, other = (from_config(TINY, seed).params["wpe"]["embedding"] for seed in (3, 4))
+    assert (first != other).any()
 
 
 def test_packaged_model_loads_offline_and_fast(monkeypatch):
@@ -37,8 +73,6 @@ def test_saved_and_loaded(tmp_path, format):
 
 def test_adapters_are_merged_into_what_is_saved(tmp_path):
     lora = gpt2jax.LoRAConfig(rank=2)
-    from gpt2jax.lora import init_adapters
-
     adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(TINY, lora))
     model = LanguageModel(TINY, random_params(), adapters=adapters, lora=lora)
     model.save(tmp_path / "merged")
@@ -48,15 +82,14 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path):
     np.testing.assert_allclose(gpt2jax.load(tmp_path / "merged").logits(ids), model.logits(ids), atol=1e-5)
     adapted = gpt2jax.load_adapter(plain, tmp_path / "adapter")
     np.testing.assert_allclose(adapted.logits(ids), model.logits(ids), atol=1e-6)
-    with pytest.raises(ValueError, match="no adapters to save"):
-        gpt2jax.save_adapter(plain, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("gpt3", ValueError, "gpt2-mini.*hub ids"),
+        ("gpt3", ValueError, "unknown model 'gpt3'; known: gpt2, .*gpt2-mini, hub ids"),
         ("./nothing/here", FileNotFoundError, "nothing/here"),
+        ("a/b/c", FileNotFoundError, "there is no model at a/b/c"),
         ("weights.safetensors", FileNotFoundError, "weights.safetensors"),
     ],
 )
@@ -72,3 +105,27 @@ def test_unknown_format_and_name(tmp_path):
         gpt2jax.laod  # pyright: ignore  # noqa: B018
     assert set(gpt2jax.__all__) <= set(dir(gpt2jax))
     assert all(getattr(gpt2jax, name) is not None for name in gpt2jax.__all__)
+
+
+def test_adapters_saved_and_loaded(model, adapted, tmp_path):
+    save_adapter(adapted, tmp_path / "adapter")
+    again = load_adapter(model, tmp_path / "adapter")
+    assert again.lora == LORA
+    assert_same(again.adapters, adapted.adapters)
+    assert_same(again.params, model.params)
+    ids = np.arange(24).reshape(2, 12)
+    np.testing.assert_array_equal(again.logits(ids), adapted.logits(ids))
+    # those that were there are merged first: both act
+    both = load_adapter(adapted, tmp_path / "adapter")
+    assert_same(both.params, adapted.merge_adapter().params)
+    with pytest.raises(ValueError, match=r"no adapters to save"):
+        save_adapter(model, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("source", "written"), [(None, None), ("gpt2", "openai-community/gpt2"), ("owner/name", "owner/name")]
+)
+def test_adapters_name_their_base(adapted, tmp_path, source, written):
+    save_adapter(dataclasses.replace(adapted, source=source), tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == written

@@ -58,6 +58,29 @@ def test_segments_in_one_row_equal_the_documents_alone(model):
         np.testing.assert_allclose(hidden[:, begin:end], alone, atol=1e-5)
 
 
+def test_positions_count_real_tokens_of_a_segment(model):
+    """Padding before, between and behind two documents in one row."""
+    tokens = ids(1, 20)
+    mask = np.array([[False] * 2 + [True] * 6 + [False] * 3 + [True] * 7 + [False] * 2])
+    segments = np.array([[0] * 8 + [1] * 12])  # the second begins with padding
+    hidden = hidden_states(
+        model.params, TINY, tokens, segment_ids=jnp.asarray(segments), attention_mask=jnp.asarray(mask)
+    )
+    for begin, end in ((2, 8), (11, 18)):
+        alone = hidden_states(model.params, TINY, tokens[:, begin:end])
+        np.testing.assert_allclose(hidden[:, begin:end], alone, atol=1e-5)
+
+
+def test_given_positions_are_rows_of_the_table(model):
+    tokens, positions = ids(1, 12), np.arange(12)[None] + 7
+    shifted = {**model.params, "wpe": {"embedding": model.params["wpe"]["embedding"][7:]}}
+    config = dataclasses.replace(TINY, n_positions=TINY.n_positions - 7)
+    np.testing.assert_array_equal(
+        hidden_states(model.params, TINY, tokens, positions=jnp.asarray(positions)),
+        hidden_states(shifted, config, tokens),
+    )
+
+
 @pytest.mark.parametrize(
     ("tokens", "mask", "message"),
     [
@@ -93,6 +116,11 @@ def test_dropout_rate_and_scale():
     np.testing.assert_allclose(y[y != 0], 1 / 0.9, rtol=1e-4)
     assert dropout(x, 0.1, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_dropout_of_almost_everything_is_finite():
+    y = dropout(jnp.ones(10_000), 0.9999999, jax.random.key(0))
+    assert np.isfinite(y).all() and (y == 0).mean() > 0.99
 
 
 def test_dropout_acts_with_a_key_only(model):

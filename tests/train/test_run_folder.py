@@ -1,0 +1,106 @@
+"""The folder of a run: its log after a crash, and what it refuses to go on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from tiny_models import TINY, random_params
+
+from gpt2jax.data.documents import tokenize_documents
+from gpt2jax.language_model import LanguageModel
+from gpt2jax.lora import LoRAConfig, init_adapters
+from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.run_folder import RunFolder
+
+CONFIG = FinetuneConfig(steps=5, learning_rate=1e-3, lora=LoRAConfig())
+DOCUMENTS = tokenize_documents([[1, 2, 3], [4, 5]], None, vocab_size=101)
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(TINY, random_params(), source="models/one")
+
+
+@pytest.fixture
+def path(model, tmp_path):
+    RunFolder(tmp_path / "run").begin(model, CONFIG, DOCUMENTS)
+    return tmp_path / "run"
+
+
+def test_log_of_a_killed_run(path):
+    folder = RunFolder(path, resume=True)
+    for step in (2, 4, 6):
+        folder.append_metrics({"step": step, "loss": step / 3})
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # killed in the middle of a line
+    expected = [{"step": 2, "loss": 2 / 3}, {"step": 4, "loss": 4 / 3}]
+    assert folder.read_metrics(up_to=5) == expected
+    folder.append_metrics({"step": 6, "loss": 1.0})
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [*expected, {"step": 6, "loss": 1.0}]
+    assert folder.read_metrics(up_to=0) == []
+
+
+def test_the_same_again_and_what_may_differ(path, model):
+    RunFolder(path, resume=True).begin(model, CONFIG, DOCUMENTS)
+    renamed = dataclasses.replace(model, source="./models/one")
+    config = dataclasses.replace(CONFIG, log_every=1, eval_every=2, checkpoint_every=3, keep_checkpoints=4)
+    RunFolder(path, resume=True).begin(renamed, config, DOCUMENTS)
+
+
+def test_what_may_not_differ(path, model):
+    def refused(model=model, documents=DOCUMENTS, **changes) -> str:
+        with pytest.raises(ValueError, match="cannot resume") as error:
+            RunFolder(path, resume=True).begin(model, dataclasses.replace(CONFIG, **changes), documents)
+        return str(error.value)
+
+    assert "finetune.seed was 0, is 7" in refused(seed=7)
+    assert "finetune.lora.rank was 8, is 4" in refused(lora=LoRAConfig(rank=4))
+    assert "finetune.lora.rank was 8, is None" in refused(lora=None)
+    assert "data.sha256" in refused(documents=tokenize_documents([[1, 2, 3], [4, 6]], None, vocab_size=101))
+    # another model of the same shape under the same name
+    other = dataclasses.replace(model, params=random_params(seed=1))
+    assert "base_sha256" in refused(model=other)
+    shape = dataclasses.replace(TINY, layer_norm_epsilon=1e-6)
+    assert "model_config.layer_norm_epsilon was 1e-05, is 1e-06" in refused(
+        model=dataclasses.replace(model, config=shape)
+    )
+
+
+def test_resume_of_nothing_begins(model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        RunFolder(tmp_path / name, resume=True).begin(model, CONFIG, DOCUMENTS)
+        content = json.loads((tmp_path / name / "run.json").read_text())
+        assert content["base_model"] == "models/one" and content["data"]["tokens"] == 5
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(path, model):
+    own = ["checkpoints/3/state", "adapter/adapter_config.json", "base/config.json", "model/config.json"]
+    for name in (*own, "mine/notes.txt"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("old")
+    for name in ("metrics.jsonl", "report.html", "comparison.json"):
+        (path / name).write_text("old")
+    RunFolder(path, overwrite=True).begin(model, dataclasses.replace(CONFIG, seed=9), DOCUMENTS)
+    assert sorted(entry.name for entry in path.iterdir()) == ["mine", "run.json"]
+    assert json.loads((path / "run.json").read_text())["finetune"]["seed"] == 9
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file; expected a folder"):
+        RunFolder(tmp_path / "file")
+
+
+def test_finish_keeps_the_base_that_has_no_name(model, tmp_path):
+    adapters = init_adapters(TINY, LoRAConfig())
+    for source in (None, "models/one"):
+        trained = dataclasses.replace(model, adapters=adapters, lora=LoRAConfig(), source=source)
+        folder = RunFolder(tmp_path / str(bool(source)))
+        folder.begin(trained, CONFIG, DOCUMENTS)
+        folder.finish(trained)
+        assert (folder.path / "adapter").is_dir() and not (folder.path / "model").exists()
+        assert (folder.path / "base").is_dir() == (source is None)
