@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from tiny_models import TINY, random_params
 
 import gpt2jax.train.loop as loop
+import gpt2jax.train.step as training_step
 from gpt2jax.language_model import LanguageModel, load
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.tokenizer import Tokenizer
@@ -185,6 +187,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path):
     config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, learning_rate=1e30, checkpoint_every=1)
     with pytest.raises(FloatingPointError, match=r"step \d: loss .*; the last good checkpoint is step \d"):
         finetune(model, texts(), config, output=tmp_path / "run", progress=False)
+
+
+def test_log_of_float16_steps_that_overflow(model, tmp_path, monkeypatch):
+    # the first step overflows, and after it the scale is the largest one that is allowed
+    monkeypatch.setattr(training_step, "INITIAL_SCALE", 2.0**120)
+    monkeypatch.setattr(training_step, "MAX_SCALE", 2.0**10)
+    config = FinetuneConfig(
+        steps=4, batch_size=4, sequence_length=16, compute_dtype="float16", log_every=1, warmup_steps=2
+    )
+    run = finetune(model, texts(), config, output=tmp_path / "run", progress=False)
+    assert [entry["skipped"] for entry in run.history] == [1, 1, 1, 1]
+    assert ["grad_norm" in entry for entry in run.history] == [False, True, True, True]
+    # the schedule waits for the step that was skipped
+    rates = [entry["learning_rate"] for entry in run.history]
+    np.testing.assert_allclose(rates, [1e-3 / 3, 1e-3 / 3, 2e-3 / 3, 1e-3], rtol=1e-6)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_float16_that_overflows_at_any_scale_stops(model, monkeypatch):
+    monkeypatch.setattr(training_step, "INITIAL_SCALE", 4.0)
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * 1e30, model.params))
+    config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, compute_dtype="float16")
+    with pytest.raises(FloatingPointError, match="step 3: .* loss scale 1.0; no checkpoint was written"):
+        finetune(broken, texts(), config, progress=False)
 
 
 @pytest.mark.parametrize(
