@@ -209,7 +209,9 @@ def _fresh_state(model: LanguageModel, config: FinetuneConfig, optimizer: Any) -
         trainable = jax.tree.map(jnp.copy, model.params)
     else:
         trainable = init_adapters(model.config, config.lora, config.seed)
-    return init_state(trainable, optimizer, loss_scaling=config.compute_dtype == "float16")
+    state = init_state(trainable, optimizer, loss_scaling=config.compute_dtype == "float16")
+    # bound to its device, as a restored one is: both take the very same compiled step
+    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
 
 
 def _trained_model(model: LanguageModel, config: FinetuneConfig, state: TrainState) -> LanguageModel:
