@@ -307,7 +307,12 @@ def abstract_params(config: GPT2Config) -> Params:
 
 def init_params(config: GPT2Config, seed: int = 0) -> Params:
     """Random float32 parameters: normal with `initializer_range`, residual projections scaled by 1/sqrt(2L)."""
-    return jax.jit(lambda key: _pure(GPT2(config, rngs=nnx.Rngs(params=key))))(jax.random.key(seed))
+    return _init_params(config, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_params(config: GPT2Config, key: jax.Array) -> Params:
+    return _pure(GPT2(config, rngs=nnx.Rngs(params=key)))
 
 
 def _pure(module: nnx.Module) -> Params:

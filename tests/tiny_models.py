@@ -21,8 +21,13 @@ TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=101, n_positions=32
 
 def random_params(config: GPT2Config = TINY, seed: int = 0, noise: float = 0.2) -> Params:
     """Parameters with noise on every leaf, so that biases and LayerNorms matter."""
-    leaves, structure = jax.tree.flatten(init_params(config, seed))
-    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+    return _add_noise(init_params(config, seed), jax.random.key(seed + 100), noise)
+
+
+@jax.jit  # one program: each operation compiled by itself would take most of a test's time
+def _add_noise(params: Params, key: jax.Array, noise: float) -> Params:
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
     noisy = [
         leaf + noise * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)
     ]
