@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.distributed import cut_rows, rows_cut_in, whole
 from gpt2jax.model import output_logits
 from gpt2jax.precision import FLOAT32, Precision
 
@@ -20,8 +21,13 @@ MAX_LOGITS = 1 << 25
 
 
 def chunk_size(rows: int, vocab_size: int) -> int:
-    """Rows of one chunk so that a chunk's logits stay within `MAX_LOGITS`: equal chunks, multiples of 8."""
-    chunks = max(1, math.ceil(rows * vocab_size / MAX_LOGITS))
+    """Rows of one chunk so that its logits on each device stay within `MAX_LOGITS`: equal chunks, multiples of 8."""
+    devices = rows_cut_in()
+    chunks = max(1, math.ceil(rows * vocab_size / (MAX_LOGITS * devices)))
+    if devices > 1:  # without filling up, so that every device keeps its rows
+        while rows % chunks:
+            chunks += 1
+        return rows // chunks
     return min(rows, math.ceil(math.ceil(rows / chunks) / 8) * 8)
 
 
@@ -82,14 +88,14 @@ def _sums(hidden, head, targets, weights, precision) -> tuple[jax.Array, jax.Arr
 
 def _sums_forward(hidden, head, targets, weights, precision):
     dtype = precision.compute_dtype
-    narrow_head = head.astype(dtype)
+    narrow_head = whole(head.astype(dtype))
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
 
     def chunk(carry, rows):
         loss, correct, d_head = carry
         h, target, weight = rows
-        logits = output_logits(h, head, precision)
+        logits = output_logits(h, narrow_head, precision)
         nll, hit, log_z = _softmax_loss(logits, target)
         columns = jax.lax.broadcasted_iota(target.dtype, logits.shape, 1)
         d_logits = (jnp.exp(logits - log_z[:, None]) - (columns == target[:, None])) * weight[:, None]
@@ -137,7 +143,12 @@ def _scan_chunks(function, carry, rows, size):
 
     def cut(x):
         padding = [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
+        # every chunk takes rows from all over the batch: where devices hold a part of it each, all work at once
+        x = jnp.pad(x, padding).reshape(size, chunks, *x.shape[1:])
+        return cut_rows(x.swapaxes(0, 1), axis=1)
+
+    def join(y):
+        return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])[:count]
 
     carry, outputs = jax.lax.scan(function, carry, jax.tree.map(cut, rows))
-    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], outputs)
+    return carry, jax.tree.map(join, outputs)

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpt2jax.config import GPT2Config
+from gpt2jax.distributed import cut_rows, cut_rows_and_width
+from gpt2jax.low_rank import adapted, with_scales
 from gpt2jax.precision import FLOAT32, Precision, matmul
 
 Params = dict[str, Any]
@@ -57,14 +59,13 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*layers, in_dim, out_dim)))
         self.bias = nnx.Param(jnp.zeros((*layers, out_dim)))
 
-    def __call__(self, x: jax.Array, call: Call, adapter: Params | None = None, key: jax.Array | None = None):
-        """x [B, T, in] -> [B, T, out]; `adapter` {"lora_a": [in, r], "lora_b": [r, out]} adds its product."""
-        dtype = call.precision.compute_dtype
-        y = matmul(x, self.kernel[...], dtype) + self.bias[...]
+    def __call__(self, x: jax.Array, call: Call, adapter: Any = None, key: jax.Array | None = None):
+        """x [B, T, in] -> [B, T, out]; `adapter` as `low_rank.adapted` takes it."""
+        dtype, kernel = call.precision.compute_dtype, self.kernel[...]
+        y = matmul(x, kernel, dtype)
         if adapter is not None:
-            low = matmul(dropout(x, call.lora_dropout, key), adapter["lora_a"], dtype)
-            y = y + matmul(low, adapter["lora_b"], dtype) * call.lora_scale
-        return y.astype(call.precision.activation_dtype)
+            y = adapted(y, x, dropout(x, call.lora_dropout, key), kernel, adapter, dtype)
+        return (y + self.bias[...]).astype(call.precision.activation_dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -122,7 +123,8 @@ class Attention(nnx.Module):
         """
         adapters = adapters or {}
         keys = split_or_none(key, 4)
-        qkv = self.c_attn(x, call, adapters.get("c_attn"), keys[0])
+        slices = tuple(adapters.get(name) for name in "qkv")
+        qkv = self.c_attn(x, call, slices if any(slices) else adapters.get("c_attn"), keys[0])
         q, k, v = (self._split_heads(part) for part in jnp.split(qkv, 3, axis=-1))  # each [B, N, T, H]
         q, heads, dtype = q * self._scale(layer_index), q.shape[:2], call.precision.compute_dtype
         if cache is not None:
@@ -244,20 +246,21 @@ class GPT2(nnx.Module):
 
     def embed(self, token_ids: jax.Array, positions: jax.Array, call: Call, key=None) -> jax.Array:
         """Ids and positions, each [B, T] -> [B, T, D]."""
-        x = self.wte(token_ids) + self.wpe(positions)
+        x = cut_rows_and_width(self.wte(token_ids) + self.wpe(positions))
         return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
 
     def __call__(self, token_ids, positions, mask, call: Call, *, adapters=None, key=None) -> jax.Array:
         """Ids and positions [B, T], mask [B or 1, 1, T, T] -> hidden states [B, T, D] after the last LayerNorm."""
         embed_key, blocks_key = split_or_none(key, 2)
-        x = self.embed(token_ids, positions, call, embed_key)
+        x = cut_rows(self.embed(token_ids, positions, call, embed_key))
         structure, stacked = nnx.split(self.h)
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
 
         def block(x, layer):
             params, adapters, key, index = layer
             module = nnx.merge(structure, params)
-            return module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
+            x, cache = module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
+            return cut_rows(x), cache
 
         layers = (stacked, (adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
         x, _ = jax.lax.scan(block, x, layers)
@@ -267,9 +270,8 @@ class GPT2(nnx.Module):
 class Call:
     """What is the same for every layer of one call; modules take it, whoever walks the layers makes it."""
 
-    def __init__(self, precision: Precision, *, lora_scale: float = 1.0, lora_dropout: float = 0.0):
+    def __init__(self, precision: Precision, *, lora_dropout: float = 0.0):
         self.precision = precision
-        self.lora_scale = lora_scale
         self.lora_dropout = lora_dropout
 
 
@@ -335,7 +337,7 @@ def hidden_states(
     precision: Precision = FLOAT32,
     dropout_key: jax.Array | None = None,
     adapters: Params | None = None,
-    lora_scale: float = 1.0,
+    lora_scale: float | Params = 1.0,
     lora_dropout: float = 0.0,
 ) -> jax.Array:
     """The model up to the last LayerNorm.
@@ -350,7 +352,8 @@ def hidden_states(
         segment_ids: [B, T] int; tokens attend only within their own segment (several documents in one row).
         precision: dtypes.
         dropout_key: switches dropout on.
-        adapters: LoRA adapters, nested as `params`; `lora_scale` is alpha / rank.
+        adapters: LoRA adapters, nested as `params`.
+        lora_scale: of their output, `LoRAConfig.scales`; `lora_dropout` is that of their input.
 
     Returns:
         [B, T, D] in `precision.activation_dtype`.
@@ -370,7 +373,9 @@ def hidden_states(
         mask = mask & attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    call = Call(precision, lora_scale=lora_scale, lora_dropout=lora_dropout)
+    call = Call(precision, lora_dropout=lora_dropout)
+    if adapters is not None:
+        adapters = with_scales(adapters, lora_scale, config.n_layer)
     module = nnx.merge(structure(config), params)
     return module(token_ids, positions, mask, call, adapters=adapters, key=dropout_key)
 

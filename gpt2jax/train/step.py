@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt2jax.config import GPT2Config
+from gpt2jax.distributed import cut_by_role, cut_rows
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.losses import cross_entropy
 from gpt2jax.model import Params, head_kernel, hidden_states
@@ -78,7 +79,7 @@ def make_train_step(
             precision=precision,
             dropout_key=key,
             adapters=adapters,
-            lora_scale=lora.scale if lora else 1.0,
+            lora_scale=lora.scales(config.n_layer) if lora else 1.0,
             lora_dropout=lora.dropout if lora else 0.0,
         )
         total, counts = cross_entropy(
@@ -92,7 +93,10 @@ def make_train_step(
         """Gradient of the loss sum and the sums, over all parts of the batch."""
         if accumulation == 1:
             return gradient(trainable, frozen, batch, key, scale)
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        # every part takes rows from all over the batch: where devices hold some rows each, all work on each part
+        parts = jax.tree.map(
+            lambda x: cut_rows(x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), axis=1), batch
+        )
 
         def add(total, part):
             part, index = part
@@ -113,7 +117,7 @@ def make_train_step(
         scale = state["loss_scale"]["scale"] if "loss_scale" in state else 1.0
         # one division by the whole batch's tokens, inside the scaled loss so that float16 sums stay in range
         gradients, sums = summed_gradient(state["params"], frozen, batch, key, scale / tokens)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradients)
+        gradients = cut_by_role(jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradients))
         norm = global_norm(gradients)
         clip = clip_scale(norm, max_grad_norm)
         gradients = jax.tree.map(lambda g: g * clip, gradients)
@@ -123,6 +127,7 @@ def make_train_step(
             "params": optax.apply_updates(state["params"], updates),
             "optimizer": optimizer_state,
         }
+        new = cut_by_role(new)  # as it came in, for the next step to take
         metrics = {
             "loss": sums["loss"] / tokens,
             "accuracy": sums["correct"] / tokens,
