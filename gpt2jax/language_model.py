@@ -84,7 +84,7 @@ class LanguageModel:
             raise ValueError(
                 f"attention_mask has shape {mask.shape}; expected that of token_ids, {ids.shape}"
             )
-        scale = self.lora.scale if self.lora else 1.0
+        scale = self.lora.scales(self.config.n_layer) if self.lora else 1.0
         return _logits(self.params, self.adapters, ids.astype(np.int32), mask, self.config, scale)
 
     def merge_adapter(self) -> LanguageModel:
@@ -107,7 +107,6 @@ class LanguageModel:
 
         Raises:
             ValueError: unknown format or dtype, or a configuration that the format cannot express.
-            FileExistsError: the folder holds files that are no model's.
             FileExistsError: the folder holds files that are no saved model's.
         """
         if format not in FORMATS:
@@ -214,8 +213,9 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     """
     from gpt2jax.weights.peft import load_adapter as read
 
-    lora, adapters = read(path, model.config)
-    return dataclasses.replace(model.merge_adapter(), adapters=adapters, lora=lora)
+    model = model.merge_adapter()
+    lora, adapters = read(path, model.config, model.params)
+    return dataclasses.replace(model, adapters=adapters, lora=lora)
 
 
 def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
@@ -229,4 +229,4 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     if model.adapters is None or model.lora is None:
         raise ValueError("the model has no adapters to save: fine-tune it with lora=LoRAConfig(...) first")
     base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
-    write(path, model.config, model.lora, model.adapters, base_model=base_model)
+    write(path, model.config, model.lora, model.adapters, base_model=base_model, params=model.params)

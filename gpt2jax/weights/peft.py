@@ -1,16 +1,17 @@
 """LoRA adapters as PEFT folders, both ways: adapter_config.json and adapter_model.safetensors.
 
 Source: `PeftModel.save_pretrained` of peft. GPT-2's linears are "Conv1D" there (fan_in_fan_out), but the factors
-lie as for every linear: lora_A.weight [r, in], lora_B.weight [out, r], each the transpose of ours.
+lie as for every linear: lora_A.weight [r, in], lora_B.weight [out, r], each the transpose of ours; DoRA's
+lora_magnitude_vector is [out].
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.files import atomic_folder
-from gpt2jax.lora import TARGETS, LoRAConfig
+from gpt2jax.lora import SLICES, TARGETS, LoRAConfig, kernel_of
+from gpt2jax.low_rank import column_lengths
 from gpt2jax.model import Params, abstract_params
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.mapping import FLOAT_DTYPES, Tensor, is_finite, listed
@@ -27,8 +29,9 @@ from gpt2jax.weights.safetensors_file import read_safetensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 OURS = re.compile(r"adapter_config\.json|adapter_model\.safetensors")
-NAME = "base_model.model.transformer.h.{layer}.{target}.lora_{factor}.weight"
-FACTORS = {"A": "lora_a", "B": "lora_b"}
+# the tensors of a linear, and ours; all are turned
+LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "magnitude"}
+FUSED = "attn.c_attn"  # what PEFT has in place of our slices of it
 WRAPPERS = ("base_model.", "model.", "_orig_mod.", "module.", "transformer.")
 
 # settings of PEFT that would change the result; any other value than those here is refused by name
@@ -38,32 +41,39 @@ PLAIN = {
     "bias": ("none", None),
     "lora_bias": (False, None),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base model
-    "use_dora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
     "modules_to_save": ([], None),
     "trainable_token_indices": ([], {}, None),
     "target_parameters": ([], None),
     "layer_replication": ([], None),
     "megatron_config": ({}, None),
 }
+# settings that are ours too, by their names here
+SHARED = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}
 # they choose which linears are adapted or how training begins: the tensors in the file say the outcome
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "eva_config", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-    "peft_version", "r", "revision", "target_modules", "use_rslora", "ensure_weight_tying", "qalora_group_size",
-    "runtime_config",
+    "eva_config", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "revision",
+    "target_modules", "ensure_weight_tying", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 
 
-def load_adapter(folder: str | os.PathLike[str], config: GPT2Config) -> tuple[LoRAConfig, Params]:
+def load_adapter(
+    folder: str | os.PathLike[str], config: GPT2Config, params: Params | None = None
+) -> tuple[LoRAConfig, Params]:
     """Reads the adapters of a PEFT folder.
-
-    rsLoRA's scale, alpha / sqrt(r), is expressed by an alpha that gives the same scale.
 
     Args:
         folder: the folder.
         config: of the model that they are for.
+        params: its parameters, needed for DoRA in some of the blocks only.
 
     Returns:
         (settings, adapters), stacked over the blocks. A linear that PEFT adapted in some blocks only has zero
@@ -84,14 +94,12 @@ def load_adapter(folder: str | os.PathLike[str], config: GPT2Config) -> tuple[Lo
     found = [target for target in TARGETS if any(f".{target}.lora_" in f".{name}" for name in tensors)]
     if not found:
         raise ValueError(f"{folder / WEIGHTS_FILE} holds no adapters of {', '.join(TARGETS)}")
-    rank = settings["r"]
-    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     try:
-        dropout = settings.get("lora_dropout") or 0.0
-        lora = LoRAConfig(rank=rank, alpha=scale * rank, dropout=dropout, targets=tuple(found))
+        shared = {SHARED[name]: value for name, value in settings.items() if name in SHARED and value}
+        lora = LoRAConfig(**shared, targets=tuple(found))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-    return lora, _fill(config, lora, tensors, folder / WEIGHTS_FILE)
+    return lora, _fill(config, lora, tensors, folder / WEIGHTS_FILE, params)
 
 
 def save_adapter(
@@ -101,8 +109,12 @@ def save_adapter(
     adapters: Params,
     *,
     base_model: str | None = None,
+    params: Params | None = None,
 ) -> None:
     """Writes adapters as a PEFT folder, whole or not at all.
+
+    PEFT knows no slices of a linear: those of query, key and value become one adapter of attn.c_attn, whose
+    factors are theirs side by side with zeros elsewhere.
 
     Args:
         folder: the folder to make. One that holds an adapter is replaced.
@@ -110,17 +122,18 @@ def save_adapter(
         lora: their settings.
         adapters: the adapters, stacked over the blocks.
         base_model: name or path of that model, for PEFT's AutoPeftModel.
+        params: its parameters, needed for DoRA of slices.
 
     Raises:
+        ValueError: DoRA of slices, and no `params`.
         FileExistsError: the folder holds other files.
     """
-    arrays = []
-    for layer in range(config.n_layer):
-        for target in lora.targets:
-            module, linear = target.split(".")
-            for factor, key in FACTORS.items():
-                values = np.asarray(adapters["h"][module][linear][key])[layer].T
-                arrays.append((NAME.format(layer=layer, target=target, factor=factor), values))
+    if any(target in SLICES for target in lora.targets):
+        lora, adapters = _fuse_slices(config, lora, adapters, params)
+    arrays = [
+        (f"base_model.model.transformer.{name}", values.T)
+        for name, values in _tensors(config, lora, jax.tree.map(np.asarray, adapters))
+    ]
     shapes = {name: values.shape for name, values in arrays}
     whole = float(lora.alpha).is_integer()  # PEFT declares alpha as a whole number, and computes with any
     settings = {
@@ -130,6 +143,10 @@ def save_adapter(
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if whole else lora.alpha,
         "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
         "target_modules": list(lora.targets),
         "fan_in_fan_out": True,
         "bias": "none",
@@ -154,15 +171,13 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
                 raise ValueError(
                     f"{path}: {name}={value!r:.100} is not supported, only {PLAIN[name][0]!r} is"
                 )
-        elif name not in WITHOUT_EFFECT and value:  # what is newer than this table is off when false or empty
+        elif name not in SHARED and name not in WITHOUT_EFFECT and value:  # what is newer than this table is off when false or empty
             raise ValueError(f"{path}: {name}={value!r:.100} is not known and may change the result")
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is missing, expected 'LORA'")
     for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        if type(settings.get(name)) not in kinds:
+        if type(settings.get(name)) not in kinds or settings[name] <= 0:
             raise ValueError(f"{path}: {name}={settings.get(name)!r:.100} must be a positive number")
-    if settings["r"] < 1:
-        raise ValueError(f"{path}: r={settings['r']} must be at least 1")
     return settings
 
 
@@ -173,19 +188,37 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _fill(config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], file: Path) -> Params:
+def _tensors(config: GPT2Config, lora: LoRAConfig, adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """(name from the block on, the part of `adapters` that it is, turned), block by block."""
+    for layer in range(config.n_layer):
+        for target in lora.targets:
+            module, linear = target.split(".")
+            rank = lora.rank_of(layer, target)
+            for name, leaf in LEAVES.items():
+                if leaf in (adapter := adapters["h"][module][linear]):
+                    values = adapter[leaf][layer]
+                    values = {"lora_a": values[..., :rank], "lora_b": values[:rank]}.get(leaf, values)
+                    yield f"h.{layer}.{target}.{name}", values
+
+
+def _fill(
+    config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], file: Path, params: Params | None
+) -> Params:
     """Every tensor to its place; all that do not fit are named in one error."""
     blocks = abstract_params(config)["h"]
-    arrays: dict[str, np.ndarray] = {}
-    places: dict[str, np.ndarray] = {}
+    adapters: Params = {}
     for target in lora.targets:
         module, linear = target.split(".")
         layers, in_dim, out_dim = blocks[module][linear]["kernel"].shape
-        for factor, shape in (("A", (in_dim, lora.rank)), ("B", (lora.rank, out_dim))):
-            key = f"{target}.{FACTORS[factor]}"
-            arrays[key] = np.zeros((layers, *shape), np.float32)
-            for layer in range(layers):
-                places[f"h.{layer}.{target}.lora_{factor}.weight"] = arrays[key][layer]
+        rank = max(lora.rank_of(layer, target) for layer in range(layers))
+        if rank > max(max(tensor.shape, default=0) for tensor in tensors.values()):
+            raise ValueError(f"{file}: no tensor is as large as the rank of {rank} in {CONFIG_FILE}")
+        adapter = {"lora_a": np.zeros((layers, in_dim, rank), np.float32)}
+        adapter["lora_b"] = np.zeros((layers, rank, out_dim), np.float32)
+        if lora.use_dora:
+            adapter["magnitude"] = np.full((layers, out_dim), np.nan, np.float32)
+        adapters.setdefault(module, {})[linear] = adapter
+    places = dict(_tensors(config, lora, {"h": adapters}))
     problems = []
     for name, tensor in tensors.items():
         if name not in places:
@@ -194,21 +227,70 @@ def _fill(config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], f
             problems.append(f"{name}: has shape {list(tensor.shape)}, expected {list(places[name].T.shape)}")
         elif tensor.dtype not in FLOAT_DTYPES:
             problems.append(f"{name}: is {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
-        other = (
-            name.replace(".lora_A.", ".lora_?.")
-            .replace(".lora_B.", ".lora_A.")
-            .replace(".lora_?.", ".lora_B.")
-        )
-        if other not in tensors:
-            problems.append(f"{other}: missing, though {name} is there")
+    adapted = {name.partition(".lora_")[0] for name in tensors}
+    problems += [
+        f"{name}: missing, though others of this linear are there"
+        for name in places
+        if name not in tensors and name.partition(".lora_")[0] in adapted
+    ]
     if problems:
         raise ValueError(f"{file} does not fit the model and its {CONFIG_FILE}:\n{listed(problems)}")
     for name, tensor in tensors.items():
         places[name][...] = tensor.read().T
         if not is_finite(places[name]):
             raise ValueError(f"{file}: tensor {name} holds values that are not finite numbers")
-    adapters: Params = {}
-    for key, array in arrays.items():
-        module, linear, factor = key.split(".")
-        adapters.setdefault(module, {}).setdefault(linear, {})[factor] = jax.device_put(array)
-    return {"h": adapters}
+    for target in lora.targets if lora.use_dora else ():
+        module, linear = target.split(".")
+        absent = [
+            layer for layer in range(config.n_layer) if f"h.{layer}.{target}.lora_A.weight" not in tensors
+        ]
+        if absent and params is None:
+            raise ValueError(
+                f"{file} has DoRA in some blocks only: the model's parameters are needed to read it"
+            )
+        if absent and params is not None:
+            kernel = kernel_of(params["h"], target)[np.asarray(absent)]
+            adapters[module][linear]["magnitude"][absent] = np.asarray(column_lengths(kernel))
+    return {"h": jax.tree.map(jax.device_put, adapters)}
+
+
+def _fuse_slices(
+    config: GPT2Config, lora: LoRAConfig, adapters: Params, params: Params | None
+) -> tuple[LoRAConfig, Params]:
+    """Settings and adapters with attn.c_attn in place of its slices."""
+    present = [target for target in SLICES if target in lora.targets]
+    attention = dict(adapters["h"]["attn"])
+    parts = {target: attention.pop(target.partition(".")[2]) for target in present}
+    layers, dim = config.n_layer, config.n_embd
+    total = sum(part["lora_a"].shape[-1] for part in parts.values())
+    fused = {"lora_a": np.concatenate([np.asarray(part["lora_a"]) for part in parts.values()], -1)}
+    fused["lora_b"] = np.zeros((layers, total, 3 * dim), np.float32)
+    # the scale is that of the first slice; what another one's is more or less goes into its second factor
+    scales = {target: np.asarray([lora.scale_of(i, target) for i in range(layers)]) for target in present}
+    row = 0
+    for target, part in parts.items():
+        column, rank = SLICES.index(target) * dim, part["lora_a"].shape[-1]
+        relative = (scales[target] / scales[present[0]])[:, None, None]
+        fused["lora_b"][:, row : row + rank, column : column + dim] = np.asarray(part["lora_b"]) * relative
+        row += rank
+    if lora.use_dora:
+        if params is None:
+            raise ValueError("DoRA of slices fits a PEFT folder only together with the model's parameters")
+        lengths = [
+            parts[target]["magnitude"] if target in parts else column_lengths(kernel_of(params["h"], target))
+            for target in SLICES
+        ]
+        fused["magnitude"] = np.concatenate([np.asarray(length) for length in lengths], -1)
+    divisor = total**0.5 if lora.use_rslora else total
+    alphas = [float(scale * divisor) for scale in scales[present[0]]]
+    own = [(f"h.{layer}.{FUSED}", alpha) for layer, alpha in enumerate(alphas)]
+    own = [(FUSED, alphas[0])] if len(set(alphas)) == 1 else own
+    targets = (FUSED, *(target for target in lora.targets if target not in SLICES))
+    lora = dataclasses.replace(
+        lora,
+        targets=targets,
+        rank_pattern=((FUSED, total), *lora.rank_pattern),
+        alpha_pattern=(*own, *lora.alpha_pattern),
+    )
+    attention["c_attn"] = fused
+    return lora, {"h": {**adapters["h"], "attn": attention}}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -7,19 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
+from tiny_models import random_params
 
 from gpt2jax.config import GPT2Config
-from gpt2jax.lora import TARGETS, LoRAConfig, init_adapters
+from gpt2jax.language_model import LanguageModel
+from gpt2jax.lora import TARGETS, LoRAConfig, init_adapters, merge_adapters
 from gpt2jax.weights.peft import load_adapter, save_adapter
 
 TINY = GPT2Config(vocab_size=300, n_positions=16, n_embd=24, n_layer=3, n_head=2)
 LORA = LoRAConfig(rank=4, alpha=6.0, dropout=0.1, targets=("attn.c_attn", "mlp.c_proj"))
+BASE = random_params(TINY)
+FILE, ROOT = "adapter_model.safetensors", "base_model.model.transformer"
 
 
 def trained(lora: LoRAConfig) -> dict:
     """Adapters whose factors are all random: a fresh lora_b is zero and would hide mistakes."""
     rng = np.random.default_rng(0)
-    adapters = init_adapters(TINY, lora, seed=0)
+    adapters = init_adapters(TINY, lora, seed=0, params=BASE)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), adapters)
 
 
@@ -71,6 +76,86 @@ def test_rank_stabilised_scale(saved):
     assert lora.scale == pytest.approx(6.0 / 2.0, rel=1e-12)
 
 
+KINDS = {
+    "rsLoRA": LoRAConfig(rank=3, alpha=5.0, targets=TARGETS, use_rslora=True),
+    "DoRA": LoRAConfig(rank=3, targets=("attn.c_attn", "mlp.c_proj"), use_dora=True),
+    "patterns": LoRAConfig(
+        rank=3,
+        targets=("attn.c_attn", "attn.c_proj", "mlp.c_fc"),
+        rank_pattern={"h.1.attn.c_attn": 5, "c_attn": 2, r"h\.[02]\.mlp.*": 1},
+        alpha_pattern={"attn.c_proj": 7.5, "h.2.mlp.c_fc": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS.keys())
+def test_round_trip_of_its_kin_is_exact(tmp_path, lora):
+    fresh = init_adapters(TINY, lora, params=BASE)
+    # where a block's rank is less than the largest, the factors are zero and stay so
+    adapters = jax.tree.map(lambda new, noise: jnp.where(new == 0, 0, noise), fresh, trained(lora))
+    adapters = jax.tree.map(lambda x: x + 0.5 * (x != 0), adapters)
+    save_adapter(tmp_path / "a", TINY, lora, adapters)
+    read, loaded = load_adapter(tmp_path / "a", TINY)
+    assert read == lora
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
+    shapes = {n: t.shape for n, t in safetensors_numpy.load_file(tmp_path / "a" / FILE).items()}
+    if lora.rank_pattern:
+        ranks = [shapes[f"{ROOT}.h.{layer}.attn.c_attn.lora_A.weight"][0] for layer in range(3)]
+        assert ranks == [2, 5, 2] and shapes[f"{ROOT}.h.2.mlp.c_fc.lora_B.weight"] == (96, 1)
+        assert lora.scale_of(2, "mlp.c_fc") == 2 and lora.scale_of(1, "attn.c_proj") == 2.5
+    assert any("magnitude" in name for name in shapes) == lora.use_dora
+
+
+def test_slices_become_an_adapter_of_the_whole(tmp_path):
+    lora = LoRAConfig(
+        rank=2, targets=("attn.q", "attn.v", "mlp.c_fc"), rank_pattern={"attn.v": 3}, use_dora=True
+    )
+    model = LanguageModel(TINY, BASE, adapters=trained(lora), lora=lora)
+    save_adapter(tmp_path / "a", TINY, lora, model.adapters, params=BASE)
+    tensors = safetensors_numpy.load_file(tmp_path / "a" / FILE)
+    lora_b = tensors[f"{ROOT}.h.1.attn.c_attn.lora_B.weight"]
+    assert tensors[f"{ROOT}.h.1.attn.c_attn.lora_A.weight"].shape == (5, 24) and lora_b.shape == (72, 5)
+    assert not lora_b[24:48].any() and not lora_b[:24, 2:].any() and not lora_b[48:, :2].any()
+    read, adapters = load_adapter(tmp_path / "a", TINY)
+    assert read.targets == ("attn.c_attn", "mlp.c_fc")
+    again = dataclasses.replace(model, adapters=adapters, lora=read)
+    ids = np.arange(14)[None]
+    np.testing.assert_allclose(again.logits(ids), model.logits(ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="DoRA of slices"):
+        save_adapter(tmp_path / "b", TINY, lora, model.adapters)
+
+
+def test_dora_in_some_blocks_leaves_the_others_as_they_are(tmp_path):
+    lora = LoRAConfig(rank=2, use_dora=True)
+    save_adapter(tmp_path / "a", TINY, lora, trained(lora))
+    rewrite(tmp_path / "a", lambda t: [t.pop(name) for name in list(t) if ".h.1." in name])
+    with pytest.raises(ValueError, match="some blocks only"):
+        load_adapter(tmp_path / "a", TINY)
+    _, adapters = load_adapter(tmp_path / "a", TINY, BASE)
+    merged = merge_adapters(BASE, adapters, lora)["h"]["attn"]["c_attn"]["kernel"]
+    base = BASE["h"]["attn"]["c_attn"]["kernel"]
+    np.testing.assert_allclose(merged[1], base[1], rtol=1e-6)
+    assert np.abs(merged[2] - base[2]).max() > 0.1
+
+
+def test_tensors_that_the_kind_does_not_have(saved):
+    edit_config(saved, use_dora=True)
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn\.lora_magnitude_vector: missing"):
+        load_adapter(saved, TINY)
+    edit_config(saved, use_dora=False, rank_pattern={"h.2.attn.c_attn": 9})
+    with pytest.raises(
+        ValueError, match=r"h\.2\.attn\.c_attn\.lora_A\.weight: has shape \[4, 24\], expected \[9"
+    ):
+        load_adapter(saved, TINY)
+    edit_config(saved, rank_pattern={"c_attn": 10**9})
+    with pytest.raises(ValueError, match="rank of 1000000000"):
+        load_adapter(saved, TINY)
+    edit_config(saved, rank_pattern={"(x+x+)+y": 3})
+    with pytest.raises(ValueError, match="not a simple expression"):
+        load_adapter(saved, TINY)
+
+
 def test_blocks_without_adapters_get_zero_ones(saved):
     def change(tensors):
         for name in [name for name in tensors if ".h.1." in name]:
@@ -87,11 +172,10 @@ def test_blocks_without_adapters_get_zero_ones(saved):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
         {"bias": "all"},
-        {"rank_pattern": {"c_attn": 2}},
-        {"alpha_pattern": {"c_attn": 2}},
         {"modules_to_save": ["lm_head"]},
+        {"use_dora": "yes"},
+        {"use_qalora": True},
         {"peft_type": "IA3"},
         {"task_type": "SEQ_CLS"},
         {"init_lora_weights": "pissa"},
