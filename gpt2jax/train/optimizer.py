@@ -14,7 +14,15 @@ from gpt2jax.model import Params
 from gpt2jax.train.config import FinetuneConfig
 
 # by name, not by rank: stacked biases and LayerNorms have two axes as well
-_DECAYED = {"kernel": True, "embedding": True, "lora_a": True, "lora_b": True, "bias": False, "scale": False}
+_DECAYED = {
+    "kernel": True,
+    "embedding": True,
+    "lora_a": True,
+    "lora_b": True,
+    "magnitude": False,  # of DoRA
+    "bias": False,
+    "scale": False,
+}
 
 
 def resolve_learning_rate(config: FinetuneConfig, parameters: int) -> FinetuneConfig:
