@@ -85,8 +85,6 @@ def shard(tree: Any, mesh: Mesh) -> Any:
     def place(leaf, sharding):
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise TypeError("random keys are not cut over processes")
         whole = np.asarray(leaf)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
@@ -110,12 +108,17 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def gather(tree: Any) -> Any:
-    """The whole arrays on every process, as NumPy arrays where they were cut over processes."""
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
-        return tree
-    from jax.experimental import multihost_utils
+    """The whole arrays on this process's first device; all processes must call it."""
+    device = jax.local_devices()[0]
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def whole_array(leaf):
+        if not leaf.is_fully_addressable:
+            from jax.experimental import multihost_utils
+
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_put(leaf, device)
+
+    return jax.tree.map(whole_array, tree)
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -40,6 +40,9 @@ class FinetuneConfig:
         compute_dtype: operands of matrix products: "float32", "bfloat16", or "float16" (with dynamic loss scaling).
             Parameters, moments, softmax and loss are float32 always.
         lora: train low-rank adapters instead of the parameters; None: all parameters.
+        fsdp: devices that share one copy of parameters and moments, each holding a part. Devices that `fsdp` and
+            `tensor_parallel` leave over are data parallel.
+        tensor_parallel: devices that share the work of one row, each with some of the heads and of the mlp.
         seed: of the order of the batches, dropout and new adapters.
         log_every: steps between two lines of the log.
         eval_every: steps between two validations; None: three in a run. One at the end always.
@@ -68,6 +71,8 @@ class FinetuneConfig:
     dropout: float | None = None
     compute_dtype: str = "float32"
     lora: LoRAConfig | None = None
+    fsdp: int = 1
+    tensor_parallel: int = 1
     seed: int = 0
     log_every: int = 10
     eval_every: int | None = None
@@ -78,7 +83,14 @@ class FinetuneConfig:
         for name in ("steps", "sequence_length", "eval_every", "checkpoint_every"):
             if getattr(self, name) is not None:
                 self._check_whole(name, minimum=1)
-        for name in ("batch_size", "accumulation", "log_every", "keep_checkpoints"):
+        for name in (
+            "batch_size",
+            "accumulation",
+            "fsdp",
+            "tensor_parallel",
+            "log_every",
+            "keep_checkpoints",
+        ):
             self._check_whole(name, minimum=1)
         for name in ("warmup_steps", "seed"):
             self._check_whole(name, minimum=0)

@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.data.batches import Batch, Batches, check_long_enough, sequential_batches
 from gpt2jax.data.documents import Documents, tokenize_documents
+from gpt2jax.distributed import batch_ways, gather, make_mesh, on_mesh, shard, shard_batch
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora import init_adapters
 from gpt2jax.losses import token_losses
@@ -98,8 +100,9 @@ def finetune(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What follows from settings and data: batches, number of steps, and when to do what."""
+    """What follows from settings, data and devices: batches, number of steps, and when to do what."""
 
+    mesh: Mesh | None
     batches: Batches
     steps: int
     eval_every: int
@@ -115,7 +118,19 @@ def _plan(model: LanguageModel, config: FinetuneConfig, documents: Documents) ->
     batches = Batches(documents, config.layout, length, config.batch_size, end, config.seed)
     steps = config.steps or max(1, math.ceil(config.epochs * batches.rows / config.batch_size))
     third = max(1, math.ceil(steps / 3))
-    return _Plan(batches, steps, config.eval_every or third, config.checkpoint_every or third)
+    return _Plan(_mesh(config), batches, steps, config.eval_every or third, config.checkpoint_every or third)
+
+
+def _mesh(config: FinetuneConfig) -> Mesh | None:
+    """All devices as the settings cut them; None for a single one."""
+    if jax.device_count() == config.fsdp == config.tensor_parallel == 1:
+        return None
+    mesh = make_mesh(fsdp=config.fsdp, tensor=config.tensor_parallel)
+    rows, ways = config.batch_size // config.accumulation, batch_ways(mesh)
+    if rows % ways:
+        parts = "" if config.accumulation == 1 else f" / accumulation={config.accumulation}"
+        raise ValueError(f"batch_size={config.batch_size}{parts} can't be divided among {ways} devices")
+    return mesh
 
 
 def _train(
@@ -141,6 +156,8 @@ def _train(
     )
     frozen = None if config.lora is None else model.params
     state = _fresh_state(model, config, optimizer)
+    if plan.mesh is not None:
+        state, frozen = shard(state, plan.mesh), None if frozen is None else shard(frozen, plan.mesh)
     checkpoints, unlogged = None, []
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
@@ -152,16 +169,19 @@ def _train(
     if validation is not None:
         validate = functools.partial(
             validation_loss,
-            model=model,
+            model=model if frozen is None else dataclasses.replace(model, params=frozen),
             config=config,
             documents=validation,
             length=plan.batches.sequence_length,
+            mesh=plan.mesh,
         )
     try:
-        with training_progress(plan.steps, start, show=show) as report:
+        with on_mesh(plan.mesh), training_progress(plan.steps, start, show=show) as report:
             for step in range(start, plan.steps + 1):
                 if step > start:
-                    state, metrics = step_function(state, frozen, plan.batches.batch(step - 1))
+                    state, metrics = step_function(
+                        state, frozen, _place(plan.batches.batch(step - 1), plan.mesh)
+                    )
                     # fetching the metrics of the step before keeps the device busy with this one
                     log.add(step, metrics)
                 elif not log.unlogged:  # else the run stopped between a step and its entry in the log
@@ -190,10 +210,16 @@ def _train(
     finally:
         if checkpoints is not None:
             checkpoints.close()
+    if plan.mesh is not None:
+        state = {"params": gather(state["params"])}
     trained = _trained_model(model, config, state)
     if folder is not None:
         folder.finish(trained)
     return Run(trained, log.history, None if folder is None else folder.path)
+
+
+def _place(batch: Batch, mesh: Mesh | None) -> Any:
+    return batch if mesh is None else shard_batch(batch, mesh)
 
 
 def with_dropout(config: GPT2Config, rate: float | None) -> GPT2Config:
@@ -208,7 +234,7 @@ def _fresh_state(model: LanguageModel, config: FinetuneConfig, optimizer: Any) -
         # the step donates its state; the model stays as it is
         trainable = jax.tree.map(jnp.copy, model.params)
     else:
-        trainable = init_adapters(model.config, config.lora, config.seed)
+        trainable = init_adapters(model.config, config.lora, config.seed, params=model.params)
     state = init_state(trainable, optimizer, loss_scaling=config.compute_dtype == "float16")
     # bound to its device, as a restored one is: both take the very same compiled step
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
@@ -324,16 +350,24 @@ def _mean(steps: list[dict[str, float]], name: str) -> float:
 
 
 def validation_loss(
-    trainable: Any, *, model: LanguageModel, config: FinetuneConfig, documents: Documents, length: int
+    trainable: Any,
+    *,
+    model: LanguageModel,
+    config: FinetuneConfig,
+    documents: Documents,
+    length: int,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Loss and accuracy per token on held-out documents, laid out as the training batches are."""
     params, adapters = (trainable, None) if config.lora is None else (model.params, trainable)
     sums = np.zeros(3)
     batches = _validation_batches(model, config, documents, length)
     for batch in batches:
-        scale = config.lora.scale if config.lora else 1.0
+        scale = config.lora.scales(model.config.n_layer) if config.lora else 1.0
         sums += np.asarray(
-            _batch_sums(params, adapters, batch, model.config, precision(config.compute_dtype), scale),
+            _batch_sums(
+                params, adapters, _place(batch, mesh), model.config, precision(config.compute_dtype), scale
+            ),
             np.float64,
         )
     return {"validation_loss": float(sums[0] / sums[2]), "validation_accuracy": float(sums[1] / sums[2])}
@@ -354,7 +388,13 @@ def _validation_batches(
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _batch_sums(params, adapters, batch, config, numerics, lora_scale):
     hidden = hidden_states(
-        params, config, batch["tokens"], precision=numerics, adapters=adapters, lora_scale=lora_scale
+        params,
+        config,
+        batch["tokens"],
+        segment_ids=batch.get("segment_ids"),
+        precision=numerics,
+        adapters=adapters,
+        lora_scale=lora_scale,
     )
     nll, hit = token_losses(hidden, head_kernel(params), batch["targets"], numerics)
     weights = batch["weights"]

@@ -22,13 +22,14 @@ RUN_FILE = "run.json"
 # these say how to log and keep, not what is computed: a resumed run may change them; nor does it matter under what
 # name the same parameters were loaded
 _FREE_FIELDS = {"log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "base_model"}
+_FREE_FIELDS |= {"fsdp", "tensor_parallel"}  # a checkpoint moves to other devices; equal to rounding only
 # what a run writes into its folder, here and in the report: `overwrite` deletes this and nothing else
 _OWN = ("checkpoints", "model", "base", "adapter", "metrics.jsonl", RUN_FILE)
 _REPORT = ("comparison.json", "report.html", "report.md")
 
 
 class RunFolder:
-    """A folder with one run in it.
+    """A folder with one run in it. Of several processes the first one checks and writes it.
 
     Raises:
         FileExistsError: it holds another run, or files that are no run's, and `resume` or `overwrite` is not given.
@@ -37,7 +38,15 @@ class RunFolder:
     def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
         self.path = pathlib.Path(path)
         self.checkpoints = self.path / "checkpoints"
-        if self.path.exists() and not self.path.is_dir():
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            self._check(resume=resume, overwrite=overwrite)
+        self._resumed = resume and (self.path / RUN_FILE).exists() and not overwrite
+        self._overwrite = overwrite
+
+    def _check(self, *, resume: bool, overwrite: bool) -> None:
+        path = self.path
+        if path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{path} is a file; expected a folder for the run")
         holds_run = (self.path / RUN_FILE).exists()
         if self.path.exists() and any(self.path.iterdir()):
@@ -47,8 +56,6 @@ class RunFolder:
                 raise FileExistsError(
                     f"{path} holds another run; resume it, overwrite it, or choose another folder"
                 )
-        self._resumed = resume and holds_run and not overwrite
-        self._overwrite = overwrite
 
     def begin(self, model: LanguageModel, config: FinetuneConfig, documents: Documents) -> None:
         """Writes `run.json`, or checks that the one of a resumed run says the same.
@@ -56,6 +63,8 @@ class RunFolder:
         Raises:
             ValueError: a resumed run had other settings, another model or other texts; names what differs.
         """
+        if not self._writes:
+            return
         content = run_description(model, config, documents)
         if self._resumed:
             self._check_same(content)
@@ -92,17 +101,22 @@ class RunFolder:
                 continue
             if entry["step"] <= up_to:
                 kept.append(entry)
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        if self._writes:
+            with atomic_write(path) as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in kept)
         return kept
 
     def append_metrics(self, entry: dict[str, float]) -> None:
         """Adds a line to `metrics.jsonl`."""
+        if not self._writes:
+            return
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def finish(self, model: LanguageModel) -> None:
         """Saves the trained model, or its adapters, and the base model where no name leads back to it."""
+        if not self._writes:
+            return
         if model.adapters is None:
             model.save(self.path / "model")
             return
@@ -125,7 +139,7 @@ def run_description(model: LanguageModel, config: FinetuneConfig, documents: Doc
         "data": {
             "documents": len(documents),
             "tokens": int(documents.offsets[-1]),
-            "sha256": _sha256([documents.tokens, documents.offsets]),
+            "sha256": documents.sha256,
         },
     }
 

@@ -1,0 +1,115 @@
+"""Training on several devices, in processes of their own: virtual devices of a CPU, and two processes.
+
+The single-device run is the measure: losses within 1e-5, whatever the mesh, and checkpoints that move between them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import jax
+settings = json.loads(sys.argv[1])
+if "process" in settings:
+    jax.distributed.initialize(settings["coordinator"], 2, settings["process"])
+import numpy as np
+import gpt2jax
+from gpt2jax.train.loop import finetune
+
+config = gpt2jax.GPT2Config(
+    n_layer=2, n_head=4, n_embd=32, vocab_size=96, n_positions=32, bos_token_id=95, eos_token_id=95,
+    embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+)
+model = gpt2jax.from_config(config, seed=0)
+texts = [list(map(int, np.random.default_rng(i).integers(0, 90, 20 + i))) for i in range(24)]
+out = []
+for run in settings["runs"]:
+    lora = gpt2jax.LoRAConfig(rank=4) if run.pop("lora", False) else None
+    fields = {"steps": 4, "batch_size": 16, "sequence_length": 16, "log_every": 1, **run.pop("config", {})}
+    finetune_config = gpt2jax.FinetuneConfig(lora=lora, **fields)
+    result = finetune(
+        model, texts, finetune_config, validation_texts=texts[:5], progress=False, resume="output" in run, **run
+    )
+    leaf = jax.tree.leaves(result.model.adapters or result.model.params)[0]
+    out.append({
+        "losses": [e["loss"] for e in result.history],
+        "validation": result.history[-1]["validation_loss"],
+        "sum": float(sum(np.abs(np.asarray(x)).sum() for x in jax.tree.leaves(result.model.params))),
+        "devices": len(leaf.sharding.device_set),
+    })
+if jax.process_index() == 0:
+    print("RESULT" + json.dumps(out))
+"""
+
+
+def environment(devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_parallel_codegen_split_count=2"
+    # XLA's rendezvous wait for all devices: their threads must not be fewer
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": "16"}
+
+
+def start(settings: dict, devices: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(settings)],
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process: subprocess.Popen[str]) -> list[dict]:
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-4000:]
+    return json.loads(stdout.rpartition("RESULT")[2])
+
+
+def same(runs: list[dict], reference: dict) -> None:
+    for run in runs:
+        assert run["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+        assert run["validation"] == pytest.approx(reference["validation"], abs=1e-5)
+        assert run["sum"] == pytest.approx(reference["sum"], rel=1e-5)
+        assert run["devices"] == 1  # what a run gives back is whole
+
+
+@pytest.fixture(scope="module")
+def single() -> list[dict]:
+    return result(start({"runs": [{}, {"lora": True}]}, 1))
+
+
+def test_meshes_of_eight_devices_train_as_one_device_does(single):
+    meshes = [{}, {"fsdp": 8, "accumulation": 2}, {"fsdp": 4, "tensor_parallel": 2}, {"fsdp": 4}]
+    runs = [{"config": mesh} for mesh in meshes] + [{"lora": True, "config": {"fsdp": 2}}]
+    *full, lora = result(start({"runs": runs}, 8))
+    same(full, single[0])
+    same([lora], single[1])
+
+
+def test_two_processes_train_as_one_and_their_checkpoint_goes_on_with_one_device(single, tmp_path):
+    folder = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    runs = [{"config": {}}, {"output": str(folder), "config": {"fsdp": 2}}]
+    settings = {"runs": runs, "coordinator": coordinator}
+    first, second = (start({**settings, "process": i}, 1) for i in range(2))
+    try:
+        same(result(first), single[0])
+        stderr = second.communicate(timeout=60)[1]
+        assert second.returncode == 0, stderr[-4000:]
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    # the newest checkpoint is of the last step: without it the run goes on from the one before
+    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert newest.name == "4"
+    newest.rename(tmp_path / "aside")
+    same(result(start({"runs": [{"output": str(folder)}]}, 1)), single[0])
