@@ -91,6 +91,22 @@ def test_evaluate_and_compare(run, texts, tmp_path, capsys):
     assert "takes two models" in fails(capsys, "compare", "gpt2-mini")
 
 
+def test_evaluate_into_a_folder(texts, tmp_path, capsys):
+    out = tmp_path / "evaluation"
+    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--windows", "rolling"]
+    main(["evaluate", *data, "--out", str(out)])
+    assert "in rolling windows of 32" in capsys.readouterr().out
+    first = json.loads((out / "evaluation.json").read_text())
+    assert first["schema"] == "gpt2jax.evaluation" and first["word_perplexity"] > first["perplexity"] > 1
+    assert "holds an evaluation" in fails(capsys, "evaluate", *data, "--out", str(out))
+    main(["evaluate", *data, "--out", str(out), "--resume"])
+    again = json.loads((out / "evaluation.json").read_text())
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    other = fails(capsys, "evaluate", *data, "--limit", "1", "--out", str(out), "--resume")
+    assert "other texts" in other
+    assert "--out FOLDER" in fails(capsys, "evaluate", *data, "--resume")
+
+
 def test_generate(tmp_path, capsys, monkeypatch):
     settings = ["--max-new-tokens", "8", "--seed", "3"]
     main(["generate", "Return the", *settings])

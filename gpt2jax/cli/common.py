@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -83,9 +83,13 @@ class DataOptions:
 
     def texts(self, split: str, *, limit: int | None = None) -> list[str]:
         """The texts of "train", "validation", "test" or "all", at most `limit` of them."""
-        from gpt2jax.data.sources import load_texts
+        return list(self.iterate(split, limit=limit))
 
-        texts = load_texts(
+    def iterate(self, split: str, *, limit: int | None = None) -> Iterator[str]:
+        """The same one by one, never all in memory."""
+        from gpt2jax.data.sources import iterate_texts
+
+        return iterate_texts(
             self.data,
             split=split,
             text_column=self.text_column,
@@ -94,4 +98,3 @@ class DataOptions:
             revision=self.data_revision,
             documents=self.documents,
         )
-        return list(texts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 import tyro
@@ -24,7 +24,13 @@ class Options:
         split: which of them; "all" for everything.
         sequence_length: tokens of one row. Default: 128, or the shortest context if that is less.
         batch_size: rows at once.
-        windows: "first" (the first tokens of each text, as the study did), "disjoint" or "sliding" (all of each text).
+        windows: "first" (the first tokens of each text, as the study did), "disjoint", "sliding" or "rolling" (all of
+            each text, the last as lm-evaluation-harness counts it).
+        stride: of sliding windows. Default: half the sequence length.
+        compute_dtype: operands of matrix products.
+        training_data: where the models' training texts come from (as --data); the report says how much of the texts
+            stands in them.
+        training_split: which of these.
         prompts: prompts for the generated texts. Default: a set that suits the data.
         max_new_tokens: length of the generated texts.
         top_k: draw among so many of the likeliest tokens; 0 for all.
@@ -38,7 +44,11 @@ class Options:
     split: Literal["train", "validation", "test", "all"] = "test"
     sequence_length: int | None = None
     batch_size: int = 32
-    windows: Literal["first", "disjoint", "sliding"] = "first"
+    windows: Literal["first", "disjoint", "sliding", "rolling"] = "first"
+    stride: int | None = None
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    training_data: str | None = None
+    training_split: Literal["train", "validation", "test", "all"] = "train"
     prompts: tuple[str, ...] | None = None
     max_new_tokens: int = 100
     top_k: int = 5
@@ -75,6 +85,9 @@ def run(options: Options) -> None:
         sequence_length=options.sequence_length or min(128, context),
         batch_size=options.batch_size,
         windows=options.windows,
+        stride=options.stride,
+        compute_dtype=options.compute_dtype,
+        training_texts=training_texts(options),
         max_new_tokens=options.max_new_tokens,
         top_k=options.top_k or None,
         seed=options.seed,
@@ -85,6 +98,14 @@ def run(options: Options) -> None:
     console = Console()
     print_comparison(comparison, console)
     console.print(f"[bold]wrote[/]  {options.out}/report.html, report.md, comparison.json", highlight=False)
+
+
+def training_texts(options: Options) -> Iterator[str] | None:
+    """The texts that --training-data names."""
+    if options.training_data is None:
+        return None
+    source = dataclasses.replace(options.source, data=options.training_data)
+    return source.iterate(options.training_split)
 
 
 def named_models(arguments: Sequence[str]) -> dict[str, str]:

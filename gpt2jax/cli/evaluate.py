@@ -6,9 +6,9 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from gpt2jax.cli.common import DataOptions, run_command
+from gpt2jax.cli.common import DataOptions, command_line, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +21,14 @@ class Options:
         split: which of them; "all" for everything.
         sequence_length: tokens of one row. Default: 128, or the model's context if that is less.
         batch_size: rows at once.
-        windows: "first" (the first tokens of each text, as the study did), "disjoint" or "sliding" (all of each text).
+        windows: "first" (the first tokens of each text, as the study did), "disjoint", "sliding" or "rolling" (all of
+            each text, the last as lm-evaluation-harness counts it).
         stride: of sliding windows. Default: half the sequence length.
         compute_dtype: operands of matrix products.
         seed: taken for the sake of uniformity; an evaluation draws nothing at random.
-        out: write the figures to this JSON file.
+        out: a file (*.json) for the figures, or a folder for evaluation.json and the state that --resume goes on from.
+        resume: go on where an evaluation into that folder was killed.
+        overwrite: replace an evaluation that the folder holds.
     """
 
     model: str = "gpt2-mini"
@@ -33,11 +36,13 @@ class Options:
     split: Literal["train", "validation", "test", "all"] = "test"
     sequence_length: int | None = None
     batch_size: int = 32
-    windows: Literal["first", "disjoint", "sliding"] = "first"
+    windows: Literal["first", "disjoint", "sliding", "rolling"] = "first"
     stride: int | None = None
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
     out: pathlib.Path | None = None
+    resume: bool = False
+    overwrite: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,32 +53,68 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(options: Options) -> None:
     """Loads, evaluates, prints."""
     from rich.console import Console
-    from rich.table import Table
 
+    from gpt2jax.evaluation.evaluation import SCHEMA, SCHEMA_VERSION
     from gpt2jax.evaluation.metrics import evaluate
+    from gpt2jax.evaluation.provenance import describe_model, versions
     from gpt2jax.files import atomic_write
     from gpt2jax.language_model import load
 
+    file, state = output_files(options)
     model = load(options.model)
-    texts = options.source.texts(options.split, limit=options.source.limit)
     result = evaluate(
         model,
-        texts,
+        options.source.iterate(options.split, limit=options.source.limit),
         sequence_length=options.sequence_length or min(128, model.config.n_positions),
         batch_size=options.batch_size,
         windows=options.windows,
         stride=options.stride,
         compute_dtype=options.compute_dtype,
+        state=state,
+        resume=options.resume,
         progress=True,
     )
+    figures = result.as_dict()
+    Console().print(figures_table(options, figures))
+    print(f"Scored: {result.recipe}.")
+    if file is not None:
+        content = {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            **figures,
+            "model": describe_model(model),
+            "data": {"documents": result.documents, "sha256": result.data_sha256},
+            "versions": versions(),
+            "command": command_line("evaluate"),
+            "seconds": round(result.seconds, 3),
+        }
+        with atomic_write(file) as stream:
+            json.dump(content, stream, indent=2, allow_nan=False)
+        print(f"wrote {file}")
+
+
+def output_files(options: Options) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+    """The file for the figures and that for the state."""
+    if options.out is None or options.out.suffix == ".json":
+        if options.resume:
+            raise ValueError("--resume needs the folder of an evaluation: --out FOLDER")
+        return options.out, None
+    file, state = options.out / "evaluation.json", options.out / "state.npz"
+    if state.exists() and not (options.resume or options.overwrite):
+        raise FileExistsError(
+            f"{options.out} holds an evaluation: --resume it, --overwrite it, or choose another --out"
+        )
+    return file, state
+
+
+def figures_table(options: Options, figures: dict[str, Any]) -> Any:
+    """The single figures as a table for the terminal."""
+    from rich.table import Table
+
     table = Table(title=f"{options.model} on {options.source.data}, {options.split}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name, value in result.as_dict().items():
-        if isinstance(value, (int, float, str)):
+    for name, value in figures.items():
+        if isinstance(value, (int, float, str)) and name != "recipe":
             table.add_row(name, f"{value:.6f}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    if options.out is not None:
-        with atomic_write(options.out) as file:
-            json.dump(result.as_dict(), file, indent=2)
-        print(f"wrote {options.out}")
+    return table

@@ -115,7 +115,7 @@ def run(options: Options) -> None:
         overwrite=options.overwrite,
     )
     if options.compare:
-        _compare(options, model, result, test_texts, console)
+        _compare(options, model, result, test_texts, train_texts, console)
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "adapter" if options.lora else "model"
     console.print(
@@ -123,7 +123,9 @@ def run(options: Options) -> None:
     )
 
 
-def _compare(options: Options, model: Any, result: Any, texts: list[str], console: Any) -> None:
+def _compare(
+    options: Options, model: Any, result: Any, texts: list[str], training_texts: list[str], console: Any
+) -> None:
     from gpt2jax.evaluation.compare import compare
     from gpt2jax.evaluation.report import print_comparison
 
@@ -133,6 +135,7 @@ def _compare(options: Options, model: Any, result: Any, texts: list[str], consol
         texts,
         prompts=options.prompts or default_prompts(options.source.data),
         sequence_length=length,
+        training_texts=training_texts,
         max_new_tokens=options.max_new_tokens,
         seed=options.train.seed,
         history=result.history,

@@ -108,6 +108,33 @@ def load_texts(
         ValueError: a wrong option, unknown format, unclear column, damaged content, or no text in that split.
         FileNotFoundError: there is no such file, or the hub does not give the data.
     """
+    texts = iterate_texts(
+        source,
+        split=split,
+        text_column=text_column,
+        limit=limit,
+        streaming=streaming,
+        revision=revision,
+        documents=documents,
+    )
+    return texts if streaming else list(texts)
+
+
+def iterate_texts(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    text_column: str | None = None,
+    limit: int | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+    documents: str = "file",
+) -> Iterator[str]:
+    """The texts of `load_texts` one by one, so that they are never all in memory.
+
+    Args are those of `load_texts`, but for `streaming`: read a data set of the hub as it comes, without downloading
+    it first. Files are always read as they come.
+    """
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}, all")
     if documents not in DOCUMENTS:
@@ -120,8 +147,7 @@ def load_texts(
     first = list(itertools.islice(texts, 1))
     if not first:
         raise ValueError(f"{source} has no texts" + (f" in its {split} split" if split != "all" else ""))
-    texts = itertools.islice(itertools.chain(first, texts), limit)
-    return texts if streaming else list(texts)
+    return itertools.islice(itertools.chain(first, texts), limit)
 
 
 def split_texts(texts: Iterable[str], split: str) -> Iterator[str]:

@@ -8,21 +8,14 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from gpt2jax.evaluation.evaluation import Evaluation, finite
-from gpt2jax.evaluation.excerpts import Excerpt, largest_differences
-from gpt2jax.evaluation.generations import generate_texts
+from gpt2jax.evaluation.evaluation import Evaluation
+from gpt2jax.evaluation.excerpts import Excerpt, excerpts
+from gpt2jax.evaluation.gains import loss_standard_error, paired_difference, where_gain_lies
+from gpt2jax.evaluation.generations import generate_texts, repetition_by_model
 from gpt2jax.evaluation.metrics import check_settings, check_texts, evaluate
+from gpt2jax.evaluation.overlap import text_overlap
 from gpt2jax.evaluation.provenance import data_fingerprint, describe_model, versions
-from gpt2jax.evaluation.statistics import (
-    PER_BYTE,
-    PER_TOKEN,
-    PairedDifference,
-    bootstrap_interval,
-    ratio_standard_error,
-    win_rate,
-)
+from gpt2jax.evaluation.statistics import PairedDifference
 from gpt2jax.files import atomic_write
 from gpt2jax.language_model import LanguageModel
 
@@ -52,8 +45,13 @@ class Comparison:
         models: name to {"source", "parameters", "fingerprint"}.
         evaluations: name to `Evaluation`.
         paired: name to `PairedDifference`, for every model but the first.
-        generations: one dict a text: model, prompt, text, seconds, tokens_per_second, tokens, finish_reason,
-            seed, distinct_1, distinct_2, repeated_4.
+        gains: name to where the difference to the first model lies, see `gpt2jax.evaluation.gains`; none where the
+            models' tokens differ.
+        overlap: what the texts share with the training texts, see `gpt2jax.evaluation.overlap`; None where no
+            training texts were given.
+        generations: one dict a text: model, prompt, text, seconds, tokens_per_second, token_ids, tokens,
+            finish_reason, seed, mean_logprob, distinct_1, distinct_2, distinct_3, repeated_4.
+        repetition: name to the same figures over all texts of the model, and self_overlap_4.
         excerpts: name to the documents on which the model gains and loses most against the first; none where
             the models' tokens differ.
         settings: of the generation and the bootstrap.
@@ -67,7 +65,10 @@ class Comparison:
     models: dict[str, dict[str, Any]]
     evaluations: dict[str, Evaluation]
     paired: dict[str, PairedDifference]
+    gains: dict[str, dict[str, list[dict[str, Any]]]]
+    overlap: dict[str, Any] | None
     generations: list[dict[str, Any]]
+    repetition: dict[str, dict[str, float | None]]
     excerpts: dict[str, dict[str, list[Excerpt]]]
     settings: dict[str, Any]
     data: dict[str, Any]
@@ -100,7 +101,10 @@ class Comparison:
                 for name, evaluation in self.evaluations.items()
             ],
             "paired": {name: difference.as_dict() for name, difference in self.paired.items()},
+            "gains": self.gains,
+            "overlap": self.overlap,
             "generations": self.generations,
+            "repetition": self.repetition,
             "settings": self.settings,
             "data": self.data,
             "versions": self.versions,
@@ -159,6 +163,7 @@ def compare(
     windows: str = "first",
     stride: int | None = None,
     compute_dtype: str = "float32",
+    training_texts: Iterable[Any] | None = None,
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     temperature: float = 1.0,
@@ -180,6 +185,7 @@ def compare(
             model has no tokenizer. Prompt number i is sampled with seed + i, the same for every model, so
             that a prompt that occurs twice gives two texts.
         sequence_length, batch_size, windows, stride, compute_dtype: see `evaluate`.
+        training_texts: what the models were trained on: the comparison says how much of `texts` stands in them.
         max_length, max_new_tokens: of the generated texts, see `generate`. Default: max_length 200, as in the
             study, or the shortest context if that is less.
         temperature, top_k, top_p, do_sample: see `generate`.
@@ -195,7 +201,7 @@ def compare(
     Raises:
         ValueError: no models, a setting out of range, nothing to score, or `windows="first"` between models
             that cut texts into different tokens, since their first tokens cover different parts of the texts.
-            With "disjoint" or "sliding" such models are compared in nats per byte.
+            With the other windows such models are compared in nats per byte.
     """
     _check_models(models)
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
@@ -210,7 +216,7 @@ def compare(
     if not same_tokens and windows == "first":
         raise ValueError(
             "the models have different tokenizers, so their first tokens cover different parts of the texts: "
-            "use windows='disjoint' or 'sliding', which score whole texts and are compared in nats per byte"
+            "use windows='disjoint', 'sliding' or 'rolling', which score whole texts and are compared in nats per byte"
         )
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
     sampling |= _length_limit(models, max_length, max_new_tokens)
@@ -226,6 +232,7 @@ def compare(
             windows=windows,
             stride=stride,
             compute_dtype=compute_dtype,
+            per_token=same_tokens,
             progress=progress,
         )
         for name, model in models.items()
@@ -242,16 +249,20 @@ def compare(
         )
         for name in others
     }
-    tokenizer = models[baseline].tokenizer
+    tokenizer, end = models[baseline].tokenizer, models[baseline].end_token_id
+    alike = {name: (evaluations[baseline], evaluations[name]) for name in (others if same_tokens else [])}
     return Comparison(
         models={name: describe_model(model) for name, model in models.items()},
         evaluations=evaluations,
         paired=paired,
-        generations=generations,
-        excerpts={
-            name: largest_differences(evaluations[baseline], evaluations[name], tokenizer)
-            for name in (others if same_tokens else [])
+        gains={
+            name: where_gain_lies(*pair, tokenizer=tokenizer, end_token_id=end)
+            for name, pair in alike.items()
         },
+        overlap=None if training_texts is None else text_overlap(training_texts, texts),
+        generations=generations,
+        repetition=repetition_by_model(generations),
+        excerpts={name: excerpts(*pair, tokenizer) for name, pair in alike.items()},
         settings={"seed": seed, "resamples": resamples, **sampling},
         data={"documents": len(texts), "sha256": data_fingerprint(texts)},
         versions=versions(),
@@ -259,45 +270,6 @@ def compare(
         history=None if history is None else [dict(entry) for entry in history],
         command=command,
     )
-
-
-def paired_difference(
-    first: Evaluation, second: Evaluation, *, baseline: str, same_tokens: bool, resamples: int, seed: int
-) -> PairedDifference:
-    """Second less first, document by document.
-
-    Args:
-        first, second: evaluations of the same texts.
-        baseline: name of the first.
-        same_tokens: both scored the same tokens; else the difference is per byte of text.
-        resamples, seed: of the bootstrap.
-    """
-    if same_tokens:
-        unit, sizes = PER_TOKEN, first.document_tokens.astype(np.float64)
-        differences = second.document_loss - first.document_loss
-    else:
-        unit, sizes = PER_BYTE, first.document_bytes
-        if sizes is None or first.document_text_loss is None or second.document_text_loss is None:
-            raise ValueError("models with different token ids need a tokenizer each to be compared")
-        differences = second.document_text_loss - first.document_text_loss
-    hits = second.document_hits - first.document_hits
-    return PairedDifference(
-        baseline=baseline,
-        unit=unit,
-        difference=float(differences.sum() / sizes.sum()),
-        standard_error=ratio_standard_error(differences, sizes),
-        interval=bootstrap_interval(differences, sizes, resamples=resamples, seed=seed),
-        win_rate=win_rate(differences),
-        accuracy_difference=float(hits.sum() / sizes.sum()) if same_tokens else None,
-        accuracy_standard_error=ratio_standard_error(hits, sizes) if same_tokens else None,
-        documents=first.documents,
-        resamples=resamples,
-    )
-
-
-def loss_standard_error(evaluation: Evaluation) -> float | None:
-    """Standard error of a model's loss per token over documents."""
-    return finite(ratio_standard_error(evaluation.document_loss, evaluation.document_tokens))
 
 
 # ---- arguments ----

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt2jax.evaluation.evaluation import Evaluation
+from gpt2jax.evaluation.gains import largest_differences
 from gpt2jax.tokenizer import Tokenizer
 
-MIN_TOKENS = 16  # of shorter documents the mean is mostly chance
 MAX_TOKENS = 256  # shown of one document
 END_MARK = "■"  # stands for the end token
 
@@ -32,35 +32,32 @@ class Excerpt:
     pieces: list[tuple[str, float]]
 
 
-def largest_differences(
+def excerpts(
     first: Evaluation, second: Evaluation, tokenizer: Tokenizer | None, *, count: int = 3
 ) -> dict[str, list[Excerpt]]:
-    """The documents that the second model gains most on, and those it loses most on, by the mean per token.
-
-    Documents under `MIN_TOKENS` scored tokens are left out unless there are no others.
+    """The documents with the largest differences, see `gpt2jax.evaluation.gains.largest_differences`.
 
     Args:
-        first, second: evaluations that scored the same tokens.
+        first, second: evaluations that scored the same tokens, with the scores of every token.
         tokenizer: for the text; without one token ids are shown.
         count: at most so many of each.
 
     Returns:
         {"gains": difference below 0, largest first; "losses": above 0, largest first}.
     """
-    sizes = first.document_tokens
-    means = (second.document_loss - first.document_loss) / sizes
-    candidates = np.flatnonzero(sizes >= min(MIN_TOKENS, int(sizes.max())))
-    order = candidates[np.argsort(means[candidates], kind="stable")]
-    gains = [index for index in order[:count] if means[index] < 0]
-    losses = [index for index in order[::-1][:count] if means[index] > 0]
+    a, b = first.per_token, second.per_token
+    if a is None or b is None:
+        raise ValueError("excerpts need evaluations made with per_token=True")
 
     def excerpt(index: int) -> Excerpt:
-        begin, end = int(first.offsets[index]), int(first.offsets[index + 1])
+        begin, end = int(a.offsets[index]), int(a.offsets[index + 1])
         shown = slice(begin, min(end, begin + MAX_TOKENS))
-        differences = second.token_loss[shown].astype(np.float64) - first.token_loss[shown]
-        pieces = _pieces(first.labels[shown].tolist(), differences.tolist(), tokenizer)
-        return Excerpt(int(index), float(means[index]), end - begin, pieces)
+        differences = b.loss[shown].astype(np.float64) - a.loss[shown]
+        mean = (second.document_loss[index] - first.document_loss[index]) / (end - begin)
+        pieces = _pieces(a.labels[shown].tolist(), differences.tolist(), tokenizer)
+        return Excerpt(index, float(mean), end - begin, pieces)
 
+    gains, losses = largest_differences(first, second, count)
     return {"gains": [excerpt(i) for i in gains], "losses": [excerpt(i) for i in losses]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ def generate_texts(
                     "text": output.text,
                     "seconds": round(seconds, 4),
                     "tokens_per_second": round(steps / seconds, 1),
+                    "token_ids": list(output.token_ids),
                     "tokens": len(output.token_ids),
                     "finish_reason": output.finish_reason,
                     "seed": seed + index,
@@ -66,22 +68,62 @@ def repetition(token_ids: Sequence[int]) -> dict[str, float | None]:
     """Figures of one text; None where it has no n-gram of that size.
 
     Returns:
-        distinct_1, distinct_2: different 1-grams and 2-grams over all of them, 1 = none occurs twice.
+        distinct_1, distinct_2, distinct_3: different n-grams over all of them, 1 = none occurs twice.
         repeated_4: share of the 4-grams that occurred before in the text, 0 = none.
 
-    Source: distinct-n of Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation
-        Models";
+    Source: distinct-n of Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models";
     repeated n-grams (seq-rep-4) of Welleck et al. 2019, "Neural Text Generation with Unlikelihood Training".
     """
-    four = distinct(token_ids, 4)
+    return _repetition([token_ids])
+
+
+def repetition_by_model(generations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Figures over all texts of each model.
+
+    Args:
+        generations: from `generate_texts`.
+
+    Returns:
+        Name to those of `repetition`, n-grams of all texts counted together, and self_overlap_4: share of a text's
+        different 4-grams that also occur in another text of the model, the mean over texts; None where there is one
+        text, or none has a 4-gram. tokens, seconds and tokens_per_second are sums over the texts and their ratio.
+    """
+    found = {}
+    for name in dict.fromkeys(generation["model"] for generation in generations):
+        mine = [generation for generation in generations if generation["model"] == name]
+        texts = [generation["token_ids"] for generation in mine]
+        seconds, tokens = sum(g["seconds"] for g in mine), sum(g["tokens"] for g in mine)
+        found[name] = {
+            **_repetition(texts),
+            "self_overlap_4": _self_overlap(texts),
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        }
+    return found
+
+
+def _repetition(texts: Sequence[Sequence[int]]) -> dict[str, float | None]:
+    four = _distinct(texts, 4)
     return {
-        "distinct_1": distinct(token_ids, 1),
-        "distinct_2": distinct(token_ids, 2),
+        **{f"distinct_{n}": _distinct(texts, n) for n in (1, 2, 3)},
         "repeated_4": None if four is None else 1.0 - four,
     }
 
 
-def distinct(token_ids: Sequence[int], n: int) -> float | None:
-    """Different n-grams over all n-grams; None if there are none."""
-    grams = list(zip(*(token_ids[i:] for i in range(n)), strict=False))
-    return len(set(grams)) / len(grams) if grams else None
+def _distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:
+    """Different n-grams within each text over all n-grams; None if there are none."""
+    grams = [_grams(text, n) for text in texts]
+    total = sum(map(len, grams))
+    return sum(len(set(each)) for each in grams) / total if total else None
+
+
+def _self_overlap(texts: Sequence[Sequence[int]]) -> float | None:
+    grams = [set(_grams(text, 4)) for text in texts]
+    holders = Counter(gram for each in grams for gram in each)
+    shares = [sum(holders[gram] > 1 for gram in each) / len(each) for each in grams if each]
+    return sum(shares) / len(shares) if shares and len(texts) > 1 else None
+
+
+def _grams(token_ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return list(zip(*(token_ids[i:] for i in range(n)), strict=False))

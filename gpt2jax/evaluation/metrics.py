@@ -1,41 +1,48 @@
 """Loss, accuracy, perplexity and bits per byte of a model on texts, from the loss of every single token.
 
-The loss and hit of each scored token are fetched and kept (5 bytes a token; logits never leave the device),
-and every figure is a sum over them in float64 in the order of the texts: no figure depends on how the rows
-    were batched.
+The texts are read, scored and summed up piece by piece: memory does not grow with their number but for a few sums a
+document. Every figure is a sum over documents in float64 in the order of the texts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import hashlib
+import itertools
+import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.data.batches import Batch, check_long_enough
+from gpt2jax.data.batches import check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
 from gpt2jax.evaluation.evaluation import Evaluation, Settings
+from gpt2jax.evaluation.provenance import add_text, params_fingerprint
+from gpt2jax.evaluation.scoring import Score, score_windows, scorer
+from gpt2jax.evaluation.state import State, read_state, write_state
+from gpt2jax.evaluation.sums import (
+    Breakdown,
+    DocumentSums,
+    TokenScores,
+    break_down,
+    sum_by_document,
+    text_sums,
+)
 from gpt2jax.evaluation.windows import (
-    Windows,
     check_windows,
     cut_documents,
     encode_beginnings,
+    plan_rolling_windows,
     plan_windows,
-    row_batches,
-    study_batches,
 )
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.losses import token_losses
-from gpt2jax.model import Params, head_kernel, hidden_states
-from gpt2jax.precision import Precision, precision
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.precision import precision
+
+# documents that are read, scored and summed up at once
+PIECE = 1024
 
 
 def evaluate(
@@ -47,72 +54,94 @@ def evaluate(
     windows: str = "first",
     stride: int | None = None,
     compute_dtype: str = "float32",
+    devices: Sequence[Any] | None = None,
+    per_token: bool = False,
+    state: str | pathlib.Path | None = None,
+    resume: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Loss and accuracy of a model on texts.
 
-    The end token goes in front of each text and is the label behind it. An empty text counts with its end
-    token.
+    The end token goes in front of each text and is the label behind it. An empty text counts with its end token.
 
     Args:
         model: a model, with adapters or without.
-        texts: list of str, of lists of token ids, or a column of a `datasets.Dataset`.
+        texts: str, lists of token ids, or a column of a `datasets.Dataset`; a list, or an iterator that reads as it
+            goes: no more than `PIECE` texts are held at once.
         sequence_length: T, the most tokens a row holds.
         batch_size: B, rows at once. It changes time and memory, not the figures.
-        windows: "first" (the first T - 1 tokens of each text, as in the study), "disjoint" or "sliding" (the
-            whole of each text). The study's own two figures are of the first T - 1 tokens in any case.
+        windows: "first" (the first T - 1 tokens of each text, as in the study), "disjoint", "sliding" (the whole of
+            each text) or "rolling" (the whole, as lm-evaluation-harness counts it: no end token is scored). The
+            study's own two figures are of the first T - 1 tokens in any case.
         stride: with "sliding", labels each row advances; T - stride is the least context. Default T // 2.
         compute_dtype: "float32", "bfloat16" or "float16", of the matrix products.
+        devices: jax devices that share each batch's rows. Default: all of this process.
+        per_token: keep the scores of every token as well, 20 bytes each.
+        state: file to keep what has been found so far, replaced after each `PIECE` texts.
+        resume: go on from there. The texts must be the same; those that are done are read and not scored again.
         progress: show a progress bar.
 
     Returns:
         An `Evaluation`.
 
     Raises:
-        ValueError: there are no texts, none has two tokens, or a setting is out of range.
+        ValueError: there are no texts, none has two tokens, a setting is out of range, or the state belongs to
+            another evaluation.
         TypeError: `texts` is one string.
     """
     began = time.perf_counter()
     settings = check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
     if isinstance(texts, str | bytes):
         raise TypeError("texts is one string; pass a list of texts")
-    # the study's windows need the beginnings only, and reading whole articles takes longer than scoring them
-    documents = _tokenize(model, list(texts), first=sequence_length if windows == "first" else None)
-    check_long_enough(documents)
-    end = model.end_token_id
-    first = cut_documents(documents, sequence_length - 1)
-    first_rows = plan_windows(first, sequence_length, sequence_length)
-    scored, rows = first, first_rows
-    if windows != "first":
-        scored, rows = documents, plan_windows(documents, sequence_length, settings.stride)
-    score = functools.partial(
-        _score,
-        params=model.merge_adapter().params,
-        config=model.config,
-        numerics=precision(compute_dtype),
-        end_token_id=end,
-        settings=settings,
-    )
-    with _progress(len(first_rows) + (len(rows) if rows is not first_rows else 0), progress) as advance:
-        study = score(first, first_rows, study=True, advance=advance)
-        found = study if rows is first_rows else score(scored, rows, study=False, advance=advance)
-    labels = np.insert(scored.tokens.astype(np.int32), scored.offsets[1:], end)
-    token_bytes = None
-    if model.tokenizer is not None:
-        token_bytes = byte_lengths(model.tokenizer, model.config.vocab_size)[labels]
+    if state is not None and per_token:
+        raise ValueError("per_token=True: a state file holds sums and no tokens; leave out one of them")
+    if resume and state is None:
+        raise ValueError("resume=True needs the state file to resume from")
+    path = None if state is None else pathlib.Path(state)
+    identity = {}
+    if path is not None:
+        model_hash = params_fingerprint((model.params, model.adapters))
+        identity = dataclasses.asdict(settings) | {"piece": PIECE, "model": model_hash}
+    found = read_state(path, identity) if path is not None and resume else State()
+    digest = hashlib.sha256()
+    iterator = iter(texts)
+    _skip_done(iterator, found, digest)
+    earlier, scores = found.seconds, []
+    score, count = scorer(model, compute_dtype, devices)
+    size = len(texts) if hasattr(texts, "__len__") else None  # type: ignore[arg-type]
+    with _progress(size, found.documents, progress) as advance:
+        while piece := list(itertools.islice(iterator, PIECE)):
+            for text in piece:
+                add_text(digest, text)
+            try:
+                part, breakdown, tokens, longest = _score_piece(model, piece, settings, score, count, advance)
+            except ValueError as error:
+                if found.documents:  # a text is named by its place in the piece
+                    raise ValueError(f"counted from text {found.documents}: {error}") from error
+                raise
+            found = State(
+                part if found.sums is None else DocumentSums.join([found.sums, part]),
+                breakdown if found.breakdown is None else found.breakdown + breakdown,
+                digest.hexdigest(),
+                max(found.longest, longest),
+                earlier + time.perf_counter() - began,
+            )
+            if path is not None:
+                write_state(path, found, identity)
+            if per_token:
+                scores.append(tokens)
+    if found.sums is None or found.breakdown is None:
+        raise ValueError("there are no texts: the data set is empty")
+    if found.longest < 2:
+        check_long_enough(Documents(np.empty(0), np.zeros(found.documents + 1, np.int64)))
     return Evaluation(
-        settings=settings,
-        offsets=rows.offsets,
-        labels=labels,
-        positions=rows.positions(),
-        token_loss=found.loss,
-        token_hit=found.hit,
-        token_bytes=token_bytes,
-        documents_cut=int((documents.lengths > scored.lengths).sum()),
-        keras_loss_sum=float(study.loss.sum(dtype=np.float64)),
-        keras_hits=int(study.hit.sum()) + study.hits_on_padding,
-        keras_positions=len(documents) * sequence_length,
-        seconds=time.perf_counter() - began,
+        settings,
+        found.sums,
+        found.breakdown,
+        has_text=model.tokenizer is not None,
+        data_sha256=digest.hexdigest(),
+        seconds=earlier + time.perf_counter() - began,
+        per_token=TokenScores.join(scores) if per_token else None,
     )
 
 
@@ -145,6 +174,18 @@ def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:
     check_long_enough(_tokenize(model, texts))
 
 
+def _skip_done(texts: Iterator[Any], found: State, digest: Any) -> None:
+    """Moves on to the first text that is not done, or ValueError where those before are not the same."""
+    skipped = 0
+    for text in itertools.islice(texts, found.documents):
+        add_text(digest, text)
+        skipped += 1
+    if found.documents and (skipped < found.documents or digest.hexdigest() != found.data_sha256):
+        raise ValueError(
+            f"the state is of {found.documents:,} other texts than the first {skipped:,} here: do not resume from it"
+        )
+
+
 def _tokenize(model: LanguageModel, texts: Sequence[Any], first: int | None = None) -> Documents:
     """The texts as documents, of which the first `first` tokens are wanted, or all."""
     if first is not None and model.tokenizer is not None:
@@ -156,98 +197,63 @@ def _tokenize(model: LanguageModel, texts: Sequence[Any], first: int | None = No
     return tokenize_documents(texts, model.tokenizer, vocab_size=model.config.vocab_size)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scores:
-    """Result of a pass: loss [tokens] float32, hit [tokens] bool, and the hits on padding of a study pass."""
-
-    loss: np.ndarray
-    hit: np.ndarray
-    hits_on_padding: int
-
-
-def _score(
-    documents: Documents,
-    windows: Windows,
-    *,
-    params: Params,
-    config: GPT2Config,
-    numerics: Precision,
-    end_token_id: int,
-    study: bool,
+def _score_piece(
+    model: LanguageModel,
+    texts: Sequence[Any],
     settings: Settings,
-    advance: Callable[[int], None],
-) -> _Scores:
-    loss = np.empty(windows.offsets[-1], np.float32)
-    hit = np.empty(windows.offsets[-1], bool)
-    hits_on_padding = 0
-    size = {"sequence_length": settings.sequence_length, "batch_size": settings.batch_size}
-    if study:
-        batches = study_batches(documents, **size, end_token_id=end_token_id)
-    else:
-        batches = row_batches(documents, windows, **size, end_token_id=end_token_id)
-
-    def run() -> Iterator[tuple[np.ndarray, Batch, tuple[jax.Array, jax.Array]]]:
-        for chosen, batch in batches:
-            inputs = (batch["tokens"], batch["targets"], batch.get("mask"))
-            yield chosen, batch, _token_scores(params, *inputs, config=config, numerics=numerics)
-
-    for chosen, batch, results in _one_ahead(run()):
-        row_loss, row_hit = (np.asarray(x) for x in results)
-        for row, index in enumerate(chosen):
-            kept = np.flatnonzero(batch["weights"][row])
-            start = windows.offsets[windows.document[index]] + windows.score[index]
-            loss[start : start + len(kept)] = row_loss[row, kept]
-            hit[start : start + len(kept)] = row_hit[row, kept]
-        if study:
-            real = len(chosen)
-            hits_on_padding += int((row_hit[:real] & (batch["weights"][:real] == 0)).sum())
-        advance(len(chosen))
-    return _Scores(loss, hit, hits_on_padding)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "numerics"))
-def _token_scores(params, tokens, targets, mask, *, config, numerics):
-    # positions run on over padding, as in Keras; padding is on the right, so no other figure depends on it
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = hidden_states(
-        params, config, tokens, positions=positions, attention_mask=mask, precision=numerics
+    score: Score,
+    devices: int,
+    advance: Callable[[float], None],
+) -> tuple[DocumentSums, Breakdown, TokenScores, int]:
+    """Sums and scores of some texts, and the number of tokens of the longest."""
+    length, end = settings.sequence_length, model.end_token_id
+    # the study's windows need the beginnings only, and reading whole articles takes longer than scoring them
+    documents = _tokenize(model, texts, first=length if settings.windows == "first" else None)
+    first = cut_documents(documents, length - 1)
+    plans = [(first, plan_windows(first, length, length))]
+    if settings.windows == "rolling":
+        plans.append((documents, plan_rolling_windows(documents, length)))
+    elif settings.windows != "first":
+        plans.append((documents, plan_windows(documents, length, settings.stride)))
+    share = len(texts) / sum(len(windows) for _, windows in plans)
+    passes = [
+        score_windows(
+            score,
+            *plan,
+            sequence_length=length,
+            batch_size=settings.batch_size,
+            devices=devices,
+            end_token_id=end,
+            study=index == 0,
+            advance=lambda rows: advance(share * rows),
+        )
+        for index, plan in enumerate(plans)
+    ]
+    (study, on_padding), (scores, _) = passes[0], passes[-1]
+    vocab_size = model.config.vocab_size
+    sums = DocumentSums(
+        tokens=np.diff(scores.offsets),
+        loss=sum_by_document(scores.loss, scores.offsets),
+        hits=sum_by_document(scores.rank == 0, scores.offsets, np.int64),
+        hits_top5=sum_by_document(scores.rank < 5, scores.offsets, np.int64),
+        **text_sums(scores, model.tokenizer, vocab_size),
+        keras_loss=sum_by_document(study.loss, study.offsets),
+        keras_hits=sum_by_document(study.rank == 0, study.offsets, np.int64) + on_padding,
+        cut=documents.lengths > plans[-1][0].lengths,
     )
-    return token_losses(hidden, head_kernel(params), targets, numerics)
-
-
-def _one_ahead(results: Iterator[Any]) -> Iterator[Any]:
-    """The same items, each held back until the next is under way: the device works as the host collects."""
-    held = next(results, None)
-    for item in results:
-        yield held
-        held = item
-    if held is not None:
-        yield held
-
-
-@functools.lru_cache(maxsize=8)
-def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """[V] int32 length in bytes of every token id; 0 for special tokens and for ids that have no text."""
-    lengths = np.zeros(vocab_size, np.int32)
-    special = set(tokenizer.special_tokens.values())
-    for token_id in range(min(vocab_size, tokenizer.vocab_size)):
-        if token_id not in special:
-            try:
-                lengths[token_id] = len(tokenizer.decode_bytes([token_id]))
-            except ValueError:  # a hole in the vocabulary: no text encodes to it
-                continue
-    return lengths
+    breakdown = break_down(scores, end_token_id=end, sequence_length=length, vocab_size=vocab_size)
+    return sums, breakdown, scores, int(documents.lengths.max())
 
 
 @contextlib.contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(rows)`: a bar on stderr, or nothing."""
+def _progress(total: int | None, done: int, show: bool) -> Iterator[Callable[[float], None]]:
+    """Yields `advance(documents)`: a bar on stderr, or nothing."""
     if not show:
-        yield lambda rows: None
+        yield lambda documents: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("evaluating", total=total)
-        yield lambda rows: progress.advance(task, rows)
+        task = progress.add_task("evaluating", total=total, completed=done)
+        yield lambda documents: progress.advance(task, documents)

@@ -38,13 +38,18 @@ def data_fingerprint(texts: Sequence[Any]) -> str:
     """SHA-256 (hex) of the texts, each behind its length, so that where one ends counts too."""
     digest = hashlib.sha256()
     for text in texts:
-        if isinstance(text, str):
-            data = text.encode("utf-8", "surrogatepass")
-        else:
-            data = np.asarray(text, "<i8").tobytes()
-        digest.update(f"{isinstance(text, str):d} {len(data)}\n".encode())
-        digest.update(data)
+        add_text(digest, text)
     return digest.hexdigest()
+
+
+def add_text(digest: Any, text: Any) -> None:
+    """Feeds one text, a string or token ids, to the hash of `data_fingerprint`."""
+    if isinstance(text, str):
+        data = text.encode("utf-8", "surrogatepass")
+    else:
+        data = np.asarray(text, "<i8").tobytes()
+    digest.update(f"{isinstance(text, str):d} {len(data)}\n".encode())
+    digest.update(data)
 
 
 def versions() -> dict[str, str]:

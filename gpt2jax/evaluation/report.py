@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpt2jax.evaluation.compare import Comparison, loss_standard_error
+from gpt2jax.evaluation.compare import Comparison
 from gpt2jax.evaluation.excerpts import Excerpt
+from gpt2jax.evaluation.gains import loss_standard_error
 from gpt2jax.evaluation.statistics import CONFIDENCE, PairedDifference
 
 if TYPE_CHECKING:

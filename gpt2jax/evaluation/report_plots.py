@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.evaluation.compare import Comparison, loss_standard_error
+from gpt2jax.evaluation.compare import Comparison
+from gpt2jax.evaluation.gains import loss_standard_error
 from gpt2jax.evaluation.report import number
 from gpt2jax.evaluation.statistics import PER_TOKEN
 

@@ -1,16 +1,15 @@
 """Which tokens are scored, and how much context each one sees.
 
 The labels of a document of n tokens are its tokens and the end token behind them: n + 1 labels, the first
-    predicted
-from an end token in front. A document longer than T labels does not fit one row:
+predicted from an end token in front. A document longer than T labels does not fit one row:
 
-- "first": only its first T - 1 tokens and an end token as last label, as in the study. Where a document was
-cut, that
-  end token is not in the text, and a good model loses on it.
+- "first": only its first T - 1 tokens and an end token as last label, as in the study. Where a document was cut,
+  that end token is not in the text, and a good model loses on it.
 - "disjoint": rows of T side by side. The first token of a row has almost no context.
-- "sliding": rows of T that advance by `stride`; each scores only the labels that no earlier row did, which so
-have at
-  least T - stride tokens of context.
+- "sliding": rows of T that advance by `stride`; each scores only the labels that no earlier row did, which so have
+  at least T - stride tokens of context.
+- "rolling": as lm-evaluation-harness counts: the n tokens alone are labels, without an end token behind them; rows
+  side by side, the last of which reaches back to be full and scores what is left.
 
 Every label is scored exactly once.
 """
@@ -26,7 +25,7 @@ from gpt2jax.data.batches import Batch, document_row, pad_row
 from gpt2jax.data.documents import Documents
 from gpt2jax.tokenizer import Tokenizer
 
-WINDOWS = ("first", "disjoint", "sliding")
+WINDOWS = ("first", "disjoint", "sliding", "rolling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +95,8 @@ def cut_documents(documents: Documents, length: int) -> Documents:
 def encode_beginnings(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[list[int]]:
     """The first `count` tokens of each text, from no more of the text than that takes.
 
-    A space between two visible characters begins a new piece for the tokenizer, whatever follows: the tokens
-        of a text
-    cut there are the first tokens of the whole.
+    A space between two visible characters begins a new piece for the tokenizer, whatever follows: the tokens of a
+    text cut there are the first tokens of the whole.
     """
     rows: list[list[int]] = [[] for _ in texts]
     pending, limit = list(range(len(texts))), 8 * count
@@ -128,8 +126,7 @@ def _cut_place(text: str, limit: int) -> int:
 
 
 def plan_windows(documents: Documents, sequence_length: int, stride: int) -> Windows:
-    """Rows of T = `sequence_length` labels, each `stride` further, that score every label of every document
-    once."""
+    """Rows of T = `sequence_length` labels, each `stride` further, that score every label once."""
     labels = documents.lengths + 1
     counts = 1 + np.maximum(0, -(-(labels - sequence_length) // stride))
     document = np.repeat(np.arange(len(documents)), counts)
@@ -138,6 +135,17 @@ def plan_windows(documents: Documents, sequence_length: int, stride: int) -> Win
     end = np.minimum(begin + sequence_length, labels[document])
     score = np.where(number == 0, 0, begin - stride + sequence_length)
     return Windows(document, begin, end, score, np.concatenate([[0], np.cumsum(labels)]))
+
+
+def plan_rolling_windows(documents: Documents, sequence_length: int) -> Windows:
+    """Rows of T = `sequence_length` labels as lm-evaluation-harness cuts them; none for a document without tokens."""
+    labels = documents.lengths
+    counts = -(-labels // sequence_length)
+    document = np.repeat(np.arange(len(documents)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    end = np.minimum((number + 1) * sequence_length, labels[document])
+    begin = np.maximum(end - sequence_length, 0)
+    return Windows(document, begin, end, number * sequence_length, np.concatenate([[0], np.cumsum(labels)]))
 
 
 def window_row(documents: Documents, windows: Windows, index: int, width: int, end_token_id: int) -> Batch:
@@ -164,6 +172,12 @@ def study_row(ids: np.ndarray, sequence_length: int, end_token_id: int) -> Batch
     return row
 
 
+def bucketed_batch_size(rows: int, batch_size: int, devices: int = 1) -> int:
+    """Rows of every batch: `batch_size`, or the next power of two where there are fewer; a multiple of `devices`."""
+    rows = min(batch_size, 1 << max(rows - 1, 0).bit_length())
+    return -(-rows // devices) * devices
+
+
 def row_batches(
     documents: Documents, windows: Windows, *, sequence_length: int, batch_size: int, end_token_id: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -173,7 +187,6 @@ def row_batches(
     cost less and there are few shapes to compile.
     """
     ladder = sorted({max(1, -(-sequence_length // (1 << k))) for k in range(4)})
-    batch_size = min(batch_size, len(windows))
     order = np.argsort(-windows.widths, kind="stable")
     for chosen in _chunks(order, batch_size):
         longest = int(windows.widths[chosen].max())
@@ -186,7 +199,6 @@ def study_batches(
     documents: Documents, *, sequence_length: int, batch_size: int, end_token_id: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """The rows of Keras in the order of the documents: (row indices [at most B], batch [B, T])."""
-    batch_size = min(batch_size, len(documents))
     for chosen in _chunks(np.arange(len(documents)), batch_size):
         rows = [study_row(documents[int(index)], sequence_length, end_token_id) for index in chosen]
         yield chosen, _stack(rows, batch_size)

@@ -14,10 +14,11 @@ import pytest
 from tiny_models import CONFIG, decode_bytes, encode, random_model, uniform_model
 
 from gpt2jax.evaluation import STUDY_PROMPTS, compare, evaluate, print_comparison
-from gpt2jax.evaluation.compare import paired_difference
 from gpt2jax.evaluation.evaluation import Evaluation, Settings
-from gpt2jax.evaluation.generations import repetition
+from gpt2jax.evaluation.gains import paired_difference, where_gain_lies
+from gpt2jax.evaluation.generations import repetition, repetition_by_model
 from gpt2jax.evaluation.provenance import params_fingerprint
+from gpt2jax.evaluation.sums import DocumentSums, TokenScores, break_down, sum_by_document
 from gpt2jax.generation import generate
 
 LENGTH = 16
@@ -54,7 +55,7 @@ def folder(comparison, tmp_path_factory):
 
 def test_evaluations_are_those_of_evaluate(comparison, model):
     alone = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=8)
-    np.testing.assert_array_equal(alone.token_loss, comparison.evaluations["generic"].token_loss)
+    np.testing.assert_array_equal(alone.sums.loss, comparison.evaluations["generic"].sums.loss)
     assert comparison.baseline == "generic"
 
 
@@ -110,12 +111,23 @@ def test_generations(comparison, model):
 
 
 def evaluation_of(losses: list[list[float]], hits: list[list[bool]]) -> Evaluation:
-    """An evaluation with given losses of each document's tokens, one byte each and no end token."""
+    """An evaluation with given losses of each document's tokens, which have the ids 0, 1, ... in each."""
     offsets = np.cumsum([0] + [len(row) for row in losses])
-    flat = np.concatenate(losses).astype(np.float32)
-    ones = np.ones(len(flat), np.int32)
+    labels = np.concatenate([np.arange(len(row)) for row in losses])
+    rank = np.where(np.concatenate(hits), 0, 7)
+    loss = np.concatenate(losses).astype(np.float32)
+    scores = TokenScores(offsets, labels, labels, loss, rank, np.full(len(loss), 0.5, np.float32))
+    none = np.zeros(len(losses), np.int64)
+    sums = DocumentSums(
+        np.diff(offsets),
+        sum_by_document(loss, offsets),
+        sum_by_document(rank == 0, offsets, np.int64),
+        *(none,) * 7,
+        none > 0,
+    )
+    breakdown = break_down(scores, end_token_id=9, sequence_length=LENGTH, vocab_size=10)
     settings = Settings(LENGTH, "disjoint", LENGTH, 1, "float32")
-    return Evaluation(settings, offsets, ones, ones, flat, np.concatenate(hits), ones, 0, 1.0, 0, 1, 0.0)
+    return Evaluation(settings, sums, breakdown, False, "", 0.0, scores)
 
 
 def test_paired_difference_by_hand():
@@ -129,6 +141,33 @@ def test_paired_difference_by_hand():
     assert found.accuracy_difference == pytest.approx((1 + 1 - 1) / 7)
     assert -1.25 <= found.interval[0] <= found.difference <= found.interval[1] <= 0
     assert found.documents == 3 and found.unit == "nats per token"
+
+
+def test_where_the_gain_lies_by_hand():
+    first = evaluation_of([[2, 2], [4, 4, 4, 4], [1]], [[True, False], [False] * 4, [True]])
+    second = evaluation_of([[1, 2], [3, 3, 3, 2], [3]], [[True, True], [True, False, False, False], [False]])
+    found = where_gain_lies(first, second, tokenizer=None, end_token_id=9)
+    assert [(c["class"], c["tokens"], c["difference"]) for c in found["position"]] == [
+        ("1", 3, pytest.approx((-1 - 1 + 2) / 3)),
+        ("2 to 3", 3, pytest.approx((0 - 1 - 1) / 3)),
+        ("4 to 7", 1, -2),
+    ]
+    assert [c["share"] for c in found["position"]] == pytest.approx([0, 0.5, 0.5])
+    # every id occurs once in seven tokens or more often
+    assert [(c["class"], c["tokens"], c["share"]) for c in found["frequency"]] == [
+        ("1 in 100 or more often", 7, 1)
+    ]
+    assert [c["class"] for c in found["kind"]] == ["no text"]
+    # documents of fewer than four tokens are left out where there are longer ones
+    assert found["gains"] == [{"document": 1, "tokens": 4, "difference": -1.25}] and found["losses"] == []
+    counts = np.array([5_000, 400, 30, 0, 0, 0, 0, 0, 0, 94_570])
+    rare = where_gain_lies(first, second, tokenizer=None, end_token_id=9, token_counts=counts)["frequency"]
+    assert [(c["class"], c["tokens"]) for c in rare] == [
+        ("1 in 100 or more often", 3),
+        ("1 in 1,000", 2),
+        ("1 in 10,000", 1),
+        ("never", 1),
+    ]
 
 
 def test_a_model_against_itself(model):
@@ -158,7 +197,7 @@ def test_one_model(model, tmp_path):
 def test_different_tokenizers_are_compared_per_byte(model):
     larger = random_model(2, dataclasses.replace(CONFIG, vocab_size=350, bos_token_id=None, eos_token_id=349))
     models = {"a": model, "b": larger}
-    with pytest.raises(ValueError, match="different tokenizers.*'disjoint' or 'sliding'"):
+    with pytest.raises(ValueError, match="different tokenizers.*'disjoint', 'sliding' or 'rolling'"):
         compare(models, TEXTS, [], **SETTINGS)
     found = compare(models, TEXTS, [], windows="disjoint", **SETTINGS)
     a, b = found.evaluations.values()
@@ -342,8 +381,24 @@ def test_without_a_tokenizer(model):
 def test_repetition_by_hand():
     # a b a b a b: 2 of 6 tokens, 2 of 5 pairs, 2 of 3 quadruples are new
     figures = repetition([1, 2, 1, 2, 1, 2])
-    assert figures == pytest.approx({"distinct_1": 1 / 3, "distinct_2": 2 / 5, "repeated_4": 1 / 3})
-    assert repetition([1]) == {"distinct_1": 1.0, "distinct_2": None, "repeated_4": None}
+    by_hand = {"distinct_1": 1 / 3, "distinct_2": 2 / 5, "distinct_3": 2 / 4, "repeated_4": 1 / 3}
+    assert figures == pytest.approx(by_hand)
+    assert repetition([1]) == {"distinct_1": 1.0, "distinct_2": None, "distinct_3": None, "repeated_4": None}
+
+
+def test_repetition_over_texts_by_hand():
+    texts = {"a": [[1, 2, 1, 2, 1, 2], [2, 1, 2, 1, 9], []], "b": [[1, 2, 3, 4]]}
+    generations = [
+        {"model": name, "token_ids": ids, "tokens": len(ids), "seconds": 0.5}
+        for name, rows in texts.items()
+        for ids in rows
+    ]
+    found = repetition_by_model(generations)
+    # of "a": 4-grams 1212 and 2121 in the first text, 2121 and 1219 in the second; the shared one is half of each
+    assert found["a"]["self_overlap_4"] == 0.5 and found["b"]["self_overlap_4"] is None
+    assert found["a"]["repeated_4"] == pytest.approx(1 / 5)
+    assert found["a"]["distinct_1"] == pytest.approx((2 + 3) / 11)
+    assert found["a"]["tokens"] == 11 and found["a"]["tokens_per_second"] == pytest.approx(11 / 1.5, abs=0.05)
 
 
 def test_fingerprints_tell_models_apart(model, other_model):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from tiny_models import CONFIG, decode_bytes, encode, numpy_logits, numpy_losses, random_model, uniform_model
 
 from gpt2jax.evaluation import evaluate
+from gpt2jax.evaluation.evaluation import Evaluation
+from gpt2jax.evaluation.sums import TokenScores
 from gpt2jax.lora import LoRAConfig, init_adapters
 from gpt2jax.tokenizer import Tokenizer
 
@@ -24,6 +27,11 @@ TEXTS = [
     "<|endoftext|>!!!!",
     "the\n\n\tlast   one \x00",
 ]
+
+
+def tokens_of(result: Evaluation) -> TokenScores:
+    assert result.per_token is not None
+    return result.per_token
 
 
 def study_by_hand(model, texts, length):
@@ -59,7 +67,7 @@ def test_study_figures_equal_float64_numpy(keen_model, batch_size):
     assert result.keras_positions == positions
     assert result.keras_accuracy == hits / positions
     assert result.keras_loss == pytest.approx(loss, rel=1e-5)
-    on_padding = result.keras_hits - int(result.token_hit.sum())
+    on_padding = result.keras_hits - result.sums.hits.sum()
     assert 0 < on_padding < positions - result.tokens  # else this test says nothing about padding
 
 
@@ -87,56 +95,68 @@ def test_what_stands_on_padding_matters_to_the_study_accuracy(keen_model):
 
 
 @pytest.mark.parametrize(
-    ("windows", "stride"), [("first", None), ("disjoint", None), ("sliding", 5), ("sliding", 1)]
+    ("windows", "stride"),
+    [("first", None), ("disjoint", None), ("sliding", 5), ("sliding", 1), ("rolling", None)],
 )
-def test_token_losses_equal_float64_numpy(model, windows, stride):
-    result = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=3, windows=windows, stride=stride)
+def test_token_scores_equal_float64_numpy(model, windows, stride):
+    result = evaluate(
+        model, TEXTS, sequence_length=LENGTH, batch_size=3, windows=windows, stride=stride, per_token=True
+    )
+    scores = tokens_of(result)
     end = model.end_token_id
     step = stride or LENGTH
     for index, text in enumerate(TEXTS):
         ids = encode(model, text)
         ids = ids[: LENGTH - 1] if windows == "first" else ids
         inputs, labels = np.array([end, *ids]), np.array([*ids, end])
-        expected = np.full(len(labels), np.nan)
+        if windows == "rolling":
+            inputs, labels = inputs[:-1], labels[:-1]
+        expected = np.full((3, len(labels)), np.nan)  # loss, rank, confidence
         begin = 0
         while np.isnan(expected).any():
+            if windows == "rolling":  # the last window reaches back to be full
+                begin = max(0, min(begin, len(labels) - LENGTH))
             part = slice(begin, min(begin + LENGTH, len(labels)))
             size = part.stop - part.start
-            losses = numpy_losses(
-                numpy_logits(model.params, CONFIG, inputs[part], np.ones(size)), labels[part]
-            )
-            fresh = np.isnan(expected[part])
-            expected[part] = np.where(fresh, losses, expected[part])
+            logits = numpy_logits(model.params, CONFIG, inputs[part], np.ones(size))
+            losses = numpy_losses(logits, labels[part])
+            ranks = (logits > logits[np.arange(size), labels[part], None]).sum(-1)
+            found = np.stack([losses, ranks, np.exp(-numpy_losses(logits, logits.argmax(-1)))])
+            fresh = np.isnan(expected[:, part])
+            expected[:, part] = np.where(fresh, found, expected[:, part])
             begin += step
-        mine = slice(result.offsets[index], result.offsets[index + 1])
-        np.testing.assert_array_equal(result.labels[mine], labels)
-        np.testing.assert_allclose(result.token_loss[mine], expected, rtol=2e-5, atol=2e-5)
-        assert result.document_loss[index] == pytest.approx(expected.sum(), rel=1e-5)
+        mine = slice(scores.offsets[index], scores.offsets[index + 1])
+        np.testing.assert_array_equal(scores.labels[mine], labels)
+        np.testing.assert_allclose(scores.loss[mine], expected[0], rtol=2e-5, atol=2e-5)
+        np.testing.assert_array_equal(scores.rank[mine], expected[1])
+        np.testing.assert_allclose(scores.confidence[mine], expected[2], rtol=2e-5)
+        assert result.document_loss[index] == pytest.approx(expected[0].sum(), rel=1e-5)
     assert result.loss == pytest.approx(result.document_loss.sum() / result.document_tokens.sum(), rel=1e-12)
-    assert result.accuracy == result.token_hit.mean()
+    assert result.accuracy == (scores.rank == 0).mean()
+    assert result.accuracy_top5 == (scores.rank < 5).mean()
 
 
 def test_study_figures_do_not_depend_on_windows(model):
-    first, sliding, disjoint = (
+    first, sliding, disjoint, rolling = (
         evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=3, windows=windows)
-        for windows in ("first", "sliding", "disjoint")
+        for windows in ("first", "sliding", "disjoint", "rolling")
     )
-    assert first.keras_loss == sliding.keras_loss == disjoint.keras_loss
+    assert first.keras_loss == sliding.keras_loss == disjoint.keras_loss == rolling.keras_loss
     assert first.keras_hits == sliding.keras_hits == disjoint.keras_hits
-    assert sliding.tokens == disjoint.tokens > first.tokens
+    assert sliding.tokens == disjoint.tokens == rolling.tokens + len(TEXTS) > first.tokens
 
 
 def test_figures_do_not_depend_on_batches(model):
     texts = [text for text in TEXTS for _ in range(3)]
     for windows in ("first", "sliding"):
         results = [
-            evaluate(model, texts, sequence_length=LENGTH, batch_size=size, windows=windows)
+            evaluate(model, texts, sequence_length=LENGTH, batch_size=size, windows=windows, per_token=True)
             for size in (2, 7)
         ]
-        for result in results[1:]:
-            np.testing.assert_allclose(result.token_loss, results[0].token_loss, rtol=1e-5, atol=1e-6)
-            np.testing.assert_array_equal(result.token_hit, results[0].token_hit)
-            assert result.keras_hits == results[0].keras_hits
+        one, other = map(tokens_of, results)
+        np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(one.rank, other.rank)
+        assert results[0].keras_hits == results[1].keras_hits
 
 
 def test_a_text_counts_alike_among_others_and_alone(model):
@@ -149,7 +169,7 @@ def test_a_text_counts_alike_among_others_and_alone(model):
             assert alone.document_hits[0] == together.document_hits[index]
     short = evaluate(model, ["to be"], sequence_length=LENGTH)
     long = evaluate(model, ["to be"], sequence_length=4 * LENGTH)
-    np.testing.assert_allclose(short.token_loss, long.token_loss, rtol=1e-5)
+    assert short.loss == pytest.approx(long.loss, rel=1e-5)
     assert short.keras_loss == pytest.approx(4 * long.keras_loss, rel=1e-5)
 
 
@@ -165,7 +185,16 @@ def test_uniform_model():
     # 300 tokens cost log2(300) bits each; the end tokens are no text
     assert result.bits_per_byte == pytest.approx(tokens * math.log2(300) / size, rel=1e-6)
     # all logits are equal: the first id counts as the most likely
-    assert result.token_hit.sum() == (result.labels == 0).sum()
+    assert result.sums.hits.sum() == result.breakdown.vocabulary_tokens[0]
+    assert result.sums.hits_top5.sum() == result.breakdown.vocabulary_tokens[:5].sum()
+    assert result.bits_per_character == pytest.approx(
+        tokens * math.log2(300) / sum(map(len, texts)), rel=1e-6
+    )
+    assert result.word_perplexity == pytest.approx(math.exp(tokens * math.log(300) / (1 + 31)), rel=1e-5)
+    assert result.byte_perplexity == pytest.approx(2**result.bits_per_byte, rel=1e-9)
+    # all predictions have probability 1/300: they are in the first bin, and right as often as "!" occurs
+    assert result.calibration_error == pytest.approx(abs(1 / 300 - result.accuracy), rel=1e-5)
+    assert result.calibration()[0]["tokens"] == result.tokens
 
 
 def test_bytes_of_a_cut_text_are_those_of_its_scored_tokens():
@@ -184,7 +213,7 @@ def test_token_ids_need_no_tokenizer(model):
     bare = dataclasses.replace(model, tokenizer=None)
     ids = [encode(model, text) for text in TEXTS]
     result, expected = (evaluate(m, t, sequence_length=LENGTH) for m, t in ((bare, ids), (model, TEXTS)))
-    np.testing.assert_array_equal(result.token_loss, expected.token_loss)
+    np.testing.assert_array_equal(result.sums.loss, expected.sums.loss)
     assert result.bits_per_byte is None and expected.bits_per_byte is not None
     assert result.as_dict()["bits_per_byte"] is None
 
@@ -194,8 +223,7 @@ def test_a_vocabulary_with_ids_without_text():
     config = dataclasses.replace(CONFIG, vocab_size=320, eos_token_id=299)
     model = random_model(0, config, Tokenizer.gpt2(300))
     result = evaluate(model, [[5, 6, 310, 7], "ab"], sequence_length=8)
-    assert result.token_bytes is not None
-    assert result.token_bytes.tolist() == [1, 1, 0, 1, 0, 1, 1, 0]
+    assert result.sums.bytes.tolist() == [3, 2]
 
 
 def test_adapters_count(model):
@@ -215,16 +243,48 @@ def test_narrow_dtypes_are_close(model):
         assert narrow.loss != exact.loss
 
 
+def test_tables_add_up_to_the_figures(keen_model):
+    texts = [*TEXTS, [1] * 5 + [0] * 3]
+    result = evaluate(keen_model, texts, sequence_length=LENGTH, windows="disjoint", per_token=True)
+    scores, table = tokens_of(result), result.breakdown
+    loss, hits = result.sums.loss.sum(), result.sums.hits.sum()
+    assert table.vocabulary_tokens.tolist() == np.bincount(scores.labels, minlength=300).tolist()
+    assert table.vocabulary_loss.sum() == pytest.approx(loss) and table.vocabulary_hits.sum() == hits > 0
+    by_hand = 0.0
+    for low in range(15):
+        inside = (scores.confidence >= low / 15) & (scores.confidence < (low + 1) / 15)
+        if inside.any():
+            gap = scores.confidence[inside].mean(dtype=np.float64) - (scores.rank[inside] == 0).mean()
+            by_hand += abs(gap) * inside.sum() / result.tokens
+            assert result.calibration()[low]["tokens"] == inside.sum()
+    assert result.calibration_error == pytest.approx(by_hand, rel=1e-6)
+    classes = result.loss_by_frequency()
+    assert sum(entry["tokens"] for entry in classes) == result.tokens
+    assert sum(entry["tokens"] * (entry["loss"] or 0) for entry in classes) == pytest.approx(loss)
+    common = table.vocabulary_tokens >= result.tokens / 100
+    assert classes[0]["tokens"] == table.vocabulary_tokens[common].sum()
+    assert classes[-1] == {"class": "never", "tokens": 0, "loss": None, "accuracy": None}
+
+
+def test_text_is_measured_as_it_is(model):
+    """Words as lm-evaluation-harness counts them, characters as Python does."""
+    texts = [*TEXTS, "  two  words\n"]
+    sums = evaluate(model, texts, sequence_length=LENGTH, windows="rolling").sums
+    assert sums.characters.tolist() == [len(text) for text in texts]
+    assert sums.bytes.tolist() == [len(text.encode()) for text in texts]
+    assert sums.words.tolist() == [len(re.split(r"\s+", text)) if text else 0 for text in texts]
+    assert sums.words[-1] == 4 and not sums.cut.any()
+
+
 def test_loss_by_position(model):
-    result = evaluate(model, TEXTS, sequence_length=LENGTH, windows="sliding", stride=4)
+    result = evaluate(model, TEXTS, sequence_length=LENGTH, windows="sliding", stride=4, per_token=True)
     sums, counts = result.loss_by_position()
-    last = result.offsets[1:] - 1
+    scores = tokens_of(result)
+    last = scores.offsets[1:] - 1
     assert counts.sum() == result.tokens - len(TEXTS)
-    assert sums.sum() == pytest.approx(
-        result.document_loss.sum() - result.token_loss[last].sum(dtype=np.float64)
-    )
-    first = [result.offsets[index] for index, text in enumerate(TEXTS) if text]
-    assert sums[0] == pytest.approx(result.token_loss[first].sum(dtype=np.float64))
+    assert sums.sum() == pytest.approx(result.document_loss.sum() - scores.loss[last].sum(dtype=np.float64))
+    first = [scores.offsets[index] for index, text in enumerate(TEXTS) if text]
+    assert sums[0] == pytest.approx(scores.loss[first].sum(dtype=np.float64))
     assert counts[0] == len(first)  # with context from before, no other token is the first of its row
 
 
@@ -252,7 +312,11 @@ def test_a_model_without_finite_loss_is_still_json(model):
         (["some text"], {"sequence_length": 1}, "sequence_length=1 must be a whole number of at least 2"),
         (["some text"], {"sequence_length": 8.0}, "sequence_length=8.0 must be a whole number"),
         (["some text"], {"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
-        (["some text"], {"windows": "all"}, "windows='all' is not known; known: first, disjoint, sliding"),
+        (
+            ["some text"],
+            {"windows": "all"},
+            "windows='all' is not known; known: first, disjoint, sliding, rolling",
+        ),
         (["some text"], {"windows": "sliding", "stride": 17}, "stride=17 must be a whole number from 1 to"),
         (["some text"], {"stride": 4}, "stride=4 has no meaning with windows='first'"),
         (["some text"], {"compute_dtype": "int8"}, "compute_dtype='int8' is not known"),

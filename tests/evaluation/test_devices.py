@@ -1,0 +1,49 @@
+"""The same sums from one device and from four."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import jax
+from tiny_models import random_model
+from gpt2jax.evaluation import evaluate
+
+texts = ["", "a", "été and 🙂"] + [f"text {{i}} " + "word " * i for i in range(20)]
+found = []
+for windows in ("first", "sliding"):
+    for devices in (jax.devices()[:1], None):
+        result = evaluate(
+            random_model(0), texts, sequence_length=16, batch_size=6, windows=windows, devices=devices
+        )
+        found.append(result.as_dict(per_document=True))
+print(json.dumps([jax.device_count(), found]))
+"""
+
+
+def test_four_devices_give_the_sums_of_one():
+    program = PROGRAM.format(tests=str(pathlib.Path(__file__).parents[1]))
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    count, results = json.loads(done.stdout)
+    assert count == 4
+    for one, four in zip(results[::2], results[1::2], strict=True):
+        for name in ("loss_sum", "text_loss_sum", "keras_loss", "calibration_error"):
+            assert four[name] == pytest.approx(one[name], rel=1e-6), name
+        assert four["document_loss"] == pytest.approx(one["document_loss"], rel=1e-6)
+        for name in ("hits", "hits_top5", "keras_hits", "tokens", "document_hits"):
+            assert four[name] == one[name], name
