@@ -1,9 +1,10 @@
 """Batches as a pure function of (seed, step): resuming needs the step number and nothing else.
 
-Two layouts:
+Three layouts:
 
 - "windows": all documents end to end, an end token before each and after the last, cut into windows of T tokens.
   Every token is a label once an epoch; the cut moves by a random amount from epoch to epoch.
+- "packed": whole documents (cut only where they are longer than T), several in a row, kept apart by segment ids.
 - "documents": the study's. One row a document: end token, its first T - 1 tokens, and the end token as last label.
   What is longer is cut, what is shorter is padded.
 """
@@ -18,8 +19,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from gpt2jax.data.documents import Documents
+from gpt2jax.data.packing import Packing, pack_documents
 
-LAYOUTS = ("windows", "documents")
+LAYOUTS = ("windows", "documents", "packed")
 
 Batch = dict[str, np.ndarray]
 
@@ -37,7 +39,7 @@ class Batches:
         seed: of the order; each epoch has its own permutation.
 
     Raises:
-        ValueError: no document has two tokens, so that there is nothing to predict.
+        ValueError: there is nothing to predict: no document has two tokens, or all of them are prompts.
     """
 
     documents: Documents
@@ -46,44 +48,45 @@ class Batches:
     batch_size: int
     end_token_id: int
     seed: int
-    _stream: np.ndarray = dataclasses.field(init=False, repr=False)
+    _rows: Rows = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_long_enough(self.documents)
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout={self.layout!r} is not known; known: {', '.join(LAYOUTS)}")
-        stream = (
-            join_documents(self.documents, self.end_token_id) if self.layout == "windows" else np.empty(0)
-        )
-        object.__setattr__(self, "_stream", stream)
+        rows = make_rows(self.documents, self.layout, self.sequence_length, self.end_token_id)
+        object.__setattr__(self, "_rows", rows)
 
     @property
     def rows(self) -> int:
         """Rows of one epoch."""
-        if self.layout == "documents":
-            return len(self.documents)
-        # one more than fits, since the first window of an epoch is cut short by that epoch's shift
-        return -(-(len(self._stream) - 1) // self.sequence_length) + 1
+        # windows: one more than fits, since the first window of an epoch is cut short by that epoch's shift
+        return len(self._rows) + (self.layout == "windows")
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step` (from 0): tokens, targets [B, T] int32 and weights [B, T] float32, 0 on padding."""
+        """Batch number `step` (from 0): tokens, targets [B, T] int32 and weights [B, T] float32, 0 on padding.
+
+        With layout "packed" also segment_ids [B, T] int32, from 1 on, 0 on padding.
+        """
+        return _stack([self._row(*where) for where in self._places(step)])
+
+    def documents_of(self, step: int) -> list[int]:
+        """Numbers of the documents that have a token in batch number `step`, sorted."""
+        found: set[int] = set()
+        for epoch, index in self._places(step):
+            row, shift = self._chosen(epoch, index)
+            found.update(self._rows.documents_of(row, shift))
+        return sorted(found)
+
+    def _places(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, place in its order) of each row of a batch."""
         first = step * self.batch_size
-        rows = [self._row(*divmod(index, self.rows)) for index in range(first, first + self.batch_size)]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return [divmod(index, self.rows) for index in range(first, first + self.batch_size)]
+
+    def _chosen(self, epoch: int, index: int) -> tuple[int, int]:
+        order, shift = _epoch(self.seed, epoch, self.rows, self.sequence_length)
+        return int(order[index]), shift
 
     def _row(self, epoch: int, index: int) -> Batch:
-        order, shift = _epoch(self.seed, epoch, self.rows, self.sequence_length)
-        chosen = int(order[index])
-        if self.layout == "documents":
-            return document_row(self.documents[chosen], self.sequence_length, self.end_token_id)
-        return self._window(chosen * self.sequence_length - shift)
-
-    def _window(self, start: int) -> Batch:
-        """The window of the stream that begins at `start`, which may lie before the stream or end behind it."""
-        length = self.sequence_length
-        begin, end = max(start, 0), min(start + length + 1, len(self._stream))
-        ids = self._stream[begin:end]
-        return pad_row(ids[:-1], ids[1:], length)
+        return self._rows.row(*self._chosen(epoch, index))
 
 
 @functools.lru_cache(maxsize=4)
@@ -94,21 +97,141 @@ def _epoch(seed: int, epoch: int, rows: int, sequence_length: int) -> tuple[np.n
 
 
 def check_long_enough(documents: Documents) -> None:
-    """Raises ValueError where no document has two tokens."""
+    """Raises ValueError where no document has two tokens, or nothing but prompts."""
     if len(documents) == 0:
         raise ValueError("there are no texts: the data set is empty")
     if documents.lengths.max() < 2:
         raise ValueError(
             f"all {len(documents)} texts are shorter than two tokens: there is nothing to predict in them"
         )
+    if documents.prompts is not None and (documents.lengths == documents.prompts).all():
+        raise ValueError(f"all {len(documents)} completions are empty: there is nothing to predict in them")
 
 
-def join_documents(documents: Documents, end_token_id: int) -> np.ndarray:
-    """[total + n + 1] int32: the documents with an end token before each and after the last."""
-    stream = np.full(len(documents.tokens) + len(documents) + 1, end_token_id, np.int32)
-    places = np.arange(len(documents.tokens)) + np.repeat(np.arange(len(documents)) + 1, documents.lengths)
-    stream[places] = documents.tokens
-    return stream
+# ---- rows of each layout: row(index, shift) -> Batch without the batch axis ----
+
+
+class WindowRows:
+    """Windows of the stream of all documents, an end token before each and after the last.
+
+    The stream is not made: a window is put together from the tokens that it needs.
+    """
+
+    def __init__(self, documents: Documents, sequence_length: int, end_token_id: int):
+        self.documents, self.length, self.end = documents, sequence_length, end_token_id
+        # where in the stream each end token stands
+        self.ends = documents.offsets + np.arange(len(documents) + 1)
+        self.total = int(self.ends[-1]) + 1
+
+    def __len__(self) -> int:
+        return -(-(self.total - 1) // self.length)
+
+    def row(self, index: int, shift: int = 0) -> Batch:
+        """The window that begins `shift` before index * T; it may lie before the stream or end behind it."""
+        begin, end = self._span(index, shift)
+        ids = self.stream(begin, end)
+        return pad_row(ids[:-1], ids[1:], self.length, self._weights(begin + 1, end))
+
+    def stream(self, begin: int, end: int) -> np.ndarray:
+        """Places `begin` to `end` of the stream, int32."""
+        first, last = np.searchsorted(self.ends, (begin, end))
+        ids = np.full(end - begin, self.end, np.int32)
+        is_token = np.ones(end - begin, bool)
+        is_token[self.ends[first:last] - begin] = False
+        ids[is_token] = self.documents.tokens[begin - first : end - last]
+        return ids
+
+    def documents_of(self, index: int, shift: int) -> range:
+        """Documents with a label in that window."""
+        begin, end = self._span(index, shift)
+        first, last = np.searchsorted(self.ends, (begin + 1, end - 1))
+        return range(int(first) - 1, int(last)) if end - begin > 1 else range(0)
+
+    def _span(self, index: int, shift: int) -> tuple[int, int]:
+        start = index * self.length - shift
+        begin = min(max(start, 0), self.total)
+        return begin, max(begin, min(start + self.length + 1, self.total))
+
+    def _weights(self, begin: int, end: int) -> np.ndarray | float:
+        """Weights of the places `begin` to `end` as labels: 0 in a prompt."""
+        if self.documents.prompts is None:
+            return 1.0
+        places = np.arange(begin, end)
+        document = np.searchsorted(self.ends, places) - 1  # an end token belongs to the document that it ends
+        return (places - self.ends[document] > self.documents.prompts[document]).astype(np.float32)
+
+
+class DocumentRows:
+    """One row a document, its first tokens."""
+
+    def __init__(self, documents: Documents, sequence_length: int, end_token_id: int):
+        self.documents, self.length, self.end = documents, sequence_length, end_token_id
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def row(self, index: int, shift: int = 0) -> Batch:
+        """Document number `index`."""
+        row = document_row(self.documents[index], self.length, self.end)
+        if self.documents.prompts is not None:
+            row["weights"][: self.documents.prompts[index]] = 0.0
+        return row
+
+    def documents_of(self, index: int, shift: int) -> range:
+        """The document itself."""
+        return range(index, index + 1)
+
+
+class PackedRows:
+    """Rows of several documents each, kept apart by segment ids."""
+
+    def __init__(self, documents: Documents, sequence_length: int, end_token_id: int):
+        self.documents, self.length, self.end = documents, sequence_length, end_token_id
+        self.packing: Packing = pack_documents(documents, sequence_length)
+
+    def __len__(self) -> int:
+        return len(self.packing)
+
+    def row(self, index: int, shift: int = 0) -> Batch:
+        """Row number `index` of the packing."""
+        row = pad_row(np.empty(0), np.empty(0), self.length)
+        row["segment_ids"] = np.zeros(self.length, np.int32)
+        at = 0
+        for segment, piece in enumerate(self._pieces(index), start=1):
+            document, begin = int(self.packing.documents[piece]), int(self.packing.begins[piece])
+            size = int(self.packing.lengths[piece])
+            place = slice(at, at + size)
+            ids = self.documents[document]
+            whole = np.concatenate([[self.end], ids[max(begin - 1, 0) : begin + size], [self.end]])
+            whole = whole[1 if begin else 0 :][: size + 1]
+            row["tokens"][place], row["targets"][place] = whole[:-1], whole[1:]
+            row["segment_ids"][place], row["weights"][place] = segment, 1.0
+            if self.documents.prompts is not None:
+                row["weights"][at : at + max(int(self.documents.prompts[document]) - begin, 0)][:size] = 0.0
+            at += size
+        return row
+
+    def documents_of(self, index: int, shift: int) -> list[int]:
+        """The documents of that row."""
+        return self.packing.documents[self.packing.rows[index] : self.packing.rows[index + 1]].tolist()
+
+    def _pieces(self, index: int) -> range:
+        return range(int(self.packing.rows[index]), int(self.packing.rows[index + 1]))
+
+
+Rows = WindowRows | DocumentRows | PackedRows
+_ROWS: dict[str, type[Rows]] = {"windows": WindowRows, "documents": DocumentRows, "packed": PackedRows}
+
+
+def make_rows(documents: Documents, layout: str, sequence_length: int, end_token_id: int) -> Rows:
+    """The rows of a layout.
+
+    Raises:
+        ValueError: the layout is none of `LAYOUTS`.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not known; known: {', '.join(LAYOUTS)}")
+    return _ROWS[layout](documents, sequence_length, end_token_id)
 
 
 def document_row(ids: np.ndarray, sequence_length: int, end_token_id: int) -> Batch:
@@ -117,15 +240,17 @@ def document_row(ids: np.ndarray, sequence_length: int, end_token_id: int) -> Ba
     return pad_row(row[:-1], row[1:], sequence_length)
 
 
-def pad_row(inputs: np.ndarray, targets: np.ndarray, sequence_length: int) -> Batch:
+def pad_row(
+    inputs: np.ndarray, targets: np.ndarray, sequence_length: int, weights: np.ndarray | float = 1.0
+) -> Batch:
     """Inputs and targets of equal length, filled up to T on the right with weight 0."""
     row = {
         "tokens": np.zeros(sequence_length, np.int32),
         "targets": np.zeros(sequence_length, np.int32),
         "weights": np.zeros(sequence_length, np.float32),
     }
-    size = max(len(inputs), 0)
-    row["tokens"][:size], row["targets"][:size], row["weights"][:size] = inputs, targets, 1.0
+    size = len(inputs)
+    row["tokens"][:size], row["targets"][:size], row["weights"][:size] = inputs, targets, weights
     return row
 
 
@@ -134,15 +259,12 @@ def sequential_batches(
 ) -> Iterator[Batch]:
     """All rows once and in order, for validation; the last batch is filled up with rows of weight 0."""
     check_long_enough(documents)
-    if layout == "documents":
-        count = len(documents)
-        rows = (document_row(documents[i], sequence_length, end_token_id) for i in range(count))
-    else:
-        stream = join_documents(documents, end_token_id)
-        starts = range(0, len(stream) - 1, sequence_length)
-        cuts = (stream[start : start + sequence_length + 1] for start in starts)
-        rows = (pad_row(cut[:-1], cut[1:], sequence_length) for cut in cuts)
-    empty = np.empty(0, np.int32)
-    while chunk := list(itertools.islice(rows, batch_size)):
-        chunk += [pad_row(empty, empty, sequence_length)] * (batch_size - len(chunk))
-        yield {name: np.stack([row[name] for row in chunk]) for name in chunk[0]}
+    rows = make_rows(documents, layout, sequence_length, end_token_id)
+    made = (rows.row(index) for index in range(len(rows)))
+    while chunk := list(itertools.islice(made, batch_size)):
+        empty = {name: np.zeros_like(array) for name, array in chunk[0].items()}
+        yield _stack(chunk + [empty] * (batch_size - len(chunk)))
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -65,7 +65,8 @@ def make_train_step(
         accumulation: parts that the batch is computed in.
         seed: of dropout, whose key is a function of (seed, step).
 
-    The state is donated. The batch holds tokens, targets [B, T] int and weights [B, T] float32. Metrics are float32
+    The state is donated. The batch holds tokens, targets [B, T] int, weights [B, T] float32, and for packed rows
+    segment_ids [B, T] int. Metrics are float32
     scalars on the device: loss (mean over real tokens), accuracy, tokens, grad_norm, and for float16 loss_scale
     and skipped (steps so far).
     """
@@ -76,6 +77,7 @@ def make_train_step(
             params,
             config,
             batch["tokens"],
+            segment_ids=batch.get("segment_ids"),
             precision=precision,
             dropout_key=key,
             adapters=adapters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpt2jax.data.batches import Batches, join_documents, sequential_batches
+from gpt2jax.data.batches import Batches, WindowRows, sequential_batches
 from gpt2jax.data.documents import Documents, tokenize_documents
 from gpt2jax.tokenizer import Tokenizer
 
@@ -17,6 +17,11 @@ def documents() -> Documents:
     generator = np.random.default_rng(0)
     rows = [generator.integers(0, 90, size) for size in (5, 40, 1, 17, 0, 33, 2)]
     return tokenize_documents(rows, None, vocab_size=100)
+
+
+def join_documents(documents: Documents, end: int) -> np.ndarray:
+    """All documents with an end token before each and after the last."""
+    return np.concatenate([[end], *(part for i in range(len(documents)) for part in (documents[i], [end]))])
 
 
 def make(documents, layout="windows", seed=0, length=8, batch=3):
@@ -42,9 +47,11 @@ def test_every_token_is_a_label_once_an_epoch(documents, epoch):
 
 
 def test_stream_has_end_tokens_around_documents(documents):
-    stream = join_documents(documents, END)
-    parts = [[END, *documents[i]] for i in range(len(documents))]
-    np.testing.assert_array_equal(stream, np.concatenate([*parts, [END]]))
+    rows, stream = WindowRows(documents, 8, END), join_documents(documents, END)
+    assert rows.total == len(stream)
+    for begin in range(len(stream)):
+        for end in range(begin, len(stream) + 1):
+            np.testing.assert_array_equal(rows.stream(begin, end), stream[begin:end])
 
 
 def test_function_of_seed_and_step(documents):
@@ -66,6 +73,66 @@ def test_rows_of_the_study(documents):
     labels = sorted(row["targets"][row["weights"] == 1].tolist() for row in rows)
     assert labels == sorted([*documents[i][:7].tolist(), END] for i in range(len(documents)))
     assert all(row["tokens"][0] == END for row in rows)
+
+
+def test_packed_rows_hold_every_label_once(documents):
+    batches = make(documents, layout="packed")
+    rows = rows_of_epoch(batches, 3)
+    segments = []
+    for row in rows:
+        real = row["weights"] == 1
+        np.testing.assert_array_equal(real, row["segment_ids"] > 0)
+        for segment in range(1, row["segment_ids"].max() + 1):
+            inside = row["segment_ids"] == segment
+            assert (np.diff(np.flatnonzero(inside)) == 1).all()
+            segments.append((row["tokens"][inside].tolist(), row["targets"][inside].tolist()))
+    expected = []
+    for index in range(len(documents)):
+        whole = [END, *documents[index].tolist(), END]
+        for begin in range(0, len(whole) - 1, 8):
+            piece = whole[begin : begin + 9]
+            expected.append((piece[:-1], piece[1:]))
+    assert sorted(segments) == sorted(expected)
+    # 105 labels: 14 rows would be needed if pieces could be cut anywhere
+    assert len(rows) == batches.rows == 14
+    again = make(documents, layout="packed").batch(9)
+    np.testing.assert_array_equal(batches.batch(9)["tokens"], again["tokens"])
+
+
+def test_packing_leaves_little_room():
+    generator = np.random.default_rng(1)
+    rows = [np.zeros(size, int) for size in generator.integers(1, 200, 500)]
+    batches = make(tokenize_documents(rows, None, vocab_size=100), layout="packed", length=128)
+    labels = sum(len(row) + 1 for row in rows)
+    assert batches.rows <= 1.01 * labels / 128 + 1
+
+
+@pytest.mark.parametrize("layout", ["windows", "documents", "packed"])
+def test_prompts_are_no_labels(layout):
+    rows = [{"prompt": [1, 2, 3], "completion": [4, 5]}, {"prompt": [], "completion": [6]}, [7, 8, 9]]
+    documents = tokenize_documents(rows, None, vocab_size=100)
+    batches = make(documents, layout=layout, length=16 if layout == "documents" else 4)
+    labels = []
+    for row in rows_of_epoch(batches, 0):
+        labels += row["targets"][row["weights"] == 1].tolist()
+    assert sorted(labels) == sorted([4, 5, END, 6, END, 7, 8, 9, END])
+
+
+@pytest.mark.parametrize("layout", ["windows", "documents", "packed"])
+def test_documents_of_a_batch(documents, layout):
+    batches = make(documents, layout=layout)
+    ids = [set(documents[i].tolist()) | {END} for i in range(len(documents))]
+    for step in range(6):
+        batch = batches.batch(step)
+        named = batches.documents_of(step)
+        labels = set(batch["targets"][batch["weights"] == 1].tolist())
+        assert named == sorted(set(named)) and labels <= set().union(*(ids[i] for i in named))
+    assert make(tokenize_documents([[1, 2], [3, 4]], None, vocab_size=9), layout, 0, 16, 3).documents_of(
+        0
+    ) == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("layout", ["windows", "documents"])
@@ -99,6 +166,7 @@ def test_tokenizing():
         ([[5, 100]], "text 0 has token id 100"),
         ([[1], [-2]], "text 1 has token id -2"),
         ([[1.5]], "neither a string nor"),
+        ([{"prompt": [1]}], "text 0 has the columns 'prompt'; expected 'prompt' and 'completion'"),
     ],
 )
 def test_wrong_texts(texts, message):

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from tiny_models import TINY, random_params
 
+from gpt2jax.data.batches import make_rows
+from gpt2jax.data.documents import tokenize_documents
 from gpt2jax.lora import LoRAConfig, init_adapters
+from gpt2jax.losses import token_losses
+from gpt2jax.model import head_kernel, hidden_states
 from gpt2jax.precision import precision
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import (
@@ -203,3 +207,34 @@ def test_muon_moves_the_kernels_and_adam_the_rest():
         values = np.linalg.svd(layer, compute_uv=False)
         assert values[0] < 3 * values[23]
     assert (np.asarray(after["wpe"]["embedding"][:16]) != before["wpe"]["embedding"][:16]).all()
+
+
+def test_a_packed_document_has_the_loss_it_has_alone():
+    """Losses of documents packed into rows, and of each in a row of its own."""
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(0, 99, size) for size in (5, 20, 3, 70, 0, 1, 14, 9)]
+    documents = tokenize_documents(rows, None, vocab_size=101)
+    packed = make_rows(documents, "packed", 32, 100)
+    stacked = [packed.row(index) for index in range(len(packed))]
+    assert len(packed) < len(rows)
+    whole = {name: np.stack([row[name] for row in stacked]) for name in stacked[0]}
+    params = random_params()
+
+    @jax.jit
+    def loss(params, batch):
+        hidden = hidden_states(params, TINY, batch["tokens"], segment_ids=batch["segment_ids"])
+        return token_losses(hidden, head_kernel(params), batch["targets"])[0]
+
+    losses = np.asarray(loss(params, whole))
+    compared = 0
+    for row, segments in enumerate(whole["segment_ids"]):
+        for segment in range(1, segments.max() + 1):
+            inside = segments == segment
+            alone = jax.tree.map(lambda x, row=row: np.zeros_like(x[row]), whole)
+            for name in ("tokens", "targets"):
+                alone[name][: inside.sum()] = whole[name][row][inside]
+            batch = jax.tree.map(lambda x: np.broadcast_to(x, whole["tokens"].shape), alone)
+            expected = np.asarray(loss(params, batch))[0][: inside.sum()]
+            np.testing.assert_allclose(losses[row][inside], expected, atol=1e-5)
+            compared += inside.sum()
+    assert compared == sum(len(ids) + 1 for ids in rows)
