@@ -204,17 +204,22 @@ def _load_run(path: pathlib.Path) -> LanguageModel:
 
 
 def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageModel:
-    """The model with the LoRA adapters of a PEFT folder.
+    """The model with the LoRA adapters of a PEFT folder, or of a *.lora.h5 file of Keras.
 
     Adapters that the model has already are merged into its weights first.
 
     Raises:
-        ValueError: the folder's adapters do not fit the model, or are of a kind that is not known here.
+        FileNotFoundError: nothing lies there.
+        ValueError: the adapters do not fit the model, or are of a kind that is not known here.
     """
+    from gpt2jax.weights.keras_lora import load_keras_lora
     from gpt2jax.weights.peft import load_adapter as read
 
     model = model.merge_adapter()
-    lora, adapters = read(path, model.config, model.params)
+    if pathlib.Path(path).suffix == ".h5":
+        lora, adapters = load_keras_lora(path, model.config)
+    else:
+        lora, adapters = read(path, model.config, model.params)
     return dataclasses.replace(model, adapters=adapters, lora=lora)
 
 

@@ -93,7 +93,7 @@ def load_keras(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
     file = path / PRESET_WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there are no Keras weights at {file}")
-    tensors = _h5_names(_read_h5(file), file)
+    tensors = _h5_names(read_h5(file), file)
     preset = file.parent / "config.json" if file.name == PRESET_WEIGHTS else None
     config = _config(tensors, preset, str(file))
     return config, fill(config, RULES, tensors, str(file))
@@ -254,8 +254,12 @@ def _renamed(
 # ---- h5 files ----
 
 
-def _read_h5(path: Path) -> dict[str, Tensor]:
-    """The datasets of a file by path, nothing read yet."""
+def read_h5(path: Path) -> dict[str, Tensor]:
+    """The datasets of an h5 file by path, nothing read yet.
+
+    Raises:
+        ValueError: the file is not in the format, damaged, or points to others; the message names it.
+    """
     import h5py
 
     with open(path, "rb") as file:

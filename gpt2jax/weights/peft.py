@@ -171,7 +171,9 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
                 raise ValueError(
                     f"{path}: {name}={value!r:.100} is not supported, only {PLAIN[name][0]!r} is"
                 )
-        elif name not in SHARED and name not in WITHOUT_EFFECT and value:  # what is newer than this table is off when false or empty
+        elif (
+            name not in SHARED and name not in WITHOUT_EFFECT and value
+        ):  # what is newer than this table is off when false or empty
             raise ValueError(f"{path}: {name}={value!r:.100} is not known and may change the result")
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is missing, expected 'LORA'")

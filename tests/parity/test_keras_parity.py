@@ -79,6 +79,31 @@ def test_merged_adapters(tmp_path):
     assert_same_logits(tmp_path / "merged.weights.h5", model)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        None,
+        ["query", "key", "attention_output", "feedforward_intermediate_dense", "feedforward_output_dense"],
+    ],
+    ids=["keras-hub's choice", "all others"],
+)
+def test_adapter_file(tmp_path, layers):
+    model = random_model()
+    model.save_to_preset(str(tmp_path / "preset"))
+    base = gpt2jax.load(tmp_path / "preset")
+    np.testing.assert_allclose(base.logits(IDS), logits(model), rtol=1e-5, atol=1e-5)
+    model.backbone.enable_lora(4, target_layer_names=layers)
+    rng = np.random.default_rng(2)
+    for variable in model.backbone.trainable_weights:
+        if "lora" in variable.path:
+            variable.assign(rng.normal(size=variable.shape, scale=0.1))
+    model.backbone.save_lora_weights(str(tmp_path / "adapter.lora.h5"))
+    adapted = gpt2jax.load_adapter(base, tmp_path / "adapter.lora.h5")
+    assert np.abs(base.logits(IDS) - logits(model)).max() > 0.1
+    np.testing.assert_allclose(adapted.logits(IDS), logits(model), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(adapted.merge_adapter().logits(IDS), logits(model), rtol=1e-5, atol=2e-5)
+
+
 def test_keras_hub_reads_our_preset(tmp_path):
     tokenizer = gpt2jax.Tokenizer.gpt2(300)
     config = gpt2jax.GPT2Config(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=40)

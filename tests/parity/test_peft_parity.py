@@ -11,6 +11,7 @@ import pytest
 
 import gpt2jax
 from gpt2jax.lora import init_adapters
+from gpt2jax.model import head_kernel, hidden_states, output_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -50,6 +51,19 @@ def logits(model) -> np.ndarray:
         return model.eval()(torch.tensor(IDS)).logits.numpy()
 
 
+def peft_model(base, settings: dict[str, Any]):
+    """The base with adapters of peft whose every number is random."""
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings)
+    model = peft.get_peft_model(torch_base(base), lora)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # DoRA's magnitudes stay about as long as the weights' columns are
+                noise = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.copy_(parameter + noise if "magnitude" in name else noise)
+    return model
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -57,12 +71,20 @@ def logits(model) -> np.ndarray:
         {"r": 3, "lora_alpha": 16, "use_rslora": True, "target_modules": ["c_attn", "c_fc"]},
         {"r": 4, "lora_alpha": 2, "target_modules": ["c_attn", "c_proj", "c_fc"], "lora_dropout": 0.1},
         {"r": 4, "lora_alpha": 8, "target_modules": ["attn.c_proj"], "layers_to_transform": [1]},
+        {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["c_attn", "c_proj", "c_fc"]},
+        {"r": 4, "use_dora": True, "use_rslora": True, "layers_to_transform": [0]},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["c_attn", "c_fc"],
+            "rank_pattern": {"h.1.attn.c_attn": 2, "c_fc": 3},
+            "alpha_pattern": {"h.0.attn.c_attn": 5, "h.1.mlp.c_fc": 1},
+        },
     ],
+    ids=str,
 )
 def test_adapters_of_peft(tmp_path, base, settings: dict[str, Any]):
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings)
-    model = peft.get_peft_model(torch_base(base), lora)
-    randomise_adapters(model)
+    model = peft_model(base, settings)
     model.save_pretrained(tmp_path / "adapter")
     ours = gpt2jax.load_adapter(gpt2jax.load(base), tmp_path / "adapter")
     expected = logits(model)
@@ -71,49 +93,86 @@ def test_adapters_of_peft(tmp_path, base, settings: dict[str, Any]):
     np.testing.assert_allclose(ours.merge_adapter().logits(IDS), expected, rtol=2e-5, atol=2e-5)
 
 
-def randomise_adapters(model) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
-@pytest.mark.parametrize("alpha", [16.0, 2.5])
-def test_peft_reads_our_adapters(tmp_path, base, alpha):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha": 16.0},
+        {"alpha": 2.5, "use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"h.1.attn.c_attn": 2, "mlp.*": 3}, "alpha_pattern": {"h.0.attn.*": 3.5}},
+        {"targets": ("attn.q", "attn.v", "mlp.c_fc")},
+        {"targets": ("attn.k", "attn.v"), "use_dora": True, "alpha_pattern": {"h.1.attn.v": 3, "attn.k": 2}},
+    ],
+    ids=str,
+)
+def test_peft_reads_our_adapters(tmp_path, base, settings: dict[str, Any]):
     model = gpt2jax.load(base)
-    lora = gpt2jax.LoRAConfig(
-        rank=4, alpha=alpha, targets=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    )
+    lora = gpt2jax.LoRAConfig(rank=4, **{"targets": ALL, **settings})
     rng = np.random.default_rng(2)
-    fresh = init_adapters(model.config, lora)
-    adapters = jax.tree.map(
-        lambda leaf: jax.numpy.asarray(0.1 * rng.normal(size=leaf.shape), "float32"), fresh
-    )
+
+    def noise(path, leaf):
+        values = 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key == "magnitude":
+            return leaf + values
+        kept = (leaf == 0) & bool(lora.rank_pattern)  # of blocks with a smaller rank
+        return jax.numpy.where(kept & (path[-1].key == "lora_a"), 0, values)
+
+    fresh = init_adapters(model.config, lora, params=model.params)
+    adapters = jax.tree_util.tree_map_with_path(noise, fresh)
+    if lora.rank_pattern:  # what the first factor has not, the second one must not have either
+        for linears in adapters["h"].values():
+            for pair in linears.values():
+                rows = (pair["lora_a"] != 0).any(1)[:, :, None]
+                pair["lora_b"] = pair["lora_b"] * rows
     model = dataclasses.replace(model, adapters=adapters, lora=lora)
     gpt2jax.save_adapter(model, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "adapter")
     np.testing.assert_allclose(model.logits(IDS), logits(theirs), rtol=1e-5, atol=1e-5)
     again = gpt2jax.load_adapter(gpt2jax.load(base), tmp_path / "adapter")
-    np.testing.assert_array_equal(again.logits(IDS), model.logits(IDS))
+    np.testing.assert_allclose(again.logits(IDS), model.logits(IDS), rtol=1e-5, atol=1e-5)
     merged = theirs.merge_and_unload()
     np.testing.assert_allclose(model.merge_adapter().logits(IDS), logits(merged), rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_dora(tmp_path, base):
+    """Of every factor and magnitude; the loss is a mean of squares of the logits."""
+    theirs = peft_model(base, {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": list(ALL)})
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = gpt2jax.load_adapter(gpt2jax.load(base), tmp_path / "adapter")
+    assert model.lora is not None
+    scale = model.lora.scales(model.config.n_layer)
+    (theirs.eval()(torch.tensor(IDS)).logits ** 2).mean().backward()
+
+    def loss(adapters):
+        hidden = hidden_states(model.params, model.config, IDS, adapters=adapters, lora_scale=scale)
+        return (output_logits(hidden, head_kernel(model.params)) ** 2).mean()
+
+    gradient = jax.jit(jax.grad(loss))(model.adapters)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(parameter.grad)
+    theirs.save_pretrained(tmp_path / "gradient")
+    expected = gpt2jax.load_adapter(gpt2jax.load(base), tmp_path / "gradient").adapters
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    for (path, ours), wanted in zip(leaves, jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(wanted) > 1e-4, jax.tree_util.keystr(path)
+        assert np.linalg.norm(ours - wanted) <= 1e-5 * np.linalg.norm(wanted), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
-        ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"modules_to_save": ["ln_f"]}, "modules_to_save"),
         ({"target_modules": ["c_attn", "wte"]}, "wte"),
     ],
 )
 def test_what_is_refused(tmp_path, base, settings, named):
-    model = peft.get_peft_model(
-        torch_base(base), peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings)
-    )
-    model.save_pretrained(tmp_path / "adapter")
+    peft_model(base, settings).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=named):
         gpt2jax.load_adapter(gpt2jax.load(base), tmp_path / "adapter")
