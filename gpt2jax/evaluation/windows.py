@@ -17,6 +17,7 @@ Every label is scored exactly once.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ from gpt2jax.data.batches import Batch, document_row, pad_row
 from gpt2jax.data.documents import Documents
 from gpt2jax.tokenizer import Tokenizer
 
+LEAST_WIDTH = 16  # tokens of a batch's rows, unless T is less
 WINDOWS = ("first", "disjoint", "sliding", "rolling")
 
 
@@ -183,10 +185,12 @@ def row_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """All rows in batches: (row indices [at most B], batch [B, width]), the longest rows first.
 
-    Rows of one batch are of similar length. The width is T or T halved up to three times, so that short rows
-    cost less and there are few shapes to compile.
+    Rows of one batch are of similar length. The width is T or T halved down to `LEAST_WIDTH`, so that short rows cost
+    less and there are few shapes to compile.
     """
-    ladder = sorted({max(1, -(-sequence_length // (1 << k))) for k in range(4)})
+    ladder = [sequence_length]
+    while ladder[0] >= 2 * LEAST_WIDTH:
+        ladder.insert(0, math.ceil(ladder[0] / 2))
     order = np.argsort(-windows.widths, kind="stable")
     for chosen in _chunks(order, batch_size):
         longest = int(windows.widths[chosen].max())

@@ -90,7 +90,7 @@ def test_batches_hold_every_row_once_in_few_shapes():
     batches = list(row_batches(documents, windows, sequence_length=32, batch_size=4, end_token_id=END))
     chosen = np.concatenate([rows for rows, _ in batches])
     assert sorted(chosen) == list(range(len(windows)))
-    assert {batch["tokens"].shape for _, batch in batches} <= {(4, width) for width in (4, 8, 16, 32)}
+    assert {batch["tokens"].shape for _, batch in batches} <= {(4, width) for width in (16, 32)}
     assert len({batch["tokens"].shape for _, batch in batches}) > 1
 
 
