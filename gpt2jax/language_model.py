@@ -160,6 +160,32 @@ def load(name: str | pathlib.Path, *, revision: str | None = None) -> LanguageMo
         FileNotFoundError: a path where nothing lies.
     """
     from gpt2jax.weights import load_weights
+
+    place = locate(name, revision=revision)
+    config, params, tokenizer = load_weights(place.weights)
+    model = LanguageModel(config, params, tokenizer, source=str(name))
+    if place.adapter is not None:
+        model = dataclasses.replace(load_adapter(model, place.adapter), source=str(name))
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where a model lies.
+
+    Attributes:
+        weights: folder, file or prefix of its weights.
+        adapter: folder of the adapters on them, or None.
+        name: what leads to the weights: the name on the hub, or the path.
+    """
+
+    weights: pathlib.Path
+    adapter: pathlib.Path | None
+    name: str
+
+
+def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location:
+    """Finds what `load` loads, and fetches it from the hub where it is there; raises as `load` does."""
     from gpt2jax.weights.hub import download
 
     source = str(name)
@@ -175,10 +201,19 @@ def load(name: str | pathlib.Path, *, revision: str | None = None) -> LanguageMo
             raise FileNotFoundError(f"there is no model at {source}")
         known = ", ".join(PRESETS)
         raise ValueError(f"unknown model {source!r}; known: {known}, hub ids such as owner/name, and paths")
-    if (path / "run.json").is_file():
-        return _load_run(path)
-    config, params, tokenizer = load_weights(path)
-    return LanguageModel(config, params, tokenizer, source=source)
+    return _locate_run(path) if (path / "run.json").is_file() else Location(path, None, source)
+
+
+def _locate_run(path: pathlib.Path) -> Location:
+    """The result of a run folder: its model, or its adapters and their base."""
+    if (path / "model").is_dir():
+        return Location(path / "model", None, str(path / "model"))
+    if not (path / "adapter").is_dir():
+        raise ValueError(f"{path} holds a run that has not ended: resume it, then load it")
+    base = path / "base"
+    if not base.is_dir():
+        base = json.loads((path / "run.json").read_text("utf-8"))["base_model"]
+    return dataclasses.replace(locate(base), adapter=path / "adapter")
 
 
 def _looks_like_path(source: str) -> bool:
@@ -189,18 +224,6 @@ def _looks_like_path(source: str) -> bool:
 
 def _is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not _looks_like_path(source)
-
-
-def _load_run(path: pathlib.Path) -> LanguageModel:
-    """The result of a run folder: its model, or its adapters on their base."""
-    if (path / "model").is_dir():
-        return dataclasses.replace(load(path / "model"), source=str(path))
-    if not (path / "adapter").is_dir():
-        raise ValueError(f"{path} holds a run that has not ended: resume it, then load it")
-    base = path / "base"
-    if not base.is_dir():
-        base = json.loads((path / "run.json").read_text("utf-8"))["base_model"]
-    return dataclasses.replace(load_adapter(load(base), path / "adapter"), source=str(path))
 
 
 def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageModel:

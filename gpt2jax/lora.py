@@ -196,9 +196,13 @@ def _change_kernels(
     return {**params, "h": blocks}
 
 
+def pattern_matches(key: str, layer: int, target: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` is for this linear."""
+    return re.fullmatch(rf"(.*\.)?({key})", f"transformer.h.{layer}.{target}") is not None
+
+
 def _first_match(pattern: Any, layer: int, target: str, default: Number) -> Number:
-    name = f"transformer.h.{layer}.{target}"
-    return next((value for key, value in pattern if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+    return next((value for key, value in pattern if pattern_matches(key, layer, target)), default)
 
 
 def _check_rank(name: str, rank: Any) -> None:
@@ -232,7 +236,11 @@ def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
 def _check_pattern(
     name: str, pattern: Mapping[str, Any] | Pattern[Any], check: Callable[[str, Any], None]
 ) -> Pattern[Any]:
-    pairs = tuple(pattern.items()) if isinstance(pattern, Mapping) else tuple(map(tuple, pattern))
+    try:
+        items = pattern.items() if isinstance(pattern, Mapping) else pattern
+        pairs = tuple((key, value) for key, value in items)
+    except (TypeError, ValueError):
+        raise ValueError(f"LoRA {name}={pattern!r:.100} must be values by pattern") from None
     for key, value in pairs:
         # more than this would be no name, and could take an expression's matching any length of time
         if not isinstance(key, str) or re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+?{]", key)) > 3:

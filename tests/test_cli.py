@@ -158,7 +158,7 @@ def test_texts_without_anything_to_learn(tmp_path, capsys, content, message):
 
 
 def test_launcher_help_and_unknown_command(capsys):
-    for name in ("finetune", "generate", "evaluate", "compare"):
+    for name in ("finetune", "generate", "evaluate", "compare", "convert"):
         shown = subprocess.run(
             [sys.executable, f"scripts/{name}.py", "--help"], capture_output=True, text=True
         )

@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "continue prompts",
     "evaluate": "loss and accuracy of a model on texts",
     "compare": "several models on the same texts, with a report",
+    "convert": "weights from one format into another, and proof that they are the same",
 }
 
 

@@ -18,6 +18,7 @@ USER_ERRORS = (
     IsADirectoryError,
     NotADirectoryError,
     PermissionError,
+    ConnectionError,  # the hub does not answer, and the cache does not have the model
 )
 
 

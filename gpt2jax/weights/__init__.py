@@ -11,10 +11,11 @@ from gpt2jax.config import GPT2Config
 from gpt2jax.model import Params
 from gpt2jax.tokenizer import Tokenizer
 from gpt2jax.tokenizer_files import VOCABULARY_FILES
-from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, load_hf
-from gpt2jax.weights.keras import is_keras, is_keras_checkpoint, load_keras, load_keras_checkpoint
-from gpt2jax.weights.nanogpt import is_nanogpt, load_nanogpt
-from gpt2jax.weights.openai import is_openai, load_openai
+from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, open_hf
+from gpt2jax.weights.keras import is_keras, is_keras_checkpoint, open_keras, open_keras_checkpoint
+from gpt2jax.weights.mapping import Source
+from gpt2jax.weights.nanogpt import is_nanogpt, open_nanogpt
+from gpt2jax.weights.openai import is_openai, open_openai
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Format:
         name: for messages.
         expects: what lies at a path of this kind, for messages.
         matches: whether a path looks like it.
-        load: reads it.
+        open: what is in it, nothing of it read yet.
     """
 
     name: str
     expects: str
     matches: Callable[[Path], bool]
-    load: Callable[[Path], tuple[GPT2Config, Params]]
+    open: Callable[[Path], Source]
 
 
 def _is_hf(path: Path) -> bool:
@@ -47,16 +48,16 @@ FORMATS = (
         "a folder with config.json and model.safetensors or pytorch_model.bin, in one file or as an index "
         "and its shards; or such a file",
         _is_hf,
-        load_hf,
+        open_hf,
     ),
-    Format("OpenAI", "a folder with hparams.json and model.ckpt.*", is_openai, load_openai),
-    Format("Keras", "a preset folder with model.weights.h5, or a *.weights.h5 file", is_keras, load_keras),
-    Format("nanoGPT", "a ckpt.pt, or a folder with one", is_nanogpt, load_nanogpt),
+    Format("OpenAI", "a folder with hparams.json and model.ckpt.*", is_openai, open_openai),
+    Format("Keras", "a preset folder with model.weights.h5, or a *.weights.h5 file", is_keras, open_keras),
+    Format("nanoGPT", "a ckpt.pt, or a folder with one", is_nanogpt, open_nanogpt),
     Format(
         "Keras TensorFlow checkpoint",
         "its prefix, for which PREFIX.index and PREFIX.data-* exist, or its folder",
         is_keras_checkpoint,
-        load_keras_checkpoint,
+        open_keras_checkpoint,
     ),
 )
 
@@ -72,14 +73,20 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params, Toke
         ValueError: what lies there is of no known format, or damaged.
     """
     path = Path(path).expanduser()
+    config, params = open_weights(path)[1].load()
+    return config, params, read_tokenizer_beside(path if path.is_dir() else path.parent)
+
+
+def open_weights(path: str | os.PathLike[str]) -> tuple[str, Source]:
+    """The name of the format of what lies at a path, and the weights in it, not read; raises as `load_weights`."""
+    path = Path(path).expanduser()
     if not path.exists() and not is_keras_checkpoint(path):  # a checkpoint's prefix is not a file
         raise FileNotFoundError(f"there are no weights at {path}")
     kind = next((kind for kind in FORMATS if kind.matches(path)), None)
     if kind is None:
         expected = "".join(f"\n  {kind.name}: {kind.expects}" for kind in FORMATS)
         raise ValueError(f"{path} holds no weights of a known format. Expected one of:{expected}")
-    config, params = kind.load(path)
-    return config, params, read_tokenizer_beside(path if path.is_dir() else path.parent)
+    return kind.name, kind.open(path)
 
 
 def read_tokenizer_beside(folder: Path) -> Tokenizer | None:

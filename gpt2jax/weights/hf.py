@@ -18,7 +18,7 @@ from gpt2jax.config import GPT2Config
 from gpt2jax.files import atomic_folder
 from gpt2jax.model import Params
 from gpt2jax.tokenizer import Tokenizer
-from gpt2jax.weights.mapping import Rule, Tensor, fill, spread
+from gpt2jax.weights.mapping import Rule, Source, Tensor, spread
 from gpt2jax.weights.safetensors_file import numpy_dtype, read_safetensors, write_safetensors
 from gpt2jax.weights.torch_file import read_state_dict
 
@@ -75,11 +75,16 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
         FileNotFoundError: nothing lies there.
         ValueError: it is no such folder or file, or tensors do not fit the configuration; all are named.
     """
-    path = Path(path)
-    file = _weight_file(path)
+    return open_hf(path).load()
+
+
+def open_hf(path: str | os.PathLike[str]) -> Source:
+    """The weights that `load_hf` reads; raises ValueError as it does, but for values."""
+    file = _weight_file(Path(path))
     config = read_config(file.parent)
-    tensors = tie(config, plain_names(_read_tensors(file), str(file)), str(file))
-    return config, fill(config, RULES, tensors, str(file))
+    return Source(
+        config, RULES, tie(config, plain_names(_read_tensors(file), str(file)), str(file)), str(file)
+    )
 
 
 def save_hf(

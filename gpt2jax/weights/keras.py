@@ -21,7 +21,7 @@ import numpy as np
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.model import Params
-from gpt2jax.weights.mapping import Rule, Tensor, fill
+from gpt2jax.weights.mapping import Rule, Source, Tensor
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
 
 PRESET_WEIGHTS = "model.weights.h5"
@@ -89,14 +89,18 @@ def load_keras(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
         FileNotFoundError: nothing lies there.
         ValueError: it is no such file, or damaged; the message names it and all tensors that do not fit.
     """
+    return open_keras(path).load()
+
+
+def open_keras(path: str | os.PathLike[str]) -> Source:
+    """The weights that `load_keras` reads; raises ValueError as it does, but for values."""
     path = Path(path)
     file = path / PRESET_WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there are no Keras weights at {file}")
     tensors = _h5_names(read_h5(file), file)
     preset = file.parent / "config.json" if file.name == PRESET_WEIGHTS else None
-    config = _config(tensors, preset, str(file))
-    return config, fill(config, RULES, tensors, str(file))
+    return Source(_config(tensors, preset, str(file)), RULES, tensors, str(file))
 
 
 def load_keras_checkpoint(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
@@ -111,12 +115,16 @@ def load_keras_checkpoint(path: str | os.PathLike[str]) -> tuple[GPT2Config, Par
     Raises:
         ValueError: it is no such checkpoint, or damaged; the message names the file and all tensors that do not fit.
     """
+    return open_keras_checkpoint(path).load()
+
+
+def open_keras_checkpoint(path: str | os.PathLike[str]) -> Source:
+    """The weights that `load_keras_checkpoint` reads; raises ValueError as it does, but for values."""
     prefix = checkpoint_prefix(Path(path))
     if prefix is None:
         raise ValueError(f"{path} is no TensorFlow checkpoint: expected {Path(path).name}.index and its data")
     tensors = _tf_names(read_checkpoint(prefix), str(prefix))
-    config = _config(tensors, None, str(prefix))
-    return config, fill(config, RULES, tensors, str(prefix))
+    return Source(_config(tensors, None, str(prefix)), RULES, tensors, str(prefix))
 
 
 def is_keras(path: Path) -> bool:

@@ -70,6 +70,27 @@ class _Slot:
     shape: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights in a file or folder, of which no value has been read.
+
+    Attributes:
+        config: the architecture that they are said to have.
+        rules: the format's table.
+        tensors: by the names of the table.
+        name: of the file or folder, for messages.
+    """
+
+    config: GPT2Config
+    rules: Sequence[Rule]
+    tensors: Mapping[str, Tensor]
+    name: str
+
+    def load(self) -> tuple[GPT2Config, Params]:
+        """(config, params), blocks stacked; raises what `fill` raises."""
+        return self.config, fill(self.config, self.rules, self.tensors, self.name)
+
+
 def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor], source: str) -> Params:
     """Parameters of `config` out of the tensors of a file.
 

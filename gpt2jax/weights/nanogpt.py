@@ -17,7 +17,7 @@ import numpy as np
 from gpt2jax.config import GPT2Config
 from gpt2jax.model import Params
 from gpt2jax.weights import hf
-from gpt2jax.weights.mapping import Tensor, fill
+from gpt2jax.weights.mapping import Source, Tensor
 from gpt2jax.weights.torch_file import read_torch
 
 # the names are Hugging Face's; only the kernels lie the other way
@@ -43,6 +43,11 @@ def load_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not of nanoGPT, or damaged; the message names it and all tensors that do not fit.
     """
+    return open_nanogpt(path).load()
+
+
+def open_nanogpt(path: str | os.PathLike[str]) -> Source:
+    """The weights that `load_nanogpt` reads; raises ValueError as it does, but for values."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     content = read_torch(path)
     if not isinstance(content, dict) or not all(
@@ -61,7 +66,7 @@ def load_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
         tensors = {name: _cut(tensor) if name == "wte.weight" else tensor for name, tensor in tensors.items()}
     if not arguments["bias"]:
         tensors = {**_zero_biases(config, str(path)), **tensors}
-    return config, fill(config, RULES, tensors, str(path))
+    return Source(config, RULES, tensors, str(path))
 
 
 def is_nanogpt(path: Path) -> bool:

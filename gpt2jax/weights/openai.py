@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.model import Params
-from gpt2jax.weights.mapping import Rule, fill
+from gpt2jax.weights.mapping import Rule, Source
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
 
 HPARAMS = "hparams.json"
@@ -50,6 +50,11 @@ def load_openai(folder: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
         FileNotFoundError: there is no such folder.
         ValueError: it is not one of OpenAI's, or damaged; the message names the file and all tensors that do not fit.
     """
+    return open_openai(folder).load()
+
+
+def open_openai(folder: str | os.PathLike[str]) -> Source:
+    """The weights that `load_openai` reads; raises ValueError as it does, but for values."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -59,7 +64,7 @@ def load_openai(folder: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
         raise ValueError(
             f"{folder} has no checkpoint: expected model.ckpt.index and model.ckpt.data-00000-of-00001"
         )
-    return config, fill(config, RULES, read_checkpoint(prefix), str(prefix))
+    return Source(config, RULES, read_checkpoint(prefix), str(prefix))
 
 
 def is_openai(path: Path) -> bool:

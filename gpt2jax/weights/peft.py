@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.files import atomic_folder
-from gpt2jax.lora import SLICES, TARGETS, LoRAConfig, kernel_of
+from gpt2jax.lora import SLICES, TARGETS, LoRAConfig, kernel_of, pattern_matches
 from gpt2jax.low_rank import column_lengths
 from gpt2jax.model import Params, abstract_params
 from gpt2jax.weights.hf import refuse_foreign_files
@@ -215,7 +215,7 @@ def _fill(
         rank = max(lora.rank_of(layer, target) for layer in range(layers))
         if rank > max(max(tensor.shape, default=0) for tensor in tensors.values()):
             raise ValueError(f"{file}: no tensor is as large as the rank of {rank} in {CONFIG_FILE}")
-        adapter = {"lora_a": np.zeros((layers, in_dim, rank), np.float32)}
+        adapter: dict[str, np.ndarray] = {"lora_a": np.zeros((layers, in_dim, rank), np.float32)}
         adapter["lora_b"] = np.zeros((layers, rank, out_dim), np.float32)
         if lora.use_dora:
             adapter["magnitude"] = np.full((layers, out_dim), np.nan, np.float32)
@@ -288,11 +288,16 @@ def _fuse_slices(
     own = [(f"h.{layer}.{FUSED}", alpha) for layer, alpha in enumerate(alphas)]
     own = [(FUSED, alphas[0])] if len(set(alphas)) == 1 else own
     targets = (FUSED, *(target for target in lora.targets if target not in SLICES))
+
+    def used(pattern):  # PEFT warns of keys that match nothing, as those of slices do
+        places = [(layer, target) for layer in range(layers) for target in targets[1:]]
+        return [pair for pair in pattern if any(pattern_matches(pair[0], *place) for place in places)]
+
     lora = dataclasses.replace(
         lora,
         targets=targets,
-        rank_pattern=((FUSED, total), *lora.rank_pattern),
-        alpha_pattern=(*own, *lora.alpha_pattern),
+        rank_pattern=((FUSED, total), *used(lora.rank_pattern)),
+        alpha_pattern=(*own, *used(lora.alpha_pattern)),
     )
     attention["c_attn"] = fused
     return lora, {"h": {**adapters["h"], "attn": attention}}

@@ -1,0 +1,6 @@
+"""Convert weights from one format into another: the same as `gpt2jax convert`."""
+
+from gpt2jax.cli.convert import main
+
+if __name__ == "__main__":
+    main()
