@@ -74,7 +74,7 @@ def test_same_answers(answers, name):
             ours_flat, theirs_flat = (np.array(s["resps"], float).ravel() for s in (mine, other))
             np.testing.assert_allclose(ours_flat, theirs_flat, rtol=1e-4, atol=1e-4)
     if name == "local_writing":
-        assert sum(len(sample["resps"][0][0]) > 20 for sample in ours) >= 3
+        assert all(len(sample["resps"][0][0]) > 2 for sample in ours)
 
 
 def test_rolling_windows_are_those_of_evaluate(answers):
