@@ -56,9 +56,20 @@ def token_losses(
 
 
 def cross_entropy(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, precision: Precision = FLOAT32
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    precision: Precision = FLOAT32,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted sum of the cross-entropy of every token; differentiable in `hidden` and `head`.
+    """Weighted sum of the loss of every token; differentiable in `hidden` and `head`.
+
+    A token's loss is its cross-entropy. With `label_smoothing` e it is that of (1 - e) times the label plus e times
+    the uniform distribution (Szegedy et al. 2016); `z_loss` adds that many times log(Z)^2, Z the sum of the
+    exponentials of the logits (Chowdhery et al. 2022).
 
     The gradient (softmax minus one-hot, through the head) is computed together with the loss, chunk by chunk, so the
     logits are computed once and are gone when the loss is known.
@@ -71,54 +82,84 @@ def cross_entropy(
         precision: dtypes of the products; softmax, loss and sums are float32.
 
     Returns:
-        (loss sum, {"tokens": sum of weights, "correct": weighted count of hits}), float32 scalars. The two counts
-        carry no gradient.
+        (loss sum, {"nll": sum of the plain cross-entropy, "tokens": sum of weights, "correct": weighted count of
+        hits}), float32 scalars. The three sums carry no gradient.
     """
     dim = hidden.shape[-1]
-    loss, correct = _differentiable_sums(
-        hidden.reshape(-1, dim), head, targets.reshape(-1), weights.reshape(-1), precision
+    loss, nll, correct = _differentiable_sums(
+        hidden.reshape(-1, dim),
+        head,
+        targets.reshape(-1),
+        weights.reshape(-1),
+        precision,
+        (label_smoothing, z_loss),
     )
-    return loss, {"tokens": weights.sum(), "correct": jax.lax.stop_gradient(correct)}
+    nll, correct = jax.lax.stop_gradient((nll, correct))
+    return loss, {"nll": nll, "tokens": weights.sum(), "correct": correct}
 
 
-def _sums(hidden, head, targets, weights, precision) -> tuple[jax.Array, jax.Array]:
-    nll, hit = token_losses(hidden, head, targets, precision)
-    return (nll * weights).sum(), (hit * weights).sum()
+def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def chunk(sums, rows):
+        h, target, weight = rows
+        logits = output_logits(h, head, precision)
+        losses = _losses(logits, target, extras)[:3]
+        return tuple(total + (x * weight).sum() for total, x in zip(sums, losses, strict=True)), None
+
+    size = chunk_size(targets.size, head.shape[0])
+    return _scan_chunks(chunk, (jnp.zeros(()),) * 3, (hidden, targets, weights), size)[0]
 
 
-def _sums_forward(hidden, head, targets, weights, precision):
+def _losses(logits, targets, extras) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Logits [C, V] -> (loss, nll, hit, log_z), each [C]."""
+    label_smoothing, z_loss = extras
+    nll, hit, log_z = _softmax_loss(logits, targets)
+    loss = nll
+    if label_smoothing:
+        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(axis=-1))
+    if z_loss:
+        loss = loss + z_loss * jnp.square(log_z)
+    return loss, nll, hit, log_z
+
+
+def _sums_forward(hidden, head, targets, weights, precision, extras):
+    label_smoothing, z_loss = extras
     dtype = precision.compute_dtype
     narrow_head = whole(head.astype(dtype))
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
 
     def chunk(carry, rows):
-        loss, correct, d_head = carry
+        sums, d_head = carry
         h, target, weight = rows
         logits = output_logits(h, narrow_head, precision)
-        nll, hit, log_z = _softmax_loss(logits, target)
+        *losses, log_z = _losses(logits, target, extras)
         columns = jax.lax.broadcasted_iota(target.dtype, logits.shape, 1)
-        d_logits = (jnp.exp(logits - log_z[:, None]) - (columns == target[:, None])) * weight[:, None]
-        d_logits = d_logits.astype(dtype)
+        probabilities = jnp.exp(logits - log_z[:, None])
+        if z_loss:
+            probabilities = probabilities * (1.0 + 2.0 * z_loss * log_z[:, None])
+        wanted = jnp.where(columns == target[:, None], 1.0 - label_smoothing, 0.0)
+        if label_smoothing:
+            wanted = wanted + label_smoothing / head.shape[0]
+        d_logits = ((probabilities - wanted) * weight[:, None]).astype(dtype)
         d_hidden = product("cv,vd->cd", d_logits, narrow_head)
         d_head = d_head + product("cv,cd->vd", d_logits, h.astype(dtype))
-        return (loss + (nll * weight).sum(), correct + (hit * weight).sum(), d_head), d_hidden
+        sums = tuple(total + (x * weight).sum() for total, x in zip(sums, losses, strict=True))
+        return (sums, d_head), d_hidden
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
+    start = ((jnp.zeros((), jnp.float32),) * 3, jnp.zeros(head.shape, jnp.float32))
     size = chunk_size(targets.size, head.shape[0])
-    (loss, correct, d_head), d_hidden = _scan_chunks(chunk, start, (hidden, targets, weights), size)
-    return (loss, correct), (d_hidden, d_head, jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
+    (sums, d_head), d_hidden = _scan_chunks(chunk, start, (hidden, targets, weights), size)
+    return sums, (d_hidden, d_head, jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
 
 
-def _sums_backward(precision, saved, cotangents):
+def _sums_backward(precision, extras, saved, cotangents):
     d_hidden, d_head, hidden_like, head_like = saved
-    scale = cotangents[0]  # the count of hits is piecewise constant: no gradient
+    scale = cotangents[0]  # the other two sums are for the log: no gradient
     # scaled in float32 before the cast: under float16 that is what loss scaling is for
     return (d_hidden * scale).astype(hidden_like.dtype), (d_head * scale).astype(head_like.dtype), None, None
 
 
-_differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4,))
+_differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4, 5))
 _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 

@@ -30,6 +30,14 @@ Params = dict[str, Any]
 # a finite value: a row that is masked throughout must stay finite, and -inf makes NaN in a softmax's gradient
 MASKED = -1e30
 
+# what a backward pass keeps of each block; all else it computes again
+REMAT = ("none", "dots", "weights", "full")
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 _ACTIVATIONS = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -262,6 +270,9 @@ class GPT2(nnx.Module):
             x, cache = module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
             return cut_rows(x), cache
 
+        if call.remat != "none":
+            # a scan needs no guard against common subexpressions: its body is not merged with the backward pass
+            block = jax.checkpoint(block, policy=_REMAT_POLICIES[call.remat], prevent_cse=False)
         layers = (stacked, (adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
         x, _ = jax.lax.scan(block, x, layers)
         return self.ln_f(x, call)
@@ -270,9 +281,10 @@ class GPT2(nnx.Module):
 class Call:
     """What is the same for every layer of one call; modules take it, whoever walks the layers makes it."""
 
-    def __init__(self, precision: Precision, *, lora_dropout: float = 0.0):
+    def __init__(self, precision: Precision, *, lora_dropout: float = 0.0, remat: str = "none"):
         self.precision = precision
         self.lora_dropout = lora_dropout
+        self.remat = remat
 
 
 def split_or_none(key: jax.Array | None, n: int):
@@ -339,6 +351,7 @@ def hidden_states(
     adapters: Params | None = None,
     lora_scale: float | Params = 1.0,
     lora_dropout: float = 0.0,
+    remat: str = "none",
 ) -> jax.Array:
     """The model up to the last LayerNorm.
 
@@ -354,6 +367,7 @@ def hidden_states(
         dropout_key: switches dropout on.
         adapters: LoRA adapters, nested as `params`.
         lora_scale: of their output, `LoRAConfig.scales`; `lora_dropout` is that of their input.
+        remat: one of `REMAT`: what the backward pass computes again, for less memory and the same result.
 
     Returns:
         [B, T, D] in `precision.activation_dtype`.
@@ -373,7 +387,7 @@ def hidden_states(
         mask = mask & attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    call = Call(precision, lora_dropout=lora_dropout)
+    call = Call(precision, lora_dropout=lora_dropout, remat=remat)
     if adapters is not None:
         adapters = with_scales(adapters, lora_scale, config.n_layer)
     module = nnx.merge(structure(config), params)

@@ -25,9 +25,11 @@ def inputs():
     )
 
 
-def dense(hidden, head, targets, weights):
-    log_probabilities = jax.nn.log_softmax(hidden @ head.T)
-    return -(log_probabilities[jnp.arange(len(targets)), targets] * weights).sum()
+def dense(hidden, head, targets, weights, label_smoothing=0.0, z_loss=0.0):
+    logits = hidden @ head.T
+    labels = jax.nn.one_hot(targets, VOCAB) * (1 - label_smoothing) + label_smoothing / VOCAB
+    losses = -(labels * jax.nn.log_softmax(logits)).sum(-1)
+    return ((losses + z_loss * jax.nn.logsumexp(logits, -1) ** 2) * weights).sum()
 
 
 @pytest.fixture(params=["one chunk", "many chunks"])
@@ -37,18 +39,25 @@ def chunks(request, monkeypatch):
         assert chunk_size(ROWS, VOCAB) == 16 < ROWS
 
 
-def test_loss_gradient_and_counts(inputs, chunks):
+@pytest.mark.parametrize(
+    "extras", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.3, "z_loss": 0.1}]
+)
+def test_loss_gradient_and_counts(inputs, chunks, extras):
     hidden, head, targets, weights = inputs
 
     def ours(hidden, head):
-        total, counts = cross_entropy(hidden, head, targets, weights)
-        return 3.0 * total, counts
+        total, sums = cross_entropy(hidden, head, targets, weights, **extras)
+        return 3.0 * total, sums
 
     (total, counts), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
-    expected, expected_gradients = jax.value_and_grad(dense, argnums=(0, 1))(hidden, head, targets, weights)
-    np.testing.assert_allclose(total, 3 * expected, rtol=1e-6)
+    expected, expected_gradients = jax.value_and_grad(dense, argnums=(0, 1))(
+        hidden, head, targets, weights, **extras
+    )
+    np.testing.assert_allclose(total, 3 * expected, rtol=3e-6)
+    np.testing.assert_allclose(ours(hidden, head)[0], 3 * expected, rtol=3e-6)  # without a gradient
+    np.testing.assert_allclose(counts["nll"], dense(hidden, head, targets, weights), rtol=1e-6)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(gradient, 3 * reference, atol=1e-5)
+        np.testing.assert_allclose(gradient, 3 * reference, rtol=1e-5, atol=1e-5)
     hits = jnp.argmax(hidden @ head.T, -1) == targets
     assert counts["correct"] == (hits * weights).sum()
     assert counts["tokens"] == weights.sum()

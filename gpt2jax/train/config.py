@@ -7,9 +7,13 @@ import math
 
 from gpt2jax.data.batches import LAYOUTS
 from gpt2jax.lora import LoRAConfig
+from gpt2jax.model import REMAT
 from gpt2jax.precision import COMPUTE_DTYPES
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+MOMENT_DTYPES = ("float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,19 +27,34 @@ class FinetuneConfig:
         accumulation: cut each batch into this many equal parts that are computed one after the other: less memory,
             same result. `batch_size` must be a multiple of it.
         sequence_length: T, tokens of one row. None: the model's context, at most 1024.
-        layout: "windows" trains on every token of the texts, joined by end tokens and cut into rows; "documents" is
-            the study's: one row a text, its first T - 1 tokens and the end token.
-        optimizer: "adamw", or "muon": orthogonalised momentum for the kernels of the blocks, Adam without decay for
-            the rest; it learns faster from scratch. Not for LoRA.
+        layout: "windows" trains on every token of the texts, joined by end tokens and cut into rows; "packed" puts
+            several texts into a row, each with attention and positions of its own; "documents" is the study's: one
+            row a text, its first T - 1 tokens and the end token.
+        optimizer: "adamw"; "adafactor" (second moments as rows and columns: little memory); "lion" (sign of the
+            momentum: one moment); "sgd" (momentum `beta1`); or "muon": orthogonalised momentum for the kernels of
+            the blocks, Adam without decay for the rest; it learns faster from scratch. Not for LoRA.
         learning_rate: peak of the schedule. None: 1e-3 for a model under 20 million parameters, 1e-4 for a larger
-            one, and five times that for LoRA.
-        warmup_steps: linear rise to it.
-        final_learning_rate: the cosine ends at this share of the peak.
+            one; five times that for LoRA, a fifth for lion, a hundred times for sgd.
+        schedule: after the warm-up: "cosine" or "linear" fall to the end, "constant", or "wsd" (warm-up, stable,
+            decay): constant, then linear over the last `decay_share`.
+        warmup_steps: linear rise to the peak.
+        final_learning_rate: the schedule ends at this share of the peak ("constant" does not).
+        decay_share: share of the steps in which "wsd" falls.
         weight_decay: decoupled, on matrices only (never on biases and LayerNorms).
         beta1: decay of the optimizer's mean of gradients.
         beta2: decay of its mean of squared gradients.
         epsilon: added to the root of the latter.
         max_grad_norm: the gradient is scaled down to this global norm; None: never.
+        moments_dtype: "bfloat16" keeps the optimizer's moments in half the memory, rounded at random so that small
+            changes add up.
+        ema_decay: of a moving average of the parameters, which is then what is validated and returned; None: none.
+        freeze: parameters that stay as they are: names such as "wte", "h.0", "h.*.attn.c_proj.bias", with "*", "?"
+            and "[0-5]"; a name stands for all below it. Not with LoRA, which trains adapters only.
+        lora_plus_ratio: learning rate of LoRA's second factor (`lora_b`) over that of the first (LoRA+: 16).
+        label_smoothing: share of the label's weight that is spread over all tokens. The logged loss is without it.
+        z_loss: weight of the square of log(sum(exp(logits))), which keeps logits from drifting. Not in the log either.
+        remat: what is computed again in the backward pass, in place of being kept: "none" of it, all but matrix
+            products ("dots"), all but those with weights ("weights"), or all of each block ("full").
         dropout: overrides the model's three dropout rates; None: as the model says.
         compute_dtype: operands of matrix products: "float32", "bfloat16", or "float16" (with dynamic loss scaling).
             Parameters, moments, softmax and loss are float32 always.
@@ -48,6 +67,12 @@ class FinetuneConfig:
         eval_every: steps between two validations; None: three in a run. One at the end always.
         checkpoint_every: steps between two checkpoints; None: three in a run. One at the end always.
         keep_checkpoints: how many of the newest checkpoints to keep.
+        keep_best: keep the parameters of the best validation loss too (in `best/`); they are then the result.
+        patience: end after so many validations in a row without a better loss; the result is the best. None: never.
+        max_minutes: end, as after the last step, when the run has taken so long since it began or was resumed.
+        track: "tensorboard" and "wandb" write the log for these too, into the run folder (wandb offline unless
+            WANDB_MODE says otherwise).
+        token_cache: folder where tokenized texts are kept for later runs and mapped into memory; None: nowhere.
 
     Raises:
         ValueError: a field has an impossible value; the message names field, value and what is legal.
@@ -61,13 +86,22 @@ class FinetuneConfig:
     layout: str = "windows"
     optimizer: str = "adamw"
     learning_rate: float | None = None
+    schedule: str = "cosine"
     warmup_steps: int = 0
     final_learning_rate: float = 0.1
+    decay_share: float = 0.2
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
+    moments_dtype: str = "float32"
+    ema_decay: float | None = None
+    freeze: tuple[str, ...] = ()
+    lora_plus_ratio: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    remat: str = "none"
     dropout: float | None = None
     compute_dtype: str = "float32"
     lora: LoRAConfig | None = None
@@ -78,9 +112,14 @@ class FinetuneConfig:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    keep_best: bool = False
+    patience: int | None = None
+    max_minutes: float | None = None
+    track: tuple[str, ...] = ()
+    token_cache: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequence_length", "eval_every", "checkpoint_every"):
+        for name in ("steps", "sequence_length", "eval_every", "checkpoint_every", "patience"):
             if getattr(self, name) is not None:
                 self._check_whole(name, minimum=1)
         for name in (
@@ -94,31 +133,50 @@ class FinetuneConfig:
             self._check_whole(name, minimum=1)
         for name in ("warmup_steps", "seed"):
             self._check_whole(name, minimum=0)
-        for name in ("epochs", "epsilon"):
+        for name in ("epochs", "epsilon", "lora_plus_ratio"):
             self._check_number(name, lambda x: x > 0, "a positive number")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "max_minutes"):
             if getattr(self, name) is not None:
                 self._check_number(name, lambda x: x > 0, "a positive number, or None")
-        for name in ("weight_decay", "final_learning_rate"):
+        for name in ("weight_decay", "final_learning_rate", "z_loss"):
             self._check_number(name, lambda x: x >= 0, "a number that is at least 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "label_smoothing"):
             self._check_number(name, lambda x: 0 <= x < 1, "at least 0 and below 1")
-        if self.dropout is not None:
-            self._check_number("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1, or None")
+        for name in ("dropout", "ema_decay"):
+            if getattr(self, name) is not None:
+                self._check_number(name, lambda x: 0 <= x < 1, "at least 0 and below 1, or None")
+        self._check_number("decay_share", lambda x: 0 < x <= 1, "above 0 and at most 1")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"
             )
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout={self.layout!r} is not known; known: {', '.join(LAYOUTS)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer={self.optimizer!r} is not known; known: {', '.join(OPTIMIZERS)}")
+        for name, known in (
+            ("layout", LAYOUTS),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("moments_dtype", MOMENT_DTYPES),
+            ("compute_dtype", COMPUTE_DTYPES),
+            ("remat", REMAT),
+        ):
+            self._check_known(name, getattr(self, name), known)
+        for name in ("freeze", "track"):
+            value = getattr(self, name)
+            names = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, name, names)
+        for name in self.track:
+            self._check_known("track", name, TRACKERS)
         if self.optimizer == "muon" and self.lora is not None:
             raise ValueError("optimizer='muon' does not train LoRA adapters; use 'adamw'")
-        if self.compute_dtype not in COMPUTE_DTYPES:
+        if self.freeze and self.lora is not None:
             raise ValueError(
-                f"compute_dtype={self.compute_dtype!r} is not known; known: {', '.join(COMPUTE_DTYPES)}"
+                f"freeze={self.freeze!r} has nothing to freeze: LoRA trains adapters only; choose its targets instead"
             )
+        if self.lora_plus_ratio != 1 and self.lora is None:
+            raise ValueError(f"lora_plus_ratio={self.lora_plus_ratio!r} is for LoRA only; expected 1")
+
+    def _check_known(self, name: str, value: object, known: tuple[str, ...]) -> None:
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known; known: {', '.join(known)}")
 
     def _check_whole(self, name: str, *, minimum: int) -> None:
         value = getattr(self, name)

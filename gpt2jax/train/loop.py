@@ -30,9 +30,10 @@ from gpt2jax.model import head_kernel, hidden_states
 from gpt2jax.precision import precision
 from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.optimizer import make_optimizer, make_schedule, resolve_learning_rate
+from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.progress import training_progress
 from gpt2jax.train.run_folder import RunFolder
+from gpt2jax.train.schedules import make_schedule, resolve_learning_rate
 from gpt2jax.train.step import MIN_SCALE, TrainState, init_state, make_train_step
 
 

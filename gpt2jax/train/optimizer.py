@@ -1,9 +1,8 @@
-"""AdamW or Muon, with warm-up and cosine, on plain nested dicts."""
+"""Optimizers by name, on plain nested dicts, and what is done to their gradients, moments and updates."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +11,25 @@ import optax.contrib
 
 from gpt2jax.model import Params
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.schedules import make_schedule
 
 # by name, not by rank: stacked biases and LayerNorms have two axes as well
-_DECAYED = {
-    "kernel": True,
-    "embedding": True,
-    "lora_a": True,
-    "lora_b": True,
-    "magnitude": False,  # of DoRA
-    "bias": False,
-    "scale": False,
-}
-
-
-def resolve_learning_rate(config: FinetuneConfig, parameters: int) -> FinetuneConfig:
-    """The settings with a learning rate that suits a model of so many parameters, where none was given."""
-    if config.learning_rate is not None:
-        return config
-    rate = 1e-3 if parameters < 20_000_000 else 1e-4
-    return dataclasses.replace(config, learning_rate=rate * (5 if config.lora else 1))
+_DECAYED = {"kernel": True, "embedding": True, "lora_a": True, "lora_b": True, "bias": False, "scale": False}
+_DECAYED["magnitude"] = False  # of DoRA: lengths, which have no reason to be short
 
 
 def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer for a run of `steps` steps; gradients are to be clipped by `clip_scale` before."""
-    schedule = make_schedule(config, steps)
+    optimizer = _by_name(config, make_schedule(config, steps))
+    if config.moments_dtype == "bfloat16":
+        optimizer = with_narrow_moments(optimizer, config.seed)
+    if config.lora_plus_ratio != 1:
+        optimizer = optax.chain(optimizer, _scale_lora_b(config.lora_plus_ratio))
+    return optimizer
+
+
+def _by_name(config: FinetuneConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     if config.optimizer == "muon":
         return optax.contrib.muon(
             schedule,
@@ -46,6 +40,15 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
             muon_weight_dimension_numbers=_muon_axes,
             consistent_rms=0.2,  # updates as large as AdamW's, so that one learning rate serves both
         )
+    if config.optimizer == "sgd":
+        return optax.chain(optax.trace(config.beta1), decay, optax.scale_by_learning_rate(schedule))
+    if config.optimizer == "lion":
+        lion = optax.scale_by_lion(config.beta1, min(config.beta2, 0.99))
+        return optax.chain(lion, decay, optax.scale_by_learning_rate(schedule))
+    if config.optimizer == "adafactor":
+        # updates of size one, as AdamW's, so that one learning rate serves both; Shazeer and Stern 2018, section 8
+        factored = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        return optax.chain(factored, decay, optax.scale_by_learning_rate(schedule))
     return optax.adamw(
         schedule,
         b1=config.beta1,
@@ -66,16 +69,63 @@ def _muon_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(kernel_axes, params)
 
 
-def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear rise over `warmup_steps`, then a cosine to the final share at `steps`."""
-    assert config.learning_rate is not None, "resolve_learning_rate comes first"
-    peak, warmup = config.learning_rate, min(config.warmup_steps, steps - 1)
-    cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=config.final_learning_rate)
-    if warmup == 0:
-        return cosine
-    # the first step already learns: it counts as one of the warm-up's steps
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rise, cosine], [warmup])
+def _scale_lora_b(ratio: float) -> optax.GradientTransformation:
+    """LoRA+: another learning rate for the factor that starts at zero. Source: Hayou et al. 2024, "LoRA+"."""
+
+    def update(path, leaf):
+        return leaf * ratio if path[-1].key == "lora_b" else leaf
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(update, updates))
+
+
+class NarrowState(NamedTuple):
+    """Moments in bfloat16 and the number of updates, which the random rounding follows from."""
+
+    inner: Any
+    count: jax.Array
+
+
+def with_narrow_moments(
+    optimizer: optax.GradientTransformation, seed: int = 0
+) -> optax.GradientTransformation:
+    """Keeps the float32 arrays of an optimizer's state in bfloat16; it computes in float32 as before.
+
+    They are rounded up or down at random, with the true value as mean: bfloat16 has eight bits, and the mean of
+    squares changes by a thousandth a step, which rounding to the nearest would never let through.
+    """
+
+    def narrow(state, count):
+        leaves, structure = jax.tree.flatten(state)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), count), len(leaves))
+        leaves = [
+            _round_at_random(leaf, key) if _is_moment(leaf, jnp.float32) else leaf
+            for leaf, key in zip(leaves, keys, strict=True)
+        ]
+        return NarrowState(jax.tree.unflatten(structure, leaves), count)
+
+    def init(params):
+        return narrow(optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        wide = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32) if _is_moment(leaf, jnp.bfloat16) else leaf, state.inner
+        )
+        updates, wide = optimizer.update(updates, wide, params)
+        return updates, narrow(wide, state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_moment(leaf: jax.Array, dtype: Any) -> bool:
+    return leaf.ndim > 0 and leaf.dtype == dtype
+
+
+def _round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 -> bfloat16: a random number of 16 bits is added below the bits that are kept."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    kept = (bits >> 16).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
 
 
 def decay_mask(params: Params) -> Params:

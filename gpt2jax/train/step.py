@@ -16,6 +16,7 @@ from gpt2jax.lora import LoRAConfig
 from gpt2jax.losses import cross_entropy
 from gpt2jax.model import Params, head_kernel, hidden_states
 from gpt2jax.precision import Precision
+from gpt2jax.train.freezing import join
 from gpt2jax.train.optimizer import clip_scale, global_norm
 
 TrainState = dict[str, Any]
@@ -27,7 +28,7 @@ GROWTH_INTERVAL = 2000
 
 
 def init_state(
-    trainable: Params, optimizer: optax.GradientTransformation, *, loss_scaling: bool
+    trainable: Params, optimizer: optax.GradientTransformation, *, loss_scaling: bool, ema: bool = False
 ) -> TrainState:
     """The state of a run at its beginning; it takes `trainable` over (the step donates it)."""
     state: TrainState = {
@@ -35,6 +36,8 @@ def init_state(
         "params": trainable,
         "optimizer": optimizer.init(trainable),
     }
+    if ema:
+        state["ema"] = jax.tree.map(jnp.copy, trainable)
     if loss_scaling:
         state["loss_scale"] = {
             "scale": jnp.asarray(INITIAL_SCALE, jnp.float32),
@@ -53,6 +56,11 @@ def make_train_step(
     max_grad_norm: float | None = 1.0,
     accumulation: int = 1,
     seed: int = 0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    remat: str = "none",
+    ema_decay: float | None = None,
+    mask: Params | None = None,
 ) -> Step:
     """Builds `step(state, frozen, batch) -> (state, metrics)`.
 
@@ -60,19 +68,23 @@ def make_train_step(
         config: of the model, its dropout rates included.
         optimizer: an optax transformation of the trainable parameters.
         precision: dtypes; float16 makes the step scale its loss and skip overflowing steps.
-        lora: given, `state["params"]` are adapters and `frozen` the model's parameters; otherwise `frozen` is None.
+        lora: given, `state["params"]` are adapters and `frozen` the model's parameters; otherwise `frozen` holds the
+            parameters that are not in `state["params"]`, or is None.
         max_grad_norm: clip to this global norm.
         accumulation: parts that the batch is computed in.
         seed: of dropout, whose key is a function of (seed, step).
+        label_smoothing, z_loss: of the loss that is minimised; the metrics are without them.
+        remat: what the backward pass computes again.
+        ema_decay: of the moving average `state["ema"]`.
+        mask: factors 0 and 1 of gradients and updates, in the structure of `state["params"]`; None: all 1.
 
     The state is donated. The batch holds tokens, targets [B, T] int, weights [B, T] float32, and for packed rows
-    segment_ids [B, T] int. Metrics are float32
-    scalars on the device: loss (mean over real tokens), accuracy, tokens, grad_norm, and for float16 loss_scale
-    and skipped (steps so far).
+    segment_ids [B, T] int. Metrics are float32 scalars on the device: loss (mean cross-entropy of the labels),
+    accuracy, tokens, grad_norm, and for float16 loss_scale and skipped (steps so far).
     """
 
     def loss_sum(trainable, frozen, batch, key, scale):
-        params, adapters = (trainable, None) if lora is None else (frozen, trainable)
+        params, adapters = (join(trainable, frozen), None) if lora is None else (frozen, trainable)
         hidden = hidden_states(
             params,
             config,
@@ -83,11 +95,18 @@ def make_train_step(
             adapters=adapters,
             lora_scale=lora.scales(config.n_layer) if lora else 1.0,
             lora_dropout=lora.dropout if lora else 0.0,
+            remat=remat,
         )
-        total, counts = cross_entropy(
-            hidden, head_kernel(params), batch["targets"], batch["weights"], precision
+        total, sums = cross_entropy(
+            hidden,
+            head_kernel(params),
+            batch["targets"],
+            batch["weights"],
+            precision,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
-        return total * scale, {"loss": total, **counts}
+        return total * scale, sums
 
     gradient = jax.grad(loss_sum, has_aux=True)
 
@@ -108,7 +127,7 @@ def make_train_step(
 
         zero = (
             jax.tree.map(jnp.zeros_like, trainable),
-            {name: jnp.zeros(()) for name in ("loss", "tokens", "correct")},
+            {name: jnp.zeros(()) for name in ("nll", "tokens", "correct")},
         )
         return jax.lax.scan(add, zero, (parts, jnp.arange(accumulation)))[0]
 
@@ -119,19 +138,24 @@ def make_train_step(
         scale = state["loss_scale"]["scale"] if "loss_scale" in state else 1.0
         # one division by the whole batch's tokens, inside the scaled loss so that float16 sums stay in range
         gradients, sums = summed_gradient(state["params"], frozen, batch, key, scale / tokens)
-        gradients = cut_by_role(jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradients))
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradients)
+        gradients = cut_by_role(_masked(gradients, mask))
         norm = global_norm(gradients)
         clip = clip_scale(norm, max_grad_norm)
         gradients = jax.tree.map(lambda g: g * clip, gradients)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
         new = {
             "step": state["step"] + 1,
-            "params": optax.apply_updates(state["params"], updates),
+            "params": optax.apply_updates(state["params"], _masked(updates, mask)),
             "optimizer": optimizer_state,
         }
+        if ema_decay is not None:
+            # a young average follows closely, or the first parameters would weigh in it for long
+            decay = jnp.minimum(ema_decay, (1.0 + state["step"]) / (10.0 + state["step"]))
+            new["ema"] = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state["ema"], new["params"])
         new = cut_by_role(new)  # as it came in, for the next step to take
         metrics = {
-            "loss": sums["loss"] / tokens,
+            "loss": sums["nll"] / tokens,
             "accuracy": sums["correct"] / tokens,
             "tokens": sums["tokens"],
             "grad_norm": norm,
@@ -139,13 +163,17 @@ def make_train_step(
         if "loss_scale" in state:
             finite = jnp.isfinite(norm)
             # an overflow leaves parameters, moments and the schedule's count as they were
-            for name in ("params", "optimizer"):
+            for name in {"params", "optimizer", "ema"} & state.keys():
                 new[name] = jax.tree.map(functools.partial(jnp.where, finite), new[name], state[name])
             new["loss_scale"] = next_loss_scale(state["loss_scale"], finite)
             metrics |= {"loss_scale": scale, "skipped": new["loss_scale"]["skipped"].astype(jnp.float32)}
         return new, metrics
 
     return step
+
+
+def _masked(tree: Params, mask: Params | None) -> Params:
+    return tree if mask is None else jax.tree.map(jnp.multiply, tree, mask)
 
 
 def next_loss_scale(state: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:

@@ -15,16 +15,12 @@ from gpt2jax.data.batches import make_rows
 from gpt2jax.data.documents import tokenize_documents
 from gpt2jax.lora import LoRAConfig, init_adapters
 from gpt2jax.losses import token_losses
-from gpt2jax.model import head_kernel, hidden_states
+from gpt2jax.model import REMAT, head_kernel, hidden_states
 from gpt2jax.precision import precision
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.optimizer import (
-    clip_scale,
-    decay_mask,
-    make_optimizer,
-    make_schedule,
-    resolve_learning_rate,
-)
+from gpt2jax.train.freezing import cut_frozen, join
+from gpt2jax.train.optimizer import clip_scale, decay_mask, make_optimizer, with_narrow_moments
+from gpt2jax.train.schedules import make_schedule, resolve_learning_rate
 from gpt2jax.train.step import GROWTH_INTERVAL, INITIAL_SCALE, init_state, make_train_step, next_loss_scale
 
 CONFIG = FinetuneConfig(steps=10, learning_rate=1e-2, weight_decay=0.1)
@@ -163,6 +159,27 @@ def test_schedule():
     np.testing.assert_allclose(schedule(13), 0.2, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [2.0, 2.0, 2.0, 2.0]),
+        ("linear", [2.0, 1.6, 1.2, 0.4]),
+        ("wsd", [2.0, 2.0, 2.0, 0.4]),
+        ("cosine", [2.0, 1.765685, 1.2, 0.4]),
+    ],
+)
+def test_schedules_by_name(name, expected):
+    """At the beginning, after a quarter, a half, and at the end of what follows the warm-up."""
+    config = FinetuneConfig(
+        learning_rate=2.0, warmup_steps=4, final_learning_rate=0.2, schedule=name, decay_share=0.4
+    )
+    schedule = make_schedule(config, 20)
+    np.testing.assert_allclose([schedule(step) for step in (4, 8, 12, 20)], expected, rtol=1e-5)
+    np.testing.assert_allclose([schedule(step) for step in range(4)], [0.4, 0.8, 1.2, 1.6], rtol=1e-6)
+    if name == "wsd":  # the last eight steps, of which the sixteenth is the middle
+        np.testing.assert_allclose(schedule(16), 1.2, rtol=1e-6)
+
+
 def test_clipping():
     assert clip_scale(jnp.float32(4), 1.0) == 0.25 and clip_scale(jnp.float32(0.5), 1.0) == 1
     assert clip_scale(jnp.float32(4), None) == 1 and clip_scale(jnp.float32(0), 1.0) == 1
@@ -184,7 +201,15 @@ def test_learning_rate_by_size():
         ("learning_rate", float("inf")),
         ("beta2", 1.0),
         ("layout", "rows"),
-        ("optimizer", "sgd"),
+        ("optimizer", "adam"),
+        ("schedule", "step"),
+        ("remat", "some"),
+        ("moments_dtype", "int8"),
+        ("label_smoothing", 1.0),
+        ("ema_decay", 1.0),
+        ("decay_share", 0.0),
+        ("patience", 0),
+        ("lora_plus_ratio", 16.0),
         ("compute_dtype", "int8"),
         ("accumulation", 3),
         ("dropout", -0.1),
@@ -194,6 +219,143 @@ def test_learning_rate_by_size():
 def test_impossible_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field}={value!r}"):
         FinetuneConfig(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+def test_optimizers_beside_their_formulas(name):
+    """Three updates of a matrix and a bias, from the papers' formulas in NumPy."""
+    config = FinetuneConfig(
+        optimizer=name, learning_rate=0.1, weight_decay=0.2, schedule="constant", beta2=0.9
+    )
+    optimizer = make_optimizer(config, 3)
+    generator = np.random.default_rng(0)
+    shapes = {"kernel": (3, 4), "bias": (4,)}
+    params = {key: generator.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    expected = {key: value.astype(np.float64) for key, value in params.items()}
+    m = {key: np.zeros(shape) for key, shape in shapes.items()}
+    v = {key: np.zeros(shape) for key, shape in shapes.items()}
+    state = optimizer.init(params)
+    for t in range(1, 4):
+        gradient = {key: generator.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+        updates, state = optimizer.update(gradient, state, params)
+        params = {key: params[key] + np.asarray(updates[key]) for key in params}
+        for key, g in gradient.items():
+            if name == "adamw":
+                m[key], v[key] = 0.9 * m[key] + 0.1 * g, 0.9 * v[key] + 0.1 * g**2
+                u = m[key] / (1 - 0.9**t) / (np.sqrt(v[key] / (1 - 0.9**t)) + 1e-8)
+            elif name == "lion":
+                u = np.sign(0.9 * m[key] + 0.1 * g)
+                m[key] = 0.9 * m[key] + 0.1 * g
+            elif name == "sgd":
+                u = m[key] = 0.9 * m[key] + g
+            else:  # under 128 rows and columns nothing is factored
+                beta = 1 - float(t) ** -0.8
+                v[key] = beta * v[key] + (1 - beta) * (g**2 + 1e-30)
+                u = g / np.sqrt(v[key])
+                u /= max(1.0, np.sqrt(np.mean(u**2)))
+            decay = 0.2 if key == "kernel" else 0.0
+            expected[key] = expected[key] - 0.1 * (u + decay * expected[key])
+    for key in params:
+        np.testing.assert_allclose(params[key], expected[key], rtol=1e-4)
+
+
+def test_narrow_moments_keep_what_small_changes_add_up_to():
+    config = FinetuneConfig(learning_rate=1e-2, moments_dtype="bfloat16", beta2=0.999)
+    narrow, wide = (
+        make_optimizer(config, 10),
+        make_optimizer(dataclasses.replace(config, moments_dtype="float32"), 10),
+    )
+    params = {"kernel": jnp.zeros((1, 32, 32))}
+    states = [narrow.init(params), wide.init(params)]
+    arrays = [leaf for leaf in jax.tree.leaves(states[0]) if leaf.ndim]
+    assert [leaf.dtype for leaf in arrays] == [jnp.bfloat16] * 2
+
+    @jax.jit
+    def many(states):
+        def one(states, _):
+            return tuple(
+                o.update(params_of_ones, s, params)[1] for o, s in zip((narrow, wide), states, strict=True)
+            ), None
+
+        return jax.lax.scan(one, states, None, length=400)[0]
+
+    params_of_ones = {"kernel": jnp.ones((1, 32, 32))}
+    moments = [
+        sorted(float(leaf.astype(jnp.float32).mean()) for leaf in jax.tree.leaves(state) if leaf.ndim)
+        for state in many(tuple(states))
+    ]
+    np.testing.assert_allclose(moments[0], moments[1], rtol=0.01)
+    assert moments[1][0] == pytest.approx(1 - 0.999**400, rel=1e-3)
+    again = with_narrow_moments(wide, seed=0)
+    jax.tree.map(np.testing.assert_array_equal, again.init(params), states[0])
+
+
+def test_frozen_parameters_stay():
+    params = random_params()
+    trained, frozen, mask = cut_frozen(params, ["wte", "h.0", "h.*.mlp.c_fc.bias"])
+    jax.tree.map(np.testing.assert_array_equal, join(trained, frozen), params)
+    assert "wte" not in trained and "bias" not in trained["h"]["mlp"]["c_fc"] and mask is not None
+    before = jax.tree.map(np.array, params)
+    optimizer = make_optimizer(CONFIG, 10)
+    state = init_state(jax.tree.map(jnp.copy, trained), optimizer, loss_scaling=False)
+    step = make_train_step(TINY, optimizer, precision("float32"), mask=mask)
+    for index in range(2):
+        state, metrics = step(state, frozen, batch(index))
+    after = jax.tree.map(np.array, join(state["params"], frozen))
+    np.testing.assert_array_equal(after["wte"]["embedding"], before["wte"]["embedding"])
+    for a, b in zip(jax.tree.leaves(after["h"]), jax.tree.leaves(before["h"]), strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+    kernels = [tree["h"]["attn"]["c_attn"]["kernel"][1] for tree in (after, before)]
+    assert (kernels[0] != kernels[1]).all() and metrics["grad_norm"] > 0
+    for wrong, message in (
+        (["h.7"], r"h\.7.* is the name of no parameter"),
+        (["*"], "leaves nothing to train"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cut_frozen(params, wrong)
+
+
+def test_moving_average_and_lora_plus():
+    config = dataclasses.replace(CONFIG, lora=LoRAConfig(rank=2), lora_plus_ratio=4.0, weight_decay=0.0)
+    fast, slow = (make_optimizer(c, 10) for c in (config, dataclasses.replace(config, lora_plus_ratio=1.0)))
+    adapters = init_adapters(TINY, config.lora)
+    gradient = jax.tree.map(jnp.ones_like, adapters)
+    updates = [o.update(gradient, o.init(adapters), adapters)[0]["h"]["attn"]["c_attn"] for o in (fast, slow)]
+    np.testing.assert_allclose(updates[0]["lora_b"], 4 * updates[1]["lora_b"])
+    np.testing.assert_allclose(updates[0]["lora_a"], updates[1]["lora_a"])
+    step = make_train_step(TINY, slow, precision("float32"), lora=config.lora, ema_decay=0.3)
+    state = init_state(adapters, slow, loss_scaling=False, ema=True)
+    expected = jax.tree.map(np.array, state["params"])
+    for index in range(5):
+        state, _ = step(state, random_params(), batch(index))
+        decay = min(0.3, (1 + index) / (10 + index))
+        expected = jax.tree.map(
+            lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), expected, state["params"]
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state["ema"], expected)
+
+
+def test_remat_changes_memory_and_nothing_else():
+    model = dataclasses.replace(TINY, n_positions=64, n_layer=4)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 99, (4, 64)))
+
+    def loss(params, remat):
+        hidden = hidden_states(params, model, ids, remat=remat)
+        return token_losses(hidden, head_kernel(params), ids)[0].sum()
+
+    params = random_params(model)
+    gradients, memory = {}, {}
+    for remat in REMAT:
+        program = jax.jit(jax.grad(loss), static_argnums=1).lower(params, remat).compile()
+        memory[remat] = program.memory_analysis().temp_size_in_bytes
+        gradients[remat] = program(params)
+    assert memory["full"] < memory["weights"] < memory["dots"] < memory["none"]
+    for remat in REMAT[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max()),
+            gradients[remat],
+            gradients["none"],
+        )
 
 
 def test_muon_moves_the_kernels_and_adam_the_rest():
