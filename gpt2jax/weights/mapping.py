@@ -20,6 +20,7 @@ from gpt2jax.model import Params, abstract_params
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 PROBLEMS_SHOWN = 20
+PIECE = 1 << 18  # numbers read at once: few enough to be in the cache still when they are checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,15 @@ class Tensor:
         dtype: NumPy's name of the dtype; "bfloat16" too.
         read: reads the values.
         file: where it lies, for messages.
+        offset: where in that file the values begin, where they lie there as in memory and nothing else is to be
+            checked; otherwise None.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
     file: str
+    offset: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Source:
 def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor], source: str) -> Params:
     """Parameters of `config` out of the tensors of a file.
 
-    Host memory holds the parameters and one tensor.
+    Host memory holds the parameters and one tensor; less where tensors can be read straight into their place.
 
     Args:
         config: the architecture that the file is said to have.
@@ -126,9 +130,13 @@ def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor
         raise ValueError(f"{source} does not fit its configuration:\n{listed(problems)}")
     arrays = {path: aligned_empty(shape) for path, shape in leaves.items()}
     for name, tensor in tensors.items():
-        target = _view(arrays[slots[name].rule.path], slots[name])
-        target[...] = _to_canonical(tensor.read(), slots[name].rule.layout, target.shape)
-        if not is_finite(target):
+        target, layout = _view(arrays[slots[name].rule.path], slots[name]), slots[name].rule.layout
+        if _lies_as_in_memory(tensor, target, layout):
+            finite = _read_into(target, tensor, name)
+        else:
+            target[...] = _to_canonical(tensor.read(), layout, target.shape)
+            finite = is_finite(target)
+        if not finite:
             raise ValueError(f"{tensor.file}: tensor {name} holds values that are not finite numbers")
     params: Params = {}
     for path in leaves:
@@ -140,6 +148,28 @@ def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor
     return params
 
 
+def _lies_as_in_memory(tensor: Tensor, target: np.ndarray, layout: str) -> bool:
+    same = tensor.dtype == "float32" and layout != "transposed"
+    return same and tensor.offset is not None and target.flags.c_contiguous
+
+
+def _read_into(target: np.ndarray, tensor: Tensor, name: str) -> bool:
+    """Reads a tensor without a copy of it, and says whether all its values are finite."""
+    flat = target.reshape(-1)
+    finite = True
+    with open(tensor.file, "rb", buffering=0) as file:
+        file.seek(tensor.offset or 0)
+        for start in range(0, flat.size, PIECE):
+            piece = flat[start : start + PIECE]
+            missing = memoryview(piece.view(np.uint8))
+            while len(missing) and (count := file.readinto(missing)):
+                missing = missing[count:]
+            if len(missing):
+                raise ValueError(f"{tensor.file} is cut short: tensor {name} is not whole")
+            finite = finite and is_finite(piece)
+    return finite
+
+
 def spread(config: GPT2Config, rules: Sequence[Rule], params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a file out of parameters, in the order of the blocks: (name, float32 array)."""
     leaves = _leaves(config)
@@ -148,6 +178,11 @@ def spread(config: GPT2Config, rules: Sequence[Rule], params: Params) -> Iterato
         for key in slot.rule.path.split("."):
             node = node[key]
         yield name, _from_canonical(_view(np.asarray(node), slot), slot)
+
+
+def file_shapes(config: GPT2Config, rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a file of this format has for an architecture, in order."""
+    return {name: slot.shape for name, slot in _slots(config, rules, _leaves(config)).items()}
 
 
 def _leaves(config: GPT2Config) -> dict[str, tuple[int, ...]]:

@@ -118,7 +118,7 @@ def _check(path: Path, name: str, entry: dict, data_start: int, position: int) -
             raise ValueError(f"{path} is cut short: tensor {name} is not whole")
         return values.reshape(shape)
 
-    return Tensor(tuple(shape), DTYPES[code], read, str(path)), end
+    return Tensor(tuple(shape), DTYPES[code], read, str(path), data_start + begin), end
 
 
 def write_safetensors(

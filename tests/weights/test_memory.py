@@ -1,0 +1,54 @@
+"""Loading holds the model and at most its largest tensor beside it, whatever the format."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.model import abstract_params
+from gpt2jax.weights.hf import RULES, save_hf
+from gpt2jax.weights.keras_preset import save_keras
+from gpt2jax.weights.mapping import file_shapes
+
+# 106 million bytes, of which the embedding has a third
+CONFIG = GPT2Config(vocab_size=24_000, n_positions=256, n_embd=384, n_layer=10, n_head=6)
+MEASURE = """
+import sys, jax, gpt2jax
+def resident(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+gpt2jax.load("gpt2-mini")
+before = resident("VmRSS:")
+params = jax.block_until_ready(gpt2jax.load(sys.argv[1]).params)
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(params)), resident("VmHWM:") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract_params(CONFIG))
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="needs Linux to say the memory of a process"
+)
+@pytest.mark.parametrize("kind", ["float32", "float16", "keras"])
+def test_peak(tmp_path, params, kind):
+    if kind == "keras":
+        save_keras(tmp_path / "model", CONFIG, params)
+    else:
+        save_hf(tmp_path / "model", CONFIG, params, dtype=kind)
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "model")], capture_output=True, text=True, check=True
+    )
+    model, peak = map(int, measured.stdout.split())
+    largest = 4 * max(math.prod(shape) for shape in file_shapes(CONFIG, RULES).values())
+    assert model == 4 * sum(math.prod(shape) for shape in file_shapes(CONFIG, RULES).values())
+    assert 0.8 * model < peak < model + largest + 4_000_000, (model, largest, peak)
