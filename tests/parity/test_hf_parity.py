@@ -130,16 +130,6 @@ def test_files_of_torch(tmp_path, is_zip):
     assert_close(our_logits(*load_hf(tmp_path), ids), torch_logits(model, ids))
 
 
-def test_at_real_size(tmp_path):
-    model = random_torch_model(
-        vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, std=0.02,
-        bos_token_id=50256, eos_token_id=50256,
-    )  # fmt: skip
-    model.save_pretrained(tmp_path)
-    ids = random_ids((1, 32), 50257)
-    assert_close(our_logits(*load_hf(tmp_path), ids), torch_logits(model, ids), tolerance=1e-4)
-
-
 @pytest.mark.parametrize("variant", ["default", "untied", "n_inner", "upcast"])
 def test_transformers_reads_our_folder(tmp_path, variant):
     model = random_torch_model(**VARIANTS[variant])
