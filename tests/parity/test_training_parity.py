@@ -125,48 +125,53 @@ def test_loss_and_gradient_of_every_leaf(changes, tmp_path):
     assert_close(gradient, as_params(with_gradients(model), tmp_path / "gradient")[1])
 
 
-def test_ten_steps_of_clipping_and_adamw_on_a_schedule(tmp_path):
-    model = random_torch_model({})
-    settings = FinetuneConfig(
-        steps=STEPS,
-        learning_rate=5e-3,
-        warmup_steps=3,
-        final_learning_rate=0.1,
-        weight_decay=0.1,
-        beta2=0.95,
-        # some gradients are zero but for rounding, which an epsilon of 1e-8 would blow up to whole steps
-        epsilon=1e-5,
-        max_grad_norm=0.5,
-    )
-    config, params = as_params(model, tmp_path / "before")
+SETTINGS = FinetuneConfig(
+    steps=STEPS,
+    learning_rate=5e-3,
+    warmup_steps=3,
+    final_learning_rate=0.1,
+    weight_decay=0.1,
+    beta2=0.95,
+    # some gradients are zero but for rounding, which an epsilon of 1e-8 would blow up to whole steps
+    epsilon=1e-5,
+    max_grad_norm=0.5,
+)
+
+
+def train_torch(model, decayed, plain):
+    """Yields (loss, norm of the gradient) of every step; `decayed` and `plain` are the trained parameters."""
     rates = [5e-3 * share for share in (0.25, 0.5, 0.75)]
     rates += [5e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * s / 7)) / 2) for s in range(7)]
-    torch_optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        eps=1e-5,
-    )
-    optimizer = make_optimizer(settings, STEPS)
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), eps=1e-5)
+    for batch, rate in zip(batches(), rates, strict=True):
+        loss = torch_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([*decayed, *plain], 0.5).item()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        yield loss.item(), norm
+
+
+def test_ten_steps_of_clipping_and_adamw_on_a_schedule(tmp_path):
+    model = random_torch_model({})
+    config, params = as_params(model, tmp_path / "before")
+    optimizer = make_optimizer(SETTINGS, STEPS)
     step = make_train_step(config, optimizer, FLOAT32, max_grad_norm=0.5)
     state = init_state(params, optimizer, loss_scaling=False)
+    matrices, vectors = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
     losses, torch_losses = [], []
-    for index, (batch, rate) in enumerate(zip(batches(), rates, strict=True)):
-        loss = torch_loss(model, batch)
-        torch_optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()
-        for group in torch_optimizer.param_groups:
-            group["lr"] = rate
-        torch_optimizer.step()
-        torch_losses.append(loss.item())
+    for index, (torch_step, batch) in enumerate(
+        zip(train_torch(model, matrices, vectors), batches(), strict=True)
+    ):
+        torch_losses.append(torch_step[0])
         state, metrics = step(state, None, batch)
         losses.append(float(metrics["loss"]))
         if index == 0:
-            assert norm > 0.5
-            np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+            assert torch_step[1] > 0.5
+            np.testing.assert_allclose(metrics["grad_norm"], torch_step[1], rtol=1e-5)
             assert_close(state["params"], as_params(model, tmp_path / "after")[1])
     np.testing.assert_allclose(losses, torch_losses, rtol=1e-4)
     assert losses[-1] < losses[0] - 0.5
@@ -203,3 +208,48 @@ def test_gradient_of_adapters(tmp_path):
     gradient = jax.jit(jax.grad(loss))(adapters)
     with_gradients(model).save_pretrained(tmp_path / "gradient")
     assert_close(gradient, load_adapter(tmp_path / "gradient", config)[1])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "kind",
+    [{"rank_pattern": {"h.1.attn.c_attn": 2}}, {"use_rslora": True}, {"use_dora": True}],
+    ids=lambda kind: next(iter(kind)),
+)
+def test_ten_steps_of_adapters(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    base = random_torch_model({})
+    config, params = as_params(base, tmp_path / "base")
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["attn.c_attn", "mlp.c_proj"], fan_in_fan_out=True, **kind
+    )
+    model = peft.get_peft_model(base, settings).train()
+    # as they begin, but for the second factor's zeros: the first step would say nothing of the first one
+    randomise(model, {name: p for name, p in model.named_parameters() if "lora_B" in name})
+
+    def saved(name: str):
+        model.save_pretrained(tmp_path / name)
+        return load_adapter(tmp_path / name, config, params)
+
+    lora, adapters = saved("before")
+    optimizer = make_optimizer(SETTINGS, STEPS)
+    step = make_train_step(config, optimizer, FLOAT32, lora=lora, max_grad_norm=0.5)
+    state = init_state(adapters, optimizer, loss_scaling=False)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    lengths = [p for name, p in trained if "magnitude" in name]
+    factors = [p for name, p in trained if "magnitude" not in name]
+    assert bool(lengths) == lora.use_dora
+    losses, torch_losses = [], []
+    for index, (torch_step, batch) in enumerate(
+        zip(train_torch(model, factors, lengths), batches(), strict=True)
+    ):
+        torch_losses.append(torch_step[0])
+        state, metrics = step(state, params, batch)
+        losses.append(float(metrics["loss"]))
+        if index == 0:
+            assert torch_step[1] > 0.5
+            np.testing.assert_allclose(metrics["grad_norm"], torch_step[1], rtol=1e-5)
+            assert_close(state["params"], saved("after")[1])
+    np.testing.assert_allclose(losses, torch_losses, rtol=1e-4)
+    assert losses[-1] < losses[0] - 0.1
+    assert_close(state["params"], saved("end")[1], 1e-4)

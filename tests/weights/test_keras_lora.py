@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import h5py
@@ -93,6 +94,15 @@ def test_files_that_do_not_fit(file, model, name, values, message):
     with pytest.raises(ValueError, match=message) as info:
         load_adapter(model, file)
     assert "a.lora.h5" in str(info.value)
+
+
+def test_cut_short_anywhere(file, model):
+    whole = file.read_bytes()
+    rng = random.Random(0)
+    for length in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(200))]:
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"a\.lora\.h5"):
+            load_adapter(model, file)
 
 
 def test_other_files(tmp_path, model):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,17 @@ def test_all_problems_come_together(saved):
         "lm_head.lora_A.weight: unknown",
     ):
         assert problem in str(info.value)
+
+
+def test_cut_short_anywhere(saved):
+    for name in (FILE, "adapter_config.json"):
+        whole = (saved / name).read_bytes()
+        rng = random.Random(0)
+        for length in [0, len(whole) - 2, *(rng.randrange(len(whole) - 1) for _ in range(200))]:
+            (saved / name).write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=name):
+                load_adapter(saved, TINY)
+        (saved / name).write_bytes(whole)
 
 
 def test_a_model_of_another_size(saved):
