@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gpt2jax.attention import causal_mask, fused_attention, fused_attention_takes
 from gpt2jax.config import GPT2Config
 from gpt2jax.distributed import cut_rows, cut_rows_and_width
 from gpt2jax.low_rank import adapted, with_scales
@@ -124,7 +125,7 @@ class Attention(nnx.Module):
         adapters=None,
         key=None,
     ):
-        """x [B, T, D], mask [B or 1, 1, T, S] -> ([B, T, D], cache).
+        """x [B, T, D], mask [B or 1, 1, T, S] or None for causal alone -> ([B, T, D], cache).
 
         With a cache (keys, values), each [B * N, S, H], the new keys and values are written at `cache_index`, and
         attention reads the whole of it in its dtype: casting it each step would cost more than narrow products save.
@@ -143,12 +144,16 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(dtype), cache_index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(dtype), cache_index, axis=1)
             cache = (k, v)
-        scores = self._product("...th,...sh->...ts", q, k, dtype)
-        scores = scores.reshape(*heads, *scores.shape[-2:])
-        probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
-        probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
-        probabilities = probabilities.reshape(*k.shape[:-2], *scores.shape[-2:])
-        y = self._product("...ts,...sh->...th", probabilities, v, dtype)
+        if mask is None and call.precision.fused_attention and fused_attention_takes(self.config, keys[1]):
+            y = fused_attention(q, k, v, dtype)
+        else:
+            mask = causal_mask(x.shape[1]) if mask is None else mask
+            scores = self._product("...th,...sh->...ts", q, k, dtype)
+            scores = scores.reshape(*heads, *scores.shape[-2:])
+            probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
+            probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
+            probabilities = probabilities.reshape(*k.shape[:-2], *scores.shape[-2:])
+            y = self._product("...ts,...sh->...th", probabilities, v, dtype)
         y = y.reshape(*heads, *y.shape[-2:]).swapaxes(1, 2).reshape(x.shape)
         y = self.c_proj(y.astype(call.precision.activation_dtype), call, adapters.get("c_proj"), keys[2])
         return dropout(y, self.config.resid_pdrop, keys[3]), cache
@@ -258,7 +263,7 @@ class GPT2(nnx.Module):
         return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
 
     def __call__(self, token_ids, positions, mask, call: Call, *, adapters=None, key=None) -> jax.Array:
-        """Ids and positions [B, T], mask [B or 1, 1, T, T] -> hidden states [B, T, D] after the last LayerNorm."""
+        """Ids, positions [B, T], mask [B or 1, 1, T, T] or None -> hidden states [B, T, D] after the last LayerNorm."""
         embed_key, blocks_key = split_or_none(key, 2)
         x = cut_rows(self.embed(token_ids, positions, call, embed_key))
         structure, stacked = nnx.split(self.h)
@@ -382,7 +387,7 @@ def hidden_states(
         raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.n_positions}")
     if positions is None:
         positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    mask = None if attention_mask is None and segment_ids is None else causal_mask(length)
     if attention_mask is not None:
         mask = mask & attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:

@@ -22,17 +22,20 @@ class Precision:
     Attributes:
         compute_dtype: operands of matrix products; products accumulate in float32.
         activation_dtype: what flows between them (residual stream, hidden layers).
+        fused_attention: causal attention by cuDNN's kernel, which holds no [T, S] array.
     """
 
     compute_dtype: jnp.dtype
     activation_dtype: jnp.dtype
+    fused_attention: bool = False
 
 
 def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
     """The dtypes for `compute_dtype` that are fast on `backend` (default: the one jax runs on).
 
     On a CPU elementwise work in 16 bits is emulated through float32, so only the products are narrow there. An
-    accelerator keeps its activations narrow too, which halves their memory.
+    accelerator keeps its activations narrow too, which halves their memory. On an NVIDIA GPU cuDNN's attention takes
+    16-bit operands only, and has to be asked for.
 
     Raises:
         ValueError: `compute_dtype` is none of `COMPUTE_DTYPES`.
@@ -40,8 +43,9 @@ def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype={compute_dtype!r} is not known; known: {', '.join(COMPUTE_DTYPES)}")
     narrow = jnp.dtype(compute_dtype)
-    on_cpu = (backend or jax.default_backend()) == "cpu"
-    return Precision(narrow, jnp.dtype(jnp.float32) if on_cpu else narrow)
+    backend = backend or jax.default_backend()
+    fused = backend in ("gpu", "cuda") and narrow.itemsize == 2
+    return Precision(narrow, jnp.dtype(jnp.float32) if backend == "cpu" else narrow, fused)
 
 
 FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
