@@ -129,6 +129,7 @@ def test_an_adapter_of_keras_becomes_one_of_peft(capsys, tmp_path, run_folder):
         ("gpt3", [], "unknown model 'gpt3'"),
         (GOLDEN / "nothing", [], "there is no model at"),
         (GOLDEN / "tokenizer.json", [], "no weights of a known format"),
+        (GOLDEN / "peft", [], "load the model that they are for"),
         (GOLDEN / "hf-tied", ["--format", "peft"], "has no adapters"),
         (GOLDEN / "hf-tied", ["--format", "keras", "--dtype", "float16"], "is written in float32"),
         (GOLDEN / "hf-relu-bfloat16", ["--format", "keras"], "activation_function='relu'"),

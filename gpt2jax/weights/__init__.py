@@ -83,6 +83,10 @@ def open_weights(path: str | os.PathLike[str]) -> tuple[str, Source]:
     if not path.exists() and not is_keras_checkpoint(path):  # a checkpoint's prefix is not a file
         raise FileNotFoundError(f"there are no weights at {path}")
     kind = next((kind for kind in FORMATS if kind.matches(path)), None)
+    if kind is None and ((path / "adapter_config.json").is_file() or path.name.endswith(".lora.h5")):
+        raise ValueError(
+            f"{path} holds adapters: load the model that they are for, and load_adapter(model, path)"
+        )
     if kind is None:
         expected = "".join(f"\n  {kind.name}: {kind.expects}" for kind in FORMATS)
         raise ValueError(f"{path} holds no weights of a known format. Expected one of:{expected}")

@@ -26,9 +26,11 @@ from gpt2jax.model import Params, abstract_params
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.mapping import FLOAT_DTYPES, Tensor, is_finite, listed
 from gpt2jax.weights.safetensors_file import read_safetensors, write_safetensors
+from gpt2jax.weights.torch_file import read_state_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-OURS = re.compile(r"adapter_config\.json|adapter_model\.safetensors")
+TORCH_FILE = "adapter_model.bin"  # of old versions, and of save_pretrained(safe_serialization=False)
+OURS = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md")
 # the tensors of a linear, and ours; all are turned
 LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "magnitude"}
 FUSED = "attn.c_attn"  # what PEFT has in place of our slices of it
@@ -86,20 +88,21 @@ def load_adapter(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no adapter folder at {folder}")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no PEFT folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
+    file = next((folder / name for name in (WEIGHTS_FILE, TORCH_FILE) if (folder / name).is_file()), None)
+    if file is None or not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is no PEFT folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     settings = _read_settings(folder / CONFIG_FILE)
-    tensors = {_plain_name(name): t for name, t in read_safetensors(folder / WEIGHTS_FILE).items()}
+    read = read_safetensors if file.name == WEIGHTS_FILE else read_state_dict
+    tensors = {_plain_name(name): tensor for name, tensor in read(file).items()}
     found = [target for target in TARGETS if any(f".{target}.lora_" in f".{name}" for name in tensors)]
     if not found:
-        raise ValueError(f"{folder / WEIGHTS_FILE} holds no adapters of {', '.join(TARGETS)}")
+        raise ValueError(f"{file} holds no adapters of {', '.join(TARGETS)}")
     try:
         shared = {SHARED[name]: value for name, value in settings.items() if name in SHARED and value}
         lora = LoRAConfig(**shared, targets=tuple(found))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-    return lora, _fill(config, lora, tensors, folder / WEIGHTS_FILE, params)
+    return lora, _fill(config, lora, tensors, file, params)
 
 
 def save_adapter(

@@ -1,4 +1,4 @@
-"""Writes the models in keras-*/ and openai/ with Keras and TensorFlow, and their logits beside them.
+"""Writes the models in keras-*/ (keras-lora/: an adapter) and openai/ with Keras and TensorFlow, and their logits.
 
 Run twice: with keras-hub, and with keras-nlp 0.7.0 and tensorflow 2.15 (the last that write TensorFlow checkpoints):
 python tests/golden/make_keras.py
@@ -42,6 +42,7 @@ def main() -> None:
         model.save_to_preset(str(folder))
         (folder / "task.json").unlink()
         _expect(folder, token_ids, logits)
+        _save_adapter(_fresh(here / "keras-lora"), model, rng, token_ids)
     else:
         folder = _fresh(here / "keras-nlp")
         model.save_weights(str(folder / "cp.ckpt"))
@@ -50,6 +51,17 @@ def main() -> None:
         folder = _fresh(here / "openai")
         _save_openai(folder, backbone)
         _expect(folder, token_ids, logits)
+
+
+def _save_adapter(folder: Path, model, rng: np.random.Generator, token_ids: np.ndarray) -> None:
+    """Adapters of the model, and the logits with them."""
+    model.backbone.enable_lora(2)
+    for variable in model.backbone.trainable_weights:
+        if "lora" in variable.path:
+            variable.assign(rng.normal(size=variable.shape, scale=0.2))
+    model.backbone.save_lora_weights(str(folder / "adapter.lora.h5"))
+    logits = np.array(model({"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}))
+    _expect(folder, token_ids, logits)
 
 
 def _random(rng: np.random.Generator, variable) -> np.ndarray:

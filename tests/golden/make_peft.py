@@ -1,4 +1,4 @@
-"""Writes peft/: an adapter of the peft library for the model in hf-tied/, and the logits of both together.
+"""Writes peft*/: adapters of the peft library for the model in hf-tied/, and the logits of both together.
 
 Run after make_hf.py with the peers installed: python tests/golden/make_peft.py
 """
@@ -15,19 +15,29 @@ import peft
 import torch
 import transformers
 
+KINDS: dict[str, dict[str, Any]] = {
+    "peft": {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["c_attn", "mlp.c_proj"]},
+    "peft-dora": {
+        "r": 3,
+        "lora_alpha": 5,
+        "use_dora": True,
+        "target_modules": ["c_attn", "c_fc"],
+        "rank_pattern": {"h.1.attn.c_attn": 2},
+        "alpha_pattern": {"c_fc": 4},
+    },
+}
+
 
 def main() -> None:
-    here = Path(__file__).parent
-    folder = here / "peft"
+    for name, settings in KINDS.items():
+        make(Path(__file__).parent, name, settings)
+
+
+def make(here: Path, name: str, settings: dict[str, Any]) -> None:
+    folder = here / name
     base: Any = transformers.AutoModelForCausalLM.from_pretrained(
         here / "hf-tied", attn_implementation="eager"
     )
-    settings: dict[str, Any] = {
-        "r": 3,
-        "lora_alpha": 5,
-        "use_rslora": True,
-        "target_modules": ["c_attn", "mlp.c_proj"],
-    }
     model = peft.get_peft_model(
         base, peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings)
     ).eval()
@@ -35,7 +45,8 @@ def main() -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter + noise if "magnitude" in name else noise)
         token_ids = torch.randint(0, 97, (2, 24), generator=generator)
         logits = model(token_ids).logits.numpy()
     shutil.rmtree(folder, ignore_errors=True)

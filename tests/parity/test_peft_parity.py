@@ -53,7 +53,7 @@ def logits(model) -> np.ndarray:
 
 def peft_model(base, settings: dict[str, Any]):
     """The base with adapters of peft whose every number is random."""
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings)
+    lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "fan_in_fan_out": True, **settings})
     model = peft.get_peft_model(torch_base(base), lora)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -73,6 +73,7 @@ def peft_model(base, settings: dict[str, Any]):
         {"r": 4, "lora_alpha": 8, "target_modules": ["attn.c_proj"], "layers_to_transform": [1]},
         {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["c_attn", "c_proj", "c_fc"]},
         {"r": 4, "use_dora": True, "use_rslora": True, "layers_to_transform": [0]},
+        {"r": 4, "use_dora": True, "fan_in_fan_out": False, "target_modules": ["c_attn", "mlp.c_proj"]},
         {
             "r": 4,
             "lora_alpha": 8,
@@ -85,7 +86,9 @@ def peft_model(base, settings: dict[str, Any]):
 )
 def test_adapters_of_peft(tmp_path, base, settings: dict[str, Any]):
     model = peft_model(base, settings)
-    model.save_pretrained(tmp_path / "adapter")
+    is_torch = "layers_to_transform" in settings
+    model.save_pretrained(tmp_path / "adapter", safe_serialization=not is_torch)
+    assert (tmp_path / "adapter" / "adapter_model.bin").is_file() == is_torch
     ours = gpt2jax.load_adapter(gpt2jax.load(base), tmp_path / "adapter")
     expected = logits(model)
     assert np.abs(expected - logits(torch_base(base))).max() > 0.1  # the adapter does something

@@ -42,11 +42,15 @@ def test_greedy_continuation(name):
     np.testing.assert_array_equal(np.argmax(model.logits(text)[0, 7:-1], axis=-1), text[0, 8:])
 
 
-def test_adapter():
-    base = gpt2jax.load(GOLDEN / "hf-tied")
-    model = gpt2jax.load_adapter(base, GOLDEN / "peft")
-    token_ids = json.loads((GOLDEN / "peft" / "expected.json").read_text())["token_ids"]
-    logits = np.load(GOLDEN / "peft" / "logits.npy")
+@pytest.mark.parametrize(
+    ("base", "folder", "file"),
+    [("hf-tied", "peft", ""), ("hf-tied", "peft-dora", ""), ("keras-hub", "keras-lora", "adapter.lora.h5")],
+)
+def test_adapter(base, folder, file):
+    base = gpt2jax.load(GOLDEN / base)
+    model = gpt2jax.load_adapter(base, GOLDEN / folder / file)
+    token_ids = json.loads((GOLDEN / folder / "expected.json").read_text())["token_ids"]
+    logits = np.load(GOLDEN / folder / "logits.npy")
     assert np.abs(logits - base.logits(token_ids)).max() > 0.1
     np.testing.assert_allclose(model.logits(token_ids), logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(model.merge_adapter().logits(token_ids), logits, rtol=2e-5, atol=2e-5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import random
 import shutil
@@ -44,6 +45,19 @@ def test_same_weights_as_in_safetensors(name, expected):
     assert config == load_hf(GOLDEN / "hf-tied")[0] and tokenizer is None
     assert same(params, expected)
     assert same(load_weights(GOLDEN / name / "pytorch_model.bin")[1], expected)
+
+
+def test_shards_and_their_index(copied, expected):
+    """Two names for one file do: what is read is what the index says of each."""
+    names = list(read_state_dict(copied))
+    copied.rename(copied.with_name("pytorch_model-00001-of-00001.bin"))
+    index = copied.with_name("pytorch_model.bin.index.json")
+    places = dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert same(load_weights(copied.parent)[1], expected)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {n: places[n] for n in names[1:]}}))
+    with pytest.raises(ValueError, match=f"{names[0]} is there, but not in the index"):
+        load_weights(copied.parent)
 
 
 def test_cut_short_anywhere(copied):
