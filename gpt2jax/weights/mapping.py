@@ -161,7 +161,7 @@ def _read_into(target: np.ndarray, tensor: Tensor, name: str) -> bool:
         file.seek(tensor.offset or 0)
         for start in range(0, flat.size, PIECE):
             piece = flat[start : start + PIECE]
-            missing = memoryview(piece.view(np.uint8))
+            missing = piece.view(np.uint8).data
             while len(missing) and (count := file.readinto(missing)):
                 missing = missing[count:]
             if len(missing):
