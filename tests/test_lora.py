@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import TINY, random_params
 
+import gpt2jax
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora import TARGETS, LoRAConfig, init_adapters, merge_adapters, unmerge_adapters
 from gpt2jax.model import count_parameters, hidden_states
@@ -149,3 +150,21 @@ def test_ranks_of_blocks_stay_what_they_are_in_training(model):
 def test_impossible_settings_are_named(settings, named):
     with pytest.raises(ValueError, match=named):
         LoRAConfig(**settings)
+
+
+def test_a_run_of_dora_on_slices_comes_back_from_its_folder(model, tmp_path):
+    """PEFT has no slices: what the run saves is one adapter of the whole, which computes the same."""
+    texts = [list(np.random.default_rng(i).integers(0, 100, 20)) for i in range(8)]
+    lora = LoRAConfig(rank=2, targets=("attn.q", "attn.v"), use_dora=True)
+    settings = gpt2jax.FinetuneConfig(
+        steps=2, batch_size=4, sequence_length=16, learning_rate=0.05, lora=lora, checkpoint_every=1
+    )
+    run = gpt2jax.finetune(model, texts, settings, output=tmp_path / "run", progress=False)
+    adapters = run.model.adapters
+    assert adapters is not None
+    fresh = init_adapters(TINY, lora, settings.seed, params=model.params)
+    for name in ("lora_b", "magnitude"):
+        assert (adapters["h"]["attn"]["v"][name] != fresh["h"]["attn"]["v"][name]).any()
+    again = gpt2jax.load(tmp_path / "run")
+    np.testing.assert_allclose(logits(again), logits(run.model), atol=2e-5)
+    assert np.abs(logits(again) - logits(model)).max() > 1e-3

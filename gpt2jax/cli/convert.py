@@ -40,7 +40,7 @@ class Options:
         seed: of the tokens whose logits are compared.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     out: pathlib.Path
     format: Literal["hf", "keras", "peft"] = "hf"
     adapter: pathlib.Path | None = None
