@@ -160,7 +160,8 @@ def forward_cached(
     positions = jnp.clip(slots[None, :] - padding[:, None], 0, config.n_positions - 1)
     keys = jnp.arange(cache[0][0].shape[1])
     mask = (keys <= slots[:, None])[None] & (keys >= padding[:, None, None])  # [B, T, S]
-    x = jnp.take(params["wte"], token_ids, axis=0, mode="clip") + jnp.take(params["wpe"], positions, axis=0)
+    x = jnp.take(params["wte"], token_ids, axis=0, mode="clip").astype(jnp.float32)
+    x = x + jnp.take(params["wpe"], positions, axis=0)
     x = x.astype(precision.activation_dtype)
     call = Call(precision)
     new_cache = []

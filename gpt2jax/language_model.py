@@ -26,7 +26,8 @@ class LanguageModel:
 
     Attributes:
         config: the architecture.
-        params: plain nested dict of float32 arrays, the blocks stacked along a leading layer axis.
+        params: plain nested dict of arrays, float32 unless loaded in 16 bits, the blocks stacked along a leading
+            layer axis.
         tokenizer: text to ids and back; None for a model made from a configuration alone.
         adapters: LoRA adapters, nested as `params`, or None.
         lora: their settings, or None.
@@ -147,13 +148,15 @@ HUB_IDS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", 
 PACKAGED = pathlib.Path(__file__).parent / "assets"
 
 
-def load(name: str | pathlib.Path, *, revision: str | None = None) -> LanguageModel:
+def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = "float32") -> LanguageModel:
     """Loads a model.
 
     Args:
         name: "gpt2-mini" (packaged, needs no network), "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or any other
             hub id of a GPT-2 (`owner/name`), or a path: a weights folder or file, or a run folder of `finetune`.
         revision: commit, tag or branch, for a model on the hub.
+        dtype: of the parameters. "bfloat16" and "float16" round them as they are read and take half the memory: for
+            generating, evaluating, and as the frozen base of adapters. Training all parameters makes them float32.
 
     Raises:
         ValueError: no such name (the message lists the known ones), or files that are not what they should be.
@@ -162,7 +165,7 @@ def load(name: str | pathlib.Path, *, revision: str | None = None) -> LanguageMo
     from gpt2jax.weights import load_weights
 
     place = locate(name, revision=revision)
-    config, params, tokenizer = load_weights(place.weights)
+    config, params, tokenizer = load_weights(place.weights, dtype)
     model = LanguageModel(config, params, tokenizer, source=str(name))
     if place.adapter is not None:
         model = dataclasses.replace(load_adapter(model, place.adapter), source=str(name))

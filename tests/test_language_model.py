@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import time
 
 import jax
@@ -57,6 +58,62 @@ def test_packaged_model_loads_offline_and_fast(monkeypatch):
     assert model.num_parameters() == 4_273_664 and model.tokenizer is not None
     texts = gpt2jax.load_texts("python-docs", split="validation", limit=20)
     assert gpt2jax.evaluate(model, texts, sequence_length=128).loss < 3.6
+
+
+@pytest.fixture(scope="module")
+def narrow(model, tmp_path_factory):
+    """A model loaded in bfloat16, and one in float32 with the same rounded values."""
+    folder = tmp_path_factory.mktemp("narrow") / "model"
+    model.save(folder)
+    loaded = gpt2jax.load(folder, dtype="bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), model.params)
+    return loaded, dataclasses.replace(loaded, params=rounded)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("source", ["hf-tied", "hf-relu-bfloat16", "hf-bin-zip", "keras-hub", "nanogpt-bias"])
+def test_loaded_in_16_bits(source, dtype):
+    path = pathlib.Path(__file__).parent / "golden" / source
+    loaded = gpt2jax.load(path, dtype=dtype).params
+    expected = jax.tree.map(lambda x: x.astype(dtype), gpt2jax.load(path).params)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(loaded))
+    assert_same(loaded, expected)
+
+
+def test_16_bits_compute_what_their_values_do(narrow, tmp_path):
+    loaded, rounded = narrow
+    ids = np.arange(24).reshape(2, 12)
+    np.testing.assert_array_equal(loaded.logits(ids), rounded.logits(ids))
+    settings = {"max_new_tokens": 10, "do_sample": False, "stop_token_ids": []}
+    outs = [gpt2jax.generate(model, [[1, 2, 3]], **settings)[0] for model in narrow]
+    assert outs[0].token_ids == outs[1].token_ids
+    losses = [gpt2jax.evaluate(model, [list(range(20))], sequence_length=16).loss for model in narrow]
+    assert losses[0] == losses[1]
+    for format in ("hf", "keras"):
+        loaded.save(tmp_path / format, format=format)
+        assert_same(gpt2jax.load(tmp_path / format).params, rounded.params)
+
+
+def test_training_from_16_bits(narrow, tmp_path):
+    """All parameters become float32; under adapters they stay as they are."""
+    texts = [list(range(i, i + 20)) for i in range(8)]
+    settings = gpt2jax.FinetuneConfig(steps=1, batch_size=4, sequence_length=16, learning_rate=1e-3)
+    runs = [gpt2jax.finetune(model, texts, settings, progress=False).model for model in narrow]
+    assert_same(runs[0].params, runs[1].params)
+    assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(runs[0].params))
+    settings = dataclasses.replace(settings, lora=LORA)
+    runs = [gpt2jax.finetune(model, texts, settings, progress=False).model for model in narrow]
+    assert all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(runs[0].params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), runs[0].adapters, runs[1].adapters)
+
+
+def test_values_too_large_for_16_bits(model, tmp_path):
+    params = {**model.params, "wpe": {"embedding": model.params["wpe"]["embedding"] * 1e6}}
+    dataclasses.replace(model, params=params).save(tmp_path / "large")
+    with pytest.raises(ValueError, match=r"wpe\.weight holds values that are not finite numbers in float16"):
+        gpt2jax.load(tmp_path / "large", dtype="float16")
+    with pytest.raises(ValueError, match="dtype='int8' is not known; known: float32"):
+        gpt2jax.load(tmp_path / "large", dtype="int8")
 
 
 @pytest.mark.parametrize("format", ["hf", "keras"])

@@ -171,7 +171,7 @@ def different_tensors(params: dict[str, Any], others: dict[str, Any], dtype: str
     import jax
     import numpy as np
 
-    from gpt2jax.weights.safetensors_file import numpy_dtype
+    from gpt2jax.weights.mapping import numpy_dtype
 
     def leaves(tree: dict[str, Any]) -> dict[str, jax.Array]:
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]

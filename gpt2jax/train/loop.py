@@ -233,7 +233,7 @@ def with_dropout(config: GPT2Config, rate: float | None) -> GPT2Config:
 def _fresh_state(model: LanguageModel, config: FinetuneConfig, optimizer: Any) -> TrainState:
     if config.lora is None:
         # the step donates its state; the model stays as it is
-        trainable = jax.tree.map(jnp.copy, model.params)
+        trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model.params)
     else:
         trainable = init_adapters(model.config, config.lora, config.seed, params=model.params)
     state = init_state(trainable, optimizer, loss_scaling=config.compute_dtype == "float16")

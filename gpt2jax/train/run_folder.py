@@ -147,7 +147,7 @@ def run_description(model: LanguageModel, config: FinetuneConfig, documents: Doc
 def _sha256(arrays: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # whatever the dtype
     return digest.hexdigest()
 
 

@@ -62,8 +62,14 @@ FORMATS = (
 )
 
 
-def load_weights(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params, Tokenizer | None]:
+def load_weights(
+    path: str | os.PathLike[str], dtype: str = "float32"
+) -> tuple[GPT2Config, Params, Tokenizer | None]:
     """Reads weights of any known format, told by what lies at the path, and the tokenizer beside them.
+
+    Args:
+        path: folder, file or prefix.
+        dtype: of the parameters: "float32", "bfloat16" or "float16".
 
     Returns:
         (config, params, tokenizer); the tokenizer is None where no file of one is there.
@@ -73,7 +79,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params, Toke
         ValueError: what lies there is of no known format, or damaged.
     """
     path = Path(path).expanduser()
-    config, params = open_weights(path)[1].load()
+    config, params = open_weights(path)[1].load(dtype)
     return config, params, read_tokenizer_beside(path if path.is_dir() else path.parent)
 
 

@@ -18,8 +18,8 @@ from gpt2jax.config import GPT2Config
 from gpt2jax.files import atomic_folder
 from gpt2jax.model import Params
 from gpt2jax.tokenizer import Tokenizer
-from gpt2jax.weights.mapping import Rule, Source, Tensor, spread
-from gpt2jax.weights.safetensors_file import numpy_dtype, read_safetensors, write_safetensors
+from gpt2jax.weights.mapping import Rule, Source, Tensor, numpy_dtype, spread
+from gpt2jax.weights.safetensors_file import read_safetensors, write_safetensors
 from gpt2jax.weights.torch_file import read_state_dict
 
 RULES = (

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpt2jax.config import GPT2Config
 from gpt2jax.files import atomic_folder
 from gpt2jax.model import Params, count_parameters
@@ -82,7 +84,7 @@ def save_keras(
         _write_json(aside / "metadata.json", about)
         with h5py.File(aside / PRESET_WEIGHTS, "w") as file:
             for name, values in spread(config, RULES, params):
-                file[_path(name)] = values
+                file[_path(name)] = np.asarray(values, np.float32)
         if tokenizer is not None:
             _write_tokenizer(aside, tokenizer)
 

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.model import Params, abstract_params
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
 PROBLEMS_SHOWN = 20
 PIECE = 1 << 18  # numbers read at once: few enough to be in the cache still when they are checked
 
@@ -90,12 +92,18 @@ class Source:
     tensors: Mapping[str, Tensor]
     name: str
 
-    def load(self) -> tuple[GPT2Config, Params]:
+    def load(self, dtype: str = "float32") -> tuple[GPT2Config, Params]:
         """(config, params), blocks stacked; raises what `fill` raises."""
-        return self.config, fill(self.config, self.rules, self.tensors, self.name)
+        return self.config, fill(self.config, self.rules, self.tensors, self.name, dtype)
 
 
-def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor], source: str) -> Params:
+def fill(
+    config: GPT2Config,
+    rules: Sequence[Rule],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    dtype: str = "float32",
+) -> Params:
     """Parameters of `config` out of the tensors of a file.
 
     Host memory holds the parameters and one tensor; less where tensors can be read straight into their place.
@@ -105,11 +113,14 @@ def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor
         rules: the format's table; rules of parameters that the architecture does not have are left out.
         tensors: by name; nothing of them has been read.
         source: name of the file or folder, for messages.
+        dtype: of the parameters, one of `PARAMETER_DTYPES`; values are rounded to it as they are read.
 
     Raises:
         ValueError: naming all tensors that are unknown, missing, of a wrong shape or of a wrong dtype; or one
             whose values are not finite.
     """
+    if dtype not in PARAMETER_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(PARAMETER_DTYPES)}")
     leaves = _leaves(config)
     if config.n_layer > len(tensors):  # a damaged configuration must not make a list of a billion names
         raise ValueError(
@@ -128,16 +139,20 @@ def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor
     problems += [f"parameter {path}: no tensor of this format fills it" for path in sorted(unfilled)]
     if problems:
         raise ValueError(f"{source} does not fit its configuration:\n{listed(problems)}")
-    arrays = {path: aligned_empty(shape) for path, shape in leaves.items()}
+    arrays = {path: aligned_empty(shape, dtype) for path, shape in leaves.items()}
     for name, tensor in tensors.items():
         target, layout = _view(arrays[slots[name].rule.path], slots[name]), slots[name].rule.layout
         if _lies_as_in_memory(tensor, target, layout):
             finite = _read_into(target, tensor, name)
         else:
-            target[...] = _to_canonical(tensor.read(), layout, target.shape)
+            with np.errstate(over="ignore"):
+                target[...] = _to_canonical(tensor.read(), layout, target.shape)
             finite = is_finite(target)
         if not finite:
-            raise ValueError(f"{tensor.file}: tensor {name} holds values that are not finite numbers")
+            as_read = "" if tensor.dtype == dtype else f" in {dtype}"
+            raise ValueError(
+                f"{tensor.file}: tensor {name} holds values that are not finite numbers{as_read}"
+            )
     params: Params = {}
     for path in leaves:
         keys = path.split(".")
@@ -149,7 +164,7 @@ def fill(config: GPT2Config, rules: Sequence[Rule], tensors: Mapping[str, Tensor
 
 
 def _lies_as_in_memory(tensor: Tensor, target: np.ndarray, layout: str) -> bool:
-    same = tensor.dtype == "float32" and layout != "transposed"
+    same = numpy_dtype(tensor.dtype) == target.dtype and layout != "transposed"
     return same and tensor.offset is not None and target.flags.c_contiguous
 
 
@@ -171,7 +186,7 @@ def _read_into(target: np.ndarray, tensor: Tensor, name: str) -> bool:
 
 
 def spread(config: GPT2Config, rules: Sequence[Rule], params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a file out of parameters, in the order of the blocks: (name, float32 array)."""
+    """The tensors of a file out of parameters, in the order of the blocks: (name, array)."""
     leaves = _leaves(config)
     for name, slot in _slots(config, rules, leaves).items():
         node: Any = params
@@ -237,16 +252,26 @@ def _from_canonical(values: np.ndarray, slot: _Slot) -> np.ndarray:
     return values.T if slot.rule.layout == "transposed" else values.reshape(slot.shape)
 
 
-def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialised float32 array at an address which jax on a CPU takes over without a copy."""
-    size, alignment = 4 * math.prod(shape), 64
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy dtype of a name, "bfloat16" included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An uninitialised array at an address which jax on a CPU takes over without a copy."""
+    size, alignment = numpy_dtype(dtype).itemsize * math.prod(shape), 64
     raw = np.empty(size + alignment, np.uint8)
     start = -raw.ctypes.data % alignment
-    return raw[start : start + size].view(np.float32).reshape(shape)
+    return raw[start : start + size].view(numpy_dtype(dtype)).reshape(shape)
 
 
 def is_finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite."""
+    if (
+        values.dtype.itemsize == 2
+    ):  # all bits of the exponent are set; NumPy's own arithmetic of 16 bits is slow
+        exponent = np.uint16(0x7C00 if values.dtype == np.float16 else 0x7F80)
+        return not ((values.view(np.uint16) & exponent) == exponent).any()
     with np.errstate(all="ignore"):
         total = values.sum()  # much faster than isfinite, and a finite sum has finite terms
     return bool(np.isfinite(total)) or bool(np.isfinite(values).all())

@@ -15,11 +15,10 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from gpt2jax.files import atomic_write
-from gpt2jax.weights.mapping import Tensor
+from gpt2jax.weights.mapping import Tensor, numpy_dtype
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 DTYPES = {
@@ -38,11 +37,6 @@ DTYPES = {
     "BOOL": "bool",
 }
 CODES = {name: code for code, name in DTYPES.items()}
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype of a name, "bfloat16" included."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

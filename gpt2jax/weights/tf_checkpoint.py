@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2jax.weights.crc32c import masked_crc32c
-from gpt2jax.weights.mapping import Tensor
-from gpt2jax.weights.safetensors_file import numpy_dtype
+from gpt2jax.weights.mapping import Tensor, numpy_dtype
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 FOOTER = 48  # bytes

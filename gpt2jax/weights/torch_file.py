@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.weights.mapping import Tensor
-from gpt2jax.weights.safetensors_file import numpy_dtype
+from gpt2jax.weights.mapping import Tensor, numpy_dtype
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
