@@ -313,22 +313,26 @@ class _Interpreter:
         dtype, path = numpy_dtype(storage.dtype), self.path
 
         def read() -> np.ndarray:
-            self._check(storage)
             start = storage.start + offset * dtype.itemsize
             values = np.fromfile(path, dtype, span, offset=start)
             if values.size != span:
                 raise ValueError(f"{path} is cut short: storage {storage.key} is not whole")
+            self._check(storage, values if span == storage.numel else None)
             steps = tuple(step * dtype.itemsize for step in strides)
             return np.lib.stride_tricks.as_strided(values, shape, steps) if span else values.reshape(shape)
 
         return Tensor(tuple(shape), storage.dtype, read, str(path))
 
-    def _check(self, storage: _Storage) -> None:
-        """The checksum of a storage's bytes, once."""
+    def _check(self, storage: _Storage, values: np.ndarray | None) -> None:
+        """The checksum of a storage's bytes, once; `values` are all of them where they have been read already."""
         if storage.checksum is None or storage.start in self.checked:
             return
-        size = storage.numel * numpy_dtype(storage.dtype).itemsize
-        if _crc32(self.path, storage.start, size) != storage.checksum:
+        if values is not None:
+            checksum = zlib.crc32(values.view(np.uint8).data)
+        else:
+            size = storage.numel * numpy_dtype(storage.dtype).itemsize
+            checksum = _crc32(self.path, storage.start, size)
+        if checksum != storage.checksum:
             raise ValueError(f"{self.path} is damaged: the checksum of storage {storage.key} does not match")
         self.checked.add(storage.start)
 
