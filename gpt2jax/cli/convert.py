@@ -71,7 +71,7 @@ def run(options: Options) -> None:
             f"{options.source} has no adapters to write as a PEFT folder; name some with --adapter"
         )
     kind, source = open_weights(place.weights)
-    dtypes = collections.Counter(tensor.dtype for tensor in source.tensors.values())
+    dtypes = collections.Counter(tensor.dtype for tensor in source.tensors.values() if tensor.file)
     dtype = _target_dtype(options, list(dtypes), plain=place.adapter is None and options.adapter is None)
     config, params = source.load()
     beside = place.weights if place.weights.is_dir() else place.weights.parent
@@ -79,7 +79,7 @@ def run(options: Options) -> None:
     for adapter in (place.adapter, options.adapter):
         model = model if adapter is None else load_adapter(model, adapter)
     console = Console()
-    read = {"format": kind, "tensors": f"{len(source.tensors)} ({_counted(dtypes)})", **_about(model)}
+    read = {"format": kind, "tensors": f"{dtypes.total()} ({_counted(dtypes)})", **_about(model)}
     _print(console, options.source, read)
     if options.format == "peft":
         save_adapter(model, options.out)

@@ -33,7 +33,7 @@ class Tensor:
         shape: as in the file.
         dtype: NumPy's name of the dtype; "bfloat16" too.
         read: reads the values.
-        file: where it lies, for messages.
+        file: where it lies, for messages; "" for one that no file has, because its format implies the values.
         offset: where in that file the values begin, where they lie there as in memory and nothing else is to be
             checked; otherwise None.
     """

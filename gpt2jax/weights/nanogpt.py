@@ -65,7 +65,7 @@ def open_nanogpt(path: str | os.PathLike[str]) -> Source:
     if config.vocab_size == REAL and arguments["vocab_size"] == PADDED:
         tensors = {name: _cut(tensor) if name == "wte.weight" else tensor for name, tensor in tensors.items()}
     if not arguments["bias"]:
-        tensors = {**_zero_biases(config, str(path)), **tensors}
+        tensors = {**_zero_biases(config), **tensors}
     return Source(config, RULES, tensors, str(path))
 
 
@@ -102,7 +102,7 @@ def _cut(tensor: Tensor) -> Tensor:
     return dataclasses.replace(tensor, shape=(REAL, *tensor.shape[1:]), read=lambda: tensor.read()[:REAL])
 
 
-def _zero_biases(config: GPT2Config, file: str) -> dict[str, Tensor]:
+def _zero_biases(config: GPT2Config) -> dict[str, Tensor]:
     dim, wide = config.n_embd, config.mlp_dim
     widths = {
         "ln_1": dim,
@@ -114,7 +114,7 @@ def _zero_biases(config: GPT2Config, file: str) -> dict[str, Tensor]:
     }
 
     def zeros(width: int) -> Tensor:
-        return Tensor((width,), "float32", lambda: np.zeros(width, np.float32), file)
+        return Tensor((width,), "float32", lambda: np.zeros(width, np.float32), file="")
 
     blocks = {
         f"h.{layer}.{name}.bias": zeros(width)
