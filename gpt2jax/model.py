@@ -20,16 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2jax.attention import causal_mask, fused_attention, fused_attention_takes
+from gpt2jax.attention import MASKED, causal_mask, lean_attention, lean_attention_takes, product
 from gpt2jax.config import GPT2Config
 from gpt2jax.distributed import cut_rows, cut_rows_and_width
+from gpt2jax.elementwise import gelu_tanh, layer_norm
 from gpt2jax.low_rank import adapted, with_scales
 from gpt2jax.precision import FLOAT32, Precision, matmul
 
 Params = dict[str, Any]
-
-# a finite value: a row that is masked throughout must stay finite, and -inf makes NaN in a softmax's gradient
-MASKED = -1e30
 
 # what a backward pass keeps of each block; all else it computes again
 REMAT = ("none", "dots", "weights", "full")
@@ -39,16 +37,28 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-_ACTIVATIONS = {
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_fast": functools.partial(jax.nn.gelu, approximate=True),
+# what a backward pass keeps of each block; all else it computes again
+REMAT = ("none", "dots", "weights", "full")
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# the tanh form in three spellings of the same
+_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_OTHER_ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+def activation(name: str, x: jax.Array, call: Call) -> jax.Array:
+    """The nonlinearity between the mlp's two products."""
+    return gelu_tanh(x, call.precision.compute_dtype) if name in _TANH_GELUS else _OTHER_ACTIVATIONS[name](x)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -78,7 +88,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis; float32 statistics in two passes, since one pass cancels for large means."""
+    """Normalises the last axis, with float32 statistics."""
 
     def __init__(self, dim: int, *, layers: tuple[int, ...], epsilon: float):
         self.epsilon = epsilon
@@ -86,10 +96,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*layers, dim)))
 
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
+        y = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
         return y.astype(call.precision.activation_dtype)
 
 
@@ -101,7 +108,7 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         # ids are checked on the host; "clip" only spares the kernel that fills out-of-range rows with NaN
-        return jnp.take(self.embedding[...], ids, axis=0, mode="clip")
+        return jnp.take(self.embedding[...], ids, axis=0, mode="clip").astype(jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -144,16 +151,17 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(dtype), cache_index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(dtype), cache_index, axis=1)
             cache = (k, v)
-        if mask is None and call.precision.fused_attention and fused_attention_takes(self.config, keys[1]):
-            y = fused_attention(q, k, v, dtype)
+        kind = call.precision.attention
+        if mask is None and cache is None and lean_attention_takes(kind, self.config, keys[1]):
+            y = lean_attention(q, k, v, dtype, kind)
         else:
             mask = causal_mask(x.shape[1]) if mask is None else mask
-            scores = self._product("...th,...sh->...ts", q, k, dtype)
+            scores = product("...th,...sh->...ts", q, k, dtype)
             scores = scores.reshape(*heads, *scores.shape[-2:])
             probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
             probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
             probabilities = probabilities.reshape(*k.shape[:-2], *scores.shape[-2:])
-            y = self._product("...ts,...sh->...th", probabilities, v, dtype)
+            y = product("...ts,...sh->...th", probabilities, v, dtype)
         y = y.reshape(*heads, *y.shape[-2:]).swapaxes(1, 2).reshape(x.shape)
         y = self.c_proj(y.astype(call.precision.activation_dtype), call, adapters.get("c_proj"), keys[2])
         return dropout(y, self.config.resid_pdrop, keys[3]), cache
@@ -165,13 +173,6 @@ class Attention(nnx.Module):
     def _scale(self, layer_index) -> jax.Array | float:
         scale = 1.0 / math.sqrt(self.config.head_dim) if self.config.scale_attn_weights else 1.0
         return scale / (layer_index + 1.0) if self.config.scale_attn_by_inverse_layer_idx else scale
-
-    @staticmethod
-    def _product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        # no TF32 where float32 is asked for
-        exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-        a, b = a.astype(dtype), b.astype(dtype)
-        return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
 class MLP(nnx.Module):
@@ -189,7 +190,7 @@ class MLP(nnx.Module):
         adapters = adapters or {}
         keys = split_or_none(key, 3)
         x = self.c_fc(x, call, adapters.get("c_fc"), keys[0])
-        x = _ACTIVATIONS[self.config.activation_function](x)
+        x = activation(self.config.activation_function, x, call)
         x = self.c_proj(x, call, adapters.get("c_proj"), keys[1])
         return dropout(x, self.config.resid_pdrop, keys[2])
 

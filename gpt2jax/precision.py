@@ -22,12 +22,12 @@ class Precision:
     Attributes:
         compute_dtype: operands of matrix products; products accumulate in float32.
         activation_dtype: what flows between them (residual stream, hidden layers).
-        fused_attention: causal attention by cuDNN's kernel, which holds no [T, S] array.
+        attention: how causal attention without other masks is computed: "xla", "cudnn" or "recompute" (attention.py).
     """
 
     compute_dtype: jnp.dtype
     activation_dtype: jnp.dtype
-    fused_attention: bool = False
+    attention: str = "xla"
 
 
 def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
@@ -44,8 +44,8 @@ def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
         raise ValueError(f"compute_dtype={compute_dtype!r} is not known; known: {', '.join(COMPUTE_DTYPES)}")
     narrow = jnp.dtype(compute_dtype)
     backend = backend or jax.default_backend()
-    fused = backend in ("gpu", "cuda") and narrow.itemsize == 2
-    return Precision(narrow, jnp.dtype(jnp.float32) if backend == "cpu" else narrow, fused)
+    attention = "cudnn" if backend in ("gpu", "cuda") and narrow.itemsize == 2 else "xla"
+    return Precision(narrow, jnp.dtype(jnp.float32) if backend == "cpu" else narrow, attention)
 
 
 FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
