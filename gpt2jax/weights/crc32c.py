@@ -1,7 +1,8 @@
-"""CRC-32C at the speed of memory in NumPy: many lanes at once, joined by the checksum's own algebra.
+"""CRC-32C at the speed of memory in NumPy.
 
-The register after a run of bytes is linear in the register before and in the bytes, so lanes can start from zero and
-be added up after each is moved on by the number of bytes that follow it.
+The register after a run of words is linear in the register before and in the words: each contributes itself, moved on
+by what follows. So a long run can be folded, row by row, into a short one that has the same register: each row is the
+row before, moved on by the length of a row, plus the next words.
 
 Source: Castagnoli's polynomial as in RFC 3720, appendix B.4; TensorFlow's mask as in tensorflow/core/lib/hash/crc32c.h.
 """
@@ -13,7 +14,10 @@ import functools
 import numpy as np
 
 POLYNOMIAL = 0x82F63B78  # reflected
-MAX_LANES = 1 << 16
+ROWS = (
+    1 << 14,
+    1 << 7,
+)  # words; rows of the first length, and what is computed of them, stay in a core's cache
 
 
 def masked_crc32c(data: np.ndarray | bytes) -> int:
@@ -25,32 +29,44 @@ def masked_crc32c(data: np.ndarray | bytes) -> int:
 def crc32c(data: np.ndarray | bytes) -> int:
     """The CRC-32C of bytes."""
     values = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
-    register = 0xFFFFFFFF
-    while values.size:
-        lanes = 1 << min(MAX_LANES.bit_length() - 1, max(0, values.size.bit_length() - 7))
-        width = max(2, values.size // lanes & ~1) if values.size > 1 else 1
-        register = _run_lanes(values[: lanes * width].reshape(lanes, width), register)
-        values = values[lanes * width :]
-    return register ^ 0xFFFFFFFF
+    whole = values.size // 4 * 4
+    words = values[:whole].view("<u4")
+    for length in ROWS:
+        words = _fold(words, length)
+    begin = np.array([0xFFFFFFFF], np.uint32)
+    register = _run(0, words.view(np.uint8)) ^ int(_apply(_power(whole), begin)[0])
+    return _run(register, values[whole:]) ^ 0xFFFFFFFF
 
 
-def _run_lanes(lanes: np.ndarray, register: int) -> int:
-    """The register after the rows of `lanes`, one after the other."""
-    count, width = lanes.shape
-    registers = np.zeros(count, np.uint32)
-    registers[0] = register
-    if width % 2:
-        registers = _byte_table()[(registers ^ lanes[:, 0]) & 0xFF] ^ registers >> 8
-    else:
-        table = _word_table()
-        words = np.ascontiguousarray(np.ascontiguousarray(lanes).view("<u2").T)
-        for word in words:
-            registers = table[(registers ^ word) & 0xFFFF] ^ registers >> 16
-    move = _power(width)
-    while registers.size > 1:
-        registers = _apply(move, registers[0::2]) ^ registers[1::2]
-        move = _apply(move, move)
-    return int(registers[0])
+def _run(register: int, values: np.ndarray) -> int:
+    """The register after a few bytes."""
+    table = _byte_table()
+    for byte in values:
+        register = int(table[(register ^ int(byte)) & 0xFF]) ^ register >> 8
+    return register
+
+
+def _fold(words: np.ndarray, length: int) -> np.ndarray:
+    """At most `length` words that lead from a register of zero to the same register."""
+    if words.size <= length:
+        return words
+    first = words.size % length or length
+    row = np.zeros(length, np.uint32)
+    row[length - first :] = words[:first]  # zeros ahead change nothing
+    low, high = _move_tables(4 * length)
+    moved_low, moved_high = np.empty_like(row), np.empty_like(row)
+    for following in words[first:].reshape(-1, length):
+        np.take(low, row & 0xFFFF, out=moved_low, mode="clip")
+        np.take(high, row >> 16, out=moved_high, mode="clip")
+        row = moved_low ^ moved_high ^ following
+    return row
+
+
+@functools.cache
+def _move_tables(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """[65536] uint32 each: what the low and the high half of a register become by `count` zero bytes."""
+    halves = np.arange(1 << 16, dtype=np.uint32)
+    return _apply(_power(count), halves), _apply(_power(count), halves << np.uint32(16))
 
 
 @functools.cache
@@ -60,13 +76,6 @@ def _byte_table() -> np.ndarray:
     for _ in range(8):
         table = np.where(table & 1, table >> 1 ^ np.uint32(POLYNOMIAL), table >> 1)
     return table
-
-
-@functools.cache
-def _word_table() -> np.ndarray:
-    """[65536] uint32: the same for two bytes."""
-    once = _byte_table()[np.arange(65536) & 0xFF] ^ np.arange(65536, dtype=np.uint32) >> 8
-    return _byte_table()[once & 0xFF] ^ once >> 8
 
 
 @functools.lru_cache(maxsize=256)

@@ -37,7 +37,7 @@ def test_crc32c_of_known_data(data, expected):
     assert crc32c(data) == expected
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 127, 128, 129, 1000, 12345, 70001])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 511, 512, 513, 1025, 12345, 65536, 65537, 70001, 200_003])
 def test_crc32c_of_any_length(size):
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     assert crc32c(data) == crc32c(data.tobytes()) == slow_crc32c(data.tobytes())
