@@ -135,7 +135,7 @@ def save_adapter(
         lora, adapters = _fuse_slices(config, lora, adapters, params)
     arrays = [
         (f"base_model.model.transformer.{name}", values.T)
-        for name, values in _tensors(config, lora, jax.tree.map(np.asarray, adapters))
+        for name, values in _parts(config, lora, jax.tree.map(np.asarray, adapters))
     ]
     shapes = {name: values.shape for name, values in arrays}
     whole = float(lora.alpha).is_integer()  # PEFT declares alpha as a whole number, and computes with any
@@ -193,37 +193,67 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _tensors(config: GPT2Config, lora: LoRAConfig, adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """(name from the block on, the part of `adapters` that it is, turned), block by block."""
+def _parts(config: GPT2Config, lora: LoRAConfig, adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """(name from the block on, the part of NumPy `adapters` that it is the transpose of), block by block."""
     for layer in range(config.n_layer):
         for target in lora.targets:
             module, linear = target.split(".")
-            rank = lora.rank_of(layer, target)
+            adapter, rank = adapters["h"][module][linear], lora.rank_of(layer, target)
+            parts = {"lora_a": adapter["lora_a"][layer, :, :rank], "lora_b": adapter["lora_b"][layer, :rank]}
+            if lora.use_dora:
+                parts["magnitude"] = adapter["magnitude"][layer]
             for name, leaf in LEAVES.items():
-                if leaf in (adapter := adapters["h"][module][linear]):
-                    values = adapter[leaf][layer]
-                    values = {"lora_a": values[..., :rank], "lora_b": values[:rank]}.get(leaf, values)
-                    yield f"h.{layer}.{target}.{name}", values
+                if leaf in parts:
+                    yield f"h.{layer}.{target}.{name}", parts[leaf]
 
 
 def _fill(
     config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], file: Path, params: Params | None
 ) -> Params:
     """Every tensor to its place; all that do not fit are named in one error."""
-    blocks = abstract_params(config)["h"]
+    adapters = _empty(config, lora, tensors, file)
+    places = dict(_parts(config, lora, adapters))
+    problems = _problems(tensors, places)
+    if problems:
+        raise ValueError(f"{file} does not fit the model and its {CONFIG_FILE}:\n{listed(problems)}")
+    for name, tensor in tensors.items():
+        places[name][...] = tensor.read().T
+        if not is_finite(places[name]):
+            raise ValueError(f"{file}: tensor {name} holds values that are not finite numbers")
+    for target in lora.targets if lora.use_dora else ():
+        names = [f"h.{layer}.{target}.lora_magnitude_vector" for layer in range(config.n_layer)]
+        absent = [name not in tensors for name in names]
+        if any(absent):
+            if params is None:
+                raise ValueError(
+                    f"{file} has DoRA in some blocks only: give the model's parameters to read it"
+                )
+            module, linear = target.split(".")
+            lengths = np.asarray(column_lengths(kernel_of(params["h"], target)))
+            adapters["h"][module][linear]["magnitude"][absent] = lengths[absent]
+    return jax.tree.map(jax.device_put, adapters)
+
+
+def _empty(config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], file: Path) -> Params:
+    """Adapters of zeros in NumPy, for tensors to be read into."""
+    largest = max(max(tensor.shape, default=0) for tensor in tensors.values())
     adapters: Params = {}
     for target in lora.targets:
         module, linear = target.split(".")
-        layers, in_dim, out_dim = blocks[module][linear]["kernel"].shape
+        layers, in_dim, out_dim = kernel_of(abstract_params(config)["h"], target).shape
         rank = max(lora.rank_of(layer, target) for layer in range(layers))
-        if rank > max(max(tensor.shape, default=0) for tensor in tensors.values()):
+        if rank > largest:  # a damaged number must not ask for memory
             raise ValueError(f"{file}: no tensor is as large as the rank of {rank} in {CONFIG_FILE}")
-        adapter: dict[str, np.ndarray] = {"lora_a": np.zeros((layers, in_dim, rank), np.float32)}
-        adapter["lora_b"] = np.zeros((layers, rank, out_dim), np.float32)
+        shapes = {"lora_a": (layers, in_dim, rank), "lora_b": (layers, rank, out_dim)}
         if lora.use_dora:
-            adapter["magnitude"] = np.full((layers, out_dim), np.nan, np.float32)
-        adapters.setdefault(module, {})[linear] = adapter
-    places = dict(_tensors(config, lora, {"h": adapters}))
+            shapes["magnitude"] = (layers, out_dim)
+        zeros = {leaf: np.zeros(shape, np.float32) for leaf, shape in shapes.items()}
+        adapters.setdefault(module, {})[linear] = zeros
+    return {"h": adapters}
+
+
+def _problems(tensors: Mapping[str, Tensor], places: Mapping[str, np.ndarray]) -> list[str]:
+    """What keeps the tensors from their places. A linear may be absent from a block, but not in part."""
     problems = []
     for name, tensor in tensors.items():
         if name not in places:
@@ -233,30 +263,8 @@ def _fill(
         elif tensor.dtype not in FLOAT_DTYPES:
             problems.append(f"{name}: is {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
     adapted = {name.partition(".lora_")[0] for name in tensors}
-    problems += [
-        f"{name}: missing, though others of this linear are there"
-        for name in places
-        if name not in tensors and name.partition(".lora_")[0] in adapted
-    ]
-    if problems:
-        raise ValueError(f"{file} does not fit the model and its {CONFIG_FILE}:\n{listed(problems)}")
-    for name, tensor in tensors.items():
-        places[name][...] = tensor.read().T
-        if not is_finite(places[name]):
-            raise ValueError(f"{file}: tensor {name} holds values that are not finite numbers")
-    for target in lora.targets if lora.use_dora else ():
-        module, linear = target.split(".")
-        absent = [
-            layer for layer in range(config.n_layer) if f"h.{layer}.{target}.lora_A.weight" not in tensors
-        ]
-        if absent and params is None:
-            raise ValueError(
-                f"{file} has DoRA in some blocks only: the model's parameters are needed to read it"
-            )
-        if absent and params is not None:
-            kernel = kernel_of(params["h"], target)[np.asarray(absent)]
-            adapters[module][linear]["magnitude"][absent] = np.asarray(column_lengths(kernel))
-    return {"h": jax.tree.map(jax.device_put, adapters)}
+    missing = [n for n in places if n not in tensors and n.partition(".lora_")[0] in adapted]
+    return problems + [f"{name}: missing, though others of this linear are there" for name in missing]
 
 
 def _fuse_slices(
