@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -10,54 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2jax.evaluation.compare import Comparison
 from gpt2jax.evaluation.excerpts import Excerpt
-from gpt2jax.evaluation.gains import loss_standard_error
+from gpt2jax.evaluation.report_tables import (
+    Table,
+    figures_table,
+    gains_table,
+    number,
+    overlap_table,
+    paired_table,
+    percent,
+    repeat_table,
+    repetition_table,
+    timing_table,
+    transposed,
+    with_error,
+)
 from gpt2jax.evaluation.statistics import CONFIDENCE, PairedDifference
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-MINUS = "\N{MINUS SIGN}"
-NOTHING = "\N{EN DASH}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of text: the first column names the row."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def transposed(table: Table) -> Table:
-    """Rows as columns: a few models fit a narrow terminal side by side, all their figures do not."""
-    cells = list(zip(table.columns, *table.rows, strict=True))
-    return Table(table.caption, ("Figure", *cells[0][1:]), cells[1:])
-
-
 # ---- what every report says ----
-
-
-def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """A figure for reading: fixed digits, thousands apart, a dash where there is none."""
-    if value is None or math.isnan(value):
-        return NOTHING
-    if math.isinf(value):
-        return "∞" if value > 0 else MINUS + "∞"
-    text = f"{abs(value):,.{digits}f}"
-    sign = MINUS if value < 0 else "+" if signed else ""
-    return text if float(text.replace(",", "")) == 0 else sign + text
-
-
-def percent(share: float | None, digits: int = 1, *, signed: bool = False) -> str:
-    """A share as a percentage."""
-    return NOTHING if share is None else number(100 * share, digits, signed=signed) + "\N{NO-BREAK SPACE}%"
-
-
-def with_error(value: float | None, error: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """A figure and its standard error."""
-    text = number(value, digits, signed=signed)
-    return text if error is None or not math.isfinite(error) else f"{text} ± {number(error, digits)}"
 
 
 def headline(comparison: Comparison) -> str:
@@ -108,62 +79,6 @@ def evidence(comparison: Comparison, name: str) -> str:
     )
 
 
-def figures_table(comparison: Comparison) -> Table:
-    """The figures of every model."""
-    rows = [
-        (
-            name,
-            with_error(evaluation.loss, loss_standard_error(evaluation)),
-            number(evaluation.perplexity, 2),
-            percent(evaluation.accuracy, 2),
-            number(evaluation.bits_per_byte),
-            number(evaluation.keras_loss),
-            number(evaluation.keras_accuracy),
-            f"{evaluation.tokens:,}",
-        )
-        for name, evaluation in comparison.evaluations.items()
-    ]
-    columns = (
-        "Model",
-        "Loss, nats per token",
-        "Perplexity",
-        "Accuracy",
-        "Bits per byte",
-        "Keras loss",
-        "Keras accuracy",
-        "Tokens",
-    )
-    return Table("Figures on the held-out texts, ± standard error over documents", columns, rows)
-
-
-def paired_table(comparison: Comparison) -> Table:
-    """Every model against the first."""
-    rows = []
-    for name, difference in comparison.paired.items():
-        low, high = difference.interval
-        mean = with_error(difference.difference, difference.standard_error, signed=True)
-        accuracy = NOTHING
-        if difference.accuracy_difference is not None:
-            error = difference.accuracy_standard_error
-            accuracy = percent(difference.accuracy_difference, 2, signed=True)
-            accuracy += "" if error is None else f" ± {number(100 * error, 2)} %"
-        rows.append(
-            (
-                f"{name} {MINUS} {difference.baseline}",
-                f"{mean} {difference.unit}",
-                f"{number(low, signed=True)} to {number(high, signed=True)}",
-                accuracy,
-                percent(difference.win_rate),
-            )
-        )
-    columns = ("Pair", "Loss difference", f"{percent(CONFIDENCE, 0)} interval", "Accuracy difference", "Wins")
-    return Table(
-        "Paired difference over the same documents; a negative loss difference is an improvement",
-        columns,
-        rows,
-    )
-
-
 def generation_note(generation: dict[str, Any]) -> list[str]:
     """Length, speed and repetition of a generated text."""
     ended = "ended by itself" if generation["finish_reason"] == "stop" else "cut at the length limit"
@@ -191,46 +106,25 @@ def prompt_text(prompt: str | Sequence[int]) -> str:
     return "token ids " + " ".join(map(str, prompt)) if prompt else "(empty prompt)"
 
 
-def repeat_table(comparison: Comparison) -> Table:
-    """All that it takes to make the comparison again."""
-    evaluation = next(iter(comparison.evaluations.values())).settings
-    settings = dataclasses.asdict(evaluation) | comparison.settings
-    rows = [(name, str(value)) for name, value in settings.items()]
-    rows += [("texts", f"{comparison.data['documents']:,}, SHA-256 {comparison.data['sha256']}")]
-    for name, about in comparison.models.items():
-        source = f"{about['source']}, " if about["source"] else ""
-        rows.append(
-            (f"model {name}", f"{source}{about['parameters']:,} parameters, SHA-256 {about['fingerprint']}")
-        )
-    rows += [(name, version) for name, version in comparison.versions.items()]
-    rows += [("command", comparison.command)] if comparison.command else []
-    return Table("Settings, texts, models and versions of this comparison", ("What", "Value"), rows)
-
-
-def timing_table(comparison: Comparison) -> Table:
-    """Times on this machine; the only figures that another run does not repeat."""
-    rows = []
-    for name, evaluation in comparison.evaluations.items():
-        warm = [g["seconds"] for g in comparison.generations if g["model"] == name]
-        rows.append(
-            (
-                name,
-                f"{number(evaluation.seconds, 1)} s",
-                f"{number(comparison.first_call_seconds[name], 2)} s" if warm else NOTHING,
-                f"{number(min(warm), 2)} to {number(max(warm), 2)} s" if warm else NOTHING,
-            )
-        )
-    columns = ("Model", "Evaluation", "First generation", "Later generations")
-    return Table("Time on this machine; evaluation and first generation include compilation", columns, rows)
-
-
 DEFINITIONS = (
     ("Loss", "mean cross-entropy per scored token in nats; the end token behind each text is one of them."),
-    ("Perplexity", "exp(loss)."),
-    ("Accuracy", "share of scored tokens that were the model's most likely token."),
     (
-        "Bits per byte",
-        "loss of the scored tokens over ln 2, per byte of the text they stand for; without end tokens.",
+        "Perplexity, word perplexity",
+        "exp of the loss per token; of the loss per word of the text, what lies between white space, whatever the "
+        "tokenizer.",
+    ),
+    (
+        "Accuracy, top-5 accuracy",
+        "share of scored tokens that were the model's most likely token, or among its five most likely ones.",
+    ),
+    (
+        "Bits per byte, bits per character",
+        "loss of the scored tokens over ln 2, per byte or character of the text they stand for; without end tokens.",
+    ),
+    (
+        "Calibration error",
+        "how far the probability of the most likely token is from how often it is right: the mean over 15 bins of "
+        "that probability, each weighing as many tokens as it holds.",
     ),
     (
         "Keras loss, Keras accuracy",
@@ -244,23 +138,29 @@ DEFINITIONS = (
     ),
     ("Wins", "share of documents with the lower loss; a tie counts half."),
     ("Repeated 4-grams", "share of four-token sequences that occurred before in the same text."),
+    (
+        "Distinct-n",
+        "different sequences of n tokens within each text over all of them; 1 = none occurs twice.",
+    ),
+    ("Self-overlap", "share of a text's four-token sequences that also occur in another text of the model."),
+    (
+        "Duplicates, contained",
+        "by runs of 32 letters and digits: near duplicates share at least 80 % of the runs of both with one training "
+        "text; of a text that is mostly contained, at least half of the runs stand in training texts.",
+    ),
 )
 
 
 def windows_sentence(comparison: Comparison) -> str:
-    """Which tokens were scored."""
+    """Which tokens were scored, and how."""
     evaluation = next(iter(comparison.evaluations.values()))
-    length, stride = evaluation.settings.sequence_length, evaluation.settings.stride
-    if evaluation.settings.windows == "first":
-        said = f"Scored: the first {length - 1} tokens of each text and an end token."
-        if evaluation.documents_cut:
-            said += (
-                f" {evaluation.documents_cut:,} of {evaluation.documents:,} texts are longer: there the end "
-                "token is none of the text's own, and costs a good model more than any other."
-            )
-        return said
-    rows = "side by side" if evaluation.settings.windows == "disjoint" else f"that advance by {stride}"
-    return f"Scored: every token of each text once, and an end token, in rows of {length} {rows}."
+    said = f"Scored: {evaluation.recipe}."
+    if evaluation.documents_cut:
+        said += (
+            f" {evaluation.documents_cut:,} of {evaluation.documents:,} texts are longer: there the end "
+            "token is none of the text's own, and costs a good model more than any other."
+        )
+    return said
 
 
 def excerpt_title(excerpt: Excerpt) -> str:
@@ -280,8 +180,15 @@ def markdown_report(comparison: Comparison) -> str:
     parts += [windows_sentence(comparison), "## Figures", _markdown_table(figures_table(comparison))]
     if comparison.paired:
         parts.append(_markdown_table(paired_table(comparison)))
+    for name in comparison.gains:
+        parts += [
+            f"## Where the difference lies: {_markdown(name)}",
+            _markdown_table(gains_table(comparison, name)),
+        ]
+    if comparison.overlap is not None:
+        parts += ["## Overlap with the training texts", _markdown_table(overlap_table(comparison))]
     if comparison.generations:
-        parts.append("## Generated text")
+        parts += ["## Generated text", _markdown_table(repetition_table(comparison))]
         for group in prompt_groups(comparison):
             parts += ["### Prompt", _fenced(prompt_text(group[0]["prompt"]))]
             for generation in group:

@@ -12,25 +12,32 @@ from gpt2jax.evaluation.compare import Comparison
 from gpt2jax.evaluation.excerpts import END_MARK, Excerpt
 from gpt2jax.evaluation.report import (
     DEFINITIONS,
-    Table,
     best,
     evidence,
     excerpt_title,
-    figures_table,
     generation_note,
     headline,
-    number,
-    paired_table,
-    percent,
     prompt_groups,
     prompt_text,
-    repeat_table,
-    timing_table,
-    transposed,
     verdict,
     windows_sentence,
 )
-from gpt2jax.evaluation.report_plots import SERIES, Plot, plots
+from gpt2jax.evaluation.report_plots import plots
+from gpt2jax.evaluation.report_svg import SERIES, Plot
+from gpt2jax.evaluation.report_tables import (
+    Table,
+    figures_table,
+    gains_table,
+    number,
+    overlap_table,
+    paired_table,
+    percent,
+    repeat_table,
+    repetition_table,
+    timing_table,
+    transposed,
+)
+from gpt2jax.evaluation.report_training import training_curves
 
 STRONG = 2.0  # nats: the deepest colour of a token
 
@@ -41,7 +48,9 @@ def html_report(comparison: Comparison) -> str:
     title = headline(comparison)
     sections = [
         _section("figures", "Figures", _figures(comparison)),
-        _section("plots", "Where the difference lies", _plots(plots(comparison))),
+        _section("plots", "Where the difference lies", _plots(plots(comparison)) + _gains(comparison)),
+        _training(comparison),
+        _overlap(comparison),
         _section("texts", "Generated text", _generations(comparison)) if comparison.generations else "",
         *(_excerpts(index, name, groups) for index, (name, groups) in enumerate(comparison.excerpts.items())),
         _section("repeat", "To repeat it", _repeat(comparison)),
@@ -99,7 +108,7 @@ def _summary(comparison: Comparison) -> str:
 def _figures(comparison: Comparison) -> str:
     made = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.paired else [])
     # figures below each other while the models fit side by side on a phone
-    tables = "".join(_table(transposed(table) if len(table.rows) <= 2 else table) for table in made)
+    tables = "".join(_table(transposed(table) if len(table.rows) <= 4 else table) for table in made)
     return f'<p>{_text(windows_sentence(comparison))}</p>\n<div class="tables">\n{tables}</div>'
 
 
@@ -113,9 +122,31 @@ def _plots(made: Sequence[Plot]) -> str:
     return '<div class="plots">\n' + "\n".join(figures) + "\n</div>"
 
 
+def _gains(comparison: Comparison) -> str:
+    """The numbers behind the plots, folded away."""
+    return "".join(
+        f"<details><summary>In numbers: {_text(name)}</summary>\n{_table(gains_table(comparison, name))}</details>\n"
+        for name in comparison.gains
+    )
+
+
+def _training(comparison: Comparison) -> str:
+    made = training_curves(comparison.history) if comparison.history else []
+    return _section("training", "Training", _plots(made)) if made else ""
+
+
+def _overlap(comparison: Comparison) -> str:
+    if comparison.overlap is None:
+        return ""
+    table = _table(overlap_table(comparison), numbers=False)
+    return _section("overlap", "Overlap with the training texts", table)
+
+
 def _generations(comparison: Comparison) -> str:
     colours = {name: index % SERIES for index, name in enumerate(comparison.evaluations)}
+    repeated = repetition_table(comparison)
     parts = [f"<p>{_text(_sampling_sentence(comparison))}</p>"]
+    parts.append(_table(transposed(repeated) if len(repeated.rows) <= 4 else repeated))
     for group in prompt_groups(comparison):
         prompt = group[0]["prompt"]
         columns = "".join(

@@ -1,60 +1,38 @@
-"""The plots of the report as SVG that takes its colours and its font from the page around it.
-
-Matplotlib draws with marker colours, which are replaced by CSS variables afterwards: one picture serves
-    light, dark and
-paper. Text stays text. The same data gives the same bytes.
-"""
+"""The plots of a comparison: how large the difference is, how it is spread, and where it lies."""
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import math
-import re
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from gpt2jax.evaluation.compare import Comparison
 from gpt2jax.evaluation.gains import loss_standard_error
-from gpt2jax.evaluation.report import number
+from gpt2jax.evaluation.report_svg import (
+    DASHES,
+    GAIN,
+    INK,
+    LOSS,
+    MARKERS,
+    MUTED,
+    STYLE,
+    Plot,
+    as_svg,
+    locator,
+    new_figure,
+    nice,
+    series_colour,
+    short,
+)
+from gpt2jax.evaluation.report_tables import number, percent
 from gpt2jax.evaluation.statistics import PER_TOKEN
-
-SERIES = 6  # colours in the style sheet
-# stand-ins that no plot uses by chance, and the CSS variables they become
-INK, MUTED, GRID, GAIN, LOSS = "#010203", "#020304", "#030405", "#040506", "#050607"
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", GAIN: "--gain", LOSS: "--loss"}
-_VARIABLES |= {f"#0a0b{index:02x}": f"--series-{index}" for index in range(SERIES)}
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)), (0, (8, 2)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """A picture and what it says.
-
-    Attributes:
-        title: what is drawn.
-        text: the same in words, for those who do not see it.
-        svg: the picture, for inclusion in a page.
-    """
-
-    title: str
-    text: str
-    svg: str
-
-
-def series_colour(index: int) -> str:
-    """Stand-in for the colour of model number `index`."""
-    return f"#0a0b{index % SERIES:02x}"
 
 
 def plots(comparison: Comparison) -> list[Plot]:
     """All plots of a comparison that its data allow."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         made = [loss_by_model(comparison)]
         made += [
             paired_distribution(comparison, name)
@@ -62,15 +40,15 @@ def plots(comparison: Comparison) -> list[Plot]:
             if pair.unit == PER_TOKEN
         ]
         made += [loss_by_position(comparison)]
-        if comparison.history:
-            made += training_curves(comparison.history)
+        made += [difference_by_class(comparison, name) for name in comparison.gains]
+        made += [reliability(comparison)]
     return made
 
 
 def loss_by_model(comparison: Comparison) -> Plot:
     """Loss of each model with its 95 % interval."""
     names = list(comparison.evaluations)
-    figure, axes = _figure(height=1.3 + 0.42 * len(names))
+    figure, axes = new_figure(height=1.3 + 0.42 * len(names))
     said = []
     for index, (name, evaluation) in enumerate(comparison.evaluations.items()):
         error = loss_standard_error(evaluation)
@@ -79,7 +57,7 @@ def loss_by_model(comparison: Comparison) -> Plot:
             evaluation.loss,
             index,
             xerr=reach,
-            fmt=_MARKERS[index % len(_MARKERS)],
+            fmt=MARKERS[index % len(MARKERS)],
             color=series_colour(index),
             capsize=4,
             markersize=7,
@@ -93,13 +71,13 @@ def loss_by_model(comparison: Comparison) -> Plot:
             ha="center",
         )
         said.append(f"{name} {number(evaluation.loss, 3)}")
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.set_ylim(len(names) - 0.45, -0.75)
     axes.margins(x=0.18)
-    axes.xaxis.set_major_locator(_locator(5))
+    axes.xaxis.set_major_locator(locator(5))
     axes.set_xlabel("loss, nats per token (95 % interval)")
     axes.grid(axis="x")
-    return Plot("Loss by model", "Nats per token: " + ", ".join(said) + ".", _svg(figure, "loss-by-model"))
+    return Plot("Loss by model", "Nats per token: " + ", ".join(said) + ".", as_svg(figure, "loss-by-model"))
 
 
 def paired_distribution(comparison: Comparison, name: str) -> Plot:
@@ -107,13 +85,13 @@ def paired_distribution(comparison: Comparison, name: str) -> Plot:
     first, second = comparison.evaluations[comparison.baseline], comparison.evaluations[name]
     differences = (second.document_loss - first.document_loss) / first.document_tokens
     finite = differences[np.isfinite(differences)]
-    figure, axes = _figure()
+    figure, axes = new_figure()
     if len(finite):
         # a few extreme documents would leave one bar for all the others: they go into the outermost bars
         low, high = np.quantile(finite, [0.005, 0.995])
         low, high = min(low, 0.0), max(high, 0.0)
         pad = 0.04 * (high - low) or 1.0
-        step = _nice((high - low + 2 * pad) / min(40, max(8, 2 * math.isqrt(len(finite)))))
+        step = nice((high - low + 2 * pad) / min(40, max(8, 2 * math.isqrt(len(finite)))))
         edges = np.arange(math.floor((low - pad) / step), math.ceil((high + pad) / step) + 1) * step
         counts, _ = np.histogram(np.clip(finite, edges[0], edges[-1]), edges)
         colours = [GAIN if edge < -step / 2 else LOSS for edge in edges[:-1]]
@@ -130,19 +108,19 @@ def paired_distribution(comparison: Comparison, name: str) -> Plot:
             textcoords="offset points",
             ha="center",
         )
-    axes.xaxis.set_major_locator(_locator(6))
+    axes.xaxis.set_major_locator(locator(6))
     axes.set_xlabel("difference per document, nats per token")
     axes.set_ylabel("documents")
-    axes.yaxis.set_major_locator(_locator(6, integer=True))
+    axes.yaxis.set_major_locator(locator(6, integer=True))
     axes.grid(axis="y")
     better = int((differences < 0).sum())
     text = f"{name} has the lower loss on {better:,} of {len(differences):,} documents (left of zero)."
-    return Plot(f"{name} against {comparison.baseline}", text, _svg(figure, f"paired-{name}"))
+    return Plot(f"{name} against {comparison.baseline}", text, as_svg(figure, f"paired-{name}"))
 
 
 def loss_by_position(comparison: Comparison) -> Plot:
     """Loss by the place of a token in its row, in bins that grow with the position."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     said = []
     for index, (name, evaluation) in enumerate(comparison.evaluations.items()):
         centres, means = binned_by_position(*evaluation.loss_by_position())
@@ -150,10 +128,10 @@ def loss_by_position(comparison: Comparison) -> Plot:
             centres,
             means,
             color=series_colour(index),
-            linestyle=_DASHES[index % len(_DASHES)],
-            marker=_MARKERS[index % len(_MARKERS)],
+            linestyle=DASHES[index % len(DASHES)],
+            marker=MARKERS[index % len(MARKERS)],
             markersize=4,
-            label=_short(name),
+            label=short(name),
         )
         said.append(
             f"{name} from {number(means[0], 2)} at the first token to {number(means[-1], 2)} at the last"
@@ -165,7 +143,7 @@ def loss_by_position(comparison: Comparison) -> Plot:
     axes.grid()
     axes.legend()
     return Plot(
-        "Loss by position", "Nats per token: " + "; ".join(said) + ".", _svg(figure, "loss-by-position")
+        "Loss by position", "Nats per token: " + "; ".join(said) + ".", as_svg(figure, "loss-by-position")
     )
 
 
@@ -185,137 +163,49 @@ def binned_by_position(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray
     return np.array(centres), np.array(means)
 
 
-def training_curves(history: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Loss, and learning rate and speed, over the steps of the training."""
-    made = []
-    loss, validation = _column(history, "loss"), _column(history, "validation_loss")
-    if loss or validation:
-        figure, axes = _figure()
-        if loss:
-            axes.plot(*zip(*loss, strict=True), color=series_colour(0), linewidth=1.4, label="training")
-        if validation:
-            axes.plot(
-                *zip(*validation, strict=True),
-                color=series_colour(1),
-                marker="o",
-                markersize=4.5,
-                label="validation",
-            )
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats per token")
-        axes.grid()
-        axes.legend()
-        said = [
-            f"{label} loss from {number(values[0][1], 3)} to {number(values[-1][1], 3)}"
-            for label, values in (("training", loss), ("validation", validation))
-            if values
-        ]
-        made.append(Plot("Training", f"{'; '.join(said)}.".capitalize(), _svg(figure, "training")))
-    panels = [
-        (label, values)
-        for label, values in (
-            ("learning rate", _column(history, "learning_rate")),
-            ("tokens/s", _column(history, "tokens_per_second")),
-        )
-        if values
-    ]
-    if panels:
-        figure, stacked = _figure(rows=len(panels))
-        for axes, (label, values) in zip(stacked, panels, strict=True):
-            axes.plot(*zip(*values, strict=True), color=series_colour(0), linewidth=1.4)
-            axes.set_ylabel(label)
-            axes.set_ylim(bottom=0)
-            axes.grid()
-            if label == "tokens/s":
-                axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        stacked[-1].set_xlabel("step")
-        highest = {label: max(value for _, value in values) for label, values in panels}
-        said = [f"{label} up to {value:,.4g}" for label, value in highest.items()]
-        title = " and ".join(label for label, _ in panels)
-        made.append(
-            Plot(title.capitalize(), f"{'; '.join(said)}.".capitalize(), _svg(figure, "training-speed"))
-        )
-    return made
-
-
-def _column(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    found = [
-        (entry["step"], entry[name]) for entry in history if entry.get(name) is not None and "step" in entry
-    ]
-    return [(step, value) for step, value in found if math.isfinite(value)]
-
-
-def _nice(value: float) -> float:
-    """The round number (1, 2 or 5 times a power of ten) at or above `value`."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * 0.999)
-
-
-def _locator(most: int, *, integer: bool = False) -> Any:
-    """At most so many ticks at round numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(most, integer=integer, steps=[1, 2, 5, 10] if integer else [1, 2, 2.5, 5, 10])
-
-
-def _short(name: str, limit: int = 22) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + "…"
-
-
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "axes.labelsize": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": True,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "text.parse_math": False,
-    "path.simplify": False,
-}
-
-
-def _figure(*, height: float = 2.9, rows: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes (a list of them for several rows), without touching matplotlib's global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.9, height), layout="constrained")
-    axes = figure.subplots(rows, 1, sharex=True)
-    return figure, axes if rows == 1 else list(axes)
-
-
-def _svg(figure: Any, name: str) -> str:
-    """A figure as an `<svg>` element without size, names or references of its own."""
-    import matplotlib
-
-    target = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(target, format="svg", transparent=True, metadata=nothing)
-    svg = target.getvalue()
-    svg = svg[svg.index("<svg") :].strip()
-    view = re.search(r'viewBox="([^"]+)"', svg)
-    assert view is not None
-    svg = re.sub(
-        r"<svg[^>]*>", f'<svg viewBox="{view[1]}" aria-hidden="true" focusable="false">', svg, count=1
+def difference_by_class(comparison: Comparison, name: str) -> Plot:
+    """Difference to the first model by how often the token occurs in the texts, and by what it is."""
+    groups = [comparison.gains[name][kind] for kind in ("frequency", "kind")]
+    entries = [entry for group in groups for entry in group if entry["difference"] is not None]
+    figure, axes = new_figure(height=1.0 + 0.27 * (len(entries) + 1))
+    # an empty line between the two groups
+    places = [index + (entry in groups[1]) for index, entry in enumerate(entries)]
+    values = [entry["difference"] for entry in entries]
+    colours = [GAIN if value < 0 else LOSS for value in values]
+    axes.barh(places, values, color=colours, height=0.7, linewidth=0)
+    axes.set_yticks(places, [entry["class"] for entry in entries])
+    axes.invert_yaxis()
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.xaxis.set_major_locator(locator(5))
+    axes.set_xlabel("difference, nats per token")
+    axes.grid(axis="x")
+    said = "; ".join(f"{e['class']} {number(e['difference'], 3, signed=True)}" for e in entries)
+    text = f"Nats per token, left of zero {name} is better: {said}."
+    return Plot(
+        f"By kind of token: {name} against {comparison.baseline}", text, as_svg(figure, f"classes-{name}")
     )
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--sans)", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg
+
+
+def reliability(comparison: Comparison) -> Plot:
+    """How often the most likely token is right, by how likely the model takes it to be."""
+    figure, axes = new_figure()
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1)
+    said = []
+    for index, (name, evaluation) in enumerate(comparison.evaluations.items()):
+        bins = [entry for entry in evaluation.calibration() if entry["tokens"]]
+        axes.plot(
+            [entry["confidence"] for entry in bins],
+            [entry["accuracy"] for entry in bins],
+            color=series_colour(index),
+            linestyle=DASHES[index % len(DASHES)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4,
+            label=short(name),
+        )
+        said.append(f"{name} {percent(evaluation.calibration_error)}")
+    axes.set_xlabel("probability of the most likely token")
+    axes.set_ylabel("share that is right")
+    axes.grid()
+    axes.legend()
+    text = f"On the thin line probabilities are what they say. Calibration error: {', '.join(said)}."
+    return Plot("Calibration", text, as_svg(figure, "calibration"))

@@ -28,10 +28,18 @@ TEXTS = ["", "to be", "été, 東京 and 🙂 in one text", NASTY] + [
 ]
 PROMPTS = ["the", "", NASTY, "", [5, 6, 7]]
 HISTORY = [
-    {"step": step, "loss": 4 - step / 50, "learning_rate": 1e-3, "tokens_per_second": 900.0 + step}
+    {
+        "step": step,
+        "loss": 4 - step / 50,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 900.0 + step,
+        "grad_norm": 1.0 + step / 100,
+        "loss_scale": 2.0**15,
+    }
     | ({"validation_loss": 3.5} if step % 40 == 0 else {})
     for step in range(10, 100, 10)
 ]
+TRAINING_TEXTS = ["some other text", TEXTS[2].upper()]
 SETTINGS: dict[str, Any] = {
     "sequence_length": LENGTH,
     "batch_size": 8,
@@ -44,7 +52,14 @@ SETTINGS: dict[str, Any] = {
 def comparison(model, other_model):
     models = {"generic": model, NASTY: other_model, "flat": uniform_model()}
     return compare(
-        models, TEXTS, PROMPTS, **SETTINGS, seed=7, history=HISTORY, command="gpt2jax compare <a> 'b'"
+        models,
+        TEXTS,
+        PROMPTS,
+        **SETTINGS,
+        seed=7,
+        training_texts=TRAINING_TEXTS,
+        history=HISTORY,
+        command="gpt2jax compare <a> 'b'",
     )
 
 
@@ -69,7 +84,21 @@ def test_json_is_as_promised(comparison, folder):
         assert figures <= entry.keys()
         evaluation = comparison.evaluations[entry["name"]]
         assert all(entry[name] == getattr(evaluation, name) for name in figures)
+        assert {**entry, **evaluation.as_dict()} == entry
     assert set(data["paired"]) == {NASTY, "flat"}
+    assert set(data["gains"]) == set(data["paired"]) and set(data["repetition"]) == set(
+        comparison.evaluations
+    )
+    for name, gains in data["gains"].items():
+        whole = data["paired"][name]["difference"] * data["models"][0]["tokens"]
+        for kind in ("frequency", "kind"):
+            parts = [entry["difference"] * entry["tokens"] for entry in gains[kind]]
+            assert sum(parts) == pytest.approx(whole) and sum(
+                e["share"] for e in gains[kind]
+            ) == pytest.approx(1)
+        excerpts = comparison.excerpts[name]
+        assert [e["document"] for e in gains["gains"][:3]] == [e.document for e in excerpts["gains"]]
+    assert data["overlap"]["exact"] == 1 and data["overlap"]["listed"][0]["document"] == 2
     assert len(data["generations"]) == 3 * len(PROMPTS)
     for entry in data["generations"]:
         assert {"model", "prompt", "text", "seconds", "tokens_per_second"} <= entry.keys()
@@ -85,14 +114,21 @@ def without_times(value):
 def test_a_second_run_gives_the_same_to_the_last_digit(comparison, folder, model, other_model, tmp_path):
     models = {"generic": model, NASTY: other_model, "flat": uniform_model()}
     again = compare(
-        models, TEXTS, PROMPTS, **SETTINGS, seed=7, history=HISTORY, command="gpt2jax compare <a> 'b'"
+        models,
+        TEXTS,
+        PROMPTS,
+        **SETTINGS,
+        seed=7,
+        training_texts=TRAINING_TEXTS,
+        history=HISTORY,
+        command="gpt2jax compare <a> 'b'",
     )
     assert json.dumps(without_times(again.as_dict())) == json.dumps(without_times(comparison.as_dict()))
     again.save(tmp_path)
     pictures = [
         re.findall(r"<svg.*?</svg>", (f / "report.html").read_text(), re.DOTALL) for f in (folder, tmp_path)
     ]
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 6
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 9
     other_seed = compare(models, TEXTS, PROMPTS, **SETTINGS, seed=8)
     assert other_seed.generations[0]["text"] != comparison.generations[0]["text"]
     assert other_seed.paired[NASTY].interval != comparison.paired[NASTY].interval
@@ -281,8 +317,8 @@ def test_html_needs_nothing_else_and_shows_texts_as_they_are(comparison, folder)
 
 def test_html_is_accessible(folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert text.count("<table") == text.count("<caption>") == 4
-    assert text.count("<figure>") == text.count("<figcaption>") == 6
+    assert text.count("<table") == text.count("<caption>") == 8
+    assert text.count("<figure>") == text.count("<figcaption>") == 9
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     headings = [int(level) for level in re.findall(r"<h(\d)", text)]
     assert headings[0] == 1 and headings.count(1) == 1
@@ -329,7 +365,7 @@ def test_markdown(comparison, folder):
     )  # generated text and prompts are word for word within fences
     for line in text.splitlines():
         if line.startswith("| "):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 5, 6, 9)
+            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 5, 6, 7, 9, 13)
     for evaluation in comparison.evaluations.values():
         assert f"{evaluation.loss:.4f}" in text
 
