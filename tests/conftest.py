@@ -11,4 +11,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
+os.environ.setdefault("GPT2JAX_CACHE", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "gpt2jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

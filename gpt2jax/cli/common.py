@@ -18,6 +18,7 @@ USER_ERRORS = (
     IsADirectoryError,
     NotADirectoryError,
     PermissionError,
+    ModuleNotFoundError,  # of an optional package; the message says what to install
     ConnectionError,  # the hub does not answer, and the cache does not have the model
 )
 
@@ -38,8 +39,8 @@ def run_command(
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        fail(name, "interrupted", code=130)
+    except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
+        fail(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
 
 
 def command_line(name: str) -> str:

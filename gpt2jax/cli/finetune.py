@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from gpt2jax.cli.common import DataOptions, command_line, run_command
@@ -22,7 +22,7 @@ TrainOptions: Any = dataclasses.make_dataclass(
     [
         (field.name, _TYPES[field.name], dataclasses.field(default=field.default))
         for field in dataclasses.fields(FinetuneConfig)
-        if field.name not in ("lora", "layout", "steps")
+        if field.name not in ("lora", "layout", "steps", "token_cache")
     ],
     frozen=True,
     namespace={"__doc__": FinetuneConfig.__doc__},
@@ -43,8 +43,11 @@ class Options:
         resume: go on where a killed or interrupted run in that folder stopped.
         overwrite: delete the run that the folder holds.
         steps: optimizer steps. Default: 40 for numeric-docs, else as many as make --epochs.
-        layout: "windows" trains on every token; "documents" on the first tokens of each text, as the study did.
-            Default: "documents" for pubmed and arxiv, else "windows".
+        layout: "windows" trains on every token; "packed" too, with several texts in a row kept apart; "documents" on
+            the first tokens of each text, as the study did. Default: "documents" for pubmed and arxiv, else "windows".
+        prompt_column: column whose texts are context only, with --completion-column; of files of one's own.
+        completion_column: column whose texts are learned.
+        cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
         lora: train low-rank adapters instead of all parameters.
         lora_rank: their rank.
         lora_alpha: their output is scaled by alpha / rank.
@@ -64,7 +67,10 @@ class Options:
     resume: bool = False
     overwrite: bool = False
     steps: int | None = None
-    layout: Literal["windows", "documents"] | None = None
+    layout: Literal["windows", "packed", "documents"] | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    cache_tokens: bool = True
     lora: bool = False
     lora_rank: int = 8
     lora_alpha: float = 16.0
@@ -95,11 +101,12 @@ def run(options: Options) -> None:
     RunFolder(
         output, resume=options.resume, overwrite=options.overwrite
     )  # refuse before anything long begins
-    train_texts = options.source.texts("train", limit=options.source.limit)
-    validation_texts = options.source.texts("validation", limit=options.eval_documents)
-    test_texts = options.source.texts("test", limit=options.eval_documents) if options.compare else []
+    train_texts = _texts(options, "train", limit=options.source.limit)
+    validation_texts = _texts(options, "validation", limit=options.eval_documents)
+    test_texts = _texts(options, "test", limit=options.eval_documents) if options.compare else []
+    count = f"{len(train_texts):,} documents" if isinstance(train_texts, list) else "documents as they come"
     console.print(
-        f"[bold]texts[/]  {options.source.data}: {len(train_texts):,} documents to train on, "
+        f"[bold]texts[/]  {options.source.data}: {count} to train on, "
         f"{len(validation_texts):,} for validation, {len(test_texts):,} held out for the comparison",
         highlight=False,
     )
@@ -115,7 +122,7 @@ def run(options: Options) -> None:
         overwrite=options.overwrite,
     )
     if options.compare:
-        _compare(options, model, result, test_texts, train_texts, console)
+        _compare(options, model, result, _plain(test_texts), _plain(train_texts), console)
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "adapter" if options.lora else "model"
     console.print(
@@ -124,7 +131,7 @@ def run(options: Options) -> None:
 
 
 def _compare(
-    options: Options, model: Any, result: Any, texts: list[str], training_texts: list[str], console: Any
+    options: Options, model: Any, result: Any, texts: Any, training_texts: Any, console: Any
 ) -> None:
     from gpt2jax.evaluation.compare import compare
     from gpt2jax.evaluation.report import print_comparison
@@ -145,8 +152,40 @@ def _compare(
     print_comparison(comparison, console)
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamedTexts:
+    """The texts of a split, read anew each time that they are walked through; never all in memory."""
+
+    source: DataOptions
+    split: str
+    limit: int | None
+
+    def __iter__(self) -> Iterator[str]:
+        return self.source.iterate(self.split, limit=self.limit)
+
+
+def _texts(options: Options, split: str, *, limit: int | None) -> Any:
+    """A list of texts, or of prompts with completions; what is to be streamed only where it is trained on."""
+    if options.prompt_column is not None or options.completion_column is not None:
+        from gpt2jax.data.pairs import load_pairs
+
+        columns = options.prompt_column, options.completion_column
+        return load_pairs(options.source.data, *columns, split=split, limit=limit)
+    if options.source.streaming and split == "train":
+        return StreamedTexts(options.source, split, limit)
+    return options.source.texts(split, limit=limit)
+
+
+def _plain(texts: Any) -> Any:
+    """Prompts and completions as single texts."""
+    if isinstance(texts, list) and texts and isinstance(texts[0], dict):
+        return [text["prompt"] + text["completion"] for text in texts]
+    return texts
+
+
 def finetune_config(options: Options) -> FinetuneConfig:
     """The settings of the run, defaults that depend on the data filled in."""
+    from gpt2jax.data.token_cache import default_cache
     from gpt2jax.lora import LoRAConfig
 
     lora = None
@@ -160,7 +199,9 @@ def finetune_config(options: Options) -> FinetuneConfig:
     ):
         steps = DEFAULT_JOB_STEPS
     layout = options.layout or ("documents" if options.source.data in STUDY_DATA else "windows")
-    return FinetuneConfig(**dataclasses.asdict(options.train), steps=steps, layout=layout, lora=lora)
+    cache = str(default_cache()) if options.cache_tokens else None
+    settings = dataclasses.asdict(options.train)
+    return FinetuneConfig(**settings, steps=steps, layout=layout, lora=lora, token_cache=cache)
 
 
 def default_output(options: Options) -> pathlib.Path:

@@ -226,7 +226,7 @@ def _path_texts(path: Path, split: str, text_column: str | None, documents: str)
         return _saved_texts(path, split, text_column)
     by_split: dict[str | None, list[File]] = {}
     for file in list_files(path):
-        by_split.setdefault(_split_by_name(file.path), []).append(file)
+        by_split.setdefault(split_by_name(file.path), []).append(file)
 
     def texts(files: list[File]) -> Iterator[str]:
         return itertools.chain.from_iterable(read_texts(file, text_column, documents) for file in files)
@@ -246,7 +246,7 @@ def _pick(named: list[str], split: str, where: str) -> list[str]:
     return [split]
 
 
-def _split_by_name(path: str) -> str | None:
+def split_by_name(path: str) -> str | None:
     """The split that a file belongs to by a word at either end of its name, or by the folder it is in."""
     *folders, name = path.lower().split("/")
     for extension in (*COMPRESSIONS, *READERS):

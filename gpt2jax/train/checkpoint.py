@@ -6,7 +6,9 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from gpt2jax.model import Params
 from gpt2jax.train.step import TrainState
 
 
@@ -54,3 +56,42 @@ class Checkpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class Best:
+    """The parameters of the best validation: in a folder, or in memory where there is none."""
+
+    def __init__(self, folder: pathlib.Path | None):
+        import orbax.checkpoint as ocp
+
+        self._ocp, self._manager, self._held = ocp, None, None
+        if folder is not None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, params: Params) -> None:
+        """Keeps these in place of the ones before. A resumed run meets the same best again and leaves it."""
+        if self._manager is None:
+            self._held = jax.tree.map(jnp.copy, params)
+        elif self._manager.latest_step() != step:
+            for later in [kept for kept in self._manager.all_steps() if kept > step]:
+                self._manager.delete(later)  # of a run that went on from here before it was killed
+            self._manager.save(step, args=self._ocp.args.StandardSave(params))
+
+    def restore(self, template: Params) -> Params:
+        """The best parameters, in structure and dtypes of `template`; itself where none was kept."""
+        if self._manager is None:
+            return template if self._held is None else self._held
+        manager = self._ocp.CheckpointManager(self._manager.directory)
+        if manager.latest_step() is None:
+            return template
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, template)
+        best = manager.restore(manager.latest_step(), args=self._ocp.args.StandardRestore(abstract))
+        manager.close()
+        return best
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()

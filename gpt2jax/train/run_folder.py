@@ -21,10 +21,22 @@ from gpt2jax.train.config import FinetuneConfig
 RUN_FILE = "run.json"
 # these say how to log and keep, not what is computed: a resumed run may change them; nor does it matter under what
 # name the same parameters were loaded
-_FREE_FIELDS = {"log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "base_model"}
+_FREE_FIELDS = {
+    "base_model",
+    "checkpoint_every",
+    "eval_every",
+    "fsdp",
+    "keep_checkpoints",
+    "log_every",
+    "max_minutes",
+    "patience",
+    "tensor_parallel",
+    "token_cache",
+    "track",
+}
 _FREE_FIELDS |= {"fsdp", "tensor_parallel"}  # a checkpoint moves to other devices; equal to rounding only
 # what a run writes into its folder, here and in the report: `overwrite` deletes this and nothing else
-_OWN = ("checkpoints", "model", "base", "adapter", "metrics.jsonl", RUN_FILE)
+_OWN = ("checkpoints", "best", "model", "base", "adapter", "tensorboard", "wandb", "metrics.jsonl", RUN_FILE)
 _REPORT = ("comparison.json", "report.html", "report.md")
 
 
@@ -37,7 +49,7 @@ class RunFolder:
 
     def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
         self.path = pathlib.Path(path)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
         self._writes = jax.process_index() == 0
         if self._writes:
             self._check(resume=resume, overwrite=overwrite)
@@ -79,6 +91,8 @@ class RunFolder:
 
     def _check_same(self, content: dict[str, Any]) -> None:
         before = json.loads((self.path / RUN_FILE).read_text("utf-8"))
+        # a run of an earlier version lacks settings that came later: it had what is now their default
+        before["finetune"] = {**_finetune_fields(FinetuneConfig()), **before["finetune"]}
         flat_before, flat_now = _flatten(before), _flatten(content)
         different = [
             f"{name} was {flat_before.get(name)!r}, is {flat_now.get(name)!r}"
@@ -135,13 +149,17 @@ def run_description(model: LanguageModel, config: FinetuneConfig, documents: Doc
         "base_model": model.source,
         "base_sha256": _sha256(jax.tree.leaves(model.params)),
         "model_config": dataclasses.asdict(model.config),
-        "finetune": json.loads(json.dumps(dataclasses.asdict(config))),
+        "finetune": _finetune_fields(config),
         "data": {
             "documents": len(documents),
             "tokens": int(documents.offsets[-1]),
             "sha256": documents.sha256,
         },
     }
+
+
+def _finetune_fields(config: FinetuneConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _sha256(arrays: Iterable[Any]) -> str:

@@ -172,7 +172,7 @@ def make_train_step(
     return step
 
 
-def _masked(tree: Params, mask: Params | None) -> Params:
+def _masked(tree: Any, mask: Params | None) -> Any:
     return tree if mask is None else jax.tree.map(jnp.multiply, tree, mask)
 
 

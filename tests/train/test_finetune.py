@@ -185,7 +185,10 @@ def test_lora_run(model, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path):
     config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, learning_rate=1e30, checkpoint_every=1)
-    with pytest.raises(FloatingPointError, match=r"step \d: loss .*; the last good checkpoint is step \d"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step (\d): loss .*; its batch, number \d, holds documents \d+, .*; the last good checkpoint is step \d",
+    ):
         finetune(model, texts(), config, output=tmp_path / "run", progress=False)
 
 
@@ -214,7 +217,10 @@ def test_float16_that_overflows_at_any_scale_stops(model, monkeypatch):
     monkeypatch.setattr(training_step, "INITIAL_SCALE", 4.0)
     broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * 1e30, model.params))
     config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, compute_dtype="float16")
-    with pytest.raises(FloatingPointError, match="step 3: .* loss scale 1.0; no checkpoint was written"):
+    with pytest.raises(
+        FloatingPointError,
+        match="step 3: .* loss scale 1.0; its batch, number 2, holds documents .*; no checkpoint was written",
+    ):
         finetune(broken, texts(), config, progress=False)
 
 

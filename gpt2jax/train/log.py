@@ -1,0 +1,135 @@
+"""The history of a run: what each step measured, summed up in entries of a log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.run_folder import RunFolder
+from gpt2jax.train.schedules import make_schedule
+from gpt2jax.train.step import MIN_SCALE
+
+Tracker = Callable[[dict[str, float]], None]
+
+
+class NotFinite(FloatingPointError):
+    """A step whose loss or gradient is not finite.
+
+    Attributes:
+        step: the number of the step, from 1.
+    """
+
+    def __init__(self, step: int, message: str):
+        super().__init__(f"step {step}: {message}")
+        self.step = step
+
+
+class TrainLog:
+    """Collects the metrics of every step, one step behind the device, into entries of the history."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        steps: int,
+        folder: RunFolder | None,
+        start: int,
+        unlogged: list[dict[str, float]],
+        trackers: Sequence[Tracker] = (),
+    ):
+        self._config, self._folder, self._trackers = config, folder, trackers
+        self._schedule = make_schedule(config, steps)
+        self.step = start
+        self.history = [] if folder is None else folder.read_metrics(up_to=start)
+        logged = self.history[-1]["step"] if self.history else 0
+        self.unlogged = [entry for entry in unlogged if entry["step"] > logged]
+        self._tokens = self.history[-1]["tokens"] if self.history else 0
+        self._seconds = self.history[-1]["seconds"] if self.history else 0.0
+        self._pending: tuple[int, Any] | None = None
+        self._clock = time.perf_counter()
+        self._timed_tokens, self._timed_seconds = 0.0, 0.0
+        self._first = True
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes a step's metrics, and fetches those of the step before."""
+        self.fetch()
+        self._pending = (step, metrics)
+        self.step = step
+        if self._first:  # it compiled: not part of the speed
+            self.fetch()
+            self.pause()
+            self._timed_tokens = 0.0
+            self._first = False
+
+    def fetch(self) -> None:
+        """Waits for the pending step, and stops the run if it is not finite."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._check(step, values)
+        self.unlogged.append({"step": step, **values})
+        self._timed_tokens += values["tokens"]
+
+    def pause(self) -> None:
+        """Takes the time since the last call out of the speed: compilation, validation."""
+        self.fetch()
+        now = time.perf_counter()
+        if not self._first:
+            self._timed_seconds += now - self._clock
+        self._seconds += now - self._clock
+        self._clock = now
+
+    def flush(self, extra: dict[str, float]) -> dict[str, float]:
+        """One entry of the history over all steps since the last one."""
+        self.fetch()
+        now = time.perf_counter()
+        if not extra:  # a validation took the time since the pause
+            self._timed_seconds += now - self._clock
+        self._seconds += now - self._clock
+        self._clock = now
+        last = self.unlogged[-1]
+        self._tokens += sum(entry["tokens"] for entry in self.unlogged)
+        updates = last["step"] - int(last.get("skipped", 0))  # a skipped step leaves the schedule where it is
+        entry = {
+            "step": last["step"],
+            "loss": _mean(self.unlogged, "loss"),
+            "accuracy": _mean(self.unlogged, "accuracy"),
+            "tokens": self._tokens,
+            "learning_rate": float(np.asarray(self._schedule(max(updates - 1, 0)))),
+            "grad_norm": last["grad_norm"],
+            "seconds": round(self._seconds, 3),
+        }
+        entry |= {name: last[name] for name in ("loss_scale", "skipped") if name in last} | extra
+        if self._timed_seconds > 0 and self._timed_tokens > 0:
+            entry["tokens_per_second"] = round(self._timed_tokens / self._timed_seconds, 1)
+        entry = {name: value for name, value in entry.items() if math.isfinite(value)}  # JSON knows no others
+        if self._folder is not None:
+            self._folder.append_metrics(entry)
+        for track in self._trackers:
+            track(entry)
+        self.history.append(entry)
+        self.unlogged, self._timed_tokens, self._timed_seconds = [], 0.0, 0.0
+        return entry
+
+    def _check(self, step: int, values: dict[str, float]) -> None:
+        if self._config.compute_dtype == "float16":
+            if not math.isfinite(values["grad_norm"]) and values["loss_scale"] <= MIN_SCALE:
+                raise NotFinite(step, f"the gradient overflows even at loss scale {MIN_SCALE}")
+        elif not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise NotFinite(
+                step,
+                f"loss {values['loss']}, gradient norm {values['grad_norm']}; "
+                "a lower learning_rate or a longer warmup_steps helps as a rule",
+            )
+
+
+def _mean(steps: list[dict[str, float]], name: str) -> float:
+    """Mean per token."""
+    return sum(e[name] * e["tokens"] for e in steps) / max(sum(e["tokens"] for e in steps), 1.0)
