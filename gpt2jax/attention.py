@@ -24,9 +24,8 @@ def product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.
     return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
-def lean_attention_takes(kind: str, config: GPT2Config, dropout_key: jax.Array | None) -> bool:
+def lean_attention_takes(kind: str, config: GPT2Config, *, drops: bool) -> bool:
     """Whether `lean_attention` computes this model's attention: no dropout of probabilities, a head size it knows."""
-    drops = dropout_key is not None and config.attn_pdrop > 0
     if kind == "cudnn":
         return not drops and config.head_dim % 8 == 0 and config.head_dim <= 128
     return kind == "recompute" and not drops

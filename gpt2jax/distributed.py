@@ -32,6 +32,7 @@ _ROLES: dict[str, tuple[str | None, ...]] = {
     "c_fc.bias": ("tensor",),
     "bias": ("fsdp",),
     "scale": ("fsdp",),
+    "magnitude": ("fsdp",),  # [out]
     "lora_a": ("fsdp", None),  # [in, r]
     "lora_b": (None, "fsdp"),  # [r, out]
 }

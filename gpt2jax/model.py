@@ -152,7 +152,8 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(dtype), cache_index, axis=1)
             cache = (k, v)
         kind = call.precision.attention
-        if mask is None and cache is None and lean_attention_takes(kind, self.config, keys[1]):
+        drops = keys[1] is not None and self.config.attn_pdrop > 0
+        if mask is None and cache is None and lean_attention_takes(kind, self.config, drops=drops):
             y = lean_attention(q, k, v, dtype, kind)
         else:
             mask = causal_mask(x.shape[1]) if mask is None else mask
@@ -388,11 +389,13 @@ def hidden_states(
         raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.n_positions}")
     if positions is None:
         positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
-    mask = None if attention_mask is None and segment_ids is None else causal_mask(length)
+    mask = None  # causal alone, for which there are kernels
     if attention_mask is not None:
-        mask = mask & attention_mask.astype(bool)[:, None, None, :]
+        mask = causal_mask(length) & attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        mask = (causal_mask(length) if mask is None else mask) & (
+            segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        )
     call = Call(precision, lora_dropout=lora_dropout, remat=remat)
     if adapters is not None:
         adapters = with_scales(adapters, lora_scale, config.n_layer)

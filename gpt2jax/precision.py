@@ -34,8 +34,8 @@ def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
     """The dtypes for `compute_dtype` that are fast on `backend` (default: the one jax runs on).
 
     On a CPU elementwise work in 16 bits is emulated through float32, so only the products are narrow there. An
-    accelerator keeps its activations narrow too, which halves their memory. On an NVIDIA GPU cuDNN's attention takes
-    16-bit operands only, and has to be asked for.
+    accelerator keeps its activations narrow too, which halves their memory, and no [T, T] scores. On an NVIDIA GPU
+    cuDNN's attention takes 16-bit operands only, and has to be asked for.
 
     Raises:
         ValueError: `compute_dtype` is none of `COMPUTE_DTYPES`.
@@ -44,7 +44,9 @@ def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
         raise ValueError(f"compute_dtype={compute_dtype!r} is not known; known: {', '.join(COMPUTE_DTYPES)}")
     narrow = jnp.dtype(compute_dtype)
     backend = backend or jax.default_backend()
-    attention = "cudnn" if backend in ("gpu", "cuda") and narrow.itemsize == 2 else "xla"
+    attention = "xla" if backend == "cpu" else "recompute"
+    if backend in ("gpu", "cuda") and narrow.itemsize == 2:
+        attention = "cudnn"
     return Precision(narrow, jnp.dtype(jnp.float32) if backend == "cpu" else narrow, attention)
 
 

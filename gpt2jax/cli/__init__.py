@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "loss and accuracy of a model on texts",
     "compare": "several models on the same texts, with a report",
     "convert": "weights from one format into another, and proof that they are the same",
+    "plan": "what a training run needs in memory and FLOPs on a device that need not be here",
 }
 
 

@@ -1,0 +1,135 @@
+"""Devices by name: memory and peak speed as their makers state them, and descriptions that XLA compiles for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+GB = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One kind of accelerator.
+
+    Attributes:
+        name: as a user types it.
+        title: as its maker writes it.
+        backend: jax's name of its platform.
+        memory: bytes.
+        flops: peak FLOP/s of dense matrix products by dtype of their operands.
+        topology: of a slice of so many devices that can be compiled for without one, by their number.
+    """
+
+    name: str
+    title: str
+    backend: str
+    memory: int
+    flops: dict[str, float]
+    topologies: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
+def _peaks(narrow: float, wide: float) -> dict[str, float]:
+    """Peaks in TFLOP/s: of both 16-bit types, and of float32."""
+    return {"bfloat16": narrow * 1e12, "float16": narrow * 1e12, "float32": wide * 1e12}
+
+
+# sources: the makers' data sheets; float32 without TF32, on a TPU as six passes of bfloat16
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("h100", "NVIDIA H100 SXM 80 GB", "gpu", 80 * GB, _peaks(989, 67), {1: "1x1x1"}),
+        Device("a100", "NVIDIA A100 80 GB", "gpu", 80 * GB, _peaks(312, 19.5)),
+        Device("a100-40", "NVIDIA A100 40 GB", "gpu", 40 * GB, _peaks(312, 19.5)),
+        Device("l4", "NVIDIA L4", "gpu", 24 * GB, _peaks(121, 30)),
+        Device("rtx4090", "NVIDIA GeForce RTX 4090", "gpu", 24 * GB, _peaks(165, 83)),
+        Device("v5e", "TPU v5e", "tpu", 16 * GB, _peaks(197, 33), {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4"}),
+        Device(
+            "v6e", "TPU v6e", "tpu", 32 * GB, _peaks(918, 153), {1: "v6e:1x1", 4: "v6e:2x2", 8: "v6e:2x4"}
+        ),
+    )
+}
+
+# what XLA asks of a GPU it compiles for: the figures of cudaGetDeviceProperties, in its own text format
+_H100 = """gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 12 minor: 9 }
+"""
+
+
+def find_device(name: str) -> Device:
+    """The device of that name.
+
+    Raises:
+        ValueError: it is not known; names those that are.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"device={name!r} is not known; known: {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def described_devices(device: Device, count: int) -> list[Any]:
+    """jax devices to compile for, without having one.
+
+    Raises:
+        LookupError: XLA has no description of so many of them here, or jax's plugin for them is not installed; says
+            what to install.
+    """
+    if count not in device.topologies:
+        known = ", ".join(map(str, device.topologies)) or "none"
+        raise LookupError(f"compiling for {count} x {device.name} is not possible here (described: {known})")
+    try:
+        return list(_describe(device, device.topologies[count]))
+    except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
+        extra = "cuda" if device.backend == "gpu" else "tpu"
+        raise LookupError(
+            f'compiling for {device.name} needs pip install "gpt2jax[{extra}]" ({error})'
+        ) from None
+
+
+def _describe(device: Device, topology: str) -> Any:
+    from jax.experimental import topologies
+
+    if device.backend == "gpu":
+
+        def described():
+            return topologies.get_topology_desc(
+                platform="cuda", target_config=_H100, topology=topology
+            ).devices
+
+        try:
+            return described()
+        except Exception:  # jax registers its CUDA plugin only where it looks for a GPU
+            _register_cuda()
+            return described()
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask off a TPU machine
+    bounds = tuple(int(size) for size in topology.partition(":")[2].split("x"))
+    return topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=topology,
+        chip_config_name="default",
+        chips_per_host_bounds=(*bounds, 1)[:3],
+        num_slices=1,
+        wrap=(False, False, False),
+    ).devices
+
+
+def _register_cuda() -> None:
+    """Makes jax's CUDA plugin known on a machine that has no GPU."""
+    import contextlib
+
+    import jax_plugins.xla_cuda12 as plugin  # pyright: ignore[reportMissingImports]
+
+    with contextlib.suppress(Exception):  # it is registered already
+        plugin.initialize()

@@ -1,0 +1,128 @@
+"""The training step of a plan, with shapes in place of arrays: traced for an estimate, or compiled for a device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gpt2jax.config import GPT2Config
+from gpt2jax.distributed import BATCH_AXES, on_mesh, shardings
+from gpt2jax.lora import init_adapters
+from gpt2jax.losses import cross_entropy
+from gpt2jax.model import Params, abstract_params, head_kernel, hidden_states
+from gpt2jax.precision import Precision, precision
+from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.optimizer import make_optimizer
+from gpt2jax.train.schedules import resolve_learning_rate
+from gpt2jax.train.step import init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A training step's settings, and the shapes that go in.
+
+    Attributes:
+        state, frozen, batch: shapes of the step's arguments.
+    """
+
+    model: GPT2Config
+    train: FinetuneConfig
+    precision: Precision
+    state: Any
+    frozen: Params | None
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Program:
+    """The step that `finetune` would run on `backend`, its dropout rates in `model`.
+
+    Raises:
+        ValueError: the sequence is longer than the context.
+    """
+    length = train.sequence_length or min(model.n_positions, 1024)
+    if length > model.n_positions:
+        raise ValueError(
+            f"sequence_length={length} is over the model's context of {model.n_positions} tokens"
+        )
+    params = abstract_params(model)
+    train = resolve_learning_rate(dataclasses.replace(train, steps=train.steps or 1000), 10**9)
+    trainable, frozen = params, None
+    if train.lora is not None:
+        lora = train.lora
+        trainable = jax.eval_shape(lambda p: init_adapters(model, lora, 0, params=p), params)
+        frozen = params
+    optimizer = make_optimizer(train, train.steps or 1000)
+
+    def start(trainable):
+        scaling, ema = train.compute_dtype == "float16", train.ema_decay is not None
+        return init_state(trainable, optimizer, loss_scaling=scaling, ema=ema)
+
+    state = jax.eval_shape(start, trainable)
+    shape = (train.batch_size, length)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Program(model, train, precision(train.compute_dtype, backend=backend), state, frozen, batch)
+
+
+def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The gradient of one part of the batch, to be traced, and the shapes of its arguments."""
+    model, train, lora, numerics = program.model, program.train, program.train.lora, program.precision
+    if (
+        numerics.attention == "cudnn"
+    ):  # which can't be traced off a GPU; this keeps the same but for [B, N, T] sums
+        numerics = dataclasses.replace(numerics, attention="recompute")
+    rows = train.batch_size // train.accumulation
+    batch = {name: jax.ShapeDtypeStruct((rows, s.shape[1]), s.dtype) for name, s in program.batch.items()}
+    drops = max(model.embd_pdrop, model.attn_pdrop, model.resid_pdrop, lora.dropout if lora else 0.0) > 0
+
+    def loss(trainable, frozen, batch):
+        params, adapters = (trainable, None) if lora is None else (frozen, trainable)
+        hidden = hidden_states(
+            params,
+            model,
+            batch["tokens"],
+            precision=numerics,
+            dropout_key=jax.random.key(0) if drops else None,
+            adapters=adapters,
+            lora_scale=lora.scales(model.n_layer) if lora else 1.0,
+            lora_dropout=lora.dropout if lora else 0.0,
+            remat=train.remat,
+        )
+        return cross_entropy(hidden, head_kernel(params), batch["targets"], batch["weights"], numerics)[0]
+
+    return jax.grad(loss), (program.state["params"], program.frozen, batch)
+
+
+def compile_program(program: Program, mesh: Mesh, backend: str) -> Any:
+    """The step, compiled by XLA for the devices of `mesh`; its `memory_analysis()` is for one of them."""
+    train = program.train
+    step = make_train_step(
+        program.model,
+        make_optimizer(train, train.steps or 1000),
+        program.precision,
+        lora=train.lora,
+        max_grad_norm=train.max_grad_norm,
+        accumulation=train.accumulation,
+        label_smoothing=train.label_smoothing,
+        z_loss=train.z_loss,
+        remat=train.remat,
+        ema_decay=train.ema_decay,
+    )
+
+    def placed(tree, cuts):
+        return jax.tree.map(lambda s, cut: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=cut), tree, cuts)
+
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    arguments = (
+        placed(program.state, shardings(program.state, mesh)),
+        None if program.frozen is None else placed(program.frozen, shardings(program.frozen, mesh)),
+        placed(program.batch, {name: rows for name in program.batch}),
+    )
+    platform = {"gpu": "cuda"}.get(backend, backend)
+    with on_mesh(mesh):
+        return step.trace(*arguments).lower(lowering_platforms=(platform,)).compile()

@@ -1,0 +1,91 @@
+"""The plan of a training run: its parts against arrays and compiled programs of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from gpt2jax.cli.plan import main
+from gpt2jax.config import PRESETS, GPT2Config
+from gpt2jax.distributed import make_mesh
+from gpt2jax.lora import LoRAConfig
+from gpt2jax.model import count_parameters
+from gpt2jax.plan.estimate import estimate_memory, flops_per_token, largest_batch
+from gpt2jax.plan.program import compile_program, make_program
+from gpt2jax.train.config import FinetuneConfig
+
+SMALL = GPT2Config(
+    n_layer=6, n_head=4, n_embd=128, vocab_size=512, n_positions=128, bos_token_id=511, eos_token_id=511,
+    embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4)])
+def test_estimate_is_within_a_tenth_of_what_is_compiled(lora):
+    train = FinetuneConfig(batch_size=16, lora=lora)  # in 16 bits XLA:CPU keeps float32 copies as well
+    program = make_program(SMALL, train, "cpu")
+    compiled = compile_program(program, make_mesh(devices=jax.devices()[:1]), "cpu").memory_analysis()
+    memory = estimate_memory(program)
+    arguments = memory.parameters + memory.optimizer + memory.batch
+    assert arguments == pytest.approx(compiled.argument_size_in_bytes, rel=0.001)
+    assert memory.total == pytest.approx(arguments + compiled.temp_size_in_bytes, rel=0.1)
+
+
+def test_devices_share_parameters_moments_and_rows():
+    train = FinetuneConfig(batch_size=64, sequence_length=1024, compute_dtype="bfloat16", remat="full")
+    program = make_program(dataclasses.replace(PRESETS["gpt2"], attn_pdrop=0.0), train, "tpu")
+    alone, shared = estimate_memory(program), estimate_memory(program, fsdp=8, devices=8)
+    for kind in ("parameters", "optimizer", "batch", "gradients", "activations"):
+        assert getattr(shared, kind) == pytest.approx(getattr(alone, kind) / 8, rel=1e-6)
+
+
+def test_flops_are_six_a_weight_and_four_with_frozen_ones():
+    model = PRESETS["gpt2"]
+    weights = count_parameters({"p": jax.ShapeDtypeStruct((124_439_808,), "float32")}) - 1024 * 768
+    full = flops_per_token(model, 1)
+    assert full == pytest.approx(6 * weights, rel=0.002)  # biases and LayerNorms are not products
+    assert flops_per_token(model, 1, lora=LoRAConfig()) == pytest.approx(full * 2 / 3, rel=0.001)
+    assert flops_per_token(model, 1024) > full
+
+
+def test_largest_batch_fits_and_one_more_does_not():
+    train, memory = FinetuneConfig(sequence_length=128), 300_000_000
+    found = largest_batch(SMALL, train, "cpu", memory)
+    assert found is not None and found[1].total <= memory
+    more = make_program(SMALL, dataclasses.replace(train, batch_size=found[0] + 1), "cpu")
+    assert estimate_memory(more).total > memory
+    assert largest_batch(SMALL, train, "cpu", 1_000_000) is None
+
+
+def test_command_prints_the_estimate(capsys):
+    main(["--model", "gpt2", "--batch-size", "8", "--device", "a100"])
+    text = capsys.readouterr().out
+    for part in (
+        "activations",
+        "estimate",
+        "cudnn",
+        "trained parameters  124,439,808",
+        "largest batch that fits",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "h200x"], "device='h200x' is not known; known: h100"),
+        (["--devices", "3", "--fsdp", "2"], "devices=3 must be a multiple of fsdp=2"),
+        (
+            ["--batch-size", "9", "--devices", "2"],
+            "batch_size=9 / accumulation=1 can't be divided among 2 devices",
+        ),
+        (["--sequence-length", "2000"], "sequence_length=2000 is over the model's context of 1024"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(options)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
