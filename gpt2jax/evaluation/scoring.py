@@ -1,7 +1,7 @@
 """Scores of every token of a batch, computed on the device: loss, rank of the label, confidence.
 
-Logits never leave the device, and are never there for a whole batch: the head runs over chunks of rows. The
-weights are laid out once for an evaluation: kernels in the compute dtype, the head as it streams fastest.
+Logits never leave the device, and are never there for a whole batch: the head runs over blocks of the vocabulary. The
+weights are laid out once for an evaluation: kernels in the compute dtype, the head in blocks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from gpt2jax.language_model import LanguageModel
 from gpt2jax.model import Params, head_kernel, hidden_states
 from gpt2jax.precision import Precision, matmul, precision
 
-# the most logits held at once on each device: 8 Mi float32 values are 32 MiB
-MAX_LOGITS = 1 << 23
+# logits held at once on each device: of so many ids for so many rows, 32 MiB at most. On a CPU blocks of the vocabulary
+# take half the time of blocks of rows, which read the whole head for each
+VOCABULARY_BLOCK = 2048
+MAX_ROWS = 4096
 
 # (tokens, targets, mask) -> (loss, rank, confidence), each [B, T]
 Score = Callable[[np.ndarray, np.ndarray, np.ndarray | None], tuple[jax.Array, jax.Array, jax.Array]]
@@ -60,7 +62,7 @@ def scorer(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _scoring_params(params: Params, dtype: jnp.dtype) -> Params:
-    """Kernels in the compute dtype, and the head apart from the embedding: [V, D] in the compute dtype."""
+    """Kernels in the compute dtype, and the head apart from the embedding, in blocks."""
 
     def cast(path, x):
         return x.astype(dtype) if path[-1].key == "kernel" else x
@@ -68,7 +70,7 @@ def _scoring_params(params: Params, dtype: jnp.dtype) -> Params:
     body = {name: leaf for name, leaf in params.items() if name != "lm_head"}
     return {
         "body": jax.tree_util.tree_map_with_path(cast, body),
-        "head": head_kernel(params).astype(dtype),
+        "head": head_blocks(head_kernel(params), dtype),
     }
 
 
@@ -80,7 +82,7 @@ def _token_scores(params, tokens, targets, mask=None, *, config: GPT2Config, num
         hidden = hidden_states(
             params["body"], config, tokens, positions=positions, attention_mask=mask, precision=numerics
         )
-        return head_scores(hidden, params["head"], targets, numerics)
+        return head_scores(hidden, params["head"], targets, numerics, config.vocab_size)
 
     if tokens.shape[0] == 1:
         return scores(tokens[0], targets[0], None if mask is None else mask[0])
@@ -89,47 +91,75 @@ def _token_scores(params, tokens, targets, mask=None, *, config: GPT2Config, num
 
 
 def head_scores(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, numerics: Precision
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, numerics: Precision, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores of the label at every position.
 
     Args:
         hidden: [B, T, D] after the last LayerNorm.
-        head: [V, D].
+        head: [blocks, block, D] from `head_blocks`.
         targets: [B, T] int.
         numerics: dtypes of the product; softmax and loss are float32.
+        vocab_size: V; rows of the head from there on are filling.
 
     Returns:
         (loss float32 in nats, rank int32: tokens before the label when sorted by logit, equal ones by id; confidence
         float32: largest probability), each [B, T].
     """
-    vocab_size = head.shape[0]
 
     def chunk(rows: tuple[jax.Array, jax.Array]):
-        logits = matmul(rows[0], head.T, numerics.compute_dtype)
-        label = rows[1][:, None]
-        own = jnp.take_along_axis(logits, label, axis=-1)
-        top = logits.max(axis=-1, keepdims=True)
-        log_z = jnp.log(jnp.exp(logits - top).sum(axis=-1)) + top[:, 0]
-        # not "greater": a logit that is no number is never a hit
-        ahead = ~(logits < own) & ((logits != own) | (jnp.arange(vocab_size) < label))
-        return log_z - own[:, 0], ahead.sum(axis=-1, dtype=jnp.int32), jnp.exp(top[:, 0] - log_z)
+        return _row_scores(*rows, head, numerics, vocab_size)
 
     count = targets.size
-    chunks = math.ceil(count * vocab_size / MAX_LOGITS)
-    size = min(count, 8 * math.ceil(count / (8 * chunks)))  # narrow products like a multiple of 8 rows
-    chunks = math.ceil(count / size)
     flat = (hidden.reshape(count, -1), targets.reshape(count))
-
-    def cut(x):
-        filled = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
-        return filled.reshape(chunks, size, *x.shape[1:])
-
-    if chunks == 1:
+    if count <= MAX_ROWS:
         found = chunk(flat)
     else:
+        chunks = math.ceil(count / MAX_ROWS)
+
+        def cut(x):
+            filled = jnp.pad(x, [(0, chunks * MAX_ROWS - count)] + [(0, 0)] * (x.ndim - 1))
+            return filled.reshape(chunks, MAX_ROWS, *x.shape[1:])
+
         found = jax.lax.map(chunk, jax.tree.map(cut, flat))
-    return tuple(x.reshape(-1)[:count].reshape(targets.shape) for x in found)  # type: ignore[return-value]
+    loss, rank, confidence = (x.reshape(-1)[:count].reshape(targets.shape) for x in found)
+    return loss, rank, confidence
+
+
+def _row_scores(x, labels, head, numerics: Precision, vocab_size: int):
+    """`head_scores` of rows [C, D], block by block of the vocabulary: the head is read once, logits stay in cache."""
+    block = head.shape[1]
+    x = x.astype(numerics.compute_dtype)
+    # the label's own logit first: the others are counted against it
+    own = (x.astype(jnp.float32) * head.reshape(-1, head.shape[2])[labels].astype(jnp.float32)).sum(-1)
+
+    def step(carry, part):
+        top, total, rank = carry
+        rows, start = part
+        ids = start + jnp.arange(block)
+        logits = matmul(x, rows.T, numerics.compute_dtype)
+        logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
+        higher = jnp.maximum(top, logits.max(axis=-1))
+        total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[:, None]).sum(axis=-1)
+        mine, label = own[:, None], labels[:, None]
+        # not "greater": a logit that is no number is never a hit
+        ahead = ~(logits < mine) & ((logits != mine) | (ids < label)) & (ids != label)
+        return (higher, total, rank + ahead.sum(axis=-1, dtype=jnp.int32)), None
+
+    start = (jnp.full(own.shape, -jnp.inf), jnp.zeros_like(own), jnp.zeros(own.shape, jnp.int32))
+    starts = jnp.arange(head.shape[0], dtype=jnp.int32) * block
+    (top, total, rank), _ = jax.lax.scan(step, start, (head, starts))
+    log_z = jnp.log(total) + top
+    return log_z - own, rank, jnp.exp(top - log_z)
+
+
+def head_blocks(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[V, D] -> [blocks, block, D] in `dtype`, filled up with zeros."""
+    vocab_size, dim = head.shape
+    block = min(VOCABULARY_BLOCK, vocab_size)
+    blocks = math.ceil(vocab_size / block)
+    filled = jnp.pad(head.astype(dtype), ((0, blocks * block - vocab_size), (0, 0)))
+    return filled.reshape(blocks, block, dim)
 
 
 def score_windows(
