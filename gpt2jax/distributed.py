@@ -38,7 +38,7 @@ _ROLES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(*, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of axes (data, fsdp, tensor) over `devices` (default: all of all processes).
 
     Args:
@@ -182,7 +182,7 @@ def _spec(names: list[str], shape: tuple[int, ...], mesh: Mesh | jax.sharding.Ab
     if role is None or len(shape) < len(role):
         return PartitionSpec()
     leading = (None,) * (len(shape) - len(role))
-    cuts = [*leading]
+    cuts: list[str | None] = [*leading]
     for axis, size in zip(role, shape[len(leading) :], strict=True):
         ways = 1 if axis is None else mesh.shape[axis]
         cuts.append(axis if ways > 1 and size % ways == 0 else None)

@@ -16,8 +16,8 @@ from gpt2jax.distributed import cut_rows, rows_cut_in, whole
 from gpt2jax.model import output_logits
 from gpt2jax.precision import FLOAT32, Precision
 
-# the most logits held at once: 32 Mi float32 values are 128 MiB, and one chunk for a small vocabulary or batch
-MAX_LOGITS = 1 << 25
+# the most logits held at once: 16 Mi float32 values are 64 MiB, and one chunk for a small vocabulary or batch
+MAX_LOGITS = 1 << 24
 
 
 def chunk_size(rows: int, vocab_size: int) -> int:
@@ -98,7 +98,9 @@ def cross_entropy(
     return loss, {"nll": nll, "tokens": weights.sum(), "correct": correct}
 
 
-def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array, ...]:
+    """Weighted sums over all tokens of loss, cross-entropy and hits."""
+
     def chunk(sums, rows):
         h, target, weight = rows
         logits = output_logits(h, head, precision)

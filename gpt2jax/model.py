@@ -96,7 +96,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*layers, dim)))
 
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
-        y = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+        y: jax.Array = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
         return y.astype(call.precision.activation_dtype)
 
 

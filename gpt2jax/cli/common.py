@@ -32,13 +32,13 @@ def run_command(
     arguments = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
     try:
         run(arguments)
+    except BrokenPipeError:  # the reader of our output has seen enough; before the connection errors it is one of
+        sys.stderr.close()
+        raise SystemExit(1) from None
     except USER_ERRORS as error:
         fail(name, str(error))
     except FloatingPointError as error:
         fail(name, str(error), code=1)
-    except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
-        raise SystemExit(1) from None
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
         fail(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
 
