@@ -95,8 +95,9 @@ def _kept(program: Program, remat: str) -> tuple[int, int]:
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     rows, weights = 0, 0
     batch, length = arguments[2]["tokens"].shape
-    for variable in forward.outvars[forward.params["num_carry"] :]:
-        if id(variable) not in used:
+    for variable in forward.outvars:
+        stacked = variable.aval.shape[:1] == (program.model.n_layer,)  # pyright: ignore[reportAttributeAccessIssue]
+        if not stacked or id(variable) not in used:
             continue
         shape = variable.aval.shape  # pyright: ignore[reportAttributeAccessIssue]
         if batch in shape[1:] and length in shape[1:]:
