@@ -37,14 +37,6 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# what a backward pass keeps of each block; all else it computes again
-REMAT = ("none", "dots", "weights", "full")
-_REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
 # the tanh form in three spellings of the same
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _OTHER_ACTIVATIONS = {

@@ -32,7 +32,7 @@ def run_command(
     arguments = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
     try:
         run(arguments)
-    except BrokenPipeError:  # the reader of our output has seen enough; before the connection errors it is one of
+    except BrokenPipeError:  # the reader has seen enough; first, for it is a connection error as well
         sys.stderr.close()
         raise SystemExit(1) from None
     except USER_ERRORS as error:
