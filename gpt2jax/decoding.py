@@ -1,25 +1,32 @@
-"""The compiled part of generation: first token, then one `while_loop` over the cache for all that follow.
+"""The compiled part of generation: prompts into the cache in chunks, then one `while_loop` for all new tokens.
 
-Programs are compiled for shapes only: `prefill` (in inference.py) for a batch and a prompt bucket, `decode`
-for a batch, a prompt and a new-token bucket. Prompts, lengths, limits, seeds, stop ids and filters are
-arrays. `decode` runs up to a step that is an array as well, so that one program serves a whole generation in
-one call, a few steps at a time where the host looks for stop strings, and one step at a time for a stream.
+Programs are compiled for shapes only: rows B, slots S. Prompts, lengths, limits, seeds, stop ids and settings are
+arrays. `decode` runs up to a slot that is an array as well, so that one program serves a whole generation in one call,
+a few steps at a time where the host looks for stop strings, and one step at a time for a stream.
+
+All rows end at the same slot: slot s of row b holds position s - padding[b]. The last token of the prompts is left to
+`decode`, so that no other program needs logits. Slots at or behind the newest may hold anything: each is written
+before it is read.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from gpt2jax.cache import Cache, grow_cache
+from gpt2jax.cache import Cache, grow_cache, init_cache
 from gpt2jax.config import GPT2Config
 from gpt2jax.inference import InferenceParams, forward_cached, next_logits
+from gpt2jax.penalties import Context, Penalties, penalised
 from gpt2jax.precision import Precision
-from gpt2jax.sampling import Filters, sample
+from gpt2jax.sampling import Filters, log_probability, sample
+
+# changes logits [B, V] by what the text holds so far; a pure function, compiled with the rest
+Processor = Callable[[jax.Array, Context], jax.Array]
 
 
 class Request(NamedTuple):
@@ -27,88 +34,130 @@ class Request(NamedTuple):
 
     Attributes:
         padding: [B] int32, slots at the left of each prompt that hold nothing.
+        prompt_end: scalar int32, the slot of the first new token; may lie before the first slot, where a text that
+            went past the context goes on.
         limits: [B] int32, new tokens a row may have; 0 for rows that only fill up the batch.
         seeds: [B] uint32.
         stop_ids: [K] int32, token ids that end a row; filled up with -1.
-        filters: how tokens are chosen.
+        filters: how tokens are chosen, each [B].
+        penalties: how logits are changed before.
     """
 
     padding: jax.Array
+    prompt_end: jax.Array
     limits: jax.Array
     seeds: jax.Array
     stop_ids: jax.Array
     filters: Filters
+    penalties: Penalties
 
 
 class Progress(NamedTuple):
-    """What has been generated.
+    """What there is so far.
 
     Attributes:
-        tokens: [B, M] int32, M the new-token bucket.
-        logprobs: [B, M] float32.
-        lengths: [B] int32, tokens of each row so far, a stop token included.
+        token_ids: [B, S] int32, prompts and new tokens.
+        logprobs: [B, S] float32, of the new tokens under softmax(logits), before penalties and filters.
+        top_ids, top_logprobs: [B, S, n], the n most probable at each new token; n may be 0.
+        lengths: [B] int32, new tokens of each row so far, a stop token included.
         done: [B] bool.
-        step: int32, tokens of the longest row so far.
+        slot: scalar int32, slots filled so far.
+        drafted, accepted: scalar int32, tokens that speculation guessed, and how many were right.
     """
 
-    tokens: jax.Array
+    token_ids: jax.Array
     logprobs: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
     lengths: jax.Array
     done: jax.Array
-    step: jax.Array
+    slot: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
+
+
+def context_of(progress: Progress, request: Request) -> Context:
+    """The texts so far, as penalties and processors see them."""
+    rows = request.padding.shape
+    prompt_end = jnp.maximum(jnp.broadcast_to(request.prompt_end, rows), request.padding)
+    return Context(progress.token_ids, request.padding, prompt_end, jnp.broadcast_to(progress.slot, rows))
 
 
 def choose(
-    logits: jax.Array, request: Request, step: jax.Array | int, *, window: int | None
-) -> tuple[jax.Array, jax.Array]:
-    """Token ids [B] and their log-probabilities [B] for step `step`, from logits [B, V]."""
+    logits: jax.Array, context: Context, request: Request, *, processor: Processor | None
+) -> jax.Array:
+    """The next token [B] of each text, from logits [B, V]."""
     # the key of a draw is made of the row's seed and the step alone: a row does not depend on its batch
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(request.seeds)
-    return sample(logits, keys, request.filters, window=window)
+    steps = context.end - request.prompt_end
+    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(request.seeds, steps)
+    logits = penalised(logits, context, request.penalties, steps, request.stop_ids)
+    if processor is not None:
+        logits = processor(logits, context)
+    return sample(logits, keys, request.filters)
 
 
-def record(progress: Progress, request: Request, token: jax.Array, logprob: jax.Array) -> Progress:
-    """Adds one token [B] and its log-probability [B] to every row that is not done."""
-    step, active = progress.step, ~progress.done
-    token = jnp.where(active, token, 0)[:, None]
-    logprob = jnp.where(active, logprob, 0.0)[:, None]
+def record(progress: Progress, request: Request, tokens: jax.Array, logits: jax.Array) -> Progress:
+    """Adds one token [B], chosen from logits [B, V], to every row that is not done."""
+    slot, active = progress.slot, ~progress.done
+    tokens = jnp.where(active, tokens, 0)
     lengths = progress.lengths + active
-    stopped = active & (token == request.stop_ids).any(-1)
-    return Progress(
-        tokens=jax.lax.dynamic_update_slice(progress.tokens, token, (0, step)),
-        logprobs=jax.lax.dynamic_update_slice(progress.logprobs, logprob, (0, step)),
+    stopped = active & (tokens[:, None] == request.stop_ids).any(-1)
+    return record_scores(progress, tokens[:, None], logits[:, None])._replace(
         lengths=lengths,
         done=progress.done | stopped | (lengths >= request.limits),
-        step=step + 1,
+        slot=slot + 1,
     )
 
 
-_choose_first = jax.jit(choose, static_argnames="window")
+def record_scores(progress: Progress, tokens: jax.Array, logits: jax.Array) -> Progress:
+    """Writes tokens [B, T] and what their logits [B, T, V] say of them from the present slot on."""
 
+    def write(array, values):
+        start = (0, progress.slot) + (0,) * (array.ndim - 2)
+        return jax.lax.dynamic_update_slice(array, values.astype(array.dtype), start)
 
-@functools.partial(jax.jit, static_argnames="max_tokens")
-def _record_first(request: Request, token: jax.Array, logprob: jax.Array, *, max_tokens: int) -> Progress:
-    batch = token.shape[0]
-    empty = Progress(
-        tokens=jnp.zeros((batch, max_tokens), jnp.int32),
-        logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        done=request.limits <= 0,
-        step=jnp.int32(0),
+    flat = logits.reshape(-1, logits.shape[-1])
+    logprobs = log_probability(flat, tokens.reshape(-1)).reshape(tokens.shape)
+    progress = progress._replace(
+        token_ids=write(progress.token_ids, tokens), logprobs=write(progress.logprobs, logprobs)
     )
-    return record(empty, request, token, logprob)
+    count = progress.top_ids.shape[-1]
+    if count:
+        values, ids = jax.lax.top_k(flat, count)
+        values = values - jax.nn.logsumexp(flat, axis=-1, keepdims=True)
+        progress = progress._replace(
+            top_ids=write(progress.top_ids, ids.reshape(*tokens.shape, count)),
+            top_logprobs=write(progress.top_logprobs, values.reshape(*tokens.shape, count)),
+        )
+    return progress
 
 
-def first_tokens(logits: jax.Array, request: Request, *, max_tokens: int, window: int | None) -> Progress:
-    """Chooses the first new token of each row from the prompts' logits [B, V]; room for M = `max_tokens`.
-
-    Two programs, so that the sampler is not compiled again for every M.
-    """
-    token, logprob = _choose_first(logits, request, np.int32(0), window=window)
-    return _record_first(request, token, logprob, max_tokens=max_tokens)
+def running(progress: Progress, until: jax.Array | int) -> jax.Array:
+    """Whether there is something to do before slot `until`."""
+    return (progress.slot < until) & ~progress.done.all()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "precision", "window"), donate_argnames=("cache",))
+def step(
+    params: InferenceParams,
+    cache: Cache,
+    progress: Progress,
+    request: Request,
+    *,
+    config: GPT2Config,
+    precision: Precision,
+    processor: Processor | None,
+) -> tuple[Cache, Progress]:
+    """One new token of each row."""
+    newest = jax.lax.dynamic_slice_in_dim(progress.token_ids, progress.slot - 1, 1, axis=1)
+    hidden, cache = forward_cached(
+        params, config, newest, cache, progress.slot - 1, request.padding, precision
+    )
+    logits = next_logits(params, hidden[:, 0], precision)
+    tokens = choose(logits, context_of(progress, request), request, processor=processor)
+    return cache, record(progress, request, tokens, logits)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "precision", "processor"), donate_argnames=("cache",))
 def decode(
     params: InferenceParams,
     cache: Cache,
@@ -118,38 +167,81 @@ def decode(
     *,
     config: GPT2Config,
     precision: Precision,
-    window: int | None,
+    processor: Processor | None = None,
 ) -> tuple[Cache, Progress]:
-    """Generates until each row is done or `until` tokens of the longest row are reached.
+    """Generates until each row is done or slot `until` is reached.
 
     Args:
         params: from `inference.derive_params`.
-        cache: prompt slots followed by M slots, the shape of `progress.tokens`; its buffers are reused, so
-            the array passed in must not be used again.
-        progress: at least the first tokens.
+        cache: S slots, as many as `progress` has, filled up to the last but one of its tokens; its buffers are
+            reused, so the array passed in must not be used again.
+        progress: at least one token a row.
         request: the settings.
-        until: scalar int, at most M.
-        config, precision, window: static.
+        until: scalar int, at most S.
+        config, precision, processor: static.
 
     Returns:
         The cache and the progress.
     """
-    prompt_slots = cache[0][0].shape[1] - progress.tokens.shape[1]
-
-    def running(carry):
-        _, progress = carry
-        return (progress.step < until) & ~progress.done.all()
-
-    def body(carry):
-        cache, progress = carry
-        newest = jax.lax.dynamic_index_in_dim(progress.tokens, progress.step - 1, axis=1)
-        slot = prompt_slots + progress.step - 1
-        hidden, cache = forward_cached(params, config, newest, cache, slot, request.padding, precision)
-        logits = next_logits(params, hidden[:, 0], precision)
-        token, logprob = choose(logits, request, progress.step, window=window)
-        return cache, record(progress, request, token, logprob)
-
-    return jax.lax.while_loop(running, body, (cache, progress))
+    once = functools.partial(step, params, config=config, precision=precision, processor=processor)
+    return jax.lax.while_loop(
+        lambda carry: running(carry[1], until),
+        lambda carry: once(*carry, request),
+        (cache, progress),
+    )
 
 
-grow = jax.jit(grow_cache, static_argnums=1)
+@functools.partial(jax.jit, static_argnames=("config", "precision"), donate_argnames=("cache",))
+def prefill_chunk(
+    params: InferenceParams,
+    token_ids: jax.Array,
+    cache: Cache,
+    slot: jax.Array | int,
+    padding: jax.Array,
+    *,
+    config: GPT2Config,
+    precision: Precision,
+) -> Cache:
+    """The cache with the keys and values of token_ids [B, C] in its slots from `slot` on; `slot` + C is at most S."""
+    return forward_cached(params, config, token_ids, cache, slot, padding, precision)[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_cache(config: GPT2Config, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """`init_cache` as one program."""
+    return init_cache(config, batch, slots, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def grow(cache: Cache, progress: Progress, slots: int) -> tuple[Cache, Progress]:
+    """The same with room for `slots` slots."""
+
+    def wider(x):
+        widths = [(0, 0), (0, slots - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, widths)
+
+    per_slot = {name: wider(getattr(progress, name)) for name in PER_SLOT}
+    return grow_cache(cache, slots), progress._replace(**per_slot)
+
+
+PER_SLOT = ("token_ids", "logprobs", "top_ids", "top_logprobs")
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def spread(cache: Cache, padding: jax.Array, heads: int) -> Cache:
+    """The cache of one text, without padding, as that of rows which all begin with it.
+
+    Args:
+        cache: pairs [N, S, H].
+        padding: [B] int32, of the rows.
+        heads: N.
+
+    Returns:
+        Pairs [B * N, S, H].
+    """
+
+    def rows(x):
+        moved = jax.vmap(lambda shift: jnp.roll(x, shift, axis=1))(padding)
+        return moved.reshape(padding.shape[0] * heads, *x.shape[1:])
+
+    return jax.tree.map(rows, cache)

@@ -22,24 +22,32 @@ from flax import nnx
 from gpt2jax.cache import Cache, init_cache
 from gpt2jax.config import GPT2Config
 from gpt2jax.model import Call, Params, block_structure, final_norm_structure, head_kernel
-from gpt2jax.precision import Precision, matmul, precision
+from gpt2jax.precision import COMPUTE_DTYPES, Precision, matmul, precision
+from gpt2jax.quantization import quantize
 
 InferenceParams = dict[str, Any]
+
+
+WEIGHT_DTYPES = (*COMPUTE_DTYPES, "int8")
 
 
 def inference_precision(dtype: str | None = None, *, backend: str | None = None) -> Precision:
     """The dtypes to decode with.
 
     Args:
-        dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU (what training computes in) and
-            bfloat16 on an accelerator.
+        dtype: of the weights, one of `WEIGHT_DTYPES`; None is float32 on a CPU (what training computes in) and
+            bfloat16 on an accelerator. Beside weights of one byte all else is as by default.
         backend: what it will run on; default: the one jax runs on.
 
     Raises:
         ValueError: another `dtype`.
     """
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(WEIGHT_DTYPES)}")
     backend = backend or jax.default_backend()
-    return precision(dtype or ("float32" if backend == "cpu" else "bfloat16"), backend=backend)
+    if dtype is None or dtype == "int8":
+        dtype = "float32" if backend == "cpu" else "bfloat16"
+    return precision(dtype, backend=backend)
 
 
 # ---- the weights ----
@@ -59,7 +67,8 @@ def derive_params(
     Args:
         params: canonical parameters, blocks stacked.
         config: their configuration.
-        dtype: of the matrix product's weights. Embeddings, biases and LayerNorms keep theirs.
+        dtype: of the matrix product's weights; "int8" makes each an `Int8Kernel`. Embeddings, biases and LayerNorms
+            keep theirs.
         adapters, lora: LoRA adapters to merge in, and their settings.
         vocab_size: leave out the head's columns from this id on: ids that pad the vocabulary and have no
             text.
@@ -72,27 +81,31 @@ def derive_params(
         from gpt2jax.lora import merge_adapters
 
         params = merge_adapters(params, adapters, lora)
-    return {
-        "wte": params["wte"]["embedding"],
-        "wpe": params["wpe"]["embedding"],
-        "h": _unstack(params["h"], jnp.dtype(dtype), config.n_layer),
-        "ln_f": params["ln_f"],
-        "head": _transposed_head(head_kernel(params), jnp.dtype(dtype), vocab_size or config.vocab_size),
-    }
+    dtype = jnp.dtype(dtype)
+    blocks, head = _derived(
+        params["h"], head_kernel(params), dtype, config.n_layer, vocab_size or config.vocab_size
+    )
+    embeddings = {name: params[name]["embedding"] for name in ("wte", "wpe")}
+    return {**embeddings, "h": blocks, "ln_f": params["ln_f"], "head": head}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _unstack(blocks: Params, dtype: jnp.dtype, layers: int) -> list[Params]:
-    def cast(path, x):
-        return x.astype(dtype) if path[-1].key == "kernel" else x
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _derived(
+    blocks: Params, head: jax.Array, dtype: jnp.dtype, layers: int, vocab_size: int
+) -> tuple[list[Params], Any]:
+    """The blocks one by one, and the head as [D, V]; kernels as they are stored."""
 
-    blocks = jax.tree_util.tree_map_with_path(cast, blocks)
-    return [jax.tree.map(lambda x: x[layer], blocks) for layer in range(layers)]  # noqa: B023
+    def of_layer(layer: int) -> Params:
+        def cast(path, x):
+            return _stored(x[layer], dtype) if path[-1].key == "kernel" else x[layer]
+
+        return jax.tree_util.tree_map_with_path(cast, blocks)
+
+    return [of_layer(layer) for layer in range(layers)], _stored(head[:vocab_size].T, dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _transposed_head(head: jax.Array, dtype: jnp.dtype, vocab_size: int) -> jax.Array:
-    return head[:vocab_size].T.astype(dtype)
+def _stored(kernel: jax.Array, dtype: jnp.dtype) -> Any:
+    return quantize(kernel) if dtype == jnp.int8 else kernel.astype(dtype)
 
 
 _DERIVED: dict[tuple, tuple[InferenceParams, list[weakref.ref]]] = {}

@@ -72,7 +72,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, call: Call, adapter: Any = None, key: jax.Array | None = None):
         """x [B, T, in] -> [B, T, out]; `adapter` as `low_rank.adapted` takes it."""
-        dtype, kernel = call.precision.compute_dtype, self.kernel[...]
+        dtype, kernel = call.precision.compute_dtype, self.kernel.get_value()
         y = matmul(x, kernel, dtype)
         if adapter is not None:
             y = adapted(y, x, dropout(x, call.lora_dropout, key), kernel, adapter, dtype)

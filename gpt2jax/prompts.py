@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from gpt2jax.sampling import SamplingConfig
 
 DEFAULT_NEW_TOKENS = 64
 SEED_RANGE = 2**32
+# a text that grows beyond the context is an error, or goes on from its last half
+PAST_CONTEXT = ("refuse", "slide")
 
 Prompt = str | Sequence[int]
 
@@ -22,12 +26,14 @@ class Row:
         ids: what the model is given; never empty.
         limit: most new tokens.
         seed: 32 bits.
+        sampling: how its tokens are chosen.
     """
 
     prompt: str
     ids: list[int]
     limit: int
     seed: int
+    sampling: SamplingConfig = SamplingConfig()
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -52,8 +58,13 @@ def make_rows(
     max_length: int | None,
     seed: int | Sequence[int],
     num_samples: int,
+    sampling: Mapping[str, Any] | None = None,
+    past_context: str = "refuse",
 ) -> list[Row]:
     """The rows of prompts, each `num_samples` times in a row; arguments as for `generate`.
+
+    Args:
+        sampling: fields of `SamplingConfig`, each one value or one a row.
 
     Raises:
         ValueError: an argument has an impossible value, or a prompt does not fit the model.
@@ -64,12 +75,18 @@ def make_rows(
         if value is not None:
             check_count(name, value)
     check_count("num_samples", num_samples)
+    if past_context not in PAST_CONTEXT:
+        raise ValueError(f"past_context={past_context!r} must be one of {', '.join(PAST_CONTEXT)}")
     seeds = _row_seeds(seed, len(prompts) * num_samples)
+    settings = _row_settings(sampling or {}, len(prompts) * num_samples)
     rows: list[Row] = []
     for index, prompt in enumerate(prompts):
         text, ids = _encode(model, prompt, f"prompt {index}")
-        limit = _new_tokens(f"prompt {index}", len(ids), model.config.n_positions, max_new_tokens, max_length)
-        rows += [Row(text, ids, limit, seeds[len(rows) + sample]) for sample in range(num_samples)]
+        limit = _new_tokens(
+            f"prompt {index}", len(ids), model.config.n_positions, max_new_tokens, max_length, past_context
+        )
+        first = len(rows)
+        rows += [Row(text, ids, limit, seeds[i], settings[i]) for i in range(first, first + num_samples)]
     return rows
 
 
@@ -134,7 +151,12 @@ def _encode(model: Any, prompt: Any, name: str) -> tuple[str, list[int]]:
 
 
 def _new_tokens(
-    name: str, length: int, context: int, max_new_tokens: int | None, max_length: int | None
+    name: str,
+    length: int,
+    context: int,
+    max_new_tokens: int | None,
+    max_length: int | None,
+    past_context: str,
 ) -> int:
     """Most new tokens behind a prompt of `length` tokens."""
     if max_length is not None:
@@ -147,15 +169,16 @@ def _new_tokens(
     elif max_new_tokens is not None:
         new = max_new_tokens
     else:
-        new = max(1, min(DEFAULT_NEW_TOKENS, context - length))
-    if length + new > context:
+        new = DEFAULT_NEW_TOKENS
+        new = new if past_context == "slide" else max(1, min(new, context - length))
+    if length + new > context and past_context != "slide":
         room = context - length
         advice = (
             f"ask for at most {room} new ones" if room > 0 else f"shorten the prompt below {context} tokens"
         )
         raise ValueError(
             f"{name} has {length} tokens; with {new} new ones that makes {length + new}, and the context "
-            f"(n_positions) is {context}: {advice}"
+            f"(n_positions) is {context}: {advice}, or past_context='slide'"
         )
     return new
 
@@ -170,6 +193,43 @@ def _row_seeds(seed: Any, rows: int) -> list[int]:
             f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one a row"
         )
     return [int(s) for s in seeds]
+
+
+def _row_settings(sampling: Mapping[str, Any], rows: int) -> list[SamplingConfig]:
+    """One value of a setting counts for all rows; of several, each for its own."""
+    plain = {name: _plain(value) for name, value in sampling.items()}
+    several = {name: list(value) for name, value in plain.items() if isinstance(value, list | tuple)}
+    for name, values in several.items():
+        if len(values) != rows:
+            raise ValueError(f"{name} has {len(values)} values; expected one, or {rows}, one a row")
+    if not several:
+        return [SamplingConfig(**sampling)] * rows
+    return [
+        SamplingConfig(**{**plain, **{name: values[row] for name, values in several.items()}})
+        for row in range(rows)
+    ]
+
+
+def bad_word_ids(model: Any, bad_words: Iterable[Any] | None) -> list[list[int]]:
+    """Token ids that must not follow each other; a text counts with and without a space in front of it.
+
+    Raises:
+        ValueError: one is empty, has ids outside the vocabulary, or is a text and the model has no tokenizer.
+    """
+    words = [bad_words] if isinstance(bad_words, str) else list(bad_words or ())
+    found: list[list[int]] = []
+    for word in words:
+        if isinstance(word, str):
+            if model.tokenizer is None:
+                raise ValueError(
+                    "bad_words as texts need a tokenizer, and this model has none; give token ids"
+                )
+            found += [model.tokenizer.encode(text) for text in dict.fromkeys((word, " " + word)) if word]
+        else:
+            found.append(_checked_ids("bad_words", word, model.config.vocab_size))
+        if not word or not found[-1]:
+            raise ValueError(f"bad_words={words!r:.60} must be texts or token ids, none of them empty")
+    return found
 
 
 def _checked_ids(name: str, ids: Iterable[Any], vocab_size: int) -> list[int]:

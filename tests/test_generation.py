@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2jax import decoding, inference
 from gpt2jax.config import GPT2Config
 from gpt2jax.generation import Generation, generate, stream
 from gpt2jax.model import head_kernel, hidden_states, init_params, output_logits
 from gpt2jax.prompts import end_token_id
-from gpt2jax.sampling import SamplingConfig, sample
+from gpt2jax.sampling import SamplingConfig, log_probability, sample
 from gpt2jax.stopping import TextStream
 from gpt2jax.tokenizer import Tokenizer
 
@@ -57,7 +56,7 @@ def speller(continuation, prompt_length=1, *, vocab_size=300, tokenizer=TOKENIZE
     return model_of(config, params, tokenizer)
 
 
-draw = jax.jit(sample, static_argnames="window")
+draw = jax.jit(sample)
 
 
 @jax.jit
@@ -75,7 +74,8 @@ def naive(model, prompt, *, seed=0, max_new_tokens=12, stop=(END,), **settings):
         padded = np.array([context + [0] * (64 - len(context))])
         logits = all_logits(model.params, padded)[:, len(context) - 1]
         key = jax.random.fold_in(jax.random.key(seed), step)[None]
-        token, logprob = draw(logits, key, config.filters(), window=config.window)
+        token = draw(logits, key, config.filters())
+        logprob = log_probability(logits, token)
         if int(token[0]) in stop:
             break
         tokens.append(int(token[0]))
@@ -286,6 +286,120 @@ def test_stop_strings_in_a_batch():
         assert output.finish_reason == ("stop" if ends else "length")
 
 
+# ---- more settings ----
+
+
+def test_top_logprobs(model):
+    """Those of the model before penalties and filters, best first, of as many tokens as asked for."""
+    (output,) = generate(model, "hello", max_new_tokens=5, top_logprobs=3, temperature=3.0, seed=2)
+    assert output.top_logprobs is not None and len(output.top_logprobs) == 5
+    ids = TOKENIZER.encode("hello") + output.token_ids
+    logits = all_logits(model.params, np.array([ids + [0] * (64 - len(ids))]))[0]
+    want = np.asarray(jax.nn.log_softmax(logits))[len(ids) - 6 : len(ids) - 1]
+    for row, top, token, logprob in zip(
+        want, output.top_logprobs, output.token_ids, output.logprobs, strict=True
+    ):
+        assert [i for i, _ in top] == np.argsort(-row)[:3].tolist()
+        np.testing.assert_allclose([value for _, value in top], np.sort(row)[::-1][:3], atol=1e-4)
+        np.testing.assert_allclose(logprob, row[token], atol=1e-4)
+    assert generate(model, "hello", max_new_tokens=2)[0].top_logprobs is None
+
+
+def test_a_list_gives_each_row_its_settings(model):
+    settings: dict[str, Any] = {
+        "temperature": [0.0, 2.0, 1.0],
+        "top_k": [5, None, 40],
+        "no_repeat_ngram": [1, 0, 2],
+        "repetition_penalty": [1.0, 1.8, 1.0],
+        "min_new_tokens": [0, 10, 3],
+    }
+    together = generate(model, PROMPTS[:3], max_new_tokens=12, seed=3, **settings)
+    for i, prompt in enumerate(PROMPTS[:3]):
+        own: Any = {name: values[i] for name, values in settings.items()}
+        (alone,) = generate(model, prompt, max_new_tokens=12, seed=3 + i, **own)
+        assert alone.token_ids == together[i].token_ids
+
+
+def test_a_processor_changes_logits(model):
+    """It sees the text so far: here each token is one more than the one before."""
+
+    def successor(logits, context):
+        last = jnp.take_along_axis(context.token_ids, context.end[:, None] - 1, axis=1)
+        return jnp.where(jnp.arange(logits.shape[-1]) == last + 1, 0.0, -jnp.inf)
+
+    outputs = generate(model, [[7], [1, 40]], max_new_tokens=4, processor=successor)
+    assert [output.token_ids for output in outputs] == [[8, 9, 10, 11], [41, 42, 43, 44]]
+
+
+def test_bad_words_and_least_length(model):
+    (plain,) = generate(model, LONG, max_new_tokens=12, do_sample=False, stop_token_ids=[])
+    first, second = plain.token_ids[:2]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    for bad in ([[first]], [[first, second]], [[9, 9, 9], plain.token_ids[:3]]):
+        (output,) = generate(model, LONG, bad_words=bad, stop_token_ids=[], **settings)
+        text = output.token_ids
+        assert text != plain.token_ids
+        assert not any(text[i : i + len(word)] == word for word in bad for i in range(len(text)))
+    (stopped,) = generate(model, LONG, stop_token_ids=[first, second], **settings)
+    assert stopped.token_ids == []
+    (longer,) = generate(model, LONG, stop_token_ids=[first, second], min_new_tokens=5, **settings)
+    assert len(longer.token_ids) >= 5 and not {first, second} & set(longer.token_ids[:5])
+    (worded,) = generate(model, LONG, bad_words=["a"], seed=1, max_new_tokens=30)
+    assert TOKENIZER.encode("a")[0] not in worded.token_ids
+
+
+def test_sliding_past_the_context(model):
+    """As generating in parts by hand, each from the last half of the text before it."""
+    (output,) = generate(
+        model, LONG, max_new_tokens=150, do_sample=False, stop_token_ids=[], past_context="slide"
+    )
+    text, want = TOKENIZER.encode(LONG), []
+    while len(want) < 150:
+        new = min(150 - len(want), 64 - len(text))
+        (part,) = generate(model, [text], max_new_tokens=new, do_sample=False, stop_token_ids=[])
+        want += part.token_ids
+        text = (text + part.token_ids)[-32:]
+    assert output.token_ids == want
+    settings: dict[str, Any] = {
+        "max_new_tokens": 90,
+        "stop_token_ids": [],
+        "past_context": "slide",
+        "seed": 4,
+    }
+    (sampled,) = generate(model, "hello", **settings)
+    assert len(set(sampled.token_ids[-40:])) > 5 and sampled.finish_reason == "length"
+    assert "".join(stream(model, "hello", **settings)) == sampled.text
+    together = generate(model, ["hello", LONG], **{**settings, "max_new_tokens": [90][0]})
+    assert together[0].token_ids == sampled.token_ids
+    with pytest.raises(ValueError, match="past_context='slide'"):
+        generate(model, LONG, max_new_tokens=150)
+
+
+def test_a_shared_beginning_is_computed_once(model, monkeypatch):
+    """Rows that begin alike give what they give alone, and their beginning goes through the model for one row."""
+    from gpt2jax import generation_run
+
+    beginning = list(range(20, 45))
+    prompts = [beginning + [1, 2], beginning + [3], beginning + [4] * 9]
+    alone = [generate(model, [prompt], max_new_tokens=8, seed=i)[0] for i, prompt in enumerate(prompts)]
+    computed = []
+
+    def counted(params, token_ids, *args, **kwargs):
+        computed.append(token_ids.shape[0])
+        return prefill_chunk(params, token_ids, *args, **kwargs)
+
+    prefill_chunk = generation_run.prefill_chunk
+    monkeypatch.setattr(generation_run, "prefill_chunk", counted)
+    together = generate(model, prompts, max_new_tokens=8)
+    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    assert computed == [1, 1, 1, 1, 4]  # 25 tokens in chunks of 8, then what differs
+    computed.clear()
+    generate(model, [beginning], num_samples=4, max_new_tokens=2)
+    assert computed == [1, 1, 1]
+
+
 # ---- streams ----
 
 
@@ -294,7 +408,10 @@ def test_stream_gives_the_text_of_generate(model, settings):
     """Random tokens of a byte-level vocabulary: much of it is no UTF-8 at all."""
     settings = {"max_new_tokens": 40, "seed": 11, "stop_token_ids": [], **settings}
     (output,) = generate(model, "hello", **settings)
-    assert "".join(stream(model, "hello", **settings)) == output.text
+    pieces = stream(model, "hello", **settings)
+    assert pieces.generation is None
+    assert "".join(pieces) == output.text
+    assert pieces.generation == output
 
 
 def test_stream_cuts_between_characters():
@@ -384,45 +501,66 @@ def test_narrow_weights(model, dtype):
 # ---- what compiles ----
 
 
-def test_nothing_compiles_anew_within_a_bucket(model):
-    parts: tuple[Any, ...] = (
-        inference.prefill,
-        decoding._choose_first,
-        decoding._record_first,
-        decoding.grow,
-        decoding.decode,
-    )
+def compiled_in(caplog, calls) -> list[str]:
+    """What jax compiles while `calls` run."""
+    caplog.clear()
+    with jax.log_compiles():
+        calls()
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling ")]
 
-    def programs():
-        return [f._cache_size() for f in parts]
 
-    generate(model, [LONG, "hello world", ""], max_new_tokens=16, seed=0)
-    before = programs()
-    variants = [
-        {"temperature": 0.3},
-        {"temperature": 0},
+def test_settings_compile_nothing_anew(model, caplog):
+    prompts = [LONG, "hello world", ""]
+    generate(model, prompts, max_new_tokens=16)
+    list(stream(model, "a", max_new_tokens=16))
+    variants: list[Any] = [
+        {"temperature": [0.3, 0, 1]},
         {"do_sample": False},
-        {"top_k": 1},
         {"top_k": 64},
-        {"top_p": 0.5, "min_p": 0.1},
+        {"top_k": None, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9},
         {"seed": [5, 2**31, 7]},
-        {"stop_token_ids": []},
         {"stop_token_ids": [1, 2, 3, 4]},
         {"stop_strings": ["a", "bcd"]},
+        {"repetition_penalty": 1.5, "presence_penalty": [0, 1, 0], "frequency_penalty": 0.5},
+        {"no_repeat_ngram": 2, "min_new_tokens": 4, "bad_words": [[1, 2, 3], [4]]},
         {"max_new_tokens": 3},
     ]
-    for settings in variants:
-        generate(model, ["xyz", [1] * 20, "one"], **{"max_new_tokens": 16, **settings})
-    generate(model, [[1] * 32, [2], [3] * 9, [4]], max_new_tokens=11)  # three rows were padded to four
-    generate(model, [[1] * 17, [2] * 17, [3] * 32], max_length=33)
-    assert programs() == before
-    list(stream(model, "a", max_new_tokens=16))
-    one_row = programs()
-    list(stream(model, "b", max_new_tokens=9, seed=4))
-    generate(model, "b", max_new_tokens=16)  # the programs of a stream
-    assert programs() == one_row
-    generate(model, "b", max_new_tokens=16, top_k=None)
-    assert programs()[-1] == one_row[-1] + 1  # the whole vocabulary is another program
+
+    def calls():
+        for settings in variants:
+            generate(model, ["xyz", [1] * 20, "one"], **{"max_new_tokens": 16, **settings})
+        generate(model, [[1] * 32, [2], [3] * 9, [4]], max_new_tokens=11)  # three rows were padded to four
+        list(stream(model, "b", max_new_tokens=9, seed=4))
+        generate(model, "b", max_new_tokens=40)  # the programs of a stream
+
+    assert compiled_in(caplog, calls) == []
+    # another processor is another program
+    assert compiled_in(caplog, lambda: generate(model, "b", processor=lambda logits, context: logits))
+
+
+def test_two_hundred_calls_compile_twelve_programs(caplog):
+    """Prompts of 1 to 900 tokens, any settings, seeds and lengths, at GPT-2's context."""
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300)
+    model = model_of(config, init_params(config, 0))
+    rng = np.random.default_rng(0)
+
+    def calls():
+        for _ in range(200):
+            length = int(rng.integers(1, 901))
+            generate(
+                model,
+                [rng.integers(0, 300, length).tolist()],
+                max_new_tokens=int(rng.integers(1, min(300, 1025 - length))),
+                temperature=float(rng.uniform(0, 2)),
+                top_k=[None, 1, 5, 100][rng.integers(4)],
+                top_p=float(rng.uniform(0.1, 1)),
+                typical_p=float(rng.choice([0.5, 1.0])),
+                repetition_penalty=float(rng.choice([1.0, 1.2])),
+                no_repeat_ngram=int(rng.choice([0, 3])),
+                seed=int(rng.integers(2**32)),
+            )
+
+    assert 0 < len(compiled_in(caplog, calls)) <= 12
 
 
 # ---- mistakes ----
@@ -456,7 +594,14 @@ def test_nothing_compiles_anew_within_a_bucket(model):
         ({"stop_token_ids": [300]}, "stop_token_ids: token id 300 is outside the vocabulary of 300"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids: 'x' is not a token id"),
         ({"stop_strings": ["a", ""]}, "stop_strings.*empty"),
-        ({"dtype": "int8"}, "int8"),
+        ({"dtype": "int4"}, "dtype='int4' is not known; known: float32, bfloat16, float16, int8"),
+        ({"temperature": [1.0]}, "temperature has 1 values; expected one, or 2"),
+        ({"bad_words": [[]]}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": [[300]]}, "bad_words: token id 300"),
+        ({"top_logprobs": 21}, "top_logprobs=21"),
+        ({"prompt_lookup": -1}, "prompt_lookup=-1"),
+        ({"past_context": "drop"}, "past_context='drop' must be one of refuse, slide"),
     ],
     ids=str,
 )

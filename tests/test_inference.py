@@ -17,12 +17,13 @@ import pytest
 from gpt2jax import inference
 from gpt2jax.cache import cache_bytes, grow_cache, init_cache
 from gpt2jax.config import GPT2Config
-from gpt2jax.decoding import Progress, Request, decode
+from gpt2jax.decoding import Progress, decode
+from gpt2jax.generation_run import Job, _request
 from gpt2jax.inference import derive_params, inference_precision, next_logits, params_for_inference, prefill
 from gpt2jax.lora import LoRAConfig, init_adapters
 from gpt2jax.model import head_kernel, hidden_states, init_params, output_logits
 from gpt2jax.precision import precision
-from gpt2jax.sampling import SamplingConfig
+from gpt2jax.prompts import Row
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97, n_positions=24)
 ODD = GPT2Config(
@@ -197,8 +198,9 @@ def test_dtype_by_backend():
     assert inference_precision(backend="cpu").compute_dtype == jnp.float32
     assert inference_precision(backend="gpu").compute_dtype == jnp.bfloat16
     assert inference_precision("bfloat16", backend="cpu").activation_dtype == jnp.float32
-    with pytest.raises(ValueError, match="int8"):
-        inference_precision("int8")
+    assert inference_precision("int8", backend="cpu").compute_dtype == jnp.float32
+    with pytest.raises(ValueError, match="dtype='int4' is not known; known: float32"):
+        inference_precision("int4")
 
 
 def test_cache_size_and_growth():
@@ -218,40 +220,47 @@ def test_cache_size_and_growth():
 WIDE = GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=1000, n_positions=256)
 
 
-def compiled_decode(batch, dtype, window) -> tuple[Any, Any]:
-    config, narrow = WIDE, precision(dtype, backend="cpu")
-    params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=narrow.compute_dtype))
-    shape: Any = jax.ShapeDtypeStruct
-    new, slots = 64, 128
-    cache = jax.eval_shape(lambda: init_cache(config, batch, slots, narrow.activation_dtype))
-    progress = Progress(
-        shape((batch, new), jnp.int32),
-        shape((batch, new), jnp.float32),
-        shape((batch,), jnp.int32),
-        shape((batch,), bool),
-        shape((), jnp.int32),
-    )
-    rows = shape((batch,), jnp.int32)
-    filters = SamplingConfig().filters()
-    request = Request(rows, rows, shape((batch,), jnp.uint32), shape((4,), jnp.int32), filters)
-    lowered = decode.lower(
-        params, cache, progress, request, shape((), jnp.int32), config=config, precision=narrow, window=window
-    )
+def begun(batch: int, slots: int) -> tuple[Progress, Any]:
+    """Rows of one token that want five more."""
+    job = Job(None, [], [], [], None, 0, None, F32)
+    rows = [Row("", [1], 5, 0)] * batch
+    request = _request(job, rows, batch, np.zeros(batch, np.int32), [5] * batch, 1)
+    arrays: Any = {
+        "token_ids": np.ones((batch, slots), np.int32),
+        "logprobs": np.zeros((batch, slots), np.float32),
+        "top_ids": np.zeros((batch, slots, 0), np.int32),
+        "top_logprobs": np.zeros((batch, slots, 0), np.float32),
+        "lengths": np.zeros(batch, np.int32),
+        "done": np.zeros(batch, bool),
+        "slot": np.int32(1),
+        "drafted": np.int32(0),
+        "accepted": np.int32(0),
+    }
+    return Progress(**arrays), request
+
+
+def compiled_decode(batch, dtype) -> tuple[Any, Any]:
+    config, narrow = WIDE, inference_precision(dtype, backend="cpu")
+    weights = dtype if dtype == "int8" else narrow.compute_dtype
+    params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=weights))
+    cache = jax.eval_shape(lambda: init_cache(config, batch, 128, narrow.activation_dtype))
+    progress, request = begun(batch, 128)
+    lowered = decode.lower(params, cache, progress, request, np.int32(9), config=config, precision=narrow)
     return lowered.compile(), cache
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA:CPU compiles")
 @pytest.mark.parametrize(
-    ("batch", "dtype", "window"),
-    [(1, "float32", 64), (1, "bfloat16", 64), (4, "float32", None), (4, "bfloat16", 64)],
+    ("batch", "dtype"),
+    [(1, "float32"), (1, "bfloat16"), (1, "int8"), (4, "float32"), (4, "bfloat16"), (4, "int8")],
 )
-def test_a_step_copies_neither_weights_nor_cache(batch, dtype, window):
+def test_a_step_copies_neither_weights_nor_cache(batch, dtype):
     """The loop writes the cache in place and streams the weights as they are.
 
     A batch of one is its own case: there XLA drops axes of size 1, which once cost six copies of each
     cache array.
     """
-    program, cache = compiled_decode(batch, dtype, window)
+    program, cache = compiled_decode(batch, dtype)
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert program.memory_analysis().alias_size_in_bytes >= nbytes  # the donated cache is the returned one
     smallest = min(WIDE.n_embd**2, jax.tree.leaves(cache)[0].size)
@@ -267,24 +276,12 @@ def test_a_step_copies_neither_weights_nor_cache(batch, dtype, window):
 def test_the_cache_handed_in_is_used_up():
     params = derive_params(params_of(TINY), TINY, dtype="float32")
     cache = init_cache(TINY, 1, 32, jnp.float32)
-    progress = Progress(
-        jnp.zeros((1, 16), jnp.int32),
-        jnp.zeros((1, 16)),
-        jnp.ones(1, jnp.int32),
-        jnp.zeros(1, bool),
-        jnp.int32(1),
-    )
-    one = jnp.ones(1, jnp.int32)
-    request = Request(
-        one * 15, one * 5, one.astype(jnp.uint32), -jnp.ones(4, jnp.int32), SamplingConfig().filters()
-    )
+    progress, request = begun(1, 32)
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}
-    new_cache, progress = decode(
-        params, cache, progress, request, np.int32(16), config=TINY, precision=F32, window=64
-    )
+    new_cache, progress = decode(params, cache, progress, request, np.int32(16), config=TINY, precision=F32)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new_cache)} == pointers
-    assert progress.lengths.tolist() == [5] and progress.done.tolist() == [True] and int(progress.step) == 5
+    assert progress.lengths.tolist() == [5] and progress.done.tolist() == [True] and int(progress.slot) == 6
 
 
 def test_configurations_are_static_arguments():

@@ -14,7 +14,8 @@ from gpt2jax import sampling
 from gpt2jax.sampling import Filters, SamplingConfig
 
 V = 500
-sample = jax.jit(sampling.sample, static_argnames="window")
+sample = jax.jit(sampling.sample)
+log_probability = jax.jit(sampling.log_probability)
 full_weights = jax.jit(sampling.full_weights)
 window_weights = jax.jit(sampling.window_weights)
 draw = jax.jit(sampling.draw)
@@ -22,7 +23,7 @@ draw_from_all = jax.jit(sampling.draw_from_all)
 top_k_of = jax.jit(jax.lax.top_k, static_argnums=1)
 
 
-def reference(logits, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+def reference(logits, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, typical_p=1.0):
     """What is drawn from, in float64: one sort, then the filters in their documented order."""
     logits = np.asarray(logits, np.float64)
     order = np.argsort(-logits, kind="stable")  # of equal logits the lowest id first
@@ -32,6 +33,13 @@ def reference(logits, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     if top_p < 1:
         p[np.cumsum(p) - p >= top_p] = 0
     p[p < min_p * p[0]] = 0
+    if typical_p < 1:
+        p /= p.sum()
+        information = -np.log(p, out=np.full_like(p, -np.inf), where=p > 0)
+        distance = np.where(p > 0, np.abs(information - (p * np.where(p > 0, information, 0)).sum()), np.inf)
+        nearest = np.argsort(distance, kind="stable")
+        before = np.cumsum(p[nearest]) - p[nearest]
+        p[nearest[before >= typical_p]] = 0
     result = np.zeros_like(p)
     result[order] = p / p.sum()
     return result
@@ -71,6 +79,9 @@ CASES = [
     {"top_p": 0.9, "min_p": 0.02, "temperature": 0.5},
     {"top_k": V},
     {"top_k": V + 7},
+    {"typical_p": 0.4},
+    {"typical_p": 0.95, "temperature": 1.7, "top_p": 0.97},
+    {"top_k": 30, "typical_p": 0.6, "min_p": 0.01},
 ]
 
 
@@ -147,7 +158,7 @@ def test_frequencies(window, settings):
     settings = {**settings, "top_k": 12 if window else None}
     logits = normal_logits(1, scale=1.5, seed=4, vocab=40)
     rows = 40_000
-    tokens, _ = sample(jnp.repeat(logits, rows, 0), keys_of(rows, 5), filters(**settings), window=window)
+    tokens = sample(jnp.repeat(logits, rows, 0), keys_of(rows, 5), filters(**settings))
     want = reference(logits[0], **settings)
     counts = np.bincount(tokens, minlength=40)
     assert counts[want == 0].sum() == 0
@@ -192,13 +203,13 @@ def test_draw_is_the_inverse_of_the_cumulative_sum():
         assert draw(weights, np.array([uniform], np.float32)).tolist() == [index]
 
 
-@pytest.mark.parametrize("window", [64, None])
-def test_greedy_takes_the_lowest_of_the_best(window):
+def test_greedy_takes_the_lowest_of_the_best():
     logits = normal_logits(4)
     logits[:, [33, 250]] = logits.max() + 1
     ways: list[dict[str, Any]] = [{"do_sample": False}, {"temperature": 0}, {"top_k": 1}]
     for settings in ways:
-        tokens, logprobs = sample(logits, keys_of(4), SamplingConfig(**settings).filters(), window=window)
+        tokens = sample(logits, keys_of(4), SamplingConfig(**settings).filters())
+        logprobs = log_probability(logits, tokens)
         assert tokens.tolist() == [33] * 4
         want = logits[:, 33] - np.log(np.exp(logits.astype(np.float64)).sum(-1))
         np.testing.assert_allclose(logprobs, want, atol=1e-5)
@@ -208,7 +219,8 @@ def test_greedy_takes_the_lowest_of_the_best(window):
 def test_logprobs_are_those_of_the_model_before_the_filters(window):
     logits = normal_logits(16, seed=8)
     settings = {"temperature": 2.5, "top_k": 20 if window else None, "top_p": 0.9}
-    tokens, logprobs = sample(logits, keys_of(16), filters(**settings), window=window)
+    tokens = sample(logits, keys_of(16), filters(**settings))
+    logprobs = log_probability(logits, tokens)
     want = [np.log(reference(row)[token]) for row, token in zip(logits, tokens, strict=True)]
     np.testing.assert_allclose(logprobs, want, atol=1e-5)
 
@@ -217,10 +229,22 @@ def test_logprobs_are_those_of_the_model_before_the_filters(window):
 def test_a_row_draws_by_its_own_key_and_logits(window):
     logits, keys = normal_logits(6, scale=1.0), keys_of(6)
     settings = filters(top_k=50 if window else None)
-    together, _ = sample(logits, keys, settings, window=window)
-    alone = [sample(logits[i : i + 1], keys[i : i + 1], settings, window=window)[0][0] for i in range(6)]
+    together = sample(logits, keys, settings)
+    alone = [sample(logits[i : i + 1], keys[i : i + 1], settings)[0] for i in range(6)]
     assert together.tolist() == [int(token) for token in alone]
     assert len(set(together.tolist())) > 1
+
+
+def test_each_row_has_its_own_settings():
+    """Greedy, small and large top-k, nucleus and typical side by side: each row as if it were alone."""
+    logits, keys = normal_logits(len(CASES), scale=1.5), keys_of(len(CASES))
+    rows = [filters(**case) for case in CASES]
+    together = sample(logits, keys, Filters(*(np.array(column) for column in zip(*rows, strict=True))))
+    alone = [sample(logits[i : i + 1], keys[i : i + 1], row)[0] for i, row in enumerate(rows)]
+    assert together.tolist() == [int(token) for token in alone]
+    weights = full_weights(logits, Filters(*(np.array(column) for column in zip(*rows, strict=True))))
+    want = np.stack([reference(row, **case) for row, case in zip(logits, CASES, strict=True)])
+    np.testing.assert_allclose(normalised(weights), want, rtol=2e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-3])
@@ -228,33 +252,24 @@ def test_a_tiny_temperature_is_greedy_and_not_nan(temperature):
     logits = normal_logits(3)
     for window in (64, None):
         settings = filters(temperature=temperature, top_k=5 if window else None)
-        tokens, _ = sample(logits, keys_of(3), settings, window=window)
+        tokens = sample(logits, keys_of(3), settings)
         assert tokens.tolist() == logits.argmax(-1).tolist()
 
 
 def test_huge_logits_stay_finite():
     logits = np.array([[1e30, -1e30, 1e30, 0.0]], np.float32)
     for window in (64, None):
-        tokens, logprobs = sample(logits, keys_of(1), filters(top_k=4 if window else None), window=window)
-        assert int(tokens[0]) in (0, 2) and np.isfinite(logprobs).all()
+        tokens = sample(logits, keys_of(1), filters(top_k=4 if window else None))
+        assert int(tokens[0]) in (0, 2) and np.isfinite(log_probability(logits, tokens)).all()
 
 
 def test_settings_compile_nothing_anew():
-    program: Any = jax.jit(
-        lambda *args, window: sampling.sample(*args, window=window), static_argnames="window"
-    )
+    program: Any = jax.jit(lambda *args: sampling.sample(*args))
     logits, keys = normal_logits(2), keys_of(2)
-    for top_k in (1, 5, 40, 64):
-        for temperature in (0.0, 0.5, 1.0):
-            config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=0.9 if top_k > 5 else 1.0)
-            assert config.window == 64
-            program(logits, keys, config.filters(), window=config.window)
+    for top_k in (1, 5, 64, 65, None, 10**12):
+        for settings in ({"temperature": 0.0}, {"min_p": 0.1}, {"top_p": 0.9, "typical_p": 0.9}):
+            program(logits, keys, SamplingConfig(top_k=top_k, **settings).filters())
     assert program._cache_size() == 1
-    for top_k in (None, 65, V, 10**12):
-        config = SamplingConfig(top_k=top_k, min_p=0.1)
-        assert config.window is None
-        program(logits, keys, config.filters(), window=config.window)
-    assert program._cache_size() == 2
 
 
 @pytest.mark.parametrize(
@@ -264,6 +279,12 @@ def test_settings_compile_nothing_anew():
         *[("top_k", value) for value in (0, -1, 2.0, "5", True)],
         *[("top_p", value) for value in (0, -0.1, 1.1, float("nan"), None)],
         *[("min_p", value) for value in (-0.1, 1.1, float("nan"))],
+        *[("typical_p", value) for value in (0, 1.5)],
+        *[("repetition_penalty", value) for value in (0, -1.0, float("inf"))],
+        *[("presence_penalty", value) for value in ("1", float("nan"))],
+        *[("frequency_penalty", value) for value in (None, float("inf"))],
+        *[("no_repeat_ngram", value) for value in (-1, 2.5, True)],
+        *[("min_new_tokens", value) for value in (-1, 1.0)],
         *[("do_sample", value) for value in (1, "no", None)],
     ],
 )
@@ -275,4 +296,4 @@ def test_impossible_settings_are_named(field, value):
 def test_numpy_numbers_are_settings_too():
     numbers: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(7), "top_p": np.float64(0.5)}
     config = SamplingConfig(**numbers, min_p=0)
-    assert config.filters() == Filters(0.5, 7, 0.5, 0.0)
+    assert config.filters() == Filters(0.5, 7, 0.5, 0.0, 1.0)

@@ -31,12 +31,26 @@ class Options:
         top_k: draw among so many of the likeliest tokens; 0 for all.
         top_p: draw among the likeliest tokens that hold this share.
         min_p: leave out tokens below this share of the likeliest one.
+        typical_p: draw among the tokens of the most usual information that hold this share.
         greedy: always the likeliest token.
+        repetition_penalty: above 1 makes tokens less likely that the text has already.
+        presence_penalty: taken off the logits of tokens that the continuation has already.
+        frequency_penalty: the same, for each time that it has them.
+        no_repeat_ngram: so many tokens never stand twice in the same order; 0 allows it.
+        bad_words: texts that must not come.
+        min_new_tokens: no end before so many new tokens.
         num_samples: continuations of each prompt.
         seed: prompt i draws with seed + i.
         stop: texts that end a continuation.
-        dtype: of the weights: float32, bfloat16. Default: float32 on a CPU, bfloat16 elsewhere.
-        out: write JSON lines to this file instead of text to the terminal.
+        slide: go on past the model's context, from the last half of the text each time.
+        top_logprobs: with --out, write so many of the likeliest tokens at each step.
+        prompt_lookup: guess up to so many tokens at once from earlier text; faster where text repeats, and the same
+            text; 0 is off.
+        draft: a smaller model that guesses tokens, for the same text at more speed.
+        draft_tokens: how many it guesses at once.
+        batch_size: most prompts to continue at once, with --out or --num-samples.
+        dtype: of the weights: float32, bfloat16, float16, int8. Default: float32 on a CPU, bfloat16 elsewhere.
+        out: write JSON lines to this file instead of text to the terminal; - is standard output.
     """
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -48,12 +62,45 @@ class Options:
     top_k: int = 5
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     greedy: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    bad_words: tuple[str, ...] = ()
+    min_new_tokens: int = 0
     num_samples: int = 1
     seed: int = 0
     stop: tuple[str, ...] = ()
+    slide: bool = False
+    top_logprobs: int = 0
+    prompt_lookup: int = 0
+    draft: str | None = None
+    draft_tokens: int = 4
+    batch_size: int = 32
     dtype: str | None = None
     out: pathlib.Path | None = None
+
+
+_PASSED_ON = (
+    "max_new_tokens",
+    "max_length",
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram",
+    "bad_words",
+    "min_new_tokens",
+    "top_logprobs",
+    "prompt_lookup",
+    "draft_tokens",
+    "dtype",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,16 +120,12 @@ def run(options: Options) -> None:
         if not prompts:
             raise ValueError("there is no prompt: give one as an argument, in --file, or on standard input")
     model = load(options.model)
-    settings = {
-        "max_new_tokens": options.max_new_tokens,
-        "max_length": options.max_length,
-        "temperature": options.temperature,
+    settings = {name: getattr(options, name) for name in _PASSED_ON} | {
         "top_k": options.top_k or None,
-        "top_p": options.top_p,
-        "min_p": options.min_p,
         "do_sample": not options.greedy,
         "stop_strings": options.stop or None,
-        "dtype": options.dtype,
+        "past_context": "slide" if options.slide else "refuse",
+        "draft": None if options.draft is None else load(options.draft),
     }
     if interactive:
         _converse(model, settings, options)
@@ -112,20 +155,19 @@ def read_prompts(options: Options) -> list[str]:
 
 
 def _show(prompt: str, pieces: Any) -> None:
-    """Prints a continuation as it comes, and its speed to standard error."""
-    began, first, count = time.perf_counter(), None, 0
+    """Prints a continuation as it comes, and to a terminal how fast that was."""
+    began, first = time.perf_counter(), None
     print(prompt, end="", flush=True)
     for piece in pieces:
         first = first or time.perf_counter()
-        count += len(piece)
         print(piece, end="", flush=True)
     print()
-    now = time.perf_counter()
     if first is not None and sys.stderr.isatty():
-        print(
-            f"[first text after {first - began:.2f} s, {count} characters in {now - began:.2f} s]",
-            file=sys.stderr,
-        )
+        output, seconds = pieces.generation, time.perf_counter() - began
+        tokens = len(output.token_ids)
+        speed = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"
+        guesses = f", {output.accepted} of {output.drafted} guesses right" if output.drafted else ""
+        print(f"[first text after {first - began:.2f} s; {speed}{guesses}]", file=sys.stderr)
 
 
 def _converse(model: Any, settings: dict[str, Any], options: Options) -> None:
@@ -151,14 +193,29 @@ def _write(model: Any, prompts: list[str], settings: dict[str, Any], options: Op
     from gpt2jax.generation import generate
 
     began = time.perf_counter()
-    outputs = generate(model, prompts, seed=options.seed, num_samples=options.num_samples, **settings)
+    outputs = generate(
+        model,
+        prompts,
+        seed=options.seed,
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        **settings,
+    )
     seconds = time.perf_counter() - began
     if options.out is None:
         for output in outputs:
             print(str(output) + "\n")
         return
-    with atomic_write(options.out) as file:
-        for output in outputs:
-            file.write(json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n")
+    lines = [json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n" for output in outputs]
+    if str(options.out) == "-":
+        sys.stdout.writelines(lines)
+    else:
+        with atomic_write(options.out) as file:
+            file.writelines(lines)
     tokens = sum(len(output.token_ids) for output in outputs)
-    print(f"wrote {len(outputs)} continuations, {tokens} tokens in {seconds:.1f} s, to {options.out}")
+    where = "standard output" if str(options.out) == "-" else options.out
+    print(
+        f"wrote {len(outputs)} continuations, {tokens} tokens in {seconds:.1f} s, "
+        f"{tokens / seconds:.0f} a second, to {where}",
+        file=sys.stderr,
+    )

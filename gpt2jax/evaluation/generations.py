@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpt2jax.generation import Generation, generate
+from gpt2jax.generation_run import cache_slots
 from gpt2jax.language_model import LanguageModel
 
 
@@ -27,7 +28,7 @@ def generate_texts(
 
             output, seconds = _timed(call)
             first_calls.setdefault(name, seconds)
-            shapes = _shapes(output, sampling)
+            shapes = _shapes(model, output, sampling)
             if shapes not in compiled:  # that call compiled: a second one tells the speed
                 compiled.add(shapes)
                 output, seconds = _timed(call)
@@ -57,11 +58,11 @@ def _timed(call: Callable[[], Generation]) -> tuple[Generation, float]:
     return output, time.perf_counter() - began
 
 
-def _shapes(output: Generation, sampling: Mapping[str, Any]) -> tuple[int, int]:
-    """Powers of two that hold the prompt and the new tokens: what decoding compiles for."""
+def _shapes(model: LanguageModel, output: Generation, sampling: Mapping[str, Any]) -> tuple[int, int]:
+    """Sizes of the cache at the beginning and at the end: what generation compiles for."""
     length = len(output.prompt_ids)
     new = sampling.get("max_new_tokens") or sampling["max_length"] - length
-    return (length - 1).bit_length(), (new - 1).bit_length()
+    return cache_slots(model.config, length + 1), cache_slots(model.config, length + new)
 
 
 def repetition(token_ids: Sequence[int]) -> dict[str, float | None]:

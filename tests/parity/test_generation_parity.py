@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gpt2jax.generation import generate
+from gpt2jax.penalties import Context, Penalties, penalised
 from gpt2jax.sampling import SamplingConfig, full_weights
 from gpt2jax.weights.hf import load_hf
 
@@ -98,6 +99,8 @@ def test_greedy_tokens_and_logprobs(pair):
         {"temperature": 1.4, "top_p": 0.8},
         {"top_k": 100, "top_p": 0.9, "min_p": 0.02},
         {"temperature": 0.5, "min_p": 0.1},
+        {"typical_p": 0.7},
+        {"temperature": 1.3, "top_k": 60, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.5},
     ],
     ids=str,
 )
@@ -109,6 +112,7 @@ def test_filters_keep_the_tokens_that_transformers_keeps(settings):
         ("top_k", transformers.TopKLogitsWarper),
         ("top_p", transformers.TopPLogitsWarper),
         ("min_p", transformers.MinPLogitsWarper),
+        ("typical_p", transformers.TypicalLogitsWarper),
     ):
         if name in settings:
             scores = processor(settings[name])(None, scores)
@@ -116,3 +120,43 @@ def test_filters_keep_the_tokens_that_transformers_keeps(settings):
     weights = np.asarray(full_weights(jnp.asarray(logits), filters))
     np.testing.assert_allclose(weights / weights.sum(-1, keepdims=True), scores.softmax(-1), atol=1e-6)
     np.testing.assert_array_equal(weights > 0, np.isfinite(scores.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"repetition": 1.4}, lambda: transformers.RepetitionPenaltyLogitsProcessor(1.4)),
+        ({"no_repeat_ngram": 1}, lambda: transformers.NoRepeatNGramLogitsProcessor(1)),
+        ({"no_repeat_ngram": 3}, lambda: transformers.NoRepeatNGramLogitsProcessor(3)),
+        (
+            {"bad_words": [[3], [0, 1], [2, 2, 1]]},
+            lambda: transformers.NoBadWordsLogitsProcessor([[3], [0, 1], [2, 2, 1]]),
+        ),
+        (
+            {"min_new_tokens": 9},
+            lambda: transformers.MinNewTokensLengthLogitsProcessor(4, 9, [5, 7], device="cpu"),
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_penalties_are_those_of_transformers(ours, theirs):
+    """Texts of 12 tokens over four ids, the first four of them the prompt."""
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(0, 4, (16, 12)).astype(np.int32)
+    logits = rng.normal(0, 2, (16, 20)).astype(np.float32)
+    want = theirs()(torch.from_numpy(token_ids).long(), torch.from_numpy(logits.copy())).numpy()
+    rows: Any = np.ones(16, np.int32)
+    bad_words: Any = np.full((4, 3), -1, np.int32)
+    for i, word in enumerate(ours.get("bad_words", [])):
+        bad_words[i, 3 - len(word) :] = word
+    settings = Penalties(
+        rows * np.float32(ours.get("repetition", 1)),
+        rows * np.float32(0),
+        rows * np.float32(0),
+        rows * ours.get("no_repeat_ngram", 0),
+        rows * ours.get("min_new_tokens", 0),
+        bad_words,
+    )
+    context = Context(token_ids, rows * 0, rows * 4, rows * 12)  # type: ignore[arg-type]
+    got = penalised(jnp.asarray(logits), context, settings, rows * 8, jnp.array([5, 7, -1, -1]))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
