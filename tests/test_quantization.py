@@ -17,7 +17,7 @@ def test_a_channel_keeps_its_largest_number_and_the_rest_within_half_a_step():
     kernel = np.random.default_rng(0).normal(0, [[0.01, 1.0, 30.0, 0.0]], (50, 4)).astype(np.float32)
     found = quantize(jnp.asarray(kernel))
     assert found.values.dtype == jnp.int8 and found.scale.shape == (4,)
-    back = np.asarray(found.values, np.float64) * np.asarray(found.scale)
+    back = np.asarray(found.values, np.float64).T * np.asarray(found.scale)
     assert (np.abs(back - kernel) <= np.asarray(found.scale) * 0.5001).all()
     np.testing.assert_allclose(np.abs(back).max(0), np.abs(kernel).max(0), rtol=1e-6)
 
@@ -28,7 +28,7 @@ def test_products_are_exact_but_for_the_roundings(shape):
     x, kernel = rng.normal(0, 3, shape).astype(np.float32), rng.normal(0, 0.1, (64, 40)).astype(np.float32)
     found = quantize(jnp.asarray(kernel))
     scale = np.abs(x).max(-1, keepdims=True).astype(np.float64) / 127
-    want = np.rint(x / scale) * scale @ (np.asarray(found.values, np.float64) * np.asarray(found.scale))
+    want = np.rint(x / scale) * scale @ (np.asarray(found.values, np.float64).T * np.asarray(found.scale))
     got = jax.jit(int8_matmul)(x, found)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     assert np.abs(got - x @ kernel).max() < 0.03 * np.abs(x @ kernel).max()
