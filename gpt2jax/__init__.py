@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gpt2jax.beams import Beam, beam_search
     from gpt2jax.config import PRESETS, GPT2Config
     from gpt2jax.data.sources import load_texts
     from gpt2jax.evaluation.compare import Comparison, compare
@@ -37,6 +38,8 @@ _HOMES = {
     "generate": "generation",
     "stream": "generation",
     "Generation": "generation",
+    "beam_search": "beams",
+    "Beam": "beams",
     # training
     "finetune": "train.loop",
     "Run": "train.loop",
@@ -53,6 +56,7 @@ _HOMES = {
 
 __all__ = [
     "PRESETS",
+    "Beam",
     "Comparison",
     "Evaluation",
     "FinetuneConfig",
@@ -62,6 +66,7 @@ __all__ = [
     "LoRAConfig",
     "Run",
     "Tokenizer",
+    "beam_search",
     "compare",
     "evaluate",
     "finetune",

@@ -83,6 +83,15 @@ def context_of(progress: Progress, request: Request) -> Context:
     return Context(progress.token_ids, request.padding, prompt_end, jnp.broadcast_to(progress.slot, rows))
 
 
+def adjusted(
+    logits: jax.Array, context: Context, request: Request, *, processor: Processor | None
+) -> jax.Array:
+    """Logits [B, V] behind penalties and processor."""
+    steps = context.end - request.prompt_end
+    logits = penalised(logits, context, request.penalties, steps, request.stop_ids)
+    return logits if processor is None else processor(logits, context)
+
+
 def choose(
     logits: jax.Array, context: Context, request: Request, *, processor: Processor | None
 ) -> jax.Array:
@@ -90,10 +99,7 @@ def choose(
     # the key of a draw is made of the row's seed and the step alone: a row does not depend on its batch
     steps = context.end - request.prompt_end
     keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(request.seeds, steps)
-    logits = penalised(logits, context, request.penalties, steps, request.stop_ids)
-    if processor is not None:
-        logits = processor(logits, context)
-    return sample(logits, keys, request.filters)
+    return sample(adjusted(logits, context, request, processor=processor), keys, request.filters)
 
 
 def record(progress: Progress, request: Request, tokens: jax.Array, logits: jax.Array) -> Progress:
@@ -245,3 +251,13 @@ def spread(cache: Cache, padding: jax.Array, heads: int) -> Cache:
         return moved.reshape(padding.shape[0] * heads, *x.shape[1:])
 
     return jax.tree.map(rows, cache)
+
+
+def repeat_rows(cache: Cache, heads: int, times: int) -> Cache:
+    """Each row `times` times in a row: pairs [B * N, S, H] -> [B * times * N, S, H]."""
+
+    def repeated(x):
+        rows = x.reshape(-1, heads, *x.shape[1:])
+        return jnp.repeat(rows, times, axis=0).reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(repeated, cache)

@@ -16,7 +16,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from gpt2jax.decoding import Processor
-from gpt2jax.generation_run import GenerationRun, Job, Speculation
+from gpt2jax.generation_run import Contrast, GenerationRun, Job, Speculation
 from gpt2jax.inference import inference_precision
 from gpt2jax.prompts import (
     Prompt,
@@ -24,11 +24,11 @@ from gpt2jax.prompts import (
     as_prompts,
     bad_word_ids,
     check_count,
-    is_whole,
     make_rows,
     stop_bytes,
     stop_ids,
 )
+from gpt2jax.sampling import SamplingConfig, is_number, is_whole
 from gpt2jax.stopping import TextStream
 
 # steps between two looks for a stop string: few are wasted, and the way to the host is seldom paid
@@ -93,6 +93,7 @@ class Settings(TypedDict, total=False):
     prompt_lookup: int
     draft: Any
     draft_tokens: int
+    penalty_alpha: float
     past_context: str
     dtype: str | None
 
@@ -132,6 +133,9 @@ def generate(
         prompt_lookup: most tokens to guess at a time from what followed the same words earlier in the text; 0 is
             off. Guesses change the speed, never the tokens. Rows run one after another.
         draft: a smaller model with the same vocabulary that guesses `draft_tokens` (4) tokens at a time instead.
+        penalty_alpha: above 0 (to 1) is contrastive search among the `top_k` most probable tokens in place of
+            sampling: so much weight lies on a token not being like the text before it (Su et al. 2022; they use 0.6
+            and a top-k of 4 to 10). No other filter counts.
         past_context: "refuse" raises if prompt and continuation exceed the context; "slide" goes on from the last
             half of the text whenever the context is full. Rows that slide run one after another.
         dtype: of the weights: "float32", "bfloat16", "float16", "int8". Default: float32 on a CPU, bfloat16
@@ -195,6 +199,7 @@ def _prepare(
     prompt_lookup: int = 0,
     draft: Any = None,
     draft_tokens: int = 4,
+    penalty_alpha: float = 0.0,
     past_context: str = "refuse",
     dtype: str | None = None,
     **sampling: Any,
@@ -207,16 +212,21 @@ def _prepare(
         raise ValueError(
             f"top_logprobs={top_logprobs!r} must be a whole number from 0 to {MOST_TOP_LOGPROBS}"
         )
+    speculation = _speculation(model, prompt_lookup, draft, draft_tokens)
+    contrast = _contrast(penalty_alpha, sampling.get("top_k", SamplingConfig.top_k), model.config.vocab_size)
+    if speculation is not None and contrast is not None:
+        raise ValueError(f"penalty_alpha={penalty_alpha} goes with neither prompt_lookup nor draft")
     job = Job(
-        model,
-        stop_ids(model, stop_token_ids),
-        stop_bytes(model, stop_strings),
-        bad_word_ids(model, bad_words),
-        processor,
-        top_logprobs,
-        _speculation(model, prompt_lookup, draft, draft_tokens),
-        inference_precision(dtype),
-        dtype if dtype == "int8" else None,
+        model=model,
+        stop_ids=stop_ids(model, stop_token_ids),
+        bad_words=bad_word_ids(model, bad_words),
+        precision=inference_precision(dtype),
+        weights=dtype if dtype == "int8" else None,
+        stop_strings=stop_bytes(model, stop_strings),
+        processor=processor,
+        top_logprobs=top_logprobs,
+        speculation=speculation,
+        contrast=contrast,
     )
     rows = make_rows(
         model,
@@ -244,6 +254,18 @@ def _speculation(model: Any, prompt_lookup: int, draft: Any, draft_tokens: int) 
             f"draft has {draft.config.vocab_size} ids and the model {model.config.vocab_size}; they must be the same"
         )
     return Speculation(draft_tokens, draft)
+
+
+def _contrast(alpha: float, top_k: Any, vocab_size: int) -> Contrast | None:
+    if not is_number(alpha) or not 0 <= alpha <= 1:
+        raise ValueError(f"penalty_alpha={alpha!r} must be a number from 0 (off) to 1")
+    if not alpha:
+        return None
+    if not is_whole(top_k) or not 1 <= top_k <= vocab_size:
+        raise ValueError(
+            f"top_k={top_k!r:.60} with penalty_alpha={alpha} must be one number of candidates, 1 to {vocab_size}"
+        )
+    return Contrast(int(top_k), float(alpha))
 
 
 def _batches(job: Job, rows: list[Row], order: list[int], batch_size: int) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ short text should not pay for a long one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from gpt2jax.cache import Cache
 from gpt2jax.config import GPT2Config
+from gpt2jax.contrastive import decode_contrastive, read_prompts
 from gpt2jax.decoding import (
     PER_SLOT,
     Processor,
@@ -52,35 +54,84 @@ class Speculation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Contrast:
+    """Contrastive search among so many `candidates`; see contrastive.py."""
+
+    candidates: int
+    alpha: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What all rows of a call have in common.
 
     Attributes:
         model: has `config`, `params`, `tokenizer`, `adapters`, `lora`.
         stop_ids: end a row.
-        stop_strings: end a row, as bytes.
         bad_words: token ids that must not follow each other.
-        processor: the user's change of logits.
-        top_logprobs: how many of the most probable tokens to report.
-        speculation: how guesses are made.
         precision: dtypes of the computation.
         weights: dtype of the weights where it is another one.
+        stop_strings: end a row, as bytes.
+        processor: the user's change of logits.
+        top_logprobs: how many of the most probable tokens to report.
+        speculation: how guesses are made, if any are.
+        contrast: how contrastive search chooses, in place of sampling.
     """
 
     model: Any
     stop_ids: list[int]
-    stop_strings: list[bytes]
     bad_words: list[list[int]]
-    processor: Processor | None
-    top_logprobs: int
-    speculation: Speculation | None
     precision: Precision
     weights: str | None = None
+    stop_strings: list[bytes] = dataclasses.field(default_factory=list)
+    processor: Processor | None = None
+    top_logprobs: int = 0
+    speculation: Speculation | None = None
+    contrast: Contrast | None = None
 
 
 def bucket(size: int, smallest: int, largest: int = _UNBOUNDED) -> int:
     """The power of two that holds `size`, between `smallest` and `largest`, which holds it too."""
     return min(max(smallest, 1 << (size - 1).bit_length()), largest)
+
+
+def left_padded(rows: Sequence[Row], batch: int, slots: int) -> tuple[Any, Any, int]:
+    """Prompts that end at the same slot: token ids [batch, slots] and padding [batch], int32, and that slot.
+
+    What only fills up the batch has the last slot for its text.
+    """
+    length = max(len(row.ids) for row in rows)
+    token_ids = np.zeros((batch, slots), np.int32)
+    padding = np.full(batch, length - 1, np.int32)
+    for i, row in enumerate(rows):
+        padding[i] = length - len(row.ids)
+        token_ids[i, padding[i] : length] = row.ids
+    return token_ids, padding, length
+
+
+def fill_cache(
+    params: InferenceParams,
+    token_ids: Any,
+    padding: Any,
+    begin: int,
+    end: int,
+    *,
+    config: GPT2Config,
+    precision: Precision,
+    cache: Cache | None = None,
+) -> Cache:
+    """The slots [begin, end) of token_ids [B, S] in a cache, an empty one for None; a chunk at a time."""
+    batch, slots = token_ids.shape
+    filled: Cache = cache or empty_cache(config, batch, slots, precision.activation_dtype)
+    size = min(slots, max(_SMALLEST_CHUNK, slots // 8))
+    for slot in range(begin, end, size):
+        # a chunk that would reach beyond the cache begins earlier, and computes the same once more
+        slot = min(slot, slots - size)
+        chunk = token_ids[:, slot : slot + size]
+        filled = prefill_chunk(
+            params, chunk, filled, np.int32(slot), padding, config=config, precision=precision
+        )
+    return filled
 
 
 def cache_slots(config: GPT2Config, slots: int, rows: int = 1) -> int:
@@ -104,17 +155,15 @@ class GenerationRun:
         self._length = length = max(len(row.ids) for row in rows)
         limits = [min(row.limit - generated, config.n_positions - len(row.ids)) for row in rows]
         self.limit = max(limits)
-        # a run with guesses does not know how far it is, so its cache has room for all of it
-        spare = job.speculation.size + 1 + self.limit if job.speculation else 1
+        # a run with guesses does not know how far it is, and one with contrasts cannot move: room for all of it
+        spare = 1
+        if job.speculation is not None or job.contrast is not None:
+            spare += self.limit + (job.speculation.size if job.speculation else 0)
         self._slots = cache_slots(config, length + spare, len(rows))
         self._step = 0
         batch = bucket(len(rows), 1)
-        token_ids = _zeros((batch, self._slots))
-        padding: Any = np.full(batch, length - 1, np.int32)
-        for i, row in enumerate(rows):
-            token_ids[i, length - len(row.ids) : length] = row.ids
-            padding[i] = length - len(row.ids)
-        self._request = _request(job, rows, batch, padding, limits, length - generated)
+        token_ids, padding, _ = left_padded(rows, batch, self._slots)
+        self._request = make_request(job, rows, padding, limits, length - generated)
         top = min(_TOP_COLUMNS, config.vocab_size) if job.top_logprobs else 0
         self.progress: Progress = Progress(
             token_ids=token_ids,
@@ -128,7 +177,10 @@ class GenerationRun:
             accepted=_zeros(()),
         )
         self._params = params_for_inference(job.model, job.weights or job.precision.compute_dtype)
-        self._cache = self._prompts(job.model.config, self._params, rows)
+        if job.contrast is not None:
+            self._cache, self._hidden = self._contrasted(job.contrast)
+        else:
+            self._cache = self._prompts(job.model.config, self._params, rows)
         if job.speculation and job.speculation.draft is not None:
             draft = job.speculation.draft
             self._draft_params = params_for_inference(draft, job.weights or job.precision.compute_dtype)
@@ -137,27 +189,28 @@ class GenerationRun:
     def _prompts(self, config: GPT2Config, params: InferenceParams, rows: Sequence[Row]) -> Cache:
         """A cache of all tokens of the prompts but the last."""
         token_ids, padding = self.progress.token_ids, self._request.padding
-        static = {"config": config, "precision": self._job.precision}
+        fill = functools.partial(fill_cache, params, config=config, precision=self._job.precision)
         shared = _shared([row.ids for row in rows])
-        if len(rows) > 1 and len(shared) >= _SHORTEST_SHARED:
-            alone = _zeros((1, self._slots))
-            alone[0, : len(shared)] = shared
-            cache = self._chunks(params, alone, _zeros(1), None, 0, len(shared), static)
-            cache = spread(cache, padding, config.n_head)
-            return self._chunks(params, token_ids, padding, cache, len(shared), self._length - 1, static)
-        return self._chunks(params, token_ids, padding, None, 0, self._length - 1, static)
+        if len(rows) == 1 or len(shared) < _SHORTEST_SHARED:
+            return fill(token_ids, padding, 0, self._length - 1)
+        alone = np.zeros((1, self._slots), np.int32)
+        alone[0, : len(shared)] = shared
+        cache = fill(alone, np.zeros(1, np.int32), 0, len(shared))
+        cache = spread(cache, padding, config.n_head)
+        return fill(token_ids, padding, len(shared), self._length - 1, cache=cache)
 
-    def _chunks(self, params, token_ids, padding, cache, begin: int, end: int, static) -> Cache:
-        """The cache, an empty one for None, with the slots [begin, end) of token_ids [B, S]."""
-        dtype = static["precision"].activation_dtype
-        cache = cache or empty_cache(static["config"], len(token_ids), self._slots, dtype)
-        size = min(self._slots, max(_SMALLEST_CHUNK, self._slots // 8))
-        for slot in range(begin, end, size):
-            # a chunk that would reach beyond the cache begins earlier, and computes the same once more
-            slot = min(slot, self._slots - size)
-            chunk = token_ids[:, slot : slot + size]
-            cache = prefill_chunk(params, chunk, cache, np.int32(slot), padding, **static)
-        return cache
+    def _contrasted(self, contrast: Contrast) -> tuple[Cache, jax.Array]:
+        """Cache and hidden states of all tokens of the prompts."""
+        read = self.progress.token_ids[:, : bucket(self._length, _SMALLEST_CHUNK, self._slots)]
+        return read_prompts(
+            self._params,
+            read,
+            self._request.padding,
+            slots=self._slots,
+            candidates=contrast.candidates,
+            config=self._job.model.config,
+            precision=self._job.precision,
+        )
 
     def advance(self, steps: int) -> None:
         """Lets up to `steps` more steps run, without waiting for them."""
@@ -166,13 +219,26 @@ class GenerationRun:
             self._step = min(target, self._slots - self._length)
             self._decode(np.int32(self._length + self._step))
             if self._step < target:
-                self._slots = cache_slots(self._job.model.config, self._slots + 1, 1)
+                self._slots *= 2
                 self._cache, self.progress = grow(self._cache, self.progress, self._slots)
 
     def _decode(self, until: np.int32) -> None:
         job = self._job
         static = {"config": job.model.config, "precision": job.precision, "processor": job.processor}
         request, progress = self._request, self.progress
+        if job.contrast is not None:
+            self._cache, self._hidden, self.progress = decode_contrastive(
+                self._params,
+                self._cache,
+                self._hidden,
+                progress,
+                request,
+                until,
+                np.float32(job.contrast.alpha),
+                candidates=job.contrast.candidates,
+                **static,
+            )
+            return
         if job.speculation is None:
             self._cache, self.progress = decode(self._params, self._cache, progress, request, until, **static)
             return
@@ -213,11 +279,11 @@ class GenerationRun:
         self.progress = self.progress._replace(done=done)
 
 
-def _request(
-    job: Job, rows: Sequence[Row], batch: int, padding: Any, limits: list[int], prompt_end: int
+def make_request(
+    job: Job, rows: Sequence[Row], padding: Any, limits: Sequence[int], prompt_end: int
 ) -> Request:
     """The settings as arrays; rows that only fill up the batch have those of the first one and a limit of 0."""
-    fill = batch - len(rows)
+    fill = len(padding) - len(rows)
     settings = [row.sampling for row in (*rows, *[rows[0]] * fill)]
     each = [setting.filters() for setting in settings]
 
@@ -233,7 +299,7 @@ def _request(
     dtypes = (np.float32, np.int32, np.float32, np.float32, np.float32)
     filters: Any = [np.array(v, d) for v, d in zip(zip(*each, strict=True), dtypes, strict=True)]
     of_rows: Any = (
-        np.array(limits + [0] * fill, np.int32),
+        np.array([*limits, *[0] * fill], np.int32),
         np.array([s.seed for s in rows] + [0] * fill, np.uint32),
     )
     return Request(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt2jax.sampling import SamplingConfig
+from gpt2jax.sampling import SamplingConfig, is_whole
 
 DEFAULT_NEW_TOKENS = 64
 SEED_RANGE = 2**32
@@ -56,8 +55,8 @@ def make_rows(
     *,
     max_new_tokens: int | None,
     max_length: int | None,
-    seed: int | Sequence[int],
-    num_samples: int,
+    seed: int | Sequence[int] = 0,
+    num_samples: int = 1,
     sampling: Mapping[str, Any] | None = None,
     past_context: str = "refuse",
 ) -> list[Row]:
@@ -121,11 +120,6 @@ def end_token_id(model: Any) -> int:
     if model.tokenizer is not None and end >= model.tokenizer.vocab_size:
         return model.tokenizer.end_token_id
     return end
-
-
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, which True and False are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_count(name: str, value: Any) -> None:

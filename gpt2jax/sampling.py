@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,29 +66,29 @@ class SamplingConfig:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not self.temperature >= 0:
+        if not is_number(self.temperature) or not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature!r} must be a finite number, 0 (greedy) or above")
-        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
+        if self.top_k is not None and (not is_whole(self.top_k) or self.top_k < 1):
             raise ValueError(
                 f"top_k={self.top_k!r} must be a whole number of at least 1, or None for all tokens"
             )
         for name in ("top_p", "typical_p"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value <= 1:
+            if not is_number(value) or not 0 < value <= 1:
                 raise ValueError(f"{name}={value!r} must be above 0 and at most 1 (1 is off)")
-        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+        if not is_number(self.min_p) or not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p!r} must be 0 (off) to 1")
         if not isinstance(self.do_sample, bool):
             raise ValueError(f"do_sample={self.do_sample!r} must be True or False")
-        if not _is_number(self.repetition_penalty) or not self.repetition_penalty > 0:
+        if not is_number(self.repetition_penalty) or not self.repetition_penalty > 0:
             raise ValueError(
                 f"repetition_penalty={self.repetition_penalty!r} must be a number above 0 (1 is off)"
             )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not _is_number(getattr(self, name)):
+            if not is_number(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number (0 is off)")
         for name in ("no_repeat_ngram", "min_new_tokens"):
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 0:
+            if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number, 0 (off) or above")
 
     @property
@@ -269,9 +269,11 @@ def _column(value: jax.Array | float) -> jax.Array:
     return jnp.asarray(value)[..., None]
 
 
-def _is_whole(value) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, which True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, which True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

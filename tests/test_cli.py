@@ -124,6 +124,17 @@ def test_generate(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == str(expected) + "\n"
 
 
+def test_generate_by_search(capsys):
+    model, settings = gpt2jax.load("gpt2-mini"), ["--max-new-tokens", "8"]
+    main(["generate", "Return the", *settings, "--beams", "3", "--num-samples", "2"])
+    [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return=2, max_new_tokens=8)
+    assert capsys.readouterr().out == "".join(f"{beam}\n\n" for beam in beams)
+    main(["generate", "Return the", *settings, "--penalty-alpha", "0.6", "--top-k", "4"])
+    [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
+    assert capsys.readouterr().out == f"{output}\n"
+    assert "--beams 2" in fails(capsys, "generate", "a", "--beams", "2", "--num-samples", "3")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -48,6 +49,9 @@ class Options:
             text; 0 is off.
         draft: a smaller model that guesses tokens, for the same text at more speed.
         draft_tokens: how many it guesses at once.
+        penalty_alpha: above 0 is contrastive search among --top-k tokens: so much weight lies on not repeating.
+        beams: above 0 is beam search with so many texts at once; no chance is in it.
+        length_penalty: with --beams, above 0 prefers longer texts, below 0 shorter ones.
         batch_size: most prompts to continue at once, with --out or --num-samples.
         dtype: of the weights: float32, bfloat16, float16, int8. Default: float32 on a CPU, bfloat16 elsewhere.
         out: write JSON lines to this file instead of text to the terminal; - is standard output.
@@ -78,6 +82,9 @@ class Options:
     prompt_lookup: int = 0
     draft: str | None = None
     draft_tokens: int = 4
+    penalty_alpha: float = 0.0
+    beams: int = 0
+    length_penalty: float = 1.0
     batch_size: int = 32
     dtype: str | None = None
     out: pathlib.Path | None = None
@@ -99,6 +106,18 @@ _PASSED_ON = (
     "top_logprobs",
     "prompt_lookup",
     "draft_tokens",
+    "penalty_alpha",
+    "dtype",
+)
+_FOR_BEAMS = (
+    "max_new_tokens",
+    "max_length",
+    "length_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram",
+    "bad_words",
+    "min_new_tokens",
+    "batch_size",
     "dtype",
 )
 
@@ -119,7 +138,14 @@ def run(options: Options) -> None:
         prompts = sys.stdin.read().splitlines()
         if not prompts:
             raise ValueError("there is no prompt: give one as an argument, in --file, or on standard input")
+    if options.beams and interactive:
+        raise ValueError("--beams has no text before its end to show as it comes; give prompts")
+    if 0 < options.beams < options.num_samples:
+        raise ValueError(f"--num-samples {options.num_samples} is over --beams {options.beams}")
     model = load(options.model)
+    if options.beams:
+        _write(functools.partial(_search, model, prompts, options), options)
+        return
     settings = {name: getattr(options, name) for name in _PASSED_ON} | {
         "top_k": options.top_k or None,
         "do_sample": not options.greedy,
@@ -133,7 +159,7 @@ def run(options: Options) -> None:
         for index, prompt in enumerate(prompts):
             _show(prompt, stream(model, prompt, seed=options.seed + index, **settings))
     else:
-        _write(model, prompts, settings, options)
+        _write(functools.partial(_draw, model, prompts, settings, options), options)
 
 
 def read_prompts(options: Options) -> list[str]:
@@ -188,12 +214,10 @@ def _converse(model: Any, settings: dict[str, Any], options: Options) -> None:
         index += 1
 
 
-def _write(model: Any, prompts: list[str], settings: dict[str, Any], options: Options) -> None:
-    from gpt2jax.files import atomic_write
+def _draw(model: Any, prompts: list[str], settings: dict[str, Any], options: Options) -> list[Any]:
     from gpt2jax.generation import generate
 
-    began = time.perf_counter()
-    outputs = generate(
+    return generate(
         model,
         prompts,
         seed=options.seed,
@@ -201,6 +225,22 @@ def _write(model: Any, prompts: list[str], settings: dict[str, Any], options: Op
         batch_size=options.batch_size,
         **settings,
     )
+
+
+def _search(model: Any, prompts: list[str], options: Options) -> list[Any]:
+    from gpt2jax.beams import beam_search
+
+    settings = {name: getattr(options, name) for name in _FOR_BEAMS}
+    found = beam_search(model, prompts, num_beams=options.beams, num_return=options.num_samples, **settings)
+    return [beam for beams in found for beam in beams]
+
+
+def _write(make: Callable[[], list[Any]], options: Options) -> None:
+    """Prints continuations, or writes them as JSON lines and says how fast they were made."""
+    from gpt2jax.files import atomic_write
+
+    began = time.perf_counter()
+    outputs = make()
     seconds = time.perf_counter() - began
     if options.out is None:
         for output in outputs:

@@ -41,7 +41,9 @@ class Checkpoints:
         """
         if self.latest_step() != step:
             args = self._ocp.args
-            items = {"state": args.StandardSave(state), "unlogged": args.JsonSave({"steps": unlogged})}
+            # written in the background, while the log goes on to grow
+            copied = args.JsonSave({"steps": list(unlogged)})
+            items = {"state": args.StandardSave(state), "unlogged": copied}
             self._manager.save(step, args=args.Composite(**items))
 
     def restore(self, template: Any) -> tuple[TrainState, list[dict[str, float]]]:

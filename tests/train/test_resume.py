@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import NO_DROPOUT, random_params
@@ -16,6 +17,7 @@ import gpt2jax.train.loop as loop
 from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora import LoRAConfig
+from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.loop import finetune
 
@@ -150,3 +152,13 @@ def test_a_finished_run_resumed_is_itself(model, whole):
     assert again.history == whole.history
     assert_same_run(whole, again)
     assert (whole.output / "metrics.jsonl").read_text() == before
+
+
+def test_a_log_that_grows_behind_a_save_is_not_in_it(tmp_path):
+    """The writing takes place in the background, and the list goes on to be used."""
+    checkpoints = Checkpoints(tmp_path)
+    state, unlogged = {"step": jnp.zeros((), jnp.int32)}, [{"step": 1.0}]
+    checkpoints.save(1, state, unlogged)
+    unlogged += [{"step": float(step)} for step in range(2, 50)]
+    checkpoints.close()
+    assert Checkpoints(tmp_path).restore(state)[1] == [{"step": 1.0}]
