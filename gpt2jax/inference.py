@@ -82,26 +82,30 @@ def derive_params(
 
         params = merge_adapters(params, adapters, lora)
     dtype = jnp.dtype(dtype)
-    blocks, head = _derived(
-        params["h"], head_kernel(params), dtype, config.n_layer, vocab_size or config.vocab_size
-    )
     embeddings = {name: params[name]["embedding"] for name in ("wte", "wpe")}
-    return {**embeddings, "h": blocks, "ln_f": params["ln_f"], "head": head}
+    return {
+        **embeddings,
+        "h": [_block(params["h"], layer, dtype=dtype) for layer in range(config.n_layer)],
+        "ln_f": params["ln_f"],
+        "head": _head(head_kernel(params), dtype=dtype, vocab_size=vocab_size or config.vocab_size),
+    }
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _derived(
-    blocks: Params, head: jax.Array, dtype: jnp.dtype, layers: int, vocab_size: int
-) -> tuple[list[Params], Any]:
-    """The blocks one by one, and the head as [D, V]; kernels as they are stored."""
+# one program for all layers: what compiles for each of them makes a first call wait
+@functools.partial(jax.jit, static_argnames="dtype")
+def _block(blocks: Params, layer: jax.Array | int, *, dtype: jnp.dtype) -> Params:
+    """One of the stacked blocks, its kernels as they are stored."""
 
-    def of_layer(layer: int) -> Params:
-        def cast(path, x):
-            return _stored(x[layer], dtype) if path[-1].key == "kernel" else x[layer]
+    def take(path, x):
+        own = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        return _stored(own, dtype) if path[-1].key == "kernel" else own
 
-        return jax.tree_util.tree_map_with_path(cast, blocks)
+    return jax.tree_util.tree_map_with_path(take, blocks)
 
-    return [of_layer(layer) for layer in range(layers)], _stored(head[:vocab_size].T, dtype)
+
+@functools.partial(jax.jit, static_argnames=("dtype", "vocab_size"))
+def _head(head: jax.Array, *, dtype: jnp.dtype, vocab_size: int) -> Any:
+    return _stored(head[:vocab_size].T, dtype)
 
 
 def _stored(kernel: jax.Array, dtype: jnp.dtype) -> Any:
@@ -176,15 +180,31 @@ def forward_cached(
     x = jnp.take(params["wte"], token_ids, axis=0, mode="clip").astype(jnp.float32)
     x = x + jnp.take(params["wpe"], positions, axis=0)
     x = x.astype(precision.activation_dtype)
-    call = Call(precision)
     new_cache = []
     for index, (layer, layer_cache) in enumerate(zip(params["h"], cache, strict=True)):
-        block = nnx.merge(block_structure(config), layer)
-        x, layer_cache = block(
-            x, call, layer_index=index, mask=mask[:, None], cache=layer_cache, cache_index=slot
+        x, layer_cache = _apply_block(
+            layer, layer_cache, x, index, mask[:, None], slot, config=config, precision=precision
         )
         new_cache.append(layer_cache)
-    return nnx.merge(final_norm_structure(config), params["ln_f"])(x, call), tuple(new_cache)
+    norm = nnx.merge(final_norm_structure(config), params["ln_f"])
+    return norm(x, Call(precision)), tuple(new_cache)
+
+
+# a function of its own is traced once for all layers; in the compiled program nothing is left of it
+@functools.partial(jax.jit, static_argnames=("config", "precision"))
+def _apply_block(
+    layer: Params,
+    cache: tuple[jax.Array, jax.Array],
+    x: jax.Array,
+    index: jax.Array | int,
+    mask: jax.Array,
+    slot: jax.Array | int,
+    *,
+    config: GPT2Config,
+    precision: Precision,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    block = nnx.merge(block_structure(config), layer)
+    return block(x, Call(precision), layer_index=index, mask=mask, cache=cache, cache_index=slot)
 
 
 def next_logits(params: InferenceParams, hidden: jax.Array, precision: Precision) -> jax.Array:

@@ -63,21 +63,16 @@ def penalised(
         steps: [B] int32, new tokens of each text so far.
         stop_ids: [K] int32, forbidden to a row of fewer new tokens than `min_new_tokens`; ids outside of V are none.
     """
-    repeats = jnp.any(penalties.repetition != 1.0)
-    counts = jnp.any((penalties.presence != 0.0) | (penalties.frequency != 0.0))
-    changes = (
-        (repeats, lambda x: _repetition(x, context, penalties.repetition)),
-        (counts, lambda x: _presence_and_frequency(x, context, penalties)),
-        (jnp.any(penalties.no_repeat_ngram > 0), lambda x: _no_repeat(x, context, penalties.no_repeat_ngram)),
-        (jnp.any(penalties.bad_words[:, -1] >= 0), lambda x: _bad_words(x, context, penalties.bad_words)),
-        (
-            jnp.any(penalties.min_new_tokens > 0),
-            lambda x: _too_short(x, steps < penalties.min_new_tokens, stop_ids),
-        ),
+    punishes = jnp.any(
+        (penalties.repetition != 1.0) | (penalties.presence != 0.0) | (penalties.frequency != 0.0)
     )
-    for asked, change in changes:
-        logits = jax.lax.cond(asked, change, lambda x: x, logits)
-    return logits
+    logits = jax.lax.cond(punishes, lambda x: _punish(x, context, penalties), lambda x: x, logits)
+    forbids = jnp.any((penalties.no_repeat_ngram > 0) | (penalties.min_new_tokens > 0)) | jnp.any(
+        penalties.bad_words[:, -1] >= 0
+    )
+    return jax.lax.cond(
+        forbids, lambda x: _forbid(x, context, penalties, steps, stop_ids), lambda x: x, logits
+    )
 
 
 def common_suffix(context: Context, longest: jax.Array | int) -> jax.Array:
@@ -100,13 +95,10 @@ def common_suffix(context: Context, longest: jax.Array | int) -> jax.Array:
     return jax.lax.fori_loop(0, longest, compare, start)[0]
 
 
-def _repetition(logits: jax.Array, context: Context, penalty: jax.Array) -> jax.Array:
+def _punish(logits: jax.Array, context: Context, penalties: Penalties) -> jax.Array:
     seen = _count(logits, context, context.begin) > 0
-    penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def _presence_and_frequency(logits: jax.Array, context: Context, penalties: Penalties) -> jax.Array:
+    repetition = penalties.repetition[:, None]
+    logits = jnp.where(seen, jnp.where(logits < 0, logits * repetition, logits / repetition), logits)
     count = _count(logits, context, context.prompt_end)
     return logits - penalties.frequency[:, None] * count - penalties.presence[:, None] * (count > 0)
 
@@ -118,34 +110,38 @@ def _count(logits: jax.Array, context: Context, begin: jax.Array) -> jax.Array:
     return _add(jnp.zeros_like(logits), context.token_ids, counted)
 
 
-def _no_repeat(logits: jax.Array, context: Context, size: jax.Array) -> jax.Array:
+def _forbid(
+    logits: jax.Array, context: Context, penalties: Penalties, steps: jax.Array, stop_ids: jax.Array
+) -> jax.Array:
+    short = (steps < penalties.min_new_tokens)[:, None]
+    forbidden = (  # ids [B, N], and which of them
+        (context.token_ids, _ends_of_ngrams(context, penalties.no_repeat_ngram)),
+        _ends_of_bad_words(context, penalties.bad_words),
+        (jnp.broadcast_to(stop_ids, (logits.shape[0], *stop_ids.shape)), short & (stop_ids >= 0)),
+    )
+    ids, which = (jnp.concatenate(parts, axis=1) for parts in zip(*forbidden, strict=True))
+    return jnp.where(_add(jnp.zeros_like(logits), ids, which) > 0, -jnp.inf, logits)
+
+
+def _ends_of_ngrams(context: Context, size: jax.Array) -> jax.Array:
+    """Slots [B, S] that end an n-gram of the text which its last n - 1 tokens begin."""
     slots = jnp.arange(context.token_ids.shape[1])
     before = common_suffix(context, jnp.max(size) - 1)
     inside = (slots >= context.begin[:, None]) & (slots < context.end[:, None])
     ends = inside & (size > 0)[:, None] & (before >= size[:, None] - 1)
     # an n-gram lies within the text: its first tokens do, too
-    ends &= slots - (size[:, None] - 1) >= context.begin[:, None]
-    return _forbid(logits, context.token_ids, ends)
+    return ends & (slots - (size[:, None] - 1) >= context.begin[:, None])
 
 
-def _bad_words(logits: jax.Array, context: Context, words: jax.Array) -> jax.Array:
+def _ends_of_bad_words(context: Context, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The last id [B, W] of each word, and whether the text ends with all before it."""
     size = words.shape[1]
     # the last M - 1 tokens of each text; -2 where it is shorter, which no word has
     slots = context.end[:, None] - jnp.arange(size - 1, 0, -1)
     tail = jnp.take_along_axis(context.token_ids, jnp.maximum(slots, 0), axis=1)
     tail = jnp.where(slots >= context.begin[:, None], tail, -2)
     begun = ((words[None, :, :-1] == tail[:, None]) | (words[None, :, :-1] < 0)).all(-1) & (words[:, -1] >= 0)
-    return _forbid(logits, jnp.broadcast_to(words[:, -1], begun.shape), begun)
-
-
-def _too_short(logits: jax.Array, short: jax.Array, stop_ids: jax.Array) -> jax.Array:
-    ids = jnp.broadcast_to(stop_ids, (logits.shape[0], stop_ids.shape[0]))
-    return _forbid(logits, ids, short[:, None] & (ids >= 0))
-
-
-def _forbid(logits: jax.Array, token_ids: jax.Array, which: jax.Array) -> jax.Array:
-    """-inf at the ids [B, N] where `which` [B, N]."""
-    return jnp.where(_add(jnp.zeros_like(logits), token_ids, which) > 0, -jnp.inf, logits)
+    return jnp.broadcast_to(words[:, -1], begun.shape), begun
 
 
 def _add(counts: jax.Array, token_ids: jax.Array, which: jax.Array) -> jax.Array:

@@ -94,7 +94,9 @@ def test_whole_vocabulary_equals_the_reference(settings):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("settings", [case for case in CASES if case.get("top_k", V) <= 64], ids=str)
+@pytest.mark.parametrize(
+    "settings", [case for case in CASES if case.get("top_k", V) <= 64 and "typical_p" not in case], ids=str
+)
 def test_window_equals_the_reference(settings):
     logits = normal_logits(8, seed=1)
     values, ids = top_k_of(logits, 64)
