@@ -95,6 +95,22 @@ def bucket(size: int, smallest: int, largest: int = _UNBOUNDED) -> int:
     return min(max(smallest, 1 << (size - 1).bit_length()), largest)
 
 
+def begin(token_ids: Any, limits: Any, slot: int, top: int = 0) -> Progress:
+    """Nothing but prompts: token_ids [B, S] filled up to `slot`; with room for `top` log-probabilities a token."""
+    batch, slots = token_ids.shape
+    return Progress(
+        token_ids=token_ids,
+        logprobs=_zeros((batch, slots), np.float32),
+        top_ids=_zeros((batch, slots, top)),
+        top_logprobs=_zeros((batch, slots, top), np.float32),
+        lengths=_zeros(batch),
+        done=limits <= 0,
+        slot=_zeros(()) + slot,
+        drafted=_zeros(()),
+        accepted=_zeros(()),
+    )
+
+
 def left_padded(rows: Sequence[Row], batch: int, slots: int) -> tuple[Any, Any, int]:
     """Prompts that end at the same slot: token ids [batch, slots] and padding [batch], int32, and that slot.
 
@@ -165,17 +181,7 @@ class GenerationRun:
         token_ids, padding, _ = left_padded(rows, batch, self._slots)
         self._request = make_request(job, rows, padding, limits, length - generated)
         top = min(_TOP_COLUMNS, config.vocab_size) if job.top_logprobs else 0
-        self.progress: Progress = Progress(
-            token_ids=token_ids,
-            logprobs=_zeros((batch, self._slots), np.float32),
-            top_ids=_zeros((batch, self._slots, top)),
-            top_logprobs=_zeros((batch, self._slots, top), np.float32),
-            lengths=_zeros(batch),
-            done=self._request.limits <= 0,
-            slot=_zeros(()) + length,
-            drafted=_zeros(()),
-            accepted=_zeros(()),
-        )
+        self.progress = begin(token_ids, self._request.limits, length, top)
         self._params = params_for_inference(job.model, job.weights or job.precision.compute_dtype)
         if job.contrast is not None:
             self._cache, self._hidden = self._contrasted(job.contrast)

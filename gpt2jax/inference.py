@@ -2,8 +2,7 @@
 
 Training stacks the blocks and scans over them. Decoding reads every weight once a token and little else
 counts. So, derived once for a model: layers unstacked (a scan would copy each layer's slice every token),
-adapters merged, kernels in the inference dtype, and the head copied as [D, V], which a thin product streams
-without repacking.
+adapters merged, and kernels in the dtype and layout that thin products stream fastest (streamed.py).
 
 Rows of a batch are padded on the left, so that all rows write the same cache slot: slot s of row b holds
 position s - padding[b]. What is padding is said by these numbers, never by a token id.
@@ -19,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2jax.cache import Cache, init_cache
+from gpt2jax.cache import Cache
 from gpt2jax.config import GPT2Config
 from gpt2jax.model import Call, Params, block_structure, final_norm_structure, head_kernel
 from gpt2jax.precision import COMPUTE_DTYPES, Precision, matmul, precision
-from gpt2jax.quantization import quantize
+from gpt2jax.streamed import StreamedKernel, streamed
 
 InferenceParams = dict[str, Any]
 
@@ -67,15 +66,13 @@ def derive_params(
     Args:
         params: canonical parameters, blocks stacked.
         config: their configuration.
-        dtype: of the matrix product's weights; "int8" makes each an `Int8Kernel`. Embeddings, biases and LayerNorms
-            keep theirs.
+        dtype: of the weights of matrix products. Embeddings, biases and LayerNorms keep theirs.
         adapters, lora: LoRA adapters to merge in, and their settings.
-        vocab_size: leave out the head's columns from this id on: ids that pad the vocabulary and have no
-            text.
+        vocab_size: the head leaves out the ids from this one on, which pad the vocabulary and have no text.
 
     Returns:
-        {"wte": [V, D], "wpe": [P, D], "h": [L blocks as `Block` has them], "ln_f": ..., "head": [D, V]}.
-        Arrays that do not change are shared with `params`.
+        {"wte": [V, D], "wpe": [P, D], "h": [L blocks as `Block` has them], "ln_f": ..., "head": ...}, where the
+        kernels of the blocks and the head are `StreamedKernel`. Arrays that do not change are shared with `params`.
     """
     if adapters is not None and lora is not None:
         from gpt2jax.lora import merge_adapters
@@ -83,33 +80,31 @@ def derive_params(
         params = merge_adapters(params, adapters, lora)
     dtype = jnp.dtype(dtype)
     embeddings = {name: params[name]["embedding"] for name in ("wte", "wpe")}
-    return {
-        **embeddings,
-        "h": [_block(params["h"], layer, dtype=dtype) for layer in range(config.n_layer)],
-        "ln_f": params["ln_f"],
-        "head": _head(head_kernel(params), dtype=dtype, vocab_size=vocab_size or config.vocab_size),
-    }
+    blocks = [_block(params["h"], layer, dtype=dtype) for layer in range(config.n_layer)]
+    head = head_kernel(params)
+    vocab_size = vocab_size or config.vocab_size
+    if head.dtype == dtype and len(head) == vocab_size:
+        head = StreamedKernel(head)
+    else:
+        head = _head(head, dtype=dtype, vocab_size=vocab_size)
+    return {**embeddings, "h": blocks, "ln_f": params["ln_f"], "head": head}
 
 
 # one program for all layers: what compiles for each of them makes a first call wait
 @functools.partial(jax.jit, static_argnames="dtype")
 def _block(blocks: Params, layer: jax.Array | int, *, dtype: jnp.dtype) -> Params:
-    """One of the stacked blocks, its kernels as they are stored."""
+    """One of the stacked blocks."""
 
     def take(path, x):
         own = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-        return _stored(own, dtype) if path[-1].key == "kernel" else own
+        return streamed(own.T, dtype) if path[-1].key == "kernel" else own
 
     return jax.tree_util.tree_map_with_path(take, blocks)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "vocab_size"))
-def _head(head: jax.Array, *, dtype: jnp.dtype, vocab_size: int) -> Any:
-    return _stored(head[:vocab_size].T, dtype)
-
-
-def _stored(kernel: jax.Array, dtype: jnp.dtype) -> Any:
-    return quantize(kernel) if dtype == jnp.int8 else kernel.astype(dtype)
+def _head(head: jax.Array, *, dtype: jnp.dtype, vocab_size: int) -> StreamedKernel:
+    return streamed(head[:vocab_size], dtype)
 
 
 _DERIVED: dict[tuple, tuple[InferenceParams, list[weakref.ref]]] = {}
@@ -210,28 +205,3 @@ def _apply_block(
 def next_logits(params: InferenceParams, hidden: jax.Array, precision: Precision) -> jax.Array:
     """Hidden states [..., D] -> logits [..., V] float32."""
     return matmul(hidden, params["head"], precision.compute_dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "precision"))
-def prefill(
-    params: InferenceParams,
-    token_ids: jax.Array,
-    padding: jax.Array,
-    *,
-    config: GPT2Config,
-    precision: Precision,
-) -> tuple[jax.Array, Cache]:
-    """Runs the prompts.
-
-    Args:
-        params, config, precision: see `forward_cached`.
-        token_ids: [B, T] int, each row's prompt at the right.
-        padding: [B] int, slots before it.
-
-    Returns:
-        Logits [B, V] of the last slot, and a cache of T slots.
-    """
-    batch, length = token_ids.shape
-    cache = init_cache(config, batch, length, precision.activation_dtype)
-    hidden, cache = forward_cached(params, config, token_ids, cache, 0, padding, precision)
-    return next_logits(params, hidden[:, -1], precision), cache

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.quantization import Int8Kernel, int8_matmul
+from gpt2jax.streamed import StreamedKernel, streamed_matmul
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,20 +55,16 @@ def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
 FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
 
 
-def matmul(x: jax.Array, w: jax.Array | Int8Kernel, compute_dtype: jnp.dtype) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array | StreamedKernel, compute_dtype: jnp.dtype) -> jax.Array:
     """x [..., K] @ w [K, M] -> [..., M] float32, with both operands in `compute_dtype` and float32 sums.
 
-    A weight of one byte a number is multiplied as `quantization` says, whatever the dtype.
+    A weight as decoding streams it has its own dtype, whatever `compute_dtype` says, and no gradient.
 
     The gradient casts the incoming cotangent to `compute_dtype` before both backward products: without its own rule
     they would run in float32.
     """
-    if isinstance(w, Int8Kernel):
-        return int8_matmul(x, w)
-    if x.size == x.shape[-1] and compute_dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # for one narrow row XLA:CPU widens the whole weight first; with two it streams it at the speed of memory
-        rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
-        return _matmul(rows, w, compute_dtype)[:1].reshape(*x.shape[:-1], w.shape[-1])
+    if isinstance(w, StreamedKernel):
+        return streamed_matmul(x, w)
     return _matmul(x, w, compute_dtype)
 
 

@@ -8,9 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import tyro
 
 import gpt2jax
 from gpt2jax.cli import main
+from gpt2jax.cli.finetune import Options, finetune_config
+from gpt2jax.lora import LoRAConfig
 
 WORDS = "the array of shape and dtype is returned when axis keepdims none".split()
 
@@ -107,6 +110,14 @@ def test_evaluate_into_a_folder(texts, tmp_path, capsys):
     assert "--out FOLDER" in fails(capsys, "evaluate", *data, "--resume")
 
 
+def test_adapters_of_every_kind():
+    words = "--lora --lora-rank 4 --lora-scaling rslora --dora --lora-targets attn.q mlp.* --lora-ranks h.3.mlp.c_fc=2"
+    options = tyro.cli(Options, args=words.split(), config=(tyro.conf.OmitArgPrefixes,))
+    assert finetune_config(options).lora == LoRAConfig(
+        4, targets=("attn.q", "mlp.*"), use_rslora=True, use_dora=True, rank_pattern={"h.3.mlp.c_fc": 2}
+    )
+
+
 def test_generate(tmp_path, capsys, monkeypatch):
     settings = ["--max-new-tokens", "8", "--seed", "3"]
     main(["generate", "Return the", *settings])
@@ -144,6 +155,7 @@ def test_generate_by_search(capsys):
         (["--model", "gpt3"], "gpt2-medium"),
         (["--model", "README.md"], "README.md"),
         (["--lora", "--lora-targets", "c_attn"], "attn.c_attn"),
+        (["--lora", "--lora-ranks", "h.0=x"], "PATTERN=RANK"),
         (["--steps", "0"], "steps=0"),
         (["--init", "random", "--model", "mine"], "--init random"),
     ],

@@ -208,6 +208,16 @@ def test_the_whole_context(model):
     assert output.token_ids == naive(model, [5], max_new_tokens=63, do_sample=False, stop=())[0]
 
 
+def test_a_row_of_sixteen_is_its_single_run(model):
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(0, 300, length).tolist() for length in rng.integers(1, 40, 16)]
+    settings = {"max_new_tokens": 20, "do_sample": False, "stop_token_ids": []}
+    for prompt, row in zip(prompts, generate(model, prompts, **settings), strict=True):
+        [alone] = generate(model, prompt, **settings)
+        assert row.token_ids == alone.token_ids
+        np.testing.assert_allclose(row.logprobs, alone.logprobs, atol=1e-4)
+
+
 def test_stop_token_ids():
     text = [10, 11, END, 12, 13, 14]
     model = speller(text)

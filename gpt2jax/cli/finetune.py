@@ -52,7 +52,11 @@ class Options:
         lora_rank: their rank.
         lora_alpha: their output is scaled by alpha / rank.
         lora_dropout: dropout of their input.
-        lora_targets: linears that get one: attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj.
+        lora_targets: linears that get one: attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, or attn.q, attn.k, attn.v;
+            "*" stands for any characters.
+        lora_scaling: by alpha / rank, or "rslora" by alpha / sqrt(rank).
+        dora: learn the length of each column of the weights too (DoRA).
+        lora_ranks: other ranks for some linears, as PATTERN=RANK: h.11.attn.c_attn=16.
         train: settings of the run.
         compare: evaluate the model before and after and write the report.
         eval_documents: at most so many held-out documents, for the validation and for the comparison each.
@@ -76,6 +80,9 @@ class Options:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ("attn.c_attn",)
+    lora_scaling: Literal["lora", "rslora"] = "lora"
+    dora: bool = False
+    lora_ranks: tuple[str, ...] = ()
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)  # pyright: ignore[reportInvalidTypeForm]
     compare: bool = True
     eval_documents: int = 120
@@ -183,6 +190,13 @@ def _plain(texts: Any) -> Any:
     return texts
 
 
+def _rank(text: str) -> tuple[str, int]:
+    pattern, _, rank = text.rpartition("=")
+    if not pattern or not rank.isdecimal():
+        raise ValueError(f"--lora-ranks {text!r} must be PATTERN=RANK, as in h.11.attn.c_attn=16")
+    return pattern, int(rank)
+
+
 def finetune_config(options: Options) -> FinetuneConfig:
     """The settings of the run, defaults that depend on the data filled in."""
     from gpt2jax.data.token_cache import default_cache
@@ -190,7 +204,15 @@ def finetune_config(options: Options) -> FinetuneConfig:
 
     lora = None
     if options.lora:
-        lora = LoRAConfig(options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets)
+        lora = LoRAConfig(
+            options.lora_rank,
+            options.lora_alpha,
+            options.lora_dropout,
+            options.lora_targets,
+            use_rslora=options.lora_scaling == "rslora",
+            use_dora=options.dora,
+            rank_pattern=tuple(_rank(text) for text in options.lora_ranks),
+        )
     steps = options.steps
     if (
         steps is None

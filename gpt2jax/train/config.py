@@ -41,8 +41,8 @@ class FinetuneConfig:
         final_learning_rate: the schedule ends at this share of the peak ("constant" does not).
         decay_share: share of the steps in which "wsd" falls.
         weight_decay: decoupled, on matrices only (never on biases and LayerNorms).
-        beta1: decay of the optimizer's mean of gradients.
-        beta2: decay of its mean of squared gradients.
+        beta1: decay of the optimizer's mean of gradients. Adafactor has none.
+        beta2: decay of its mean of squared gradients; of lion's momentum, at most 0.99. Adafactor has its own rule.
         epsilon: added to the root of the latter.
         max_grad_norm: the gradient is scaled down to this global norm; None: never.
         moments_dtype: "bfloat16" keeps the optimizer's moments in half the memory, rounded at random so that small

@@ -29,17 +29,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def pair(request, tmp_path_factory):
-    """The same random model in transformers and here; every leaf random, biases and LayerNorms too."""
     end = {"bos_token_id": 210, "eos_token_id": 210}
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**{**TINY, **end, **VARIANTS[request.param]})
-    ).eval()
-    generator = torch.Generator().manual_seed(1)
+    return make_pair({**TINY, **end, **VARIANTS[request.param]}, 1, tmp_path_factory.mktemp("hf"))
+
+
+def make_pair(shape: dict[str, Any], seed: int, folder):
+    """The same random model in transformers and here; every leaf random, biases and LayerNorms too."""
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.3
             parameter.copy_(noise + 1 if "ln_" in name and name.endswith("weight") else noise)
-    folder = tmp_path_factory.mktemp("hf")
     theirs.save_pretrained(folder)
     config, params = load_hf(folder)[:2]
     return theirs, types.SimpleNamespace(
@@ -54,13 +55,13 @@ def prompts_of(vocab_size):
     return prompts
 
 
-def continue_with_torch(model, prompt, **settings):
-    """transformers' greedy continuation of 16 tokens: ids, and log-probabilities in float64."""
+def continue_with_torch(model, prompt, count=16, **settings):
+    """transformers' greedy continuation: ids, and log-probabilities in float64."""
     with torch.no_grad():
         output = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=16,
+            max_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
             output_logits=True,
@@ -90,6 +91,32 @@ def test_greedy_tokens_and_logprobs(pair):
         ended = tokens[-1] == stop
         assert output.token_ids == (tokens[:-1] if ended else tokens)
         assert output.finish_reason == ("stop" if ended else "length")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hundred_tokens_of_an_odd_shape(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    heads = int(rng.integers(1, 6))
+    vocab_size = int(rng.integers(50, 400))
+    shape = {
+        "vocab_size": vocab_size,
+        "n_positions": int(rng.integers(112, 160)),
+        "n_embd": heads * int(rng.integers(3, 14)),
+        "n_layer": int(rng.integers(1, 4)),
+        "n_head": heads,
+        "n_inner": int(rng.integers(5, 90)) if seed % 2 else None,
+        "tie_word_embeddings": bool(seed % 3),
+        "activation_function": ("gelu_new", "gelu", "relu", "silu")[seed % 4],
+        "scale_attn_by_inverse_layer_idx": seed % 5 == 0,
+        "bos_token_id": vocab_size - 1,
+        "eos_token_id": vocab_size - 1,
+    }
+    theirs, ours = make_pair(shape, seed, tmp_path)
+    prompt = rng.integers(0, vocab_size, rng.integers(1, 12)).tolist()
+    [output] = generate(ours, prompt, max_new_tokens=100, do_sample=False, stop_token_ids=[])
+    tokens, logprobs = continue_with_torch(theirs, prompt, 100, eos_token_id=None)
+    assert output.token_ids == tokens
+    np.testing.assert_allclose(output.logprobs, logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize(
