@@ -1,27 +1,39 @@
-"""Training steps compiled for GPUs and TPUs that need not be here: memory planned and compiled, kernels.
+"""Training steps and decoding loops compiled for GPUs and TPUs that need not be here: their memory and kernels.
 
     python benchmarks/accelerators.py                 all cases
     python benchmarks/accelerators.py --only gpt2-xl  those whose name holds that
+    python benchmarks/accelerators.py --decoding      decoding loops in place of training steps
 
 Needs jax's plugins (`pip install -e ".[cuda]"`, `".[tpu]"`), not their devices. Nothing is run and nothing timed:
-"estimate" is what `gpt2jax plan` says, "compiled" what XLA's own plan of the compiled step says.
+"estimate" is what `gpt2jax plan` says, "compiled" what XLA's own plan of the compiled program says. Of a decoding loop
+the largest array that a step copies or converts is named beside its smallest weight and its cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import re
+from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gpt2jax.cache import init_cache
 from gpt2jax.config import PRESETS
+from gpt2jax.decoding import decode
 from gpt2jax.distributed import make_mesh
+from gpt2jax.generation_run import Job, begin, make_request
+from gpt2jax.inference import derive_params, inference_precision
 from gpt2jax.lora import LoRAConfig
+from gpt2jax.model import init_params
 from gpt2jax.plan.devices import described_devices, find_device
 from gpt2jax.plan.estimate import estimate_memory
 from gpt2jax.plan.program import compile_program, make_program
+from gpt2jax.prompts import Row
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.loop import with_dropout
 
@@ -63,18 +75,61 @@ CASES = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """A decoding loop: model, device, rows, slots of the cache, dtype of the weights."""
+
+    model: str
+    device: str
+    rows: int
+    slots: int = 1024
+    dtype: str = "bfloat16"
+    devices: int = 1
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return f"{self.model} B={self.rows} S={self.slots} {self.dtype}"
+
+
+DECODING = (
+    Decoding("gpt2", "h100", 1),
+    Decoding("gpt2", "h100", 32),
+    Decoding("gpt2", "h100", 1, dtype="float32"),
+    Decoding("gpt2", "h100", 1, dtype="int8"),
+    Decoding("gpt2-xl", "h100", 1),
+    Decoding("gpt2-xl", "h100", 32),
+    Decoding("gpt2", "v5e", 1),
+    Decoding("gpt2-xl", "v5e", 8),
+)
+
+
 def main() -> None:
     """Compiles the cases one after the other and prints a table of all that could be compiled."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--decoding", action="store_true", help="decoding loops in place of training steps")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     console = Console(width=150)
     columns = ("step", "devices", "estimate GB", "compiled GB", "ratio", "arguments GB", "cuDNN attention")
+    cases, measure = CASES, measure_training
+    if options.decoding:
+        columns = (
+            "loop",
+            "device",
+            "compiled GB",
+            "arguments GB",
+            "temporaries MB",
+            "cache MB",
+            "cache in place",
+        )
+        columns += ("largest copy", "largest conversion", "smallest weight")
+        cases, measure = DECODING, measure_decoding
     table = Table(*columns, title=f"one device's memory, T=1024, jax {jax.__version__}")
-    for case in CASES:
+    for case in cases:
         if options.only in case.name:
             try:
                 with console.status(f"{case.name} on {case.devices} x {case.device}"):
@@ -84,7 +139,7 @@ def main() -> None:
     console.print(table)
 
 
-def measure(case: Case) -> tuple[str, ...]:
+def measure_training(case: Case) -> tuple[str, ...]:
     """A row of the table."""
     device = find_device(case.device)
     train = FinetuneConfig(
@@ -98,9 +153,7 @@ def measure(case: Case) -> tuple[str, ...]:
         program, fsdp=train.fsdp, tensor=train.tensor_parallel, devices=case.devices
     ).total
     compiled = compile_program(program, mesh, device.backend)
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    memory, total = planned_memory(compiled)
     kernels = compiled.as_text().count('custom_call_target="__cudnn$fmha')
     return (
         case.name,
@@ -111,6 +164,61 @@ def measure(case: Case) -> tuple[str, ...]:
         f"{memory.argument_size_in_bytes / 1e9:.2f}",
         str(kernels) if device.backend == "gpu" else "",
     )
+
+
+def measure_decoding(case: Decoding) -> tuple[str, ...]:
+    """A row of the other table."""
+    device = find_device(case.device)
+    [place] = described_devices(device, 1)
+    here = jax.sharding.SingleDeviceSharding(place)
+    config = PRESETS[case.model]
+    numbers = inference_precision(case.dtype, backend=device.backend)
+    weights = case.dtype if case.dtype == "int8" else numbers.compute_dtype
+    params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=weights))
+    cache = jax.eval_shape(lambda: init_cache(config, case.rows, case.slots, numbers.activation_dtype))
+    job = Job(model=None, stop_ids=[config.eos_token_id], bad_words=[], precision=numbers)
+    rows = [Row("", [0], case.slots - 1, 0)] * case.rows
+    request = make_request(job, rows, np.zeros(case.rows, np.int32), [row.limit for row in rows], 1)
+    progress = begin(np.zeros((case.rows, case.slots), np.int32), request.limits, 1)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=here),
+        (params, cache, progress, request, np.int32(case.slots)),
+    )
+    traced = decode.trace(*arguments, config=config, precision=numbers)
+    platform = {"gpu": "cuda"}.get(device.backend, device.backend)
+    compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    memory, total = planned_memory(compiled)
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    smallest = min(leaf.size for layer in params["h"] for leaf in jax.tree.leaves(layer) if leaf.ndim == 2)
+    text = compiled.as_text()
+    return (
+        case.name,
+        case.device,
+        f"{total / 1e9:.2f}",
+        f"{memory.argument_size_in_bytes / 1e9:.2f}",
+        f"{memory.temp_size_in_bytes / 1e6:.1f}",
+        f"{nbytes / 1e6:.1f}",
+        "yes" if memory.alias_size_in_bytes >= nbytes else "no",
+        f"{largest(text, 'copy'):,}",
+        f"{largest(text, 'convert'):,}",
+        f"{smallest:,}",
+    )
+
+
+def planned_memory(compiled: Any) -> tuple[Any, int]:
+    """XLA's analysis, and the bytes of all together."""
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return memory, total + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def largest(text: str, operation: str) -> int:
+    """Numbers in the largest array that kernels of their own, or parts of them, copy or convert."""
+    sizes = [
+        math.prod(int(dim) for dim in dims.split(","))
+        for dims in re.findall(rf"= \w+\[([\d,]+)\]\S* {operation}\(", text)
+    ]
+    return max(sizes, default=0)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from contenders import Answer, Contender, median, resident, serve
 
 FILE = "model.safetensors"
 
@@ -29,23 +29,27 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(options.child[0], Path(options.child[1]))))
+        what, folder = options.child
+        serve(lambda: (measure(what, Path(folder)), lambda line: {}))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         largest, parameters = write_random(folder, options.model, options.dtype)
-        rows: dict[str, list[dict[str, float]]] = {"read": [], "load": []}
+        rows: dict[str, list[Answer]] = {"read": [], "load": []}
         for _ in range(options.rounds):
             for what, results in rows.items():
-                command = [sys.executable, __file__, "--child", what, name]
-                results.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+                child = Contender("--child", what, name)
+                answer = child.ask()
+                child.close()
+                if "missing" in answer:
+                    raise SystemExit(f"{what}: {answer['missing']}")
+                results.append(answer)
         size = (folder / FILE).stat().st_size
-    seconds = {what: statistics.median(row["seconds"] for row in results) for what, results in rows.items()}
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(rows["read"], rows["load"], strict=True)]
     peak = max(row["peak"] for row in rows["load"])
     print(f"{options.model}: {parameters:,} parameters, {size / 1e9:.2f} GB in {options.dtype}")
-    print(f"  reading the file    {seconds['read']:8.3f} s")
-    print(f"  loading the model   {seconds['load']:8.3f} s")
+    print(f"  reading the file    {median(rows['read'], 'seconds'):8.3f} s")
+    print(f"  loading the model   {median(rows['load'], 'seconds'):8.3f} s")
     print(
         f"  ratio               {statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})"
     )
@@ -73,7 +77,7 @@ def write_random(folder: Path, model: str, dtype: str) -> tuple[int, int]:
     return max(sizes) * (4 if dtype == "float32" else 2), sum(sizes)
 
 
-def measure(what: str, folder: Path) -> dict[str, float]:
+def measure(what: str, folder: Path) -> Answer:
     """Seconds and peak bytes of one read or load in this process."""
     if what == "load":
         import jax
@@ -89,13 +93,7 @@ def measure(what: str, folder: Path) -> dict[str, float]:
         kept = (folder / FILE).read_bytes()
     seconds = time.perf_counter() - began
     del kept
-    return {"seconds": seconds, "peak": resident("VmHWM") - before}
-
-
-def resident(field: str) -> int:
-    """Bytes in memory: "VmRSS" now, "VmHWM" at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return {"seconds": seconds, "peak": resident() - before}
 
 
 if __name__ == "__main__":

@@ -13,53 +13,50 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 
+from contenders import (
+    Answer,
+    backbone,
+    median,
+    print_table,
+    ratio,
+    resident,
+    serve,
+    start,
+    take_turns,
+)
+
+from gpt2jax.config import PRESETS, GPT2Config
+
 Step = Callable[[], None]  # runs one step and waits for it
 
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The sizes of a GPT-2."""
-
-    layers: int
-    heads: int
-    width: int
-    vocab_size: int
-    context: int
-
-
 SIZES = {
-    "gpt2": Shape(12, 12, 768, 50257, 1024),
-    "gpt2-medium": Shape(24, 16, 1024, 50257, 1024),
-    "mini": Shape(4, 4, 256, 4096, 256),
-    "tiny": Shape(2, 2, 64, 512, 128),
+    "gpt2": PRESETS["gpt2"],
+    "gpt2-medium": PRESETS["gpt2-medium"],
+    "mini": PRESETS["gpt2-mini"],
+    "tiny": GPT2Config(vocab_size=512, n_positions=128, n_embd=64, n_layer=2, n_head=2),
 }
-LIBRARIES = {"gpt2jax": "gpt2jax", "torch": "transformers", "keras-jax": "keras_hub", "keras-tf": "keras_hub"}
-LORA_LIBRARIES = {"gpt2jax": "gpt2jax", "torch": "peft"}
+BACKENDS = {"keras-jax": "jax", "keras-tf": "tensorflow"}
+WITH_LORA = ("gpt2jax", "torch")
 RANK = 8
 
 
-def batch(shape: Shape, rows: int, length: int):
+def batch(config: GPT2Config, rows: int, length: int):
     """Tokens [B, T + 1]."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, shape.vocab_size, (rows, length + 1))
+    return np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1))
 
 
-def gpt2jax_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -> Step:
+def gpt2jax_step(config: GPT2Config, rows: int, length: int, dtype: str, lora: bool) -> Step:
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from gpt2jax.config import GPT2Config
     from gpt2jax.lora import LoRAConfig, init_adapters
     from gpt2jax.model import init_params
     from gpt2jax.precision import precision
@@ -67,16 +64,6 @@ def gpt2jax_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -
     from gpt2jax.train.optimizer import make_optimizer
     from gpt2jax.train.step import init_state, make_train_step
 
-    config = GPT2Config(
-        vocab_size=shape.vocab_size,
-        n_positions=shape.context,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
     settings = FinetuneConfig(learning_rate=1e-5, schedule="constant")
     adapters = LoRAConfig(rank=RANK) if lora else None
     params = init_params(config)
@@ -85,7 +72,7 @@ def gpt2jax_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -
         init_adapters(config, adapters) if adapters else params, optimizer, loss_scaling=dtype == "float16"
     )
     step = make_train_step(config, optimizer, precision(dtype), lora=adapters)
-    ids = batch(shape, rows, length).astype(np.int32)
+    ids = batch(config, rows, length).astype(np.int32)
     inputs = {
         "tokens": ids[:, :-1],
         "targets": ids[:, 1:],
@@ -102,24 +89,12 @@ def gpt2jax_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -
     return run
 
 
-def torch_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -> Step:
+def torch_step(config: GPT2Config, rows: int, length: int, dtype: str, lora: bool) -> Step:
     import torch
     import transformers
 
     torch.set_num_threads(os.cpu_count() or 1)
-    config = transformers.GPT2Config(
-        vocab_size=shape.vocab_size,
-        n_positions=shape.context,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = transformers.GPT2LMHeadModel(config).train()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_hf())).train()
     if lora:
         import peft
 
@@ -127,7 +102,7 @@ def torch_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -> 
         model = peft.get_peft_model(model, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
-    ids = torch.tensor(batch(shape, rows, length))
+    ids = torch.tensor(batch(config, rows, length))
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def run() -> None:
@@ -143,28 +118,20 @@ def torch_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -> 
     return run
 
 
-def keras_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -> Step:
+def keras_step(config: GPT2Config, rows: int, length: int, dtype: str, lora: bool) -> Step:
     import keras
     import keras_hub
     import numpy as np
 
-    keras.config.set_dtype_policy("mixed_bfloat16" if dtype == "bfloat16" else "float32")
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=shape.vocab_size,
-        num_layers=shape.layers,
-        num_heads=shape.heads,
-        hidden_dim=shape.width,
-        intermediate_dim=4 * shape.width,
-        max_sequence_length=shape.context,
-        dropout=0.0,
-    )
-    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+    policy = "mixed_bfloat16" if dtype == "bfloat16" else "float32"
+    keras.config.set_dtype_policy(policy)
+    model = keras_hub.models.GPT2CausalLM(backbone(config, policy, dropout=0.0), preprocessor=None)
     model.compile(
         optimizer=keras.optimizers.AdamW(1e-5, global_clipnorm=1.0),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile="auto",
     )
-    ids = batch(shape, rows, length).astype(np.int32)
+    ids = batch(config, rows, length).astype(np.int32)
     inputs = {"token_ids": ids[:, :-1], "padding_mask": np.ones((rows, length), np.int32)}
 
     def run() -> None:
@@ -176,109 +143,52 @@ def keras_step(shape: Shape, rows: int, length: int, dtype: str, lora: bool) -> 
 MAKERS = {"gpt2jax": gpt2jax_step, "torch": torch_step, "keras-jax": keras_step, "keras-tf": keras_step}
 
 
-def work(name: str, options: argparse.Namespace) -> None:
-    """A library's process: one line for the first step, then one for each line on its input."""
-    start = time.perf_counter()
-    step = MAKERS[name](SIZES[options.size], options.rows, options.length, options.dtype, options.lora)
-    built = time.perf_counter() - start
-    start = time.perf_counter()
+def contender(options: argparse.Namespace) -> tuple[Answer, Callable[[str], Answer]]:
+    """Makes a library's step; it runs as many as each line that comes says."""
+    began = time.perf_counter()
+    config = dataclasses.replace(SIZES[options.size], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    step = MAKERS[options.worker](config, options.rows, options.length, options.dtype, options.lora)
+    built = time.perf_counter() - began
+    began = time.perf_counter()
     step()
-    print(
-        json.dumps({"built": built, "first": time.perf_counter() - start}), file=options.answers, flush=True
-    )
-    for line in sys.stdin:
-        start = time.perf_counter()
+    first = time.perf_counter() - began
+
+    def turn(line: str) -> Answer:
+        began = time.perf_counter()
         for _ in range(int(line)):
             step()
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak": peak}), file=options.answers, flush=True)
+        return {"seconds": (time.perf_counter() - began) / int(line), "peak": resident()}
 
-
-class Worker:
-    """A library's process, seen from here."""
-
-    def __init__(self, name: str, arguments: list[str]):
-        backend = {"keras-jax": "jax", "keras-tf": "tensorflow"}.get(name, "")
-        environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        command = [sys.executable, __file__, *arguments, "--worker", name]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment
-        )
-
-    def answer(self) -> dict[str, float] | None:
-        """The next line of it; None where it has died."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else None
-
-    def ask(self, steps: int) -> None:
-        """Lets it run so many steps."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-
-    def close(self) -> str:
-        """Ends it and returns the last line it complained with."""
-        _, errors = self.process.communicate()
-        lines = errors.strip().splitlines()
-        return lines[-1] if lines else f"ended with code {self.process.returncode}"
+    return {"built": built, "first": first}, turn
 
 
 def compare(options: argparse.Namespace, arguments: list[str]) -> None:
     """Runs the libraries in turns and prints a table."""
-    import importlib.util
-
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    known = LORA_LIBRARIES if options.lora else LIBRARIES
-    names = [name for name in known if not options.only or name in options.only]
-    workers, first = {}, {}
-    for name in names:
-        if importlib.util.find_spec(known[name]) is None:
-            console.print(f"{name}: left out, {known[name]} is not installed")
-            continue
-        worker = Worker(name, arguments)
-        answer = worker.answer()
-        if answer is None:
-            console.print(f"{name}: left out, {worker.close()}", markup=False)
-            continue
-        workers[name], first[name] = worker, answer["first"]
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    peaks: dict[str, float] = {}
-    for round_ in range(options.rounds):
-        # every other round backwards, so that none always follows the same one
-        for name in list(workers)[:: 1 if round_ % 2 == 0 else -1]:
-            workers[name].ask(options.steps)
-            answer = workers[name].answer()
-            if answer is None:
-                raise SystemExit(f"{name}: {workers[name].close()}")
-            seconds[name].append(answer["seconds"] / options.steps)
-            peaks[name] = answer["peak"]
-    for worker in workers.values():
-        worker.close()
+    names = [
+        name for name in (WITH_LORA if options.lora else MAKERS) if not options.only or name in options.only
+    ]
+    running, first = start({name: [*arguments, "--worker", name] for name in names})
+    answers = take_turns(running, options.rounds, str(options.steps))
+    for child in running.values():
+        child.close()
     tokens = options.rows * options.length
+    rows = []
+    for name, own in answers.items():
+        speeds = [tokens / answer["seconds"] for answer in own]
+        rows.append(
+            (
+                name,
+                f"{tokens / median(own, 'seconds'):,.0f}",
+                f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                f"{ratio(answers.get('gpt2jax', own), own):.2f} x",
+                f"{own[-1]['peak'] / 1e9:.2f}",
+                f"{first[name]['first']:.1f}",
+            )
+        )
     kind = f"LoRA rank {RANK}" if options.lora else "all parameters"
     title = f"{options.size}, {options.rows} x {options.length} tokens, {options.dtype}, {kind}"
-    table = Table(title=title)
-    for heading in ("library", "tokens/s", "spread", "gpt2jax is", "peak memory, GB", "first step, s"):
-        table.add_column(heading, justify="left" if heading == "library" else "right")
-    for name, times in seconds.items():
-        # rounds are compared with each other, since the machine's speed changes between them
-        ours = seconds.get("gpt2jax", times)
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(times, ours, strict=True))
-        table.add_row(
-            name,
-            f"{tokens / statistics.median(times):,.0f}",
-            f"{tokens / max(times):,.0f} to {tokens / min(times):,.0f}",
-            f"{ratio:.2f} x",
-            f"{peaks[name] / 1e9:.2f}",
-            f"{first[name]:.1f}",
-        )
-    console.print(table)
+    columns = ("library", "tokens/s", "spread", "gpt2jax is", "peak memory, GB", "first step, s")
+    print_table(title, columns, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -300,9 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.worker is None:
         compare(options, arguments)
         return
-    # what libraries print goes elsewhere
-    options.answers, sys.stdout = sys.stdout, sys.stderr
-    work(options.worker, options)
+    os.environ["KERAS_BACKEND"] = BACKENDS.get(options.worker, "")
+    serve(lambda: contender(options))
 
 
 if __name__ == "__main__":
