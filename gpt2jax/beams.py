@@ -25,17 +25,16 @@ import numpy as np
 from gpt2jax.cache import Cache
 from gpt2jax.config import GPT2Config
 from gpt2jax.decoding import Request, repeat_rows
-from gpt2jax.generation_run import Job, bucket, cache_slots, fill_cache, left_padded, make_request
+from gpt2jax.generation_run import Job, bucket, cache_slots, fill_cache, left_padded, make_job, make_request
 from gpt2jax.inference import (
     InferenceParams,
     forward_cached,
-    inference_precision,
     next_logits,
     params_for_inference,
 )
 from gpt2jax.penalties import Context, penalised
 from gpt2jax.precision import Precision
-from gpt2jax.prompts import Prompt, Row, as_prompts, bad_word_ids, check_count, make_rows, stop_ids
+from gpt2jax.prompts import Prompt, Row, as_prompts, check_count, make_rows
 from gpt2jax.sampling import is_number
 
 EARLY_STOPPING = (False, True, "never")
@@ -112,13 +111,7 @@ def beam_search(
         raise ValueError(f"length_penalty={length_penalty!r} must be a finite number")
     if not any(early_stopping is value for value in EARLY_STOPPING[:2]) and early_stopping != "never":
         raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
-    job = Job(
-        model=model,
-        stop_ids=stop_ids(model, stop_token_ids),
-        bad_words=bad_word_ids(model, bad_words),
-        precision=inference_precision(dtype),
-        weights=dtype if dtype == "int8" else None,
-    )
+    job = make_job(model, stop_token_ids=stop_token_ids, bad_words=bad_words, dtype=dtype)
     rows = make_rows(
         model,
         as_prompts(prompts),

@@ -16,17 +16,14 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from gpt2jax.decoding import Processor
-from gpt2jax.generation_run import Contrast, GenerationRun, Job, Speculation
-from gpt2jax.inference import inference_precision
+from gpt2jax.generation_run import Contrast, GenerationRun, Job, Speculation, make_job
 from gpt2jax.prompts import (
     Prompt,
     Row,
     as_prompts,
-    bad_word_ids,
     check_count,
     make_rows,
     stop_bytes,
-    stop_ids,
 )
 from gpt2jax.sampling import SamplingConfig, is_number, is_whole
 from gpt2jax.stopping import TextStream
@@ -216,12 +213,11 @@ def _prepare(
     contrast = _contrast(penalty_alpha, sampling.get("top_k", SamplingConfig.top_k), model.config.vocab_size)
     if speculation is not None and contrast is not None:
         raise ValueError(f"penalty_alpha={penalty_alpha} goes with neither prompt_lookup nor draft")
-    job = Job(
-        model=model,
-        stop_ids=stop_ids(model, stop_token_ids),
-        bad_words=bad_word_ids(model, bad_words),
-        precision=inference_precision(dtype),
-        weights=dtype if dtype == "int8" else None,
+    job = make_job(
+        model,
+        stop_token_ids=stop_token_ids,
+        bad_words=bad_words,
+        dtype=dtype,
         stop_strings=stop_bytes(model, stop_strings),
         processor=processor,
         top_logprobs=top_logprobs,

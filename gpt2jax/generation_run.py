@@ -29,10 +29,10 @@ from gpt2jax.decoding import (
     prefill_chunk,
     spread,
 )
-from gpt2jax.inference import InferenceParams, params_for_inference
+from gpt2jax.inference import InferenceParams, inference_precision, params_for_inference
 from gpt2jax.penalties import Penalties
 from gpt2jax.precision import Precision
-from gpt2jax.prompts import Row
+from gpt2jax.prompts import Row, bad_word_ids, stop_ids
 from gpt2jax.sampling import Filters
 from gpt2jax.speculative import decode_with_draft, decode_with_lookup
 
@@ -88,6 +88,25 @@ class Job:
     top_logprobs: int = 0
     speculation: Speculation | None = None
     contrast: Contrast | None = None
+
+
+def make_job(
+    model: Any,
+    *,
+    stop_token_ids: Sequence[int] | None,
+    bad_words: Sequence[Any] | None,
+    dtype: str | None,
+    **others: Any,
+) -> Job:
+    """A job from arguments as `generate` has them, and its other fields."""
+    return Job(
+        model=model,
+        stop_ids=stop_ids(model, stop_token_ids),
+        bad_words=bad_word_ids(model, bad_words),
+        precision=inference_precision(dtype),
+        weights=dtype if dtype == "int8" else None,
+        **others,
+    )
 
 
 def bucket(size: int, smallest: int, largest: int = _UNBOUNDED) -> int:

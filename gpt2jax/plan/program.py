@@ -19,7 +19,7 @@ from gpt2jax.precision import Precision, precision
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.schedules import resolve_learning_rate
-from gpt2jax.train.step import init_state, make_train_step
+from gpt2jax.train.step import init_state, make_configured_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +101,8 @@ def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]
 def compile_program(program: Program, mesh: Mesh, backend: str) -> Any:
     """The step, compiled by XLA for the devices of `mesh`; its `memory_analysis()` is for one of them."""
     train = program.train
-    step = make_train_step(
-        program.model,
-        make_optimizer(train, train.steps or 1000),
-        program.precision,
-        lora=train.lora,
-        max_grad_norm=train.max_grad_norm,
-        accumulation=train.accumulation,
-        label_smoothing=train.label_smoothing,
-        z_loss=train.z_loss,
-        remat=train.remat,
-        ema_decay=train.ema_decay,
-    )
+    optimizer = make_optimizer(train, train.steps or 1000)
+    step = make_configured_step(program.model, train, optimizer, program.precision)
 
     def placed(tree, cuts):
         return jax.tree.map(lambda s, cut: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=cut), tree, cuts)

@@ -35,7 +35,7 @@ from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.progress import training_progress
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.schedules import resolve_learning_rate
-from gpt2jax.train.step import TrainState, init_state, make_train_step
+from gpt2jax.train.step import TrainState, init_state, make_configured_step
 from gpt2jax.train.trackers import check_trackers, close_trackers, open_trackers
 from gpt2jax.train.validation import place, validation_loss
 
@@ -162,18 +162,11 @@ def _train(
 ) -> Run:
     optimizer = make_optimizer(config, plan.steps)
     trainable, frozen, mask = _parts(model, config)
-    step_function = make_train_step(
+    step_function = make_configured_step(
         with_dropout(model.config, config.dropout),
+        config,
         optimizer,
         precision(config.compute_dtype),
-        lora=config.lora,
-        max_grad_norm=config.max_grad_norm,
-        accumulation=config.accumulation,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
-        remat=config.remat,
-        ema_decay=config.ema_decay,
         mask=mask,
     )
     state = _fresh_state(trainable, config, optimizer)

@@ -16,6 +16,7 @@ from gpt2jax.lora import LoRAConfig
 from gpt2jax.losses import cross_entropy
 from gpt2jax.model import Params, head_kernel, hidden_states
 from gpt2jax.precision import Precision
+from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import join
 from gpt2jax.train.optimizer import clip_scale, global_norm
 
@@ -45,6 +46,31 @@ def init_state(
             "skipped": jnp.zeros((), jnp.int32),
         }
     return state
+
+
+def make_configured_step(
+    model: GPT2Config,
+    train: FinetuneConfig,
+    optimizer: optax.GradientTransformation,
+    precision: Precision,
+    *,
+    mask: Params | None = None,
+) -> Step:
+    """`make_train_step` as the settings of a run have it."""
+    return make_train_step(
+        model,
+        optimizer,
+        precision,
+        lora=train.lora,
+        max_grad_norm=train.max_grad_norm,
+        accumulation=train.accumulation,
+        seed=train.seed,
+        label_smoothing=train.label_smoothing,
+        z_loss=train.z_loss,
+        remat=train.remat,
+        ema_decay=train.ema_decay,
+        mask=mask,
+    )
 
 
 def make_train_step(

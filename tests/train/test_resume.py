@@ -85,7 +85,7 @@ def in_step(number: int) -> Patch:
     """Stops when a step has been computed, before its result has a name: the state before it is donated."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        make = loop.make_train_step
+        make = loop.make_configured_step
 
         def make_stopping(*args, **options):
             step, calls = make(*args, **options), []
@@ -99,7 +99,7 @@ def in_step(number: int) -> Patch:
 
             return stop
 
-        monkeypatch.setattr(loop, "make_train_step", make_stopping)
+        monkeypatch.setattr(loop, "make_configured_step", make_stopping)
 
     return patch
 
