@@ -76,7 +76,7 @@ def start(
 
 
 def take_turns(running: Mapping[str, Contender], rounds: int, line: str) -> dict[str, list[Answer]]:
-    """Sends each the line once a round; the answers of each.
+    """Sends each the line once a round; the answers of each. How long each took is shown on the way.
 
     A contender that answers {"missing": why} (it has not this size, or has died) is named and has no answers.
     """
@@ -90,6 +90,12 @@ def take_turns(running: Mapping[str, Contender], rounds: int, line: str) -> dict
                 del answers[name]
             else:
                 answers[name].append(answer)
+                seconds = f"{answer['seconds']:8.2f} s"
+                print(
+                    f"{line!r}, round {round_ + 1} of {rounds}: {seconds}  {name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return answers
 
 
