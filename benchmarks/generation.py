@@ -225,26 +225,36 @@ def compare_lookup(options: argparse.Namespace, folder: str) -> None:
         )
         for case in one_answer("lookup", folder)["cases"]
     ]
-    columns = ("float32, batch 1, tokens/s", "plain", "prompt lookup", "ratio", "guesses accepted")
+    columns = ("batch 1, tokens/s", "plain", "prompt lookup", "ratio", "guesses accepted")
     print_table(f"prompt lookup, {options.new_tokens} new tokens, {options.threads} cores", columns, rows)
 
 
 def lookup(options: argparse.Namespace, name: str, folder: Path):
     """Times plain decoding and prompt lookup in turns, on text that repeats and on text that does not.
 
-    Greedy continuations of random weights fall into a loop at once, and sampled ones never repeat. The packaged model's
-    continuation of prose lies between.
+    Random weights whose blocks and positions add nothing say the last token again and again, at the cost of any other
+    weights; sampled from random weights, hardly anything comes twice. The packaged model's prose lies between.
     """
+    import dataclasses
+
     import gpt2jax
 
     model, mini = gpt2jax.load(folder / "hf"), gpt2jax.load("gpt2-mini")
+    params = {**model.params, "h": {**model.params["h"]}}
+    params["wpe"] = {"embedding": 0 * params["wpe"]["embedding"]}
+    for part in ("attn", "mlp"):
+        silent = {"c_proj": {name: 0 * x for name, x in params["h"][part]["c_proj"].items()}}
+        params["h"][part] = params["h"][part] | silent
+    parrot = dataclasses.replace(model, params=params)
     prompt = random_prompts(options, 1)[0]
     prose = "The function returns a new list of all the items in the queue. If the optional argument is not given,"
-    cases = [
-        (f"{options.model}, random weights, greedy: repeats", model, prompt, {"do_sample": False}),
-        (f"{options.model}, random weights, sampled: free", model, prompt, {"top_k": 5}),
-        ("gpt2-mini, greedy: prose", mini, prose, {"do_sample": False}),
+    greedy, drawn = {"do_sample": False}, {"top_k": 5}
+    cases: list[tuple] = [
+        (f"{options.model} {dtype}, {text}", which, prompt, {"dtype": dtype, **settings})
+        for dtype in ("float32", "int8")
+        for text, which, settings in (("repeats", parrot, greedy), ("free", model, drawn))
     ]
+    cases.append(("gpt2-mini float32, greedy prose", mini, prose, greedy))
     return {"cases": [time_lookup(options, *case) for case in cases]}, lambda line: {}
 
 
