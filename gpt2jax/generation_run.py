@@ -1,8 +1,8 @@
 """One batch on the device: buckets of shapes, prompts into the cache, and steps as the host asks for them.
 
 Rows and slots are rounded up to powers of two, so that one compiled program serves many calls. A run begins with the
-smallest cache that holds its prompts and moves to the next size when it is full: attention reads all slots, and a
-short text should not pay for a long one.
+smallest cache that holds its prompts and moves to a larger one when it is full: attention reads all slots, and a short
+text should not pay for a long one.
 """
 
 from __future__ import annotations
@@ -175,6 +175,13 @@ def cache_slots(config: GPT2Config, slots: int, rows: int = 1) -> int:
     return bucket(slots, min(smallest, bucket(config.n_positions, 1)))
 
 
+def more_slots(slots: int, rows: int) -> int:
+    """The next size of a full cache: of one row twice as large, of several rows, whose attention costs more, less."""
+    if rows > 1 and slots > _SLOTS_TOGETHER and slots == bucket(slots, 1):
+        return slots * 3 // 2
+    return bucket(slots + 1, 1)
+
+
 class GenerationRun:
     """Rows that run together; `progress` is what the device has been asked to do so far.
 
@@ -244,7 +251,7 @@ class GenerationRun:
             self._step = min(target, self._slots - self._length)
             self._decode(np.int32(self._length + self._step))
             if self._step < target:
-                self._slots *= 2
+                self._slots = more_slots(self._slots, len(self._request.limits))
                 self._cache, self.progress = grow(self._cache, self.progress, self._slots)
 
     def _decode(self, until: np.int32) -> None:

@@ -42,6 +42,8 @@ class Guess(NamedTuple):
 def look_up(context: Context, size: int) -> Guess:
     """What followed the last few tokens where they stood before: the longest such place, of equal ones the latest.
 
+    Behind the end of the text it goes on from that place again, as a text would that says the same over and over.
+
     Args:
         context: one text, [1, S].
         size: K, most tokens to guess.
@@ -51,10 +53,9 @@ def look_up(context: Context, size: int) -> Guess:
     length = jnp.where((slots < context.end[:, None]) & (length >= _SHORTEST), length, 0)[0]
     place = jnp.argmax(length * slots.size + slots)
     found = length[place] > 0
-    # behind the end of the buffer there is nothing to take
-    guess = jnp.take(context.token_ids, place + jnp.arange(size), axis=1, mode="clip")
-    count = jnp.where(found, jnp.minimum(size, context.end[0] - place), 0)
-    return Guess(guess, count.astype(jnp.int32))
+    period = jnp.maximum(context.end[0] - place, 1)
+    guess = jnp.take(context.token_ids, place + jnp.arange(size) % period, axis=1, mode="clip")
+    return Guess(guess, jnp.where(found, size, 0).astype(jnp.int32))
 
 
 @functools.partial(

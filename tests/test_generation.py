@@ -13,6 +13,7 @@ import pytest
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.generation import Generation, generate, stream
+from gpt2jax.generation_run import more_slots
 from gpt2jax.model import head_kernel, hidden_states, init_params, output_logits
 from gpt2jax.prompts import end_token_id
 from gpt2jax.sampling import SamplingConfig, log_probability, sample
@@ -216,6 +217,22 @@ def test_a_row_of_sixteen_is_its_single_run(model):
         [alone] = generate(model, prompt, **settings)
         assert row.token_ids == alone.token_ids
         np.testing.assert_allclose(row.logprobs, alone.logprobs, atol=1e-4)
+
+
+def test_a_batch_that_outgrows_its_cache_again_and_again():
+    """64, 128, 192 and 256 slots for several rows; 256 for one."""
+    config = dataclasses.replace(CONFIG, n_layer=1, n_positions=256)
+    model = model_of(config, jax.tree.map(lambda x: x * 6, init_params(config, 1)))
+    settings = {"max_new_tokens": 220, "do_sample": False, "stop_token_ids": []}
+    prompts = ["a", "hello world"]
+    for prompt, row in zip(prompts, generate(model, prompts, **settings), strict=True):
+        [alone] = generate(model, prompt, **settings)
+        assert row.token_ids == alone.token_ids
+    sizes = [64]
+    while sizes[-1] < 1024:
+        sizes.append(more_slots(sizes[-1], 2))
+    assert sizes == [64, 128, 192, 256, 384, 512, 768, 1024]
+    assert more_slots(256, 1) == 512
 
 
 def test_stop_token_ids():
