@@ -42,7 +42,7 @@ def with_draft(guesses, models):
         {"seed": 3, "top_k": 5, "temperature": 0.7, "stop_token_ids": []},
         {"seed": 4, "top_k": None, "repetition_penalty": 1.3, "no_repeat_ngram": 3},
         {"seed": 5, "max_new_tokens": 1},
-        {"seed": 6, "stop_token_ids": list(range(0, 300, 9)), "min_new_tokens": 3},
+        {"seed": 6, "stop_token_ids": [11, 30, 150, 225], "min_new_tokens": 3},
     ],
     ids=str,
 )
