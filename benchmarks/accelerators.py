@@ -26,8 +26,8 @@ from gpt2jax.cache import init_cache
 from gpt2jax.config import PRESETS
 from gpt2jax.decoding import decode
 from gpt2jax.distributed import make_mesh
-from gpt2jax.generation_run import Job, begin, make_request
-from gpt2jax.inference import derive_params, inference_precision
+from gpt2jax.generation_run import Job, initial_progress, make_request
+from gpt2jax.inference import derive_params, inference_precision, weight_dtype
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.model import init_params
 from gpt2jax.plan.devices import described_devices, find_device
@@ -173,13 +173,13 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
     here = jax.sharding.SingleDeviceSharding(place)
     config = PRESETS[case.model]
     numbers = inference_precision(case.dtype, backend=device.backend)
-    weights = case.dtype if case.dtype == "int8" else numbers.compute_dtype
+    weights = weight_dtype(case.dtype, numbers)
     params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=weights))
     cache = jax.eval_shape(lambda: init_cache(config, case.rows, case.slots, numbers.activation_dtype))
-    job = Job(model=None, stop_ids=[config.eos_token_id], bad_words=[], precision=numbers)
+    job = Job(model=None, stop_ids=[config.eos_token_id], bad_words=[], precision=numbers, weights=weights)
     rows = [Row("", [0], case.slots - 1, 0)] * case.rows
     request = make_request(job, rows, np.zeros(case.rows, np.int32), [row.limit for row in rows], 1)
-    progress = begin(np.zeros((case.rows, case.slots), np.int32), request.limits, 1)
+    progress = initial_progress(np.zeros((case.rows, case.slots), np.int32), request.limits, 1)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=here),
         (params, cache, progress, request, np.int32(case.slots)),

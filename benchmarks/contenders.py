@@ -99,6 +99,17 @@ def take_turns(running: Mapping[str, Contender], rounds: int, line: str) -> dict
     return answers
 
 
+def start_and_take_turns(
+    contenders: Mapping[str, Sequence[str]], rounds: int, line: str
+) -> tuple[dict[str, Answer], dict[str, list[Answer]]]:
+    """Starts contenders, lets them take turns and ends them; the first answers, and those to the line."""
+    running, first = start(contenders)
+    answers = take_turns(running, rounds, line)
+    for contender in running.values():
+        contender.close()
+    return first, answers
+
+
 def median(answers: Sequence[Answer], field: str) -> float:
     """Of a field."""
     return statistics.median(answer[field] for answer in answers)

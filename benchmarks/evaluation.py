@@ -26,8 +26,7 @@ from contenders import (
     ratio,
     resident,
     serve,
-    start,
-    take_turns,
+    start_and_take_turns,
     use_cores,
 )
 
@@ -58,10 +57,8 @@ def main() -> None:
         use_cores(options.threads)
         serve(lambda: contender(options))
         return
-    running, _ = start({name: [*sys.argv[1:], "--child", *CONTENDERS[name]] for name in options.only})
-    answers = take_turns(running, options.rounds, "evaluate")
-    for child in running.values():
-        child.close()
+    contenders = {name: [*sys.argv[1:], "--child", *CONTENDERS[name]] for name in options.only}
+    _, answers = start_and_take_turns(contenders, options.rounds, "evaluate")
     report(answers, options)
 
 

@@ -26,8 +26,7 @@ from contenders import (
     ratio,
     resident,
     serve,
-    start,
-    take_turns,
+    start_and_take_turns,
 )
 
 from gpt2jax.config import PRESETS, GPT2Config
@@ -167,10 +166,8 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> None:
     names = [
         name for name in (WITH_LORA if options.lora else MAKERS) if not options.only or name in options.only
     ]
-    running, first = start({name: [*arguments, "--worker", name] for name in names})
-    answers = take_turns(running, options.rounds, str(options.steps))
-    for child in running.values():
-        child.close()
+    contenders = {name: [*arguments, "--worker", name] for name in names}
+    first, answers = start_and_take_turns(contenders, options.rounds, str(options.steps))
     tokens = options.rows * options.length
     rows = []
     for name, own in answers.items():

@@ -24,7 +24,7 @@ import numpy as np
 
 from gpt2jax.cache import Cache
 from gpt2jax.config import GPT2Config
-from gpt2jax.decoding import Request, repeat_rows
+from gpt2jax.decoding import Request, repeat_request, repeat_rows
 from gpt2jax.generation_run import Job, bucket, cache_slots, fill_cache, left_padded, make_job, make_request
 from gpt2jax.inference import (
     InferenceParams,
@@ -36,8 +36,6 @@ from gpt2jax.penalties import Context, penalised
 from gpt2jax.precision import Precision
 from gpt2jax.prompts import Prompt, Row, as_prompts, check_count, make_rows
 from gpt2jax.sampling import is_number
-
-EARLY_STOPPING = (False, True, "never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +107,7 @@ def beam_search(
         raise ValueError(f"num_return={num_return} is over num_beams={num_beams}")
     if not is_number(length_penalty):
         raise ValueError(f"length_penalty={length_penalty!r} must be a finite number")
-    if not any(early_stopping is value for value in EARLY_STOPPING[:2]) and early_stopping != "never":
+    if not isinstance(early_stopping, bool) and early_stopping != "never":
         raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
     job = make_job(model, stop_token_ids=stop_token_ids, bad_words=bad_words, dtype=dtype)
     rows = make_rows(
@@ -141,11 +139,11 @@ def beam_search(
 def _run(job: Job, rows: list[Row], num_beams: int, rules: Rules) -> list[list[Beam]]:
     """The beams of prompts that are searched together."""
     config, tokenizer = job.model.config, job.model.tokenizer
-    longest = max(len(row.ids) for row in rows)
-    slots = cache_slots(config, longest + max(row.limit for row in rows), 2)
-    token_ids, padding, length = left_padded(rows, bucket(len(rows), 1), slots)
+    length = max(len(row.ids) for row in rows)
+    slots = cache_slots(config, length + max(row.limit for row in rows), len(rows) * num_beams)
+    token_ids, padding = left_padded(rows, length, bucket(len(rows), 1), slots)
     request = make_request(job, rows, padding, [row.limit for row in rows], length)
-    params = params_for_inference(job.model, job.weights or job.precision.compute_dtype)
+    params = params_for_inference(job.model, job.weights)
     static = {"config": config, "precision": job.precision}
     cache = fill_cache(params, token_ids, padding, 0, length - 1, **static)
     kept = max(2, 1 + len(job.stop_ids)) * num_beams
@@ -251,16 +249,7 @@ def search(
         done=request.limits <= 0,
         slot=jnp.asarray(request.prompt_end, jnp.int32),
     )
-    every = request._replace(  # the penalties of each text
-        padding=jnp.repeat(request.padding, num_beams),
-        penalties=request.penalties._replace(
-            **{
-                name: jnp.repeat(getattr(request.penalties, name), num_beams)
-                for name in request.penalties._fields
-                if name != "bad_words"
-            }
-        ),
-    )
+    every = repeat_request(request, num_beams)
 
     def body(carry):
         cache, state = carry

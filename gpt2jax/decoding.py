@@ -253,6 +253,22 @@ def spread(cache: Cache, padding: jax.Array, heads: int) -> Cache:
     return jax.tree.map(rows, cache)
 
 
+def repeat_request(request: Request, times: int) -> Request:
+    """What is asked for each row, `times` times in a row."""
+
+    def rows(x):
+        return jnp.repeat(x, times, axis=0)
+
+    penalties = request.penalties
+    return request._replace(
+        padding=rows(request.padding),
+        limits=rows(request.limits),
+        seeds=rows(request.seeds),
+        filters=jax.tree.map(rows, request.filters),
+        penalties=jax.tree.map(rows, penalties)._replace(bad_words=penalties.bad_words),
+    )
+
+
 def repeat_rows(cache: Cache, heads: int, times: int) -> Cache:
     """Each row `times` times in a row: pairs [B * N, S, H] -> [B * times * N, S, H]."""
 

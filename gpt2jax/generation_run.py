@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.cache import Cache
@@ -29,7 +30,7 @@ from gpt2jax.decoding import (
     prefill_chunk,
     spread,
 )
-from gpt2jax.inference import InferenceParams, inference_precision, params_for_inference
+from gpt2jax.inference import InferenceParams, inference_precision, params_for_inference, weight_dtype
 from gpt2jax.penalties import Penalties
 from gpt2jax.precision import Precision
 from gpt2jax.prompts import Row, bad_word_ids, stop_ids
@@ -70,7 +71,7 @@ class Job:
         stop_ids: end a row.
         bad_words: token ids that must not follow each other.
         precision: dtypes of the computation.
-        weights: dtype of the weights where it is another one.
+        weights: dtype of the weights.
         stop_strings: end a row, as bytes.
         processor: the user's change of logits.
         top_logprobs: how many of the most probable tokens to report.
@@ -82,7 +83,7 @@ class Job:
     stop_ids: list[int]
     bad_words: list[list[int]]
     precision: Precision
-    weights: str | None = None
+    weights: jnp.dtype
     stop_strings: list[bytes] = dataclasses.field(default_factory=list)
     processor: Processor | None = None
     top_logprobs: int = 0
@@ -99,12 +100,13 @@ def make_job(
     **others: Any,
 ) -> Job:
     """A job from arguments as `generate` has them, and its other fields."""
+    precision = inference_precision(dtype)
     return Job(
         model=model,
         stop_ids=stop_ids(model, stop_token_ids),
         bad_words=bad_word_ids(model, bad_words),
-        precision=inference_precision(dtype),
-        weights=dtype if dtype == "int8" else None,
+        precision=precision,
+        weights=weight_dtype(dtype, precision),
         **others,
     )
 
@@ -114,7 +116,7 @@ def bucket(size: int, smallest: int, largest: int = _UNBOUNDED) -> int:
     return min(max(smallest, 1 << (size - 1).bit_length()), largest)
 
 
-def begin(token_ids: Any, limits: Any, slot: int, top: int = 0) -> Progress:
+def initial_progress(token_ids: Any, limits: Any, slot: int, top: int = 0) -> Progress:
     """Nothing but prompts: token_ids [B, S] filled up to `slot`; with room for `top` log-probabilities a token."""
     batch, slots = token_ids.shape
     return Progress(
@@ -130,18 +132,17 @@ def begin(token_ids: Any, limits: Any, slot: int, top: int = 0) -> Progress:
     )
 
 
-def left_padded(rows: Sequence[Row], batch: int, slots: int) -> tuple[Any, Any, int]:
-    """Prompts that end at the same slot: token ids [batch, slots] and padding [batch], int32, and that slot.
+def left_padded(rows: Sequence[Row], length: int, batch: int, slots: int) -> tuple[Any, Any]:
+    """Prompts that end behind slot `length` - 1: token ids [batch, slots] and padding [batch], int32.
 
     What only fills up the batch has the last slot for its text.
     """
-    length = max(len(row.ids) for row in rows)
     token_ids = np.zeros((batch, slots), np.int32)
     padding = np.full(batch, length - 1, np.int32)
     for i, row in enumerate(rows):
         padding[i] = length - len(row.ids)
         token_ids[i, padding[i] : length] = row.ids
-    return token_ids, padding, length
+    return token_ids, padding
 
 
 def fill_cache(
@@ -204,18 +205,18 @@ class GenerationRun:
         self._slots = cache_slots(config, length + spare, len(rows))
         self._step = 0
         batch = bucket(len(rows), 1)
-        token_ids, padding, _ = left_padded(rows, batch, self._slots)
+        token_ids, padding = left_padded(rows, length, batch, self._slots)
         self._request = make_request(job, rows, padding, limits, length - generated)
         top = min(_TOP_COLUMNS, config.vocab_size) if job.top_logprobs else 0
-        self.progress = begin(token_ids, self._request.limits, length, top)
-        self._params = params_for_inference(job.model, job.weights or job.precision.compute_dtype)
+        self.progress = initial_progress(token_ids, self._request.limits, length, top)
+        self._params = params_for_inference(job.model, job.weights)
         if job.contrast is not None:
             self._cache, self._hidden = self._contrasted(job.contrast)
         else:
             self._cache = self._prompts(job.model.config, self._params, rows)
         if job.speculation and job.speculation.draft is not None:
             draft = job.speculation.draft
-            self._draft_params = params_for_inference(draft, job.weights or job.precision.compute_dtype)
+            self._draft_params = params_for_inference(draft, job.weights)
             self._draft_cache = self._prompts(draft.config, self._draft_params, rows)
 
     def _prompts(self, config: GPT2Config, params: InferenceParams, rows: Sequence[Row]) -> Cache:

@@ -49,6 +49,11 @@ def inference_precision(dtype: str | None = None, *, backend: str | None = None)
     return precision(dtype, backend=backend)
 
 
+def weight_dtype(dtype: str | None, precision: Precision) -> jnp.dtype:
+    """Of the weights of matrix products, where `inference_precision` was given `dtype`."""
+    return jnp.dtype(jnp.int8) if dtype == "int8" else precision.compute_dtype
+
+
 # ---- the weights ----
 
 

@@ -18,9 +18,19 @@ import jax.numpy as jnp
 
 from gpt2jax.cache import Cache
 from gpt2jax.config import GPT2Config
-from gpt2jax.decoding import Processor, Progress, Request, choose, context_of, record_scores, running, step
+from gpt2jax.decoding import (
+    Processor,
+    Progress,
+    Request,
+    choose,
+    context_of,
+    record_scores,
+    repeat_request,
+    running,
+    step,
+)
 from gpt2jax.inference import InferenceParams, forward_cached, next_logits
-from gpt2jax.penalties import Context, Penalties, common_suffix
+from gpt2jax.penalties import Context, common_suffix
 from gpt2jax.precision import Precision
 
 # a guess by lookup wants this many equal tokens in front of it, and looks at no more than that
@@ -32,11 +42,11 @@ class Guess(NamedTuple):
 
     Attributes:
         token_ids: [1, K] int32.
-        count: scalar int32, how many of them are guesses at all.
+        found: scalar bool, whether they are guesses at all.
     """
 
     token_ids: jax.Array
-    count: jax.Array
+    found: jax.Array
 
 
 def look_up(context: Context, size: int) -> Guess:
@@ -46,7 +56,7 @@ def look_up(context: Context, size: int) -> Guess:
 
     Args:
         context: one text, [1, S].
-        size: K, most tokens to guess.
+        size: K, tokens to guess.
     """
     slots = jnp.arange(context.token_ids.shape[1])
     length = common_suffix(context, _LONGEST)
@@ -55,7 +65,7 @@ def look_up(context: Context, size: int) -> Guess:
     found = length[place] > 0
     period = jnp.maximum(context.end[0] - place, 1)
     guess = jnp.take(context.token_ids, place + jnp.arange(size) % period, axis=1, mode="clip")
-    return Guess(guess, jnp.where(found, size, 0).astype(jnp.int32))
+    return Guess(guess, found)
 
 
 @functools.partial(
@@ -73,7 +83,7 @@ def decode_with_lookup(
     precision: Precision,
     processor: Processor | None = None,
 ) -> tuple[Cache, Progress]:
-    """As `decoding.decode` for one row, with guesses from the text itself, at most `size` at a time.
+    """As `decoding.decode` for one row, with guesses from the text itself, `size` at a time.
 
     The cache has at least `size` slots more than the text will need; up to so many tokens may come behind `until`.
     """
@@ -90,7 +100,7 @@ def decode_with_lookup(
     def body(carry):
         # where there is no guess, one token at a time is cheaper
         cache, progress, guess = jax.lax.while_loop(
-            lambda carry: running(carry[1], until) & (carry[2].count == 0), plain, carry
+            lambda carry: running(carry[1], until) & ~carry[2].found, plain, carry
         )
         cache, progress = verify(params, cache, progress, request, guess, until, **static)
         return cache, progress, look(progress)
@@ -141,7 +151,7 @@ def decode_with_draft(
         )
         guess = jax.lax.dynamic_slice_in_dim(ahead.token_ids, progress.slot, size, axis=1)
         cache, progress = verify(
-            params, cache, progress, request, Guess(guess, jnp.int32(size)), until, **static
+            params, cache, progress, request, Guess(guess, jnp.array(True)), until, **static
         )
         return cache, draft_cache, progress
 
@@ -166,7 +176,7 @@ def verify(
     inputs = jax.lax.dynamic_slice_in_dim(guessed, slot - 1, size + 1, axis=1)
     hidden, cache = forward_cached(params, config, inputs, cache, slot - 1, request.padding, precision)
     logits = next_logits(params, hidden[0], precision)  # [K + 1, V]
-    each = repeated(request, size + 1)
+    each = repeat_request(request, size + 1)
     context = context_of(progress._replace(token_ids=guessed), each)
     context = context._replace(
         token_ids=jnp.broadcast_to(guessed, (size + 1, guessed.shape[1])),
@@ -174,7 +184,7 @@ def verify(
     )
     tokens = choose(logits, context, each, processor=processor)
 
-    right = (tokens[:-1] == guess.token_ids[0]) & (jnp.arange(size) < guess.count)
+    right = (tokens[:-1] == guess.token_ids[0]) & guess.found
     agreed = jnp.cumprod(right.astype(jnp.int32)).sum()
     stops = (tokens[:, None] == request.stop_ids).any(-1)
     first_stop = jnp.where(stops.any(), jnp.argmax(stops), size + 1)
@@ -187,23 +197,7 @@ def verify(
         lengths=lengths,
         done=progress.done | stopped,
         slot=slot + new,
-        drafted=progress.drafted + jnp.where(new > 0, guess.count, 0),
+        drafted=progress.drafted + jnp.where((new > 0) & guess.found, size, 0),
         accepted=progress.accepted + used,
     )
     return cache, progress
-
-
-def repeated(request: Request, count: int) -> Request:
-    """The request of one row for `count` rows."""
-
-    def rows(x):
-        return jnp.broadcast_to(x, (count, *x.shape[1:]))
-
-    penalties = request.penalties
-    return request._replace(
-        padding=rows(request.padding),
-        limits=rows(request.limits),
-        seeds=rows(request.seeds),
-        filters=jax.tree.map(rows, request.filters),
-        penalties=Penalties(*[rows(x) for x in penalties[:-1]], penalties.bad_words),  # type: ignore[call-arg]
-    )

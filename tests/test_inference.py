@@ -18,8 +18,14 @@ from gpt2jax import inference
 from gpt2jax.cache import cache_bytes, grow_cache, init_cache
 from gpt2jax.config import PRESETS, GPT2Config
 from gpt2jax.decoding import Progress, decode
-from gpt2jax.generation_run import Job, begin, make_request
-from gpt2jax.inference import derive_params, inference_precision, next_logits, params_for_inference
+from gpt2jax.generation_run import Job, initial_progress, make_request
+from gpt2jax.inference import (
+    derive_params,
+    inference_precision,
+    next_logits,
+    params_for_inference,
+    weight_dtype,
+)
 from gpt2jax.lora import LoRAConfig, init_adapters
 from gpt2jax.model import head_kernel, hidden_states, init_params, output_logits
 from gpt2jax.precision import precision
@@ -232,15 +238,15 @@ WIDE = GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=1000, n_positions=
 
 def begun(batch: int, slots: int) -> tuple[Progress, Any]:
     """Rows of one token that want five more."""
-    job = Job(model=None, stop_ids=[], bad_words=[], precision=F32)
+    job = Job(model=None, stop_ids=[], bad_words=[], precision=F32, weights=F32.compute_dtype)
     rows = [Row("", [1], 5, 0)] * batch
     request = make_request(job, rows, np.zeros(batch, np.int32), [5] * batch, 1)
-    return begin(np.ones((batch, slots), np.int32), request.limits, 1), request
+    return initial_progress(np.ones((batch, slots), np.int32), request.limits, 1), request
 
 
 def compiled_decode(batch, dtype) -> tuple[Any, Any]:
     config, narrow = WIDE, inference_precision(dtype, backend="cpu")
-    weights = dtype if dtype == "int8" else narrow.compute_dtype
+    weights = weight_dtype(dtype, narrow)
     params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=weights))
     cache = jax.eval_shape(lambda: init_cache(config, batch, 128, narrow.activation_dtype))
     progress, request = begun(batch, 128)

@@ -46,9 +46,8 @@ def beams_of_transformers(model, prompt: list[int], count: int, settings: dict[s
             output_scores=True,
             **settings,
         )
-    found = []
+    found, ended = [], settings.get("eos_token_id", [STOP])
     for row in output.sequences[:, len(prompt) :].tolist():
-        ended = settings.get("eos_token_id") or [STOP]
         at = next((i for i, token in enumerate(row) if token in ended), len(row))
         found.append(row[:at])
     return found, output.sequences_scores.numpy()
