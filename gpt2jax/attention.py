@@ -31,25 +31,28 @@ def lean_attention_takes(kind: str, config: GPT2Config, *, drops: bool) -> bool:
     return kind == "recompute" and not drops
 
 
-def lean_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: jnp.dtype, kind: str) -> jax.Array:
+def lean_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: jax.Array, dtype: jnp.dtype, kind: str
+) -> jax.Array:
     """q (scaled already), k, v [B, N, T, H] -> [B, N, T, H]; nothing of size T * T is kept for the backward pass.
 
     Args:
+        causal: `causal_mask` of T.
         dtype: of the operands; for cuDNN float16 or bfloat16. Softmax and sums are float32.
         kind: "cudnn", the kernel of NVIDIA's library, which never holds the scores at all; "recompute", anywhere: the
             backward pass computes scores and softmax again.
     """
     if kind == "recompute":
-        return _recomputed(q, k, v, dtype)
+        return _recomputed(q, k, v, causal, dtype)
     q, k, v = (x.swapaxes(1, 2).astype(dtype) for x in (q, k, v))
     y = jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True, implementation="cudnn")
     return y.swapaxes(1, 2)
 
 
-def _recomputed(q, k, v, dtype):
+def _recomputed(q, k, v, causal, dtype):
     @jax.checkpoint
     def attend(q, k, v):
-        scores = jnp.where(causal_mask(q.shape[2]), product("...th,...sh->...ts", q, k, dtype), MASKED)
+        scores = jnp.where(causal, product("...th,...sh->...ts", q, k, dtype), MASKED)
         return product("...ts,...sh->...th", jax.nn.softmax(scores, axis=-1), v, dtype)
 
     return attend(q.astype(dtype), k.astype(dtype), v.astype(dtype))

@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.precision import from_bits, to_bits
+
 _SLOPE, _CUBE = math.sqrt(2.0 / math.pi), 0.044715
 
 
@@ -33,11 +35,12 @@ def _gelu_forward(x, kept_dtype):
     tanh = _inner_tanh(wide)
     inner_slope = _SLOPE * (1.0 + 3.0 * _CUBE * wide * wide)
     derivative = 0.5 * (1.0 + tanh) + 0.5 * wide * (1.0 - tanh * tanh) * inner_slope
-    return (0.5 * wide * (1.0 + tanh)).astype(x.dtype), derivative.astype(kept_dtype)
+    return (0.5 * wide * (1.0 + tanh)).astype(x.dtype), to_bits(derivative.astype(kept_dtype))
 
 
 def _gelu_backward(kept_dtype, derivative, g):
-    return ((g.astype(jnp.float32) * derivative.astype(jnp.float32)).astype(g.dtype),)
+    derivative = from_bits(derivative, kept_dtype).astype(jnp.float32)
+    return ((g.astype(jnp.float32) * derivative).astype(g.dtype),)
 
 
 gelu_tanh.defvjp(_gelu_forward, _gelu_backward)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gpt2jax.distributed import cut_rows, rows_cut_in, whole
 from gpt2jax.model import output_logits
-from gpt2jax.precision import FLOAT32, Precision
+from gpt2jax.precision import FLOAT32, Precision, product_over_rows
 
 # the most logits held at once: 16 Mi float32 values are 64 MiB, and one chunk for a small vocabulary or batch
 MAX_LOGITS = 1 << 24
@@ -133,7 +133,8 @@ def _sums_forward(hidden, head, targets, weights, precision, extras):
     def chunk(carry, rows):
         sums, d_head = carry
         h, target, weight = rows
-        logits = output_logits(h, narrow_head, precision)
+        h = h.astype(dtype)
+        logits = product("cd,vd->cv", h, narrow_head)
         *losses, log_z = _losses(logits, target, extras)
         columns = jax.lax.broadcasted_iota(target.dtype, logits.shape, 1)
         probabilities = jnp.exp(logits - log_z[:, None])
@@ -144,7 +145,7 @@ def _sums_forward(hidden, head, targets, weights, precision, extras):
             wanted = wanted + label_smoothing / head.shape[0]
         d_logits = ((probabilities - wanted) * weight[:, None]).astype(dtype)
         d_hidden = product("cv,vd->cd", d_logits, narrow_head)
-        d_head = d_head + product("cv,cd->vd", d_logits, h.astype(dtype))
+        d_head = d_head + product_over_rows(d_logits, h, dtype)
         sums = tuple(total + (x * weight).sum() for total, x in zip(sums, losses, strict=True))
         return (sums, d_head), d_hidden
 
@@ -167,9 +168,12 @@ _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 def _softmax_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits [C, V] float32, targets [C] -> (nll [C], hit [C], log of the softmax's denominator [C])."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+    highest = logits.max(axis=-1)
+    ones = jnp.ones((logits.shape[-1], 1), jnp.float32)
+    total = jnp.matmul(jnp.exp(logits - highest[:, None]), ones, precision=jax.lax.Precision.HIGHEST)
+    log_z = jnp.log(total[:, 0]) + highest
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return log_z - target_logits, jnp.argmax(logits, axis=-1) == targets, log_z
+    return log_z - target_logits, target_logits >= highest, log_z
 
 
 def _map_chunks(function, rows, size):

@@ -25,7 +25,7 @@ from gpt2jax.config import GPT2Config
 from gpt2jax.distributed import cut_rows, cut_rows_and_width
 from gpt2jax.elementwise import gelu_tanh, layer_norm
 from gpt2jax.low_rank import adapted, with_scales
-from gpt2jax.precision import FLOAT32, Precision, matmul
+from gpt2jax.precision import FLOAT32, Precision, from_bits, matmul, to_bits
 
 Params = dict[str, Any]
 
@@ -146,9 +146,9 @@ class Attention(nnx.Module):
         kind = call.precision.attention
         drops = keys[1] is not None and self.config.attn_pdrop > 0
         if mask is None and cache is None and lean_attention_takes(kind, self.config, drops=drops):
-            y = lean_attention(q, k, v, dtype, kind)
+            y = lean_attention(q, k, v, call.causal, dtype, kind)
         else:
-            mask = causal_mask(x.shape[1]) if mask is None else mask
+            mask = call.causal if mask is None else mask
             scores = product("...th,...sh->...ts", q, k, dtype)
             scores = scores.reshape(*heads, *scores.shape[-2:])
             probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
@@ -251,21 +251,25 @@ class GPT2(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Head(config, rngs=rngs)
 
-    def embed(self, token_ids: jax.Array, positions: jax.Array, call: Call, key=None) -> jax.Array:
-        """Ids and positions, each [B, T] -> [B, T, D]."""
-        x = cut_rows_and_width(self.wte(token_ids) + self.wpe(positions))
+    def embed(self, tokens: jax.Array, positions: jax.Array, call: Call, key=None) -> jax.Array:
+        """Ids [B, T] or their embeddings [B, T, D], positions [B, T] -> [B, T, D]."""
+        x = self.wte(tokens) if tokens.ndim == 2 else tokens
+        x = cut_rows_and_width(x + self.wpe(positions))
         return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
 
-    def __call__(self, token_ids, positions, mask, call: Call, *, adapters=None, key=None) -> jax.Array:
-        """Ids, positions [B, T], mask [B or 1, 1, T, T] or None -> hidden states [B, T, D] after the last LayerNorm."""
+    def __call__(self, tokens, positions, mask, call: Call, *, adapters=None, key=None) -> jax.Array:
+        """Ids [B, T] or embeddings [B, T, D], positions [B, T], mask [B or 1, 1, T, T] or None -> hidden states [B, T, D] after the last LayerNorm."""
         embed_key, blocks_key = split_or_none(key, 2)
-        x = cut_rows(self.embed(token_ids, positions, call, embed_key))
+        x = cut_rows(self.embed(tokens, positions, call, embed_key))
         structure, stacked = nnx.split(self.h)
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, stacked)
+        if call.frozen:
+            stacked = jax.tree.map(to_bits, stacked)
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
 
         def block(x, layer):
             params, adapters, key, index = layer
-            module = nnx.merge(structure, params)
+            module = nnx.merge(structure, jax.tree.map(from_bits, params, dtypes))
             x, cache = module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
             return cut_rows(x), cache
 
@@ -280,10 +284,20 @@ class GPT2(nnx.Module):
 class Call:
     """What is the same for every layer of one call; modules take it, whoever walks the layers makes it."""
 
-    def __init__(self, precision: Precision, *, lora_dropout: float = 0.0, remat: str = "none"):
+    def __init__(
+        self,
+        precision: Precision,
+        *,
+        causal=None,
+        lora_dropout: float = 0.0,
+        remat: str = "none",
+        frozen: bool = False,
+    ):
         self.precision = precision
+        self.causal = causal  # [1, 1, T, T], for layers that are given no other mask
         self.lora_dropout = lora_dropout
         self.remat = remat
+        self.frozen = frozen
 
 
 def split_or_none(key: jax.Array | None, n: int):
@@ -342,6 +356,7 @@ def hidden_states(
     config: GPT2Config,
     token_ids: jax.Array,
     *,
+    token_embeddings: jax.Array | None = None,
     positions: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -351,6 +366,7 @@ def hidden_states(
     lora_scale: float | Params = 1.0,
     lora_dropout: float = 0.0,
     remat: str = "none",
+    frozen: bool = False,
 ) -> jax.Array:
     """The model up to the last LayerNorm.
 
@@ -358,6 +374,7 @@ def hidden_states(
         params: parameters, blocks stacked.
         config: their configuration.
         token_ids: [B, T] int.
+        token_embeddings: [B, T, D], their rows of the embedding, for a caller who differentiates by these.
         positions: [B, T] int, rows of the position table. Default: 0, 1, ... counted over real tokens, and anew in
             each segment.
         attention_mask: [B, T] bool, False = padding (left or right), which no token attends to.
@@ -367,6 +384,7 @@ def hidden_states(
         adapters: LoRA adapters, nested as `params`.
         lora_scale: of their output, `LoRAConfig.scales`; `lora_dropout` is that of their input.
         remat: one of `REMAT`: what the backward pass computes again, for less memory and the same result.
+        frozen: nobody differentiates by `params`; those of 16 bits are then read as they are on a CPU too.
 
     Returns:
         [B, T, D] in `precision.activation_dtype`.
@@ -381,18 +399,21 @@ def hidden_states(
         raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.n_positions}")
     if positions is None:
         positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
+    # made here and not in the layers, where XLA would keep it for every head of every row
+    causal = causal_mask(length)
     mask = None  # causal alone, for which there are kernels
     if attention_mask is not None:
-        mask = causal_mask(length) & attention_mask.astype(bool)[:, None, None, :]
+        mask = causal & attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:
-        mask = (causal_mask(length) if mask is None else mask) & (
+        mask = (causal if mask is None else mask) & (
             segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         )
-    call = Call(precision, lora_dropout=lora_dropout, remat=remat)
+    call = Call(precision, causal=causal, lora_dropout=lora_dropout, remat=remat, frozen=frozen)
     if adapters is not None:
         adapters = with_scales(adapters, lora_scale, config.n_layer)
     module = nnx.merge(structure(config), params)
-    return module(token_ids, positions, mask, call, adapters=adapters, key=dropout_key)
+    tokens = token_ids if token_embeddings is None else token_embeddings
+    return module(tokens, positions, mask, call, adapters=adapters, key=dropout_key)
 
 
 def _default_positions(shape, attention_mask, segment_ids) -> jax.Array:

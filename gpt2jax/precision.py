@@ -46,7 +46,7 @@ def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
         raise ValueError(f"compute_dtype={compute_dtype!r} is not known; known: {', '.join(COMPUTE_DTYPES)}")
     narrow = jnp.dtype(compute_dtype)
     backend = backend or jax.default_backend()
-    attention = "xla" if backend == "cpu" else "recompute"
+    attention = "recompute"
     if backend in ("gpu", "cuda") and narrow.itemsize == 2:
         attention = "cudnn"
     return Precision(narrow, jnp.dtype(jnp.float32) if backend == "cpu" else narrow, attention)
@@ -83,6 +83,21 @@ def _product(a: jax.Array, b: jax.Array, dimensions, compute_dtype: jnp.dtype) -
     )
 
 
+def to_bits(x: jax.Array) -> jax.Array:
+    """A 16-bit float as uint16, anything else as it is.
+
+    What a loop slices or stacks should be such bits: XLA:CPU widens arrays of 16-bit floats for that, whole ones, and
+    then keeps the wide copy.
+    """
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+
+
+def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The array of `dtype` that `to_bits` was given."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
 class _Dtype:
@@ -92,17 +107,31 @@ class _Dtype:
 
 
 def _matmul_forward(x, w, compute_dtype):
-    saved = (x.astype(compute_dtype), w.astype(compute_dtype), _Dtype(x.dtype), _Dtype(w.dtype))
+    # the weight as it came: narrow copies of all layers would be kept from one pass to the other
+    saved = (to_bits(x.astype(compute_dtype)), w, _Dtype(x.dtype))
     return _plain_matmul(x, w, compute_dtype), saved
 
 
 def _matmul_backward(compute_dtype, saved, g):
-    x, w, x_dtype, w_dtype = saved
-    g = g.astype(compute_dtype)
-    rows = tuple(range(x.ndim - 1))
+    x, w, x_dtype = saved
+    x, g = from_bits(x, compute_dtype), g.astype(compute_dtype)
     dx = _product(g, w, (((g.ndim - 1,), (1,)), ((), ())), compute_dtype)
-    dw = _product(x, g, ((rows, rows), ((), ())), compute_dtype)
-    return dx.astype(x_dtype.dtype), dw.astype(w_dtype.dtype)
+    return dx.astype(x_dtype.dtype), product_over_rows(x, g, compute_dtype).astype(w.dtype)
+
+
+def product_over_rows(a: jax.Array, b: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
+    """a [..., K], b [..., M] -> [K, M] float32: the sum over all rows of their outer products.
+
+    XLA:CPU takes 16-bit operands for this only where the rows have two axes (of one it makes float32 copies of both
+    and multiplies those), and float32 operands faster where they have one.
+    """
+    if compute_dtype.itemsize == 2:
+        rows = (2, -1) if a.ndim == 2 and len(a) % 2 == 0 else a.shape[:-1]
+    else:
+        rows = (-1,)
+    a, b = (x.reshape(*rows, x.shape[-1]) for x in (a, b))
+    axes = tuple(range(a.ndim - 1))
+    return _product(a, b, ((axes, axes), ((), ())), compute_dtype)
 
 
 _matmul = jax.custom_vjp(_plain_matmul, nondiff_argnums=(2,))

@@ -52,4 +52,5 @@ def test_a_layer_keeps_two_arrays_of_the_mlps_width(name, wide):
     leaves = jax.tree.leaves(jax.eval_shape(kept, abstract_params(TINY), ids))
     rows = [leaf for leaf in leaves if leaf.shape == (TINY.n_layer, 2, 16, TINY.mlp_dim)]
     # GELU's derivative and the second product's operand
-    assert [leaf.dtype for leaf in rows] == [jnp.dtype(name)] * wide
+    kept_dtype = {"float32": jnp.float32, "bfloat16": jnp.uint16}[name]  # as bits: see precision.to_bits
+    assert [leaf.dtype for leaf in rows] == [kept_dtype] * wide

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gpt2jax.attention import product
 from gpt2jax.config import GPT2Config
 from gpt2jax.data.batches import Batch
 from gpt2jax.data.documents import Documents
@@ -23,7 +24,7 @@ from gpt2jax.evaluation.sums import TokenScores
 from gpt2jax.evaluation.windows import Windows, bucketed_batch_size, row_batches, study_batches
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model import Params, head_kernel, hidden_states
-from gpt2jax.precision import Precision, matmul, precision
+from gpt2jax.precision import Precision, from_bits, precision, to_bits
 
 # logits held at once on each device: of so many ids for so many rows, 32 MiB at most. On a CPU blocks of the vocabulary
 # take half the time of blocks of rows, which read the whole head for each
@@ -80,7 +81,13 @@ def _token_scores(params, tokens, targets, mask=None, *, config: GPT2Config, num
         # positions run on over padding, as in Keras; padding is on the right, so no other figure depends on it
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden = hidden_states(
-            params["body"], config, tokens, positions=positions, attention_mask=mask, precision=numerics
+            params["body"],
+            config,
+            tokens,
+            positions=positions,
+            attention_mask=mask,
+            precision=numerics,
+            frozen=True,
         )
         return head_scores(hidden, params["head"], targets, numerics, config.vocab_size)
 
@@ -97,7 +104,7 @@ def head_scores(
 
     Args:
         hidden: [B, T, D] after the last LayerNorm.
-        head: [blocks, block, D] from `head_blocks`.
+        head: [blocks, block, D] from `head_blocks`, in the dtype of `numerics` or as its bits.
         targets: [B, T] int.
         numerics: dtypes of the product; softmax and loss are float32.
         vocab_size: V; rows of the head from there on are filling.
@@ -131,13 +138,14 @@ def _row_scores(x, labels, head, numerics: Precision, vocab_size: int):
     block = head.shape[1]
     x = x.astype(numerics.compute_dtype)
     # the label's own logit first: the others are counted against it
-    own = (x.astype(jnp.float32) * head.reshape(-1, head.shape[2])[labels].astype(jnp.float32)).sum(-1)
+    own_rows = from_bits(head.reshape(-1, head.shape[2])[labels], numerics.compute_dtype)
+    own = (x.astype(jnp.float32) * own_rows.astype(jnp.float32)).sum(-1)
 
     def step(carry, part):
         top, total, rank = carry
         rows, start = part
         ids = start + jnp.arange(block)
-        logits = matmul(x, rows.T, numerics.compute_dtype)
+        logits = product("cd,vd->cv", x, from_bits(rows, numerics.compute_dtype), numerics.compute_dtype)
         logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
         higher = jnp.maximum(top, logits.max(axis=-1))
         total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[:, None]).sum(axis=-1)
@@ -154,12 +162,12 @@ def _row_scores(x, labels, head, numerics: Precision, vocab_size: int):
 
 
 def head_blocks(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[V, D] -> [blocks, block, D] in `dtype`, filled up with zeros."""
+    """[V, D] -> [blocks, block, D] in `dtype` (`to_bits`), filled up with zeros."""
     vocab_size, dim = head.shape
     block = min(VOCABULARY_BLOCK, vocab_size)
     blocks = math.ceil(vocab_size / block)
     filled = jnp.pad(head.astype(dtype), ((0, blocks * block - vocab_size), (0, 0)))
-    return filled.reshape(blocks, block, dim)
+    return to_bits(filled.reshape(blocks, block, dim))
 
 
 def score_windows(

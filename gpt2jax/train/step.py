@@ -109,12 +109,13 @@ def make_train_step(
     accuracy, tokens, grad_norm, and for float16 loss_scale and skipped (steps so far).
     """
 
-    def loss_sum(trainable, frozen, batch, key, scale):
+    def loss_sum(trainable, token_embeddings, frozen, batch, key, scale):
         params, adapters = (join(trainable, frozen), None) if lora is None else (frozen, trainable)
         hidden = hidden_states(
             params,
             config,
             batch["tokens"],
+            token_embeddings=token_embeddings,
             segment_ids=batch.get("segment_ids"),
             precision=precision,
             dropout_key=key,
@@ -122,6 +123,7 @@ def make_train_step(
             lora_scale=lora.scales(config.n_layer) if lora else 1.0,
             lora_dropout=lora.dropout if lora else 0.0,
             remat=remat,
+            frozen=lora is not None,
         )
         total, sums = cross_entropy(
             hidden,
@@ -134,7 +136,19 @@ def make_train_step(
         )
         return total * scale, sums
 
-    gradient = jax.grad(loss_sum, has_aux=True)
+    def gradient(trainable, frozen, batch, key, scale):
+        """Gradient of the loss sum, and the sums."""
+        if lora is not None or "wte" not in trainable:
+            return jax.grad(loss_sum, has_aux=True)(trainable, None, frozen, batch, key, scale)
+        # left to the lookup, its gradient would be a second one of the whole table, of zeros for the most part
+        table, tokens = trainable["wte"]["embedding"], batch["tokens"]
+        looked_up = jnp.take(table, tokens, axis=0, mode="clip")
+        gradients, sums = jax.grad(loss_sum, argnums=(0, 1), has_aux=True)(
+            trainable, looked_up, frozen, batch, key, scale
+        )
+        trainable_gradient, of_rows = gradients
+        of_table = trainable_gradient["wte"]["embedding"].at[tokens].add(of_rows, mode="drop")
+        return trainable_gradient | {"wte": {"embedding": of_table}}, sums
 
     def summed_gradient(trainable, frozen, batch, key, scale):
         """Gradient of the loss sum and the sums, over all parts of the batch."""
