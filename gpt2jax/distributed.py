@@ -75,7 +75,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def leaf_sharding(path, leaf):
-        return NamedSharding(mesh, _spec(_names(path), leaf.shape, mesh))
+        return NamedSharding(mesh, _spec(path, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
@@ -159,7 +159,7 @@ def cut_by_role(tree: Any) -> Any:
         return tree
 
     def cut(path, leaf):
-        return jax.lax.with_sharding_constraint(leaf, _spec(_names(path), leaf.shape, mesh))
+        return jax.lax.with_sharding_constraint(leaf, _spec(path, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(cut, tree)
 
@@ -176,9 +176,14 @@ def _constrain(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def _spec(names: list[str], shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
-    """How an array of this name and shape is cut."""
+def _spec(
+    path: Sequence[Any], shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh
+) -> PartitionSpec:
+    """How the array of this shape at this place of a tree is cut."""
+    names = _names(path)
     role = _ROLES.get(".".join(names[-2:])) or _ROLES.get(names[-1] if names else "")
+    if role is not None and path[-1] == jax.tree_util.GetAttrKey("scale"):
+        role = role[-1:]  # of a rounded kernel, whose values are cut as a plain one: a number for each output
     if role is None or len(shape) < len(role):
         return PartitionSpec()
     leading = (None,) * (len(shape) - len(role))
@@ -192,5 +197,8 @@ def _spec(names: list[str], shape: tuple[int, ...], mesh: Mesh | jax.sharding.Ab
 
 
 def _names(path: Sequence[Any]) -> list[str]:
-    """The dict keys of a tree path; optax wraps them in tuples and named tuples, which have no names of ours."""
+    """The dict keys of a tree path; optax wraps them in tuples and named tuples, which have no names of ours.
+
+    Nor have the arrays of a rounded kernel: they go by its name.
+    """
     return [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]

@@ -23,12 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.config import GPT2Config
-from gpt2jax.low_rank import column_lengths, merged_kernel, updated_kernel, with_scales
+from gpt2jax.low_rank import column_lengths, merged_kernel, output_part, updated_kernel, with_scales
 from gpt2jax.model import Params, abstract_params
+from gpt2jax.quantized import quantized
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 # the three parts of attn.c_attn's output, each as a linear of its own
 SLICES = ("attn.q", "attn.k", "attn.v")
+BASE_DTYPES = ("float32", "bfloat16", "int8")
 
 Number = TypeVar("Number", int, float)
 Pattern = tuple[tuple[str, Number], ...]
@@ -116,7 +118,7 @@ def init_adapters(
         config: of the model.
         lora: settings.
         seed: of `lora_a`.
-        params: the model's parameters, needed for DoRA.
+        params: the parameters that the adapters stand on, needed for DoRA.
     """
     blocks = abstract_params(config)["h"]
     key = jax.random.key(seed)
@@ -140,6 +142,27 @@ def init_adapters(
         module, linear = target.split(".")
         adapters.setdefault(module, {})[linear] = adapter
     return {"h": adapters}
+
+
+def base_params(params: Params, dtype: str | None) -> Params:
+    """The frozen parameters that adapters are trained on.
+
+    Args:
+        params: plain parameters, which stay as they are; what need not change is shared.
+        dtype: one of `BASE_DTYPES`, of all matrices; biases and LayerNorms are float32. "int8" rounds the kernels of
+            the blocks to `QuantizedKernel`, and embeddings and the head to bfloat16. None: as the parameters are.
+    """
+    if dtype is None:
+        return params
+
+    def convert(path, leaf):
+        name = path[-1].key
+        if dtype == "int8" and path[0].key == "h" and name == "kernel":
+            return quantized(leaf)
+        matrix = name in ("kernel", "embedding")
+        return jnp.asarray(leaf, "bfloat16" if matrix and dtype != "float32" else "float32")
+
+    return jax.tree_util.tree_map_with_path(convert, params)
 
 
 def merge_adapters(params: Params, adapters: Params, lora: LoRAConfig) -> Params:
@@ -171,10 +194,9 @@ def kernel_of(blocks: Params, target: str) -> Any:
     if target not in SLICES:
         return blocks[module][linear]["kernel"]
     kernel = blocks["attn"]["c_attn"]["kernel"]
-    width = kernel.shape[-1] // 3
     if isinstance(kernel, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((*kernel.shape[:-1], width), kernel.dtype)
-    return kernel[..., SLICES.index(target) * width :][..., :width]
+        return jax.ShapeDtypeStruct((*kernel.shape[:-1], kernel.shape[-1] // 3), kernel.dtype)
+    return output_part(kernel, SLICES.index(target), len(SLICES))
 
 
 def _change_kernels(

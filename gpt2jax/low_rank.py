@@ -17,15 +17,17 @@ import jax
 import jax.numpy as jnp
 
 from gpt2jax.precision import matmul
+from gpt2jax.quantized import QuantizedKernel
 
 Adapter = dict[str, jax.Array]
+Kernel = jax.Array | QuantizedKernel
 
 
 def adapted(
     y: jax.Array,
     x: jax.Array,
     dropped: jax.Array,
-    kernel: jax.Array,
+    kernel: Kernel,
     adapter: Adapter | tuple[Adapter | None, ...],
     dtype: jnp.dtype,
 ) -> jax.Array:
@@ -40,8 +42,12 @@ def adapted(
         dtype: of the products.
     """
     if isinstance(adapter, tuple):
-        parts = zip(*(jnp.split(z, len(adapter), axis=-1) for z in (y, kernel)), adapter, strict=True)
-        outputs = [y if a is None else adapted(y, x, dropped, k, a, dtype) for y, k, a in parts]
+        count = len(adapter)
+        outputs = jnp.split(y, count, axis=-1)
+        for index, own in enumerate(adapter):
+            if own is not None:
+                part = output_part(kernel, index, count)
+                outputs[index] = adapted(outputs[index], x, dropped, part, own, dtype)
         return jnp.concatenate(outputs, axis=-1)
     update = matmul(matmul(dropped, adapter["lora_a"], dtype), adapter["lora_b"], dtype) * adapter["scale"]
     if "magnitude" not in adapter:
@@ -53,6 +59,16 @@ def adapted(
     return y + (ratio - 1.0) * plain + ratio * update
 
 
+def output_part(kernel: Kernel, index: int, count: int) -> Any:
+    """Of a kernel [..., in, out] the columns of one of `count` equal parts of the output."""
+
+    def columns(z):
+        width = z.shape[-1] // count
+        return z[..., index * width : (index + 1) * width]
+
+    return jax.tree.map(columns, kernel)  # every array of a kernel ends in the outputs
+
+
 def merged_kernel(kernel: jax.Array, adapter: Adapter) -> jax.Array:
     """The kernel that computes what `kernel` with its adapter computes; summed in float32, in the kernel's dtype."""
     total = updated_kernel(kernel, adapter)
@@ -61,14 +77,14 @@ def merged_kernel(kernel: jax.Array, adapter: Adapter) -> jax.Array:
     return total.astype(kernel.dtype)
 
 
-def updated_kernel(kernel: jax.Array, adapter: Adapter, sign: float = 1.0) -> jax.Array:
+def updated_kernel(kernel: Kernel, adapter: Adapter, sign: float = 1.0) -> jax.Array:
     """kernel + scale * lora_a @ lora_b in float32."""
     factors = (adapter[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
     update = jnp.einsum("...ir,...ro->...io", *factors, precision=jax.lax.Precision.HIGHEST)
     return kernel.astype(jnp.float32) + sign * adapter["scale"][..., None, None] * update
 
 
-def column_lengths(kernel: jax.Array) -> jax.Array:
+def column_lengths(kernel: Kernel) -> jax.Array:
     """[..., in, out] -> [..., out] float32: the Euclidean length of each output's weights."""
     return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(axis=-2))
 

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.quantized import QuantizedKernel, quantized_matmul
 from gpt2jax.streamed import StreamedKernel, streamed_matmul
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -55,16 +56,21 @@ def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
 FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
 
 
-def matmul(x: jax.Array, w: jax.Array | StreamedKernel, compute_dtype: jnp.dtype) -> jax.Array:
+def matmul(
+    x: jax.Array, w: jax.Array | StreamedKernel | QuantizedKernel, compute_dtype: jnp.dtype
+) -> jax.Array:
     """x [..., K] @ w [K, M] -> [..., M] float32, with both operands in `compute_dtype` and float32 sums.
 
-    A weight as decoding streams it has its own dtype, whatever `compute_dtype` says, and no gradient.
+    A weight as decoding streams it has its own dtype, whatever `compute_dtype` says, and no gradient; one that adapters
+    stand on in int8 has none either.
 
     The gradient casts the incoming cotangent to `compute_dtype` before both backward products: without its own rule
     they would run in float32.
     """
     if isinstance(w, StreamedKernel):
         return streamed_matmul(x, w)
+    if isinstance(w, QuantizedKernel):
+        return quantized_matmul(x, w, compute_dtype)
     return _matmul(x, w, compute_dtype)
 
 

@@ -3,9 +3,9 @@
 The numbers of an output channel lie together. XLA's products with one to some dozens of rows read that layout up to
 three times as fast on a CPU as [in, out], and no slower elsewhere; the output head of a GPT-2 has it already.
 
-With 8 bits a weight has one scale for each channel: it is rounded once, to nearest, so that the largest magnitude of
-each channel becomes 127. The operand is rounded the same way for each row and each product ("dynamic" quantization), so
-both sides are integers and the sums are exact; only the two roundings lose anything.
+With 8 bits a weight has one scale for each channel and is rounded once (quantized.py). The operand is rounded the same
+way for each row and each product ("dynamic" quantization), so both sides are integers and the sums are exact; only the
+two roundings lose anything.
 
 Source: Dettmers et al. 2022, "LLM.int8()", section 2 (vector-wise quantization).
 """
@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_LARGEST = 127
+from gpt2jax.quantized import rounded
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
@@ -38,7 +38,7 @@ class StreamedKernel:
 def streamed(rows: jax.Array, dtype: jnp.dtype) -> StreamedKernel:
     """A weight given as [M, K], stored as `dtype`; a channel of zeros stays one."""
     if dtype == jnp.int8:
-        values, scale = _rounded(rows)
+        values, scale = rounded(rows, axis=-1)
         return StreamedKernel(values, scale[:, 0])
     return StreamedKernel(rows.astype(dtype))
 
@@ -53,7 +53,7 @@ def streamed_matmul(x: jax.Array, kernel: StreamedKernel) -> jax.Array:
     if kernel.scale is None:
         y = _product(rows.astype(kernel.values.dtype), kernel.values, jnp.float32)[:count]
     else:
-        values, scale = _rounded(rows)
+        values, scale = rounded(rows, axis=-1)
         y = _product(values, kernel.values, jnp.int32)[:count].astype(jnp.float32)
         y = y * (scale[:count] * kernel.scale)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -63,11 +63,3 @@ def _product(rows: jax.Array, values: jax.Array, result: jax.typing.DTypeLike) -
     exact = jax.lax.Precision.HIGHEST if values.dtype == jnp.float32 else None
     contracted = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(rows, values, contracted, precision=exact, preferred_element_type=result)
-
-
-def _rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [R, K] as int8, and the float32 scale [R, 1] of each row."""
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1.0) / _LARGEST
-    return jnp.round(x / scale).astype(jnp.int8), scale

@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 import tyro
 
 import gpt2jax
-from gpt2jax.cli import main
+from gpt2jax.cli import finetune, main
 from gpt2jax.cli.finetune import Options, finetune_config
 from gpt2jax.lora import LoRAConfig
 
@@ -76,6 +78,23 @@ def test_finished_run_repeats_from_its_checkpoint(run, texts, capsys):
     assert [g["text"] for g in after["generations"]] == [g["text"] for g in before["generations"]]
 
 
+def test_adapters_on_a_rounded_base(texts, tmp_path, monkeypatch):
+    """What is compared is the model in its own weights, back from the host, and the same with the adapters."""
+    compared = []
+    monkeypatch.setattr(
+        finetune, "_compare", lambda _, model, result, *rest: compared.append((model, result))
+    )
+    options = ["--data", str(texts), "--text-column", "body", *SHORT, "--lora", "--base-dtype", "int8"]
+    main(["finetune", *options, "--out", str(tmp_path / "run")])
+    ((model, result),) = compared
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.params))
+    base, trained = gpt2jax.load("gpt2-mini"), gpt2jax.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, model.params, base.params)
+    jax.tree.map(np.testing.assert_array_equal, result.model.params, trained.params)
+    jax.tree.map(np.testing.assert_array_equal, result.model.adapters, trained.adapters)
+    assert trained.adapters["h"]["attn"]["c_attn"]["lora_b"].any()
+
+
 def test_evaluate_and_compare(run, texts, tmp_path, capsys):
     data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--split", "test"]
     main(["evaluate", "--model", str(run), *data, "--out", str(tmp_path / "figures.json")])
@@ -112,8 +131,10 @@ def test_evaluate_into_a_folder(texts, tmp_path, capsys):
 
 def test_adapters_of_every_kind():
     words = "--lora --lora-rank 4 --lora-scaling rslora --dora --lora-targets attn.q mlp.* --lora-ranks h.3.mlp.c_fc=2"
+    words += " --base-dtype int8"
     options = tyro.cli(Options, args=words.split(), config=(tyro.conf.OmitArgPrefixes,))
-    assert finetune_config(options).lora == LoRAConfig(
+    config = finetune_config(options)
+    assert config.base_dtype == "int8" and config.lora == LoRAConfig(
         4, targets=("attn.q", "mlp.*"), use_rslora=True, use_dora=True, rank_pattern={"h.3.mlp.c_fc": 2}
     )
 

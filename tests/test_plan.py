@@ -22,15 +22,34 @@ SMALL = GPT2Config(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4)])
-def test_estimate_is_within_a_tenth_of_what_is_compiled(lora):
-    train = FinetuneConfig(batch_size=16, lora=lora)  # in 16 bits XLA:CPU keeps float32 copies as well
+@pytest.mark.parametrize(
+    ("lora", "base_dtype"), [(None, None), (LoRAConfig(rank=4), None), (LoRAConfig(rank=4), "int8")]
+)
+def test_estimate_is_within_a_tenth_of_what_is_compiled(lora, base_dtype):
+    train = FinetuneConfig(
+        batch_size=16, lora=lora, base_dtype=base_dtype
+    )  # in 16 bits XLA:CPU keeps float32 copies as well
     program = make_program(SMALL, train, "cpu")
     compiled = compile_program(program, make_mesh(devices=jax.devices()[:1]), "cpu").memory_analysis()
     memory = estimate_memory(program)
     arguments = memory.parameters + memory.optimizer + memory.batch
     assert arguments == pytest.approx(compiled.argument_size_in_bytes, rel=0.001)
     assert memory.total == pytest.approx(arguments + compiled.temp_size_in_bytes, rel=0.1)
+
+
+def test_a_narrow_base_is_counted_as_it_is_held():
+    """Two bytes a number, or one in the blocks and two in the embeddings; scales, biases and LayerNorms are few."""
+    lora, sizes = LoRAConfig(rank=4), {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        train = FinetuneConfig(batch_size=16, compute_dtype="bfloat16", lora=lora, base_dtype=dtype)
+        sizes[dtype] = estimate_memory(make_program(SMALL, train, "tpu"))
+    kernels, embeddings = 6 * 12 * 128**2, (512 + 128) * 128
+    wide, narrow, rounded = (sizes[dtype].parameters for dtype in ("float32", "bfloat16", "int8"))
+    assert wide - narrow == 2 * (kernels + embeddings)
+    assert narrow - rounded == kernels - 4 * 6 * 9 * 128
+    # with float32 parameters the backward pass has copies in 16 bits
+    assert sizes["float32"].activations - sizes["bfloat16"].activations == 2 * kernels
+    assert sizes["bfloat16"].activations == sizes["int8"].activations
 
 
 def test_devices_share_parameters_moments_and_rows():

@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(options: Options) -> None:
     """Loads, trains, compares, writes, and says where."""
+    import jax
     from rich.console import Console
 
     from gpt2jax.train.loop import finetune
@@ -119,6 +120,9 @@ def run(options: Options) -> None:
     )
     model = starting_model(options)
     console.print(f"[bold]model[/]  {model!r}", highlight=False)
+    if config.base_dtype is not None:  # what trains is a copy, and the device may have no room for both
+        model = model.merge_adapter()
+        model = dataclasses.replace(model, params=jax.device_get(model.params))
     result = finetune(
         model,
         train_texts,
@@ -129,6 +133,10 @@ def run(options: Options) -> None:
         overwrite=options.overwrite,
     )
     if options.compare:
+        if config.base_dtype is not None:
+            model = dataclasses.replace(model, params=jax.device_put(model.params))
+            trained = dataclasses.replace(result.model, params=model.params)
+            result = dataclasses.replace(result, model=trained)
         _compare(options, model, result, _plain(test_texts), _plain(train_texts), console)
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "adapter" if options.lora else "model"

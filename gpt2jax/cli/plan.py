@@ -33,6 +33,7 @@ class Options:
         lora: train low-rank adapters instead of all parameters.
         lora_rank: their rank.
         lora_targets: linears that get one.
+        base_dtype: of the frozen parameters under adapters: float32, bfloat16 or int8. Default: float32.
         fsdp: devices that share one copy of parameters and moments.
         tensor_parallel: devices that share the work of one row.
         utilisation: share of the device's peak FLOP/s that the tokens per second assume.
@@ -53,6 +54,7 @@ class Options:
     lora: bool = False
     lora_rank: int = 8
     lora_targets: tuple[str, ...] = ("attn.c_attn",)
+    base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     fsdp: int = 1
     tensor_parallel: int = 1
     utilisation: float = 0.4
@@ -116,6 +118,7 @@ def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
         "optimizer",
         "moments_dtype",
         "remat",
+        "base_dtype",
     )
     train = FinetuneConfig(
         **{name: getattr(options, name) for name in same},

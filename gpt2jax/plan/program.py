@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.distributed import BATCH_AXES, on_mesh, shardings
-from gpt2jax.lora import init_adapters
+from gpt2jax.lora import base_params, init_adapters
 from gpt2jax.losses import cross_entropy
 from gpt2jax.model import Params, abstract_params, head_kernel, hidden_states
 from gpt2jax.precision import Precision, precision
@@ -54,8 +54,8 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     trainable, frozen = params, None
     if train.lora is not None:
         lora = train.lora
-        trainable = jax.eval_shape(lambda p: init_adapters(model, lora, 0, params=p), params)
-        frozen = params
+        frozen = jax.eval_shape(lambda p: base_params(p, train.base_dtype), params)
+        trainable = jax.eval_shape(lambda p: init_adapters(model, lora, 0, params=p), frozen)
     optimizer = make_optimizer(train, train.steps or 1000)
 
     def start(trainable):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from gpt2jax.data.batches import LAYOUTS
-from gpt2jax.lora import LoRAConfig
+from gpt2jax.lora import BASE_DTYPES, LoRAConfig
 from gpt2jax.model import REMAT
 from gpt2jax.precision import COMPUTE_DTYPES
 
@@ -59,6 +59,10 @@ class FinetuneConfig:
         compute_dtype: operands of matrix products: "float32", "bfloat16", or "float16" (with dynamic loss scaling).
             Parameters, moments, softmax and loss are float32 always.
         lora: train low-rank adapters instead of the parameters; None: all parameters.
+        base_dtype: with `lora`, of the frozen parameters that are trained on: "float32", "bfloat16" (which saves on
+            accelerators only: XLA widens it on a CPU), or "int8", one byte for each weight of the blocks and bfloat16
+            for the embeddings. It is a copy: the result has the model's own parameters, for which a library call
+            best takes a model in the host's memory (`jax.device_get(model.params)`). None: the model's own.
         fsdp: devices that share one copy of parameters and moments, each holding a part. Devices that `fsdp` and
             `tensor_parallel` leave over are data parallel.
         tensor_parallel: devices that share the work of one row, each with some of the heads and of the mlp.
@@ -105,6 +109,7 @@ class FinetuneConfig:
     dropout: float | None = None
     compute_dtype: str = "float32"
     lora: LoRAConfig | None = None
+    base_dtype: str | None = None
     fsdp: int = 1
     tensor_parallel: int = 1
     seed: int = 0
@@ -159,6 +164,10 @@ class FinetuneConfig:
             ("remat", REMAT),
         ):
             self._check_known(name, getattr(self, name), known)
+        if self.base_dtype is not None:
+            self._check_known("base_dtype", self.base_dtype, BASE_DTYPES)
+            if self.lora is None:
+                raise ValueError(f"base_dtype={self.base_dtype!r} is for LoRA only; expected None")
         for name in ("freeze", "track"):
             value = getattr(self, name)
             names = (value,) if isinstance(value, str) else tuple(value)

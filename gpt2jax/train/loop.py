@@ -23,7 +23,7 @@ from gpt2jax.data.batches import Batches, check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
 from gpt2jax.distributed import batch_ways, gather, make_mesh, on_mesh, shard
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora import init_adapters
+from gpt2jax.lora import base_params, init_adapters
 from gpt2jax.model import Params
 from gpt2jax.precision import precision
 from gpt2jax.train.checkpoint import Best, Checkpoints
@@ -45,7 +45,8 @@ class Run:
     """What a fine-tuning gives.
 
     Attributes:
-        model: the trained model; with LoRA the given model and its adapters.
+        model: the trained model; with LoRA the given model and its adapters, its parameters as they were given
+            whatever `base_dtype` the adapters were trained on.
         history: one dict a logged step: step, loss (mean per token since the last entry, nats), accuracy, tokens
             (since the beginning), learning_rate, grad_norm, tokens_per_second, seconds; validation_loss and
             validation_accuracy where there was a validation; loss_scale and skipped with float16.
@@ -268,7 +269,8 @@ def with_dropout(config: GPT2Config, rate: float | None) -> GPT2Config:
 def _parts(model: LanguageModel, config: FinetuneConfig) -> tuple[Params, Params | None, Params | None]:
     """(trained parameters or adapters, what is frozen, mask of the former), as the training step takes them."""
     if config.lora is not None:
-        return init_adapters(model.config, config.lora, config.seed, params=model.params), model.params, None
+        base = base_params(model.params, config.base_dtype)
+        return init_adapters(model.config, config.lora, config.seed, params=base), base, None
     if not config.freeze:
         trained, frozen, mask = model.params, None, None
     else:

@@ -81,15 +81,19 @@ def same(runs: list[dict], reference: dict) -> None:
 
 @pytest.fixture(scope="module")
 def single() -> list[dict]:
-    return result(start({"runs": [{}, {"lora": True}]}, 1))
+    return result(start({"runs": [{}, {"lora": True}, {"lora": True, "config": {"base_dtype": "int8"}}]}, 1))
 
 
 def test_meshes_of_eight_devices_train_as_one_device_does(single):
     meshes = [{}, {"fsdp": 8, "accumulation": 2}, {"fsdp": 4, "tensor_parallel": 2}, {"fsdp": 4}]
-    runs = [{"config": mesh} for mesh in meshes] + [{"lora": True, "config": {"fsdp": 2}}]
-    *full, lora = result(start({"runs": runs}, 8))
+    rounded = {"fsdp": 4, "tensor_parallel": 2, "base_dtype": "int8"}
+    runs = [{"config": mesh} for mesh in meshes] + [
+        {"lora": True, "config": c} for c in ({"fsdp": 2}, rounded)
+    ]
+    *full, lora, lora_of_int8 = result(start({"runs": runs}, 8))
     same(full, single[0])
     same([lora], single[1])
+    same([lora_of_int8], single[2])
 
 
 def test_two_processes_train_as_one_and_their_checkpoint_goes_on_with_one_device(single, tmp_path):

@@ -132,10 +132,16 @@ def test_stopped_in_the_first_step(model, whole, tmp_path):
     assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
 
 
-def test_adapters_dropout_loss_scale_and_parts(model, tmp_path):
+def test_adapters_on_a_rounded_base_dropout_loss_scale_and_parts(model, tmp_path):
     lora = LoRAConfig(rank=2, dropout=0.2)
     config = dataclasses.replace(
-        CONFIG, lora=lora, dropout=0.1, compute_dtype="float16", accumulation=2, steps=6
+        CONFIG,
+        lora=lora,
+        base_dtype="int8",
+        dropout=0.1,
+        compute_dtype="float16",
+        accumulation=2,
+        steps=6,
     )
     whole = train(model, config, tmp_path / "whole")
     assert whole.history[-1]["loss_scale"] > 1 and whole.history[-1]["skipped"] >= 0

@@ -59,6 +59,7 @@ def test_what_may_not_differ(path, model):
     assert "finetune.seed was 0, is 7" in refused(seed=7)
     assert "finetune.lora.rank was 8, is 4" in refused(lora=LoRAConfig(rank=4))
     assert "finetune.lora.rank was 8, is None" in refused(lora=None)
+    assert "finetune.base_dtype was None, is 'int8'" in refused(base_dtype="int8")
     assert "data.sha256" in refused(documents=tokenize_documents([[1, 2, 3], [4, 6]], None, vocab_size=101))
     # another model of the same shape under the same name
     other = dataclasses.replace(model, params=random_params(seed=1))

@@ -211,6 +211,7 @@ def test_learning_rate_by_size():
         ("patience", 0),
         ("lora_plus_ratio", 16.0),
         ("compute_dtype", "int8"),
+        ("base_dtype", "int8"),  # without adapters
         ("accumulation", 3),
         ("dropout", -0.1),
         ("seed", -1),
