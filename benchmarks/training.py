@@ -3,10 +3,11 @@
     python benchmarks/training.py                                # GPT-2 of 124 M parameters, 8 rows of 128 tokens
     python benchmarks/training.py --dtype bfloat16 --steps 3
     python benchmarks/training.py --lora --size tiny             # adapters, beside PEFT
+    python benchmarks/training.py --lora --only gpt2jax --base-dtype int8    # on a base of one byte a weight
 
 Each library runs in a process of its own, which stays idle while the others take their turn; what is not installed is
 named and left out. All start from random weights: how fast a step is does not depend on them. A step is forward,
-backward, clipping of the global norm and AdamW, without dropout.
+backward, clipping of the global norm and AdamW, without dropout. Peak memory is that from the first step on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from contenders import (
     Answer,
     backbone,
+    forget_peak,
     median,
     print_table,
     ratio,
@@ -51,12 +53,14 @@ def batch(config: GPT2Config, rows: int, length: int):
     return np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1))
 
 
-def gpt2jax_step(config: GPT2Config, rows: int, length: int, dtype: str, lora: bool) -> Step:
+def gpt2jax_step(
+    config: GPT2Config, rows: int, length: int, dtype: str, lora: bool, base_dtype: str | None = None
+) -> Step:
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from gpt2jax.lora import LoRAConfig, init_adapters
+    from gpt2jax.lora import LoRAConfig, base_params, init_adapters
     from gpt2jax.model import init_params
     from gpt2jax.precision import precision
     from gpt2jax.train.config import FinetuneConfig
@@ -78,7 +82,7 @@ def gpt2jax_step(config: GPT2Config, rows: int, length: int, dtype: str, lora: b
         "weights": np.ones((rows, length), np.float32),
     }
     inputs = jax.tree.map(jnp.asarray, inputs)
-    frozen = params if lora else None
+    frozen = base_params(params, base_dtype) if lora else None
 
     def run() -> None:
         nonlocal state
@@ -146,8 +150,10 @@ def contender(options: argparse.Namespace) -> tuple[Answer, Callable[[str], Answ
     """Makes a library's step; it runs as many as each line that comes says."""
     began = time.perf_counter()
     config = dataclasses.replace(SIZES[options.size], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    step = MAKERS[options.worker](config, options.rows, options.length, options.dtype, options.lora)
+    base = {"base_dtype": options.base_dtype} if options.worker == "gpt2jax" else {}
+    step = MAKERS[options.worker](config, options.rows, options.length, options.dtype, options.lora, **base)
     built = time.perf_counter() - began
+    forget_peak()  # making random weights can take more memory than training
     began = time.perf_counter()
     step()
     first = time.perf_counter() - began
@@ -183,6 +189,8 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> None:
             )
         )
     kind = f"LoRA rank {RANK}" if options.lora else "all parameters"
+    if options.base_dtype is not None:
+        kind += f" on a base of {options.base_dtype}"
     title = f"{options.size}, {options.rows} x {options.length} tokens, {options.dtype}, {kind}"
     columns = ("library", "tokens/s", "spread", "gpt2jax is", "peak memory, GB", "first step, s")
     print_table(title, columns, rows)
@@ -198,12 +206,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--lora", action="store_true", help=f"adapters of rank {RANK} on c_attn, beside PEFT")
+    parser.add_argument(
+        "--base-dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="with --lora: of gpt2jax's frozen parameters",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each library")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     parser.add_argument("--only", nargs="*", help="these libraries only")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(arguments)
+    if options.base_dtype is not None and not options.lora:
+        parser.error("--base-dtype is for --lora")
     if options.worker is None:
         compare(options, arguments)
         return
