@@ -19,6 +19,9 @@ from typing import Any
 
 Answer = dict[str, Any]
 
+# all contenders have what gpt2jax's commands give themselves; it makes no difference to the others
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 
 # ---- the benchmark's side ----
 
@@ -34,7 +37,7 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})},
+            env={**os.environ, **HUGE_PAGES, "TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})},
         )
 
     def ask(self, line: str | None = None) -> Answer:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.bits import Dtype, from_bits, to_bits
 from gpt2jax.config import GPT2Config
 
 # a finite value: a row that is masked throughout must stay finite, and -inf makes NaN in a softmax's gradient
 MASKED = -1e30
+
+# of long rows: their scores then fit a processor's cache
+QUERY_BLOCK = 256
 
 
 def causal_mask(length: int) -> jax.Array:
@@ -49,10 +53,47 @@ def lean_attention(
     return y.swapaxes(1, 2)
 
 
-def _recomputed(q, k, v, causal, dtype):
-    @jax.checkpoint
-    def attend(q, k, v):
-        scores = jnp.where(causal, product("...th,...sh->...ts", q, k, dtype), MASKED)
-        return product("...ts,...sh->...th", jax.nn.softmax(scores, axis=-1), v, dtype)
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    """Where blocks of queries begin and end. One needs the keys up to its end only: of long rows half is left out."""
+    return [(begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK)]
 
-    return attend(q.astype(dtype), k.astype(dtype), v.astype(dtype))
+
+def _probabilities(q, k, causal, dtype, begin, end):
+    """Of the queries from `begin` to `end`: [B, N, end - begin, end] float32."""
+    scores = product("...th,...sh->...ts", q[:, :, begin:end], k[:, :, :end], dtype)
+    return jax.nn.softmax(jnp.where(causal[:, :, begin:end, :end], scores, MASKED), axis=-1)
+
+
+def _attend(q, k, v, causal, dtype):
+    outputs = [
+        product("...ts,...sh->...th", _probabilities(q, k, causal, dtype, *block), v[:, :, : block[1]], dtype)
+        for block in _query_blocks(q.shape[2])
+    ]
+    return jnp.concatenate(outputs, axis=2)
+
+
+def _attend_forward(q, k, v, causal, dtype):
+    y = _attend(q, k, v, causal, dtype)
+    kept = tuple(to_bits(x.astype(dtype)) for x in (q, k, v))
+    return y, (*kept, causal, *(Dtype(x.dtype) for x in (q, k, v)))
+
+
+def _attend_backward(dtype, kept, g):
+    *operands, causal, q_dtype, k_dtype, v_dtype = kept
+    q, k, v = (from_bits(x, dtype) for x in operands)
+    # what a softmax's gradient takes off: the sum over keys of probability times its gradient, got without either
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for begin, end in _query_blocks(q.shape[2]):
+        rows, keys = (slice(None), slice(None), slice(begin, end)), (slice(None), slice(None), slice(0, end))
+        p = _probabilities(q, k, causal, dtype, begin, end)
+        dp = product("...th,...sh->...ts", g[rows], v[keys], dtype)
+        ds = p * (dp - (dp * p).sum(-1, keepdims=True))
+        dq.append(product("...ts,...sh->...th", ds, k[keys], dtype))
+        dk = dk.at[keys].add(product("...ts,...th->...sh", ds, q[rows], dtype))
+        dv = dv.at[keys].add(product("...ts,...th->...sh", p, g[rows], dtype))
+    dq = jnp.concatenate(dq, axis=2)
+    return dq.astype(q_dtype.dtype), dk.astype(k_dtype.dtype), dv.astype(v_dtype.dtype), None
+
+
+_recomputed = jax.custom_vjp(_attend, nondiff_argnums=(4,))
+_recomputed.defvjp(_attend_forward, _attend_backward)

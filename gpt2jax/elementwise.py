@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.precision import from_bits, to_bits
+from gpt2jax.bits import from_bits, to_bits
 
 _SLOPE, _CUBE = math.sqrt(2.0 / math.pi), 0.044715
 

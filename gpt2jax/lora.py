@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2jax.bits import kernel_bits
 from gpt2jax.config import GPT2Config
 from gpt2jax.low_rank import column_lengths, merged_kernel, output_part, updated_kernel, with_scales
 from gpt2jax.model import Params, abstract_params
@@ -152,15 +153,17 @@ def base_params(params: Params, dtype: str | None) -> Params:
         dtype: one of `BASE_DTYPES`, of all matrices; biases and LayerNorms are float32. "int8" rounds the kernels of
             the blocks to `QuantizedKernel`, and embeddings and the head to bfloat16. None: as the parameters are.
     """
-    if dtype is None:
-        return params
 
     def convert(path, leaf):
-        name = path[-1].key
-        if dtype == "int8" and path[0].key == "h" and name == "kernel":
-            return quantized(leaf)
-        matrix = name in ("kernel", "embedding")
-        return jnp.asarray(leaf, "bfloat16" if matrix and dtype != "float32" else "float32")
+        name, of_block = path[-1].key, path[0].key == "h"
+        if dtype is not None:
+            if name not in ("kernel", "embedding"):
+                return jnp.asarray(leaf, "float32")
+            if dtype == "int8" and of_block:
+                return quantized(leaf)
+            leaf = jnp.asarray(leaf, "bfloat16" if dtype == "int8" else dtype)
+        narrow = leaf.dtype.itemsize == 2
+        return kernel_bits(leaf) if narrow and of_block and name == "kernel" else leaf
 
     return jax.tree_util.tree_map_with_path(convert, params)
 

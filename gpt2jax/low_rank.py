@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.bits import KernelBits
 from gpt2jax.precision import matmul
 from gpt2jax.quantized import QuantizedKernel
 
 Adapter = dict[str, jax.Array]
-Kernel = jax.Array | QuantizedKernel
+Kernel = jax.Array | QuantizedKernel | KernelBits
 
 
 def adapted(

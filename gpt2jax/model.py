@@ -25,7 +25,7 @@ from gpt2jax.config import GPT2Config
 from gpt2jax.distributed import cut_rows, cut_rows_and_width
 from gpt2jax.elementwise import gelu_tanh, layer_norm
 from gpt2jax.low_rank import adapted, with_scales
-from gpt2jax.precision import FLOAT32, Precision, from_bits, matmul, to_bits
+from gpt2jax.precision import FLOAT32, Precision, matmul
 
 Params = dict[str, Any]
 
@@ -258,18 +258,18 @@ class GPT2(nnx.Module):
         return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
 
     def __call__(self, tokens, positions, mask, call: Call, *, adapters=None, key=None) -> jax.Array:
-        """Ids [B, T] or embeddings [B, T, D], positions [B, T], mask [B or 1, 1, T, T] or None -> hidden states [B, T, D] after the last LayerNorm."""
+        """Ids [B, T] or embeddings [B, T, D], positions [B, T], mask [B or 1, 1, T, T] or None -> hidden states.
+
+        They are [B, T, D], after the last LayerNorm.
+        """
         embed_key, blocks_key = split_or_none(key, 2)
         x = cut_rows(self.embed(tokens, positions, call, embed_key))
         structure, stacked = nnx.split(self.h)
-        dtypes = jax.tree.map(lambda leaf: leaf.dtype, stacked)
-        if call.frozen:
-            stacked = jax.tree.map(to_bits, stacked)
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
 
         def block(x, layer):
             params, adapters, key, index = layer
-            module = nnx.merge(structure, jax.tree.map(from_bits, params, dtypes))
+            module = nnx.merge(structure, params)
             x, cache = module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
             return cut_rows(x), cache
 
@@ -284,20 +284,11 @@ class GPT2(nnx.Module):
 class Call:
     """What is the same for every layer of one call; modules take it, whoever walks the layers makes it."""
 
-    def __init__(
-        self,
-        precision: Precision,
-        *,
-        causal=None,
-        lora_dropout: float = 0.0,
-        remat: str = "none",
-        frozen: bool = False,
-    ):
+    def __init__(self, precision: Precision, *, causal=None, lora_dropout: float = 0.0, remat: str = "none"):
         self.precision = precision
         self.causal = causal  # [1, 1, T, T], for layers that are given no other mask
         self.lora_dropout = lora_dropout
         self.remat = remat
-        self.frozen = frozen
 
 
 def split_or_none(key: jax.Array | None, n: int):
@@ -366,7 +357,6 @@ def hidden_states(
     lora_scale: float | Params = 1.0,
     lora_dropout: float = 0.0,
     remat: str = "none",
-    frozen: bool = False,
 ) -> jax.Array:
     """The model up to the last LayerNorm.
 
@@ -384,7 +374,6 @@ def hidden_states(
         adapters: LoRA adapters, nested as `params`.
         lora_scale: of their output, `LoRAConfig.scales`; `lora_dropout` is that of their input.
         remat: one of `REMAT`: what the backward pass computes again, for less memory and the same result.
-        frozen: nobody differentiates by `params`; those of 16 bits are then read as they are on a CPU too.
 
     Returns:
         [B, T, D] in `precision.activation_dtype`.
@@ -408,7 +397,7 @@ def hidden_states(
         mask = (causal if mask is None else mask) & (
             segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         )
-    call = Call(precision, causal=causal, lora_dropout=lora_dropout, remat=remat, frozen=frozen)
+    call = Call(precision, causal=causal, lora_dropout=lora_dropout, remat=remat)
     if adapters is not None:
         adapters = with_scales(adapters, lora_scale, config.n_layer)
     module = nnx.merge(structure(config), params)

@@ -7,11 +7,11 @@ the operands of matrix products (`compute_dtype`) and of the activations between
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.bits import Dtype, KernelBits, from_bits, to_bits
 from gpt2jax.quantized import QuantizedKernel, quantized_matmul
 from gpt2jax.streamed import StreamedKernel, streamed_matmul
 
@@ -57,12 +57,12 @@ FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
 
 
 def matmul(
-    x: jax.Array, w: jax.Array | StreamedKernel | QuantizedKernel, compute_dtype: jnp.dtype
+    x: jax.Array, w: jax.Array | StreamedKernel | QuantizedKernel | KernelBits, compute_dtype: jnp.dtype
 ) -> jax.Array:
     """x [..., K] @ w [K, M] -> [..., M] float32, with both operands in `compute_dtype` and float32 sums.
 
-    A weight as decoding streams it has its own dtype, whatever `compute_dtype` says, and no gradient; one that adapters
-    stand on in int8 has none either.
+    A weight as decoding streams it has its own dtype, whatever `compute_dtype` says, and no gradient; one in int8 or as
+    bits, that adapters stand on, has none either.
 
     The gradient casts the incoming cotangent to `compute_dtype` before both backward products: without its own rule
     they would run in float32.
@@ -74,11 +74,11 @@ def matmul(
     return _matmul(x, w, compute_dtype)
 
 
-def _plain_matmul(x: jax.Array, w: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
+def _plain_matmul(x: jax.Array, w: jax.Array | KernelBits, compute_dtype: jnp.dtype) -> jax.Array:
     return _product(x, w, (((x.ndim - 1,), (0,)), ((), ())), compute_dtype)
 
 
-def _product(a: jax.Array, b: jax.Array, dimensions, compute_dtype: jnp.dtype) -> jax.Array:
+def _product(a: jax.Array, b: jax.Array | KernelBits, dimensions, compute_dtype: jnp.dtype) -> jax.Array:
     highest = jax.lax.Precision.HIGHEST if compute_dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a.astype(compute_dtype),
@@ -89,32 +89,9 @@ def _product(a: jax.Array, b: jax.Array, dimensions, compute_dtype: jnp.dtype) -
     )
 
 
-def to_bits(x: jax.Array) -> jax.Array:
-    """A 16-bit float as uint16, anything else as it is.
-
-    What a loop slices or stacks should be such bits: XLA:CPU widens arrays of 16-bit floats for that, whole ones, and
-    then keeps the wide copy.
-    """
-    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
-
-
-def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The array of `dtype` that `to_bits` was given."""
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["dtype"])
-@dataclasses.dataclass(frozen=True)
-class _Dtype:
-    """A dtype as a pytree without leaves, so that a forward pass can save it for the backward pass."""
-
-    dtype: jnp.dtype
-
-
 def _matmul_forward(x, w, compute_dtype):
     # the weight as it came: narrow copies of all layers would be kept from one pass to the other
-    saved = (to_bits(x.astype(compute_dtype)), w, _Dtype(x.dtype))
+    saved = (to_bits(x.astype(compute_dtype)), w, Dtype(x.dtype))
     return _plain_matmul(x, w, compute_dtype), saved
 
 
@@ -122,7 +99,8 @@ def _matmul_backward(compute_dtype, saved, g):
     x, w, x_dtype = saved
     x, g = from_bits(x, compute_dtype), g.astype(compute_dtype)
     dx = _product(g, w, (((g.ndim - 1,), (1,)), ((), ())), compute_dtype)
-    return dx.astype(x_dtype.dtype), product_over_rows(x, g, compute_dtype).astype(w.dtype)
+    dw = None if isinstance(w, KernelBits) else product_over_rows(x, g, compute_dtype).astype(w.dtype)
+    return dx.astype(x_dtype.dtype), dw
 
 
 def product_over_rows(a: jax.Array, b: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:

@@ -1,6 +1,6 @@
 """Compare models on the same texts: the same as `gpt2jax compare`."""
 
-from gpt2jax.cli.compare import main
+from gpt2jax.cli import start
 
 if __name__ == "__main__":
-    main()
+    start("compare")

@@ -1,6 +1,6 @@
 """Convert weights from one format into another: the same as `gpt2jax convert`."""
 
-from gpt2jax.cli.convert import main
+from gpt2jax.cli import start
 
 if __name__ == "__main__":
-    main()
+    start("convert")

@@ -1,6 +1,6 @@
 """Loss and accuracy of a model on texts: the same as `gpt2jax evaluate`."""
 
-from gpt2jax.cli.evaluate import main
+from gpt2jax.cli import start
 
 if __name__ == "__main__":
-    main()
+    start("evaluate")

@@ -1,6 +1,6 @@
 """Continue prompts: the same as `gpt2jax generate`."""
 
-from gpt2jax.cli.generate import main
+from gpt2jax.cli import start
 
 if __name__ == "__main__":
-    main()
+    start("generate")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 # XLA:CPU cuts each program into 32 parts for as many compiler threads; with few cores that makes compiling take
 # twice as long. It is read once, when jax starts, so it is set before anything imports jax.
@@ -22,9 +25,36 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `gpt2jax NAME ...`."""
-    argv = sys.argv[1:] if argv is None else argv
+_HUGE_PAGES = "glibc.malloc.hugetlb"
+
+
+def start(*command: str) -> None:
+    """Entry point of a program: `main` of its arguments, behind those of `command`, with huge pages where there are any.
+
+    A training step on a CPU takes gigabytes from the system and gives them back each time. In pages of 2 MiB in place of
+    4 KiB that costs a tenth as much, a sixth of the step. The GNU C library asks for them only if it is told to when a
+    program starts, so the program is started anew, as the same process.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if _HUGE_PAGES not in tunables and _huge_pages_on_request():
+        settings = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
+        arguments = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, arguments, os.environ | {"GLIBC_TUNABLES": settings})
+    main([*command, *sys.argv[1:]])
+
+
+def _huge_pages_on_request() -> bool:
+    """Whether this system has huge pages for whoever asks, and an allocator that can be told to."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # another system than Linux, another C library
+        library = os.confstr("CS_GNU_LIBC_VERSION") or ""  # "glibc 2.36"
+        version = tuple(map(int, library.removeprefix("glibc ").split(".")))
+        asked = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        return version >= (2, 35) and "[madvise]" in asked
+    return False
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command that the arguments begin with."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: gpt2jax COMMAND [options]\n\ncommands:")
         for name, what in COMMANDS.items():

@@ -29,9 +29,8 @@ def run_command(
     """Parses the arguments into `options` and runs; a user's mistake is one line and exit code 2."""
     import tyro
 
-    arguments = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
     try:
-        run(arguments)
+        run(tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,)))
     except BrokenPipeError:  # the reader has seen enough; first, for it is a connection error as well
         sys.stderr.close()
         raise SystemExit(1) from None

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2jax.attention import product
+from gpt2jax.bits import from_bits, kernel_bits, to_bits
 from gpt2jax.config import GPT2Config
 from gpt2jax.data.batches import Batch
 from gpt2jax.data.documents import Documents
@@ -24,7 +25,7 @@ from gpt2jax.evaluation.sums import TokenScores
 from gpt2jax.evaluation.windows import Windows, bucketed_batch_size, row_batches, study_batches
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model import Params, head_kernel, hidden_states
-from gpt2jax.precision import Precision, from_bits, precision, to_bits
+from gpt2jax.precision import Precision, precision
 
 # logits held at once on each device: of so many ids for so many rows, 32 MiB at most. On a CPU blocks of the vocabulary
 # take half the time of blocks of rows, which read the whole head for each
@@ -66,7 +67,7 @@ def _scoring_params(params: Params, dtype: jnp.dtype) -> Params:
     """Kernels in the compute dtype, and the head apart from the embedding, in blocks."""
 
     def cast(path, x):
-        return x.astype(dtype) if path[-1].key == "kernel" else x
+        return kernel_bits(x.astype(dtype)) if path[-1].key == "kernel" else x
 
     body = {name: leaf for name, leaf in params.items() if name != "lm_head"}
     return {
@@ -87,7 +88,6 @@ def _token_scores(params, tokens, targets, mask=None, *, config: GPT2Config, num
             positions=positions,
             attention_mask=mask,
             precision=numerics,
-            frozen=True,
         )
         return head_scores(hidden, params["head"], targets, numerics, config.vocab_size)
 

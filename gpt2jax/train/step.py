@@ -123,7 +123,6 @@ def make_train_step(
             lora_scale=lora.scales(config.n_layer) if lora else 1.0,
             lora_dropout=lora.dropout if lora else 0.0,
             remat=remat,
-            frozen=lora is not None,
         )
         total, sums = cross_entropy(
             hidden,
