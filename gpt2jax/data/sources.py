@@ -11,6 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from gpt2jax.data.builtin import BUILTIN_NAMES, SPLITS, builtin_texts
+from gpt2jax.data.hub import (
+    DATA_VARIABLE,
+    PAPERS,
+    PAPERS_HUB_ID,
+    PAPERS_REVISION,
+    no_data_set,
+    paper_texts,
+    resolve_revision,
+    where_to_get,
+)
 from gpt2jax.data.readers import (
     COMPRESSIONS,
     DOCUMENTS,
@@ -22,13 +32,6 @@ from gpt2jax.data.readers import (
     row_texts,
     schema_columns,
 )
-
-# scientific_papers, the data of the study: the authors' archives, and the copy on the hub. That is a loading
-# script, which `datasets` runs no more; its Parquet conversion stands on a branch of its own.
-PAPERS = ("pubmed", "arxiv")
-PAPERS_HOME = "https://github.com/armancohan/long-summarization"
-PAPERS_HUB_ID, PAPERS_REVISION = "armanc/scientific_papers", "refs/convert/parquet"
-DATA_VARIABLE = "GPT2JAX_DATA"  # a folder where archives are looked for, besides the working folder
 
 # Data without splits of its own: 90 % train, 5 % validation, 5 % test.
 HELD_OUT = 0.05
@@ -85,7 +88,8 @@ def load_texts(
       is read as these; other ones are a single text, cut where `<|endoftext|>` stands (see `documents`);
     * a folder or .zip archive of such files, or a folder that `datasets` saved;
     * `"pubmed"`, `"arxiv"`: scientific_papers, the article bodies. From `pubmed-dataset.zip` or the folder
-      `pubmed-dataset` in the working folder or in `$GPT2JAX_DATA`, else from the hub;
+      `pubmed-dataset` in the working folder or in `$GPT2JAX_DATA`, else the Parquet files on the hub, of which
+      there must be as many texts as were published;
     * the id of a data set on the hub, `"owner/name"` or `"owner/name:configuration"`.
 
     Files belong to a split by their name (`train.jsonl`, `val-00000-of-00002.parquet`) or their folder's
@@ -100,7 +104,8 @@ def load_texts(
             `document`, or the only column with texts.
         limit: at most so many texts, the first ones.
         streaming: give an iterator that reads as it goes, instead of a list.
-        revision: branch, tag or commit of a data set on the hub.
+        revision: branch, tag or commit of a data set on the hub; all that is read is of one commit, see
+            `pin_revision`.
         documents: what a text is in plain .txt files: "file" (all between two end tokens), "paragraph"
             (between blank lines, too) or "line".
 
@@ -189,22 +194,29 @@ def _cut(text: str, split: str) -> str:
     return text[start:stop]
 
 
-def _open_source(
-    source: str, split: str, text_column: str | None, revision: str | None, documents: str, lazy: bool
-) -> Iterator[str]:
-    path = Path(source).expanduser()
-    if path.exists():
-        return _path_texts(path, split, text_column, documents)
-    if source in BUILTIN_NAMES:
-        if text_column is not None:
-            raise ValueError(f"{source} has no columns to choose text_column={text_column!r} from")
-        return itertools.chain.from_iterable(builtin_texts(source, part) for part in _parts(split))
+def pin_revision(source: str | os.PathLike[str], revision: str | None = None) -> str | None:
+    """The commit that is read of a data set on the hub: give it as `revision` to read the same again.
+
+    Args:
+        source: as for `load_texts`.
+        revision: commit, tag or branch. Default: the main branch, of pubmed and arxiv the one with Parquet files.
+
+    Returns:
+        40 hexadecimal digits; None for what is on this machine.
+
+    Raises:
+        ValueError: the source is nothing that is known, or not on the hub and a revision is given.
+        FileNotFoundError: there is no such file, data set or revision, or the hub does not answer.
+    """
+    source = os.fspath(source)
+    if revision is None and _archive(source):
+        return None
+    if Path(source).expanduser().exists() or source in BUILTIN_NAMES:
+        if revision is not None:
+            raise ValueError(f"{source} is not on the hub: it has no revision {revision!r}")
+        return None
     if source in PAPERS:
-        folders = [Path(), *filter(None, [Path(os.environ.get(DATA_VARIABLE, ""))])]
-        for place in [folder / f"{source}-dataset{end}" for folder in folders for end in ("", ".zip")]:
-            if place.exists():
-                return _path_texts(place, split, text_column, documents)
-        return _papers_from_hub(source, split, text_column, revision, lazy)
+        return resolve_revision(PAPERS_HUB_ID, revision or PAPERS_REVISION, advice=where_to_get(source))
     if source.endswith((*READERS, *COMPRESSIONS, ".zip")) or not _HUB_ID.fullmatch(source):
         if re.search(r"[/\\~]|\.\w+$", source):
             raise FileNotFoundError(f"there is no file or folder {source}")
@@ -213,8 +225,30 @@ def _open_source(
             f"{source!r} is no data set: give {names}, the path of a file or folder, or the id of a data set "
             "on the hub (owner/name)"
         )
-    hub_id, _, configuration = source.partition(":")
-    return _hub_texts(hub_id, configuration or None, split, text_column, revision, lazy)
+    return resolve_revision(source.partition(":")[0], revision)
+
+
+def _open_source(
+    source: str, split: str, text_column: str | None, revision: str | None, documents: str, lazy: bool
+) -> Iterator[str]:
+    commit = pin_revision(source, revision)
+    if commit is not None and source in PAPERS:
+        return paper_texts(source, _parts(split), text_column, commit, lazy=lazy)
+    if commit is not None:
+        return _hub_texts(source, split, text_column, commit, lazy)
+    path = Path(source).expanduser()
+    if not path.exists() and source in BUILTIN_NAMES:
+        if text_column is not None:
+            raise ValueError(f"{source} has no columns to choose text_column={text_column!r} from")
+        return itertools.chain.from_iterable(builtin_texts(source, part) for part in _parts(split))
+    return _path_texts(path if path.exists() else _archive(source) or path, split, text_column, documents)
+
+
+def _archive(name: str) -> Path | None:
+    """The authors' archive of pubmed or arxiv, packed or not, in the working folder or in `DATA_VARIABLE`'s."""
+    folders = [Path(), *filter(None, [Path(os.environ.get(DATA_VARIABLE, ""))])]
+    places = [folder / f"{name}-dataset{end}" for folder in folders for end in ("", ".zip")]
+    return next((place for place in places if name in PAPERS and place.exists()), None)
 
 
 def _parts(split: str) -> tuple[str, ...]:
@@ -290,40 +324,19 @@ def _dataset_texts(dataset: Any, text_column: str | None, where: str) -> Iterato
     return row_texts(rows, text_column, where)
 
 
-def _papers_from_hub(
-    name: str, split: str, text_column: str | None, revision: str | None, lazy: bool
-) -> Iterator[str]:
-    revision = revision or PAPERS_REVISION
-    try:
-        return _hub_texts(PAPERS_HUB_ID, None, split, text_column, revision, lazy, data_dir=name)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name}: {error}. Get {name}-dataset.zip from {PAPERS_HOME} and put it into the working folder "
-            f"or into ${DATA_VARIABLE}, or give its path as the source"
-        ) from error
-
-
-def _hub_texts(
-    hub_id: str,
-    configuration: str | None,
-    split: str,
-    text_column: str | None,
-    revision: str | None,
-    lazy: bool,
-    data_dir: str | None = None,
-) -> Iterator[str]:
+def _hub_texts(source: str, split: str, text_column: str | None, commit: str, lazy: bool) -> Iterator[str]:
     import datasets
 
+    hub_id, _, configuration = source.partition(":")
     try:
-        loaded = datasets.load_dataset(
-            hub_id, configuration, revision=revision, data_dir=data_dir, streaming=lazy
-        )
-    except Exception as error:  # of the network, the hub, the data: there are dozens of kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "scripts are no longer supported" in reason:
-            reason += f"; its Parquet conversion, if there is one, has revision={PAPERS_REVISION!r}"
+        loaded = datasets.load_dataset(hub_id, configuration or None, revision=commit, streaming=lazy)
+    except Exception as error:
+        raise no_data_set(hub_id, error) from error
+    # without the hub `datasets` takes what its cache has, of whatever commit
+    files = [file["filename"] for part in loaded.values() for file in getattr(part, "cache_files", ())]
+    folders = {Path(file).parent.name for file in files}
+    if others := {name for name in folders if re.fullmatch("[0-9a-f]{40}", name)} - {commit}:
         raise FileNotFoundError(
-            f"no file or folder {hub_id} is here, and the hub does not give a data set of that name "
-            f"({type(error).__name__}: {reason[:300]})"
-        ) from error
+            f"{hub_id} at commit {commit} can't be had from the hub now, and the cache has {', '.join(others)}"
+        )
     return _dict_texts(loaded, split, text_column, hub_id)

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from gpt2jax.data import hub as hub_module
 from gpt2jax.data import sources
-from gpt2jax.data.sources import load_texts, split_texts
+from gpt2jax.data.sources import load_texts, pin_revision, split_texts
 
 TEXTS = ["first text", 'second, with "quotes"\nand a line', "", "日本語 😀", "  spaces  "]
 
@@ -401,7 +403,111 @@ def test_folder_saved_by_datasets(tmp_path, papers):
     assert len(load_texts(tmp_path / "single")) == 2  # 4 texts: one each for validation and test
 
 
-def test_hub(monkeypatch, papers):
+COMMIT, OTHER = "c" * 40, "0" * 40
+
+
+class Hub:
+    """The hub's client: files at one commit, of which what is fetched lies in a folder; `asked` says what was."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.online, self.asked = folder / "snapshots" / COMMIT, True, []
+        self.folder.mkdir(parents=True)
+        for split in sources.SPLITS:
+            for name, prefix in (("pubmed", ""), ("arxiv", "partial-")):
+                path = self.folder / name / f"{prefix}{split}" / "0000.parquet"
+                path.parent.mkdir(parents=True)
+                parquet(path, article=[f"{name} {split} {i} .\nend ." for i in range(3)], abstract=["a"] * 3)
+
+    def snapshot_download(
+        self, hub_id, *, repo_type, revision, allow_patterns, local_files_only=False
+    ) -> str:
+        assert repo_type == "dataset"
+        self.asked.append((hub_id, revision, allow_patterns[0]))
+        if not self.online and not local_files_only:
+            raise ConnectionError("Couldn't reach\nthe hub")
+        return str(self.folder if revision != OTHER else self.folder.with_name(OTHER))
+
+    def HfFileSystem(self):
+        if not self.online:
+            raise ConnectionError("Couldn't reach\nthe hub")
+        return self
+
+    def glob(self, pattern: str) -> list[str]:
+        before, _, pattern = pattern.partition("@")
+        assert before == "datasets/armanc/scientific_papers"
+        return [
+            f"{before}@{path.relative_to(self.folder.parent)}" for path in self.folder.parent.glob(pattern)
+        ]
+
+    def open(self, path: str, mode: str):
+        self.asked.append(path)
+        return open(self.folder.parent / path.partition("@")[2], mode)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    made = Hub(tmp_path)
+    for name in ("snapshot_download", "HfFileSystem"):
+        monkeypatch.setattr(huggingface_hub, name, getattr(made, name))
+    few = {name: dict.fromkeys(counts, 3) for name, counts in hub_module.PAPERS_TEXTS.items()}
+    monkeypatch.setattr(hub_module, "PAPERS_TEXTS", few)
+    return made
+
+
+@pytest.mark.parametrize("name", ["pubmed", "arxiv"])
+def test_papers_from_the_hub_are_of_one_commit(hub, name):
+    expected = [f"{name} test {i} .\nend ." for i in range(3)]
+    commit = pin_revision(name)
+    assert commit == COMMIT and hub.asked == [
+        ("armanc/scientific_papers", "refs/convert/parquet", ".gitattributes")
+    ]
+    hub.asked.clear()
+    assert load_texts(name, split="test", revision=commit) == expected
+    assert hub.asked == [("armanc/scientific_papers", COMMIT, f"{name}/test/*.parquet")]  # no other split
+    assert load_texts(name, split="test") == expected
+    assert pin_revision(name, "main") == COMMIT and hub.asked[-1][1] == "main"
+    assert len(load_texts(name, split="all")) == 9
+    assert load_texts(name, split="test", text_column="abstract") == ["a"] * 3
+
+
+def test_papers_are_streamed_from_the_commit(hub):
+    stream = load_texts("arxiv", split="train", revision=COMMIT, streaming=True)
+    assert next(stream) == "arxiv train 0 .\nend ."
+    file = f"datasets/armanc/scientific_papers@{COMMIT}/arxiv/partial-train/0000.parquet"
+    assert hub.asked == [file]
+    assert load_texts("arxiv", revision=COMMIT, limit=2) == [f"arxiv train {i} .\nend ." for i in range(2)]
+    assert hub.asked == [file, file]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_papers_without_the_hub(hub, monkeypatch, streaming):
+    """What was fetched once is read from the cache; what was not is one line that says where to get it."""
+    hub.online = False
+    assert len(list(load_texts("pubmed", split="test", revision=COMMIT, streaming=streaming))) == 3
+    with pytest.raises(
+        FileNotFoundError, match=r"Couldn't reach the hub\)\. Get arxiv-dataset\.zip"
+    ) as caught:
+        load_texts("arxiv", streaming=streaming)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        FileNotFoundError, match=f"no files pubmed/test/.* at commit {OTHER}. Get pubmed-data"
+    ):
+        load_texts("pubmed", split="test", revision=OTHER)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_papers_that_are_not_all_there(hub, monkeypatch, streaming):
+    monkeypatch.setitem(hub_module.PAPERS_TEXTS["arxiv"], "train", 203_037)
+    message = (
+        f"copy of arxiv at commit {COMMIT} has 3 texts in its train split instead of 203,037. Get arxiv-"
+    )
+    with pytest.raises(ValueError, match=message):
+        list(load_texts("arxiv", streaming=streaming))
+    assert len(load_texts("arxiv", limit=3)) == 3
+    assert len(load_texts("arxiv", split="test")) == 3
+
+
+def test_hub(hub, monkeypatch, papers):
     calls = []
 
     def load_dataset(path, name=None, **options):
@@ -411,19 +517,38 @@ def test_hub(monkeypatch, papers):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_texts("owner/name", split="test") == [f"test {i}" for i in range(4)]
     assert load_texts("owner/name:config", revision="abc", limit=2) == ["train 0", "train 1"]
-    assert load_texts("pubmed", split="validation", streaming=True).__next__() == "valid 0"
     assert calls == [
-        ("owner/name", None, {"revision": None, "data_dir": None, "streaming": False}),
-        ("owner/name", "config", {"revision": "abc", "data_dir": None, "streaming": True}),
-        (
-            "armanc/scientific_papers",
-            None,
-            {"revision": "refs/convert/parquet", "data_dir": "pubmed", "streaming": True},
-        ),
+        ("owner/name", None, {"revision": COMMIT, "streaming": False}),
+        ("owner/name", "config", {"revision": COMMIT, "streaming": True}),
     ]
+    names = [("owner/name", None, ".gitattributes"), ("owner/name", "abc", ".gitattributes")]
+    assert hub.asked == names
 
 
-def test_hub_data_with_a_single_split(monkeypatch):
+def test_another_commit_in_the_cache_is_not_taken(hub, monkeypatch, papers, tmp_path):
+    papers.save_to_disk(str(tmp_path / OTHER))
+    cached = datasets.load_from_disk(str(tmp_path / OTHER))["train"]  # its folder bears a commit's name
+    monkeypatch.setattr(type(cached), "cache_files", [{"filename": str(tmp_path / OTHER / "a.arrow")}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": cached})
+    with pytest.raises(FileNotFoundError, match=f"owner/name at commit {COMMIT} .* the cache has {OTHER}"):
+        load_texts("owner/name", revision=COMMIT)
+    assert len(load_texts("owner/name", revision=OTHER)) == 2
+
+
+def test_what_is_here_has_no_revision(tmp_path, hub):
+    path = write(tmp_path / "a.jsonl", json_lines(TEXTS))
+    for source in ("python-docs", str(path)):
+        assert pin_revision(source) is None
+        with pytest.raises(ValueError, match="is not on the hub: it has no revision 'main'"):
+            load_texts(source, revision="main")
+    write(tmp_path / "pubmed-dataset" / "train.txt", json_lines(TEXTS, "article_text"))
+    assert pin_revision("pubmed") is None and load_texts("pubmed") == TEXTS
+    assert pin_revision("pubmed", COMMIT) == COMMIT and hub.asked == []
+    with pytest.raises(ValueError, match="is no data set"):
+        pin_revision("wikipedia")
+
+
+def test_hub_data_with_a_single_split(hub, monkeypatch):
     texts = [f"text {i}" for i in range(40)]
 
     def load_dataset(path, name=None, **options):
@@ -436,24 +561,16 @@ def test_hub_data_with_a_single_split(monkeypatch):
     assert sorted(sum(parts, [])) == sorted(texts)
 
 
-def test_hub_out_of_reach_is_one_line(monkeypatch):
-    def load_dataset(path, name=None, **options):
-        raise ConnectionError("Couldn't reach\nthe hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+def test_hub_out_of_reach_is_one_line(hub, monkeypatch):
+    hub.online = False
     with pytest.raises(
-        FileNotFoundError, match=r"no file or folder a/b is here, .*Couldn't reach the hub"
+        FileNotFoundError, match=r"no file or folder a/b is here, .*Couldn't reach the hub\)$"
     ) as caught:
         load_texts("a/b")
     assert "\n" not in str(caught.value)
-    with pytest.raises(
-        FileNotFoundError, match="Get arxiv-dataset.zip from https://.* working folder"
-    ) as caught:
-        load_texts("arxiv")
-    assert "\n" not in str(caught.value)
 
 
-def test_hub_script_names_the_conversion(monkeypatch):
+def test_hub_script_names_the_conversion(hub, monkeypatch):
     def load_dataset(path, name=None, **options):
         raise RuntimeError("Dataset scripts are no longer supported, but found b.py")
 
