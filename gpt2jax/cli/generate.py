@@ -49,8 +49,10 @@ class Options:
             text; 0 is off.
         draft: a smaller model that guesses tokens, for the same text at more speed.
         draft_tokens: how many it guesses at once.
-        penalty_alpha: above 0 is contrastive search among --top-k tokens: so much weight lies on not repeating.
-        beams: above 0 is beam search with so many texts at once; no chance is in it.
+        penalty_alpha: above 0 is contrastive search among --top-k tokens: so much weight lies on not repeating. No
+            option of sampling goes with it.
+        beams: above 0 is beam search with so many texts at once; no chance is in it, and no option of sampling or
+            stopping goes with it.
         length_penalty: with --beams, above 0 prefers longer texts, below 0 shorter ones.
         batch_size: most prompts to continue at once, with --out or --num-samples.
         dtype: of the weights: float32, bfloat16, float16, int8. Default: float32 on a CPU, bfloat16 elsewhere.
@@ -120,6 +122,19 @@ _FOR_BEAMS = (
     "batch_size",
     "dtype",
 )
+# what is no setting of a search
+_OF_THE_COMMAND = ("prompts", "file", "model", "beams", "num_samples", "seed", "out")
+_NOT_CONTRASTIVE = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "greedy",
+    "num_samples",
+    "prompt_lookup",
+    "draft",
+    "draft_tokens",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,6 +147,7 @@ def run(options: Options) -> None:
     from gpt2jax.generation import stream
     from gpt2jax.language_model import load
 
+    check_search(options)
     prompts = read_prompts(options)
     interactive = not prompts and sys.stdin.isatty()
     if not prompts and not interactive:
@@ -160,6 +176,24 @@ def run(options: Options) -> None:
             _show(prompt, stream(model, prompt, seed=options.seed + index, **settings))
     else:
         _write(functools.partial(_draw, model, prompts, settings, options), options)
+
+
+def check_search(options: Options) -> None:
+    """Refuses options that the way of choosing tokens would pass over."""
+    given = [
+        field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default
+    ]
+    if options.beams:
+        search = f"--beams {options.beams}"
+        unused = [name for name in given if name not in (*_FOR_BEAMS, *_OF_THE_COMMAND)]
+    elif options.penalty_alpha:
+        search = f"--penalty-alpha {options.penalty_alpha:g}"
+        unused = [name for name in given if name in (*_NOT_CONTRASTIVE, "length_penalty")]
+    else:
+        search, unused = "sampling", [name for name in given if name == "length_penalty"]
+    if unused:
+        names = ", ".join("--" + name.replace("_", "-") for name in unused)
+        raise ValueError(f"{search} does not go with {names}")
 
 
 def read_prompts(options: Options) -> list[str]:
