@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from gpt2jax.generation import Generation, generate
-from gpt2jax.generation_run import cache_slots
 from gpt2jax.language_model import LanguageModel
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event
 
 
 def generate_texts(
@@ -20,18 +22,15 @@ def generate_texts(
     """Each model's text for each prompt, prompt by prompt, and the time of each model's very first call."""
     generations, first_calls = [], {}
     for name, model in models.items():
-        compiled: set[tuple[int, int]] = set()
         for index, prompt in enumerate(prompts):
 
             def call(model=model, prompt=prompt, index=index) -> Generation:
                 return generate(model, [prompt], seed=seed + index, **sampling)[0]
 
-            output, seconds = _timed(call)
+            output, seconds, compiled = _timed(call)
             first_calls.setdefault(name, seconds)
-            shapes = _shapes(model, output, sampling)
-            if shapes not in compiled:  # that call compiled: a second one tells the speed
-                compiled.add(shapes)
-                output, seconds = _timed(call)
+            if compiled:  # a second call tells the speed
+                output, seconds, _ = _timed(call)
             # the stop token is not in `token_ids`, and was generated all the same
             steps = len(output.token_ids) + (output.finish_reason == "stop")
             generations.append(
@@ -52,17 +51,21 @@ def generate_texts(
     return generations, first_calls
 
 
-def _timed(call: Callable[[], Generation]) -> tuple[Generation, float]:
-    began = time.perf_counter()
-    output = call()
-    return output, time.perf_counter() - began
+def _timed(call: Callable[[], Generation]) -> tuple[Generation, float, bool]:
+    """What a call gives, its seconds, and whether anything was compiled for it."""
+    events: list[str] = []
 
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        events.append(event)
 
-def _shapes(model: LanguageModel, output: Generation, sampling: Mapping[str, Any]) -> tuple[int, int]:
-    """Sizes of the cache at the beginning and at the end: what generation compiles for."""
-    length = len(output.prompt_ids)
-    new = sampling.get("max_new_tokens") or sampling["max_length"] - length
-    return cache_slots(model.config, length + 1), cache_slots(model.config, length + new)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        began = time.perf_counter()
+        output = call()
+        seconds = time.perf_counter() - began
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return output, seconds, COMPILED in events
 
 
 def repetition(token_ids: Sequence[int]) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -67,6 +67,7 @@ def finetune(
     output: str | pathlib.Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    source: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Run:
     """Fine-tunes a model on texts.
@@ -81,6 +82,7 @@ def finetune(
         resume: go on from the newest checkpoint in `output` (from the start where there is none). On the same device
             count it ends with the same parameters, bit for bit, as a run that was never stopped.
         overwrite: start anew in a folder that holds another run, which is deleted.
+        source: where the texts come from, for `run.json`.
         progress: show a progress bar (a line per logged step where there is no terminal).
 
     Raises:
@@ -113,7 +115,7 @@ def finetune(
     folder = None
     if output is not None:
         folder = RunFolder(output, resume=resume, overwrite=overwrite)
-        folder.begin(model, config, documents)
+        folder.begin(model, config, documents, source)
     return _train(model, config, plan, validation, folder, show=progress)
 
 
@@ -290,12 +292,14 @@ def _trained_model(
     model: LanguageModel, config: FinetuneConfig, result: Params, frozen: Params | None, mesh: Mesh | None
 ) -> LanguageModel:
     if config.lora is not None:
-        return dataclasses.replace(model, adapters=_gathered(result, mesh), lora=config.lora)
+        return dataclasses.replace(model, adapters=_whole(result, mesh), lora=config.lora)
     params = join(result, frozen)
     # the order of the leaves is part of a file's bytes
     ordered = jax.tree.unflatten(jax.tree.structure(model.params), jax.tree.leaves(params))
-    return dataclasses.replace(model, params=_gathered(ordered, mesh))
+    return dataclasses.replace(model, params=_whole(ordered, mesh), source=None)
 
 
-def _gathered(tree: Params, mesh: Mesh | None) -> Params:
-    return tree if mesh is None else gather(tree)
+def _whole(tree: Params, mesh: Mesh | None) -> Params:
+    """The whole arrays, bound to no device, as a loaded model has them: both then take the same compiled programs."""
+    tree = tree if mesh is None else gather(tree)
+    return jax.tree.map(lambda leaf: jnp.array(jax.device_get(leaf)), tree)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from gpt2jax.train.config import FinetuneConfig
 
 RUN_FILE = "run.json"
 # these say how to log and keep, not what is computed: a resumed run may change them; nor does it matter under what
-# name the same parameters were loaded
+# name the same parameters were loaded, or the same texts
 _FREE_FIELDS = {
     "base_model",
     "checkpoint_every",
@@ -30,6 +30,9 @@ _FREE_FIELDS = {
     "log_every",
     "max_minutes",
     "patience",
+    "revision",
+    "source",
+    "split",
     "tensor_parallel",
     "token_cache",
     "track",
@@ -69,7 +72,13 @@ class RunFolder:
                     f"{path} holds another run; resume it, overwrite it, or choose another folder"
                 )
 
-    def begin(self, model: LanguageModel, config: FinetuneConfig, documents: Documents) -> None:
+    def begin(
+        self,
+        model: LanguageModel,
+        config: FinetuneConfig,
+        documents: Documents,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes `run.json`, or checks that the one of a resumed run says the same.
 
         Raises:
@@ -77,7 +86,7 @@ class RunFolder:
         """
         if not self._writes:
             return
-        content = run_description(model, config, documents)
+        content = run_description(model, config, documents, source)
         if self._resumed:
             self._check_same(content)
             return
@@ -141,7 +150,12 @@ class RunFolder:
             dataclasses.replace(model, adapters=None, lora=None).save(self.path / "base")
 
 
-def run_description(model: LanguageModel, config: FinetuneConfig, documents: Documents) -> dict[str, Any]:
+def run_description(
+    model: LanguageModel,
+    config: FinetuneConfig,
+    documents: Documents,
+    source: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What `run.json` says: everything that the result follows from."""
     return {
         "format": "gpt2jax run",
@@ -151,6 +165,7 @@ def run_description(model: LanguageModel, config: FinetuneConfig, documents: Doc
         "model_config": dataclasses.asdict(model.config),
         "finetune": _finetune_fields(config),
         "data": {
+            **(source or {}),
             "documents": len(documents),
             "tokens": int(documents.offsets[-1]),
             "sha256": documents.sha256,

@@ -74,6 +74,19 @@ def test_the_given_model_stays_as_it_is(finished, model):
     assert (finished.model.params["wte"]["embedding"] != model.params["wte"]["embedding"]).any()
 
 
+def test_the_result_is_like_a_loaded_model(finished, model):
+    """Bound to no device, so that nothing compiles anew for it; and no longer what its name was."""
+    leaves = jax.tree.leaves(finished.model.params)
+    assert not any(leaf.committed for leaf in leaves)
+    named = dataclasses.replace(model, source="gpt2-mini")
+    config = dataclasses.replace(CONFIG, steps=1)
+    assert finetune(named, texts(), config, progress=False).model.source is None
+    adapted = finetune(
+        named, texts(), dataclasses.replace(config, lora=LoRAConfig(rank=2)), progress=False
+    ).model
+    assert adapted.source == "gpt2-mini" and not any(x.committed for x in jax.tree.leaves(adapted.adapters))
+
+
 def test_run_folder_loads(finished):
     again = load(finished.output)
     assert_same(again.params, finished.model.params)

@@ -47,7 +47,8 @@ def test_the_same_again_and_what_may_differ(path, model):
     RunFolder(path, resume=True).begin(model, CONFIG, DOCUMENTS)
     renamed = dataclasses.replace(model, source="./models/one")
     config = dataclasses.replace(CONFIG, log_every=1, eval_every=2, checkpoint_every=3, keep_checkpoints=4)
-    RunFolder(path, resume=True).begin(renamed, config, DOCUMENTS)
+    source = {"source": "owner/name", "split": "train", "revision": "c" * 40}  # what counts are the texts
+    RunFolder(path, resume=True).begin(renamed, config, DOCUMENTS, source)
 
 
 def test_what_may_not_differ(path, model):
