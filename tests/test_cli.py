@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -13,8 +16,10 @@ import pytest
 import tyro
 
 import gpt2jax
-from gpt2jax.cli import finetune, main
+from gpt2jax.cli import compare, finetune, main
+from gpt2jax.cli.common import DataOptions
 from gpt2jax.cli.finetune import Options, finetune_config
+from gpt2jax.data import sources
 from gpt2jax.lora import LoRAConfig
 
 WORDS = "the array of shape and dtype is returned when axis keepdims none".split()
@@ -95,22 +100,85 @@ def test_adapters_on_a_rounded_base(texts, tmp_path, monkeypatch):
     assert trained.adapters["h"]["attn"]["c_attn"]["lora_b"].any()
 
 
-def test_evaluate_and_compare(run, texts, tmp_path, capsys):
+def test_evaluate(run, texts, tmp_path, capsys):
     data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--split", "test"]
     main(["evaluate", "--model", str(run), *data, "--out", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     compared = json.loads((run / "comparison.json").read_text())["models"][1]
     assert figures["loss"] == compared["loss"] and figures["keras_accuracy"] == compared["keras_accuracy"]
-    out = tmp_path / "comparison"
-    main(["compare", "gpt2-mini", f"mine={run}", *data, "--max-new-tokens", "4", "--out", str(out)])
-    assert [m["name"] for m in json.loads((out / "comparison.json").read_text())["models"]] == [
-        "gpt2-mini",
-        "mine",
-    ]
-    assert "holds a comparison" in fails(
-        capsys, "compare", "gpt2-mini", f"mine={run}", *data, "--out", str(out)
-    )
-    assert "takes two models" in fails(capsys, "compare", "gpt2-mini")
+    assert figures["data"]["source"] == str(texts) and figures["data"]["revision"] is None
+    assert sum(entry["tokens"] for entry in figures["loss_by_position"]) == figures["tokens"] - 2
+    assert "there already" in fails(capsys, "evaluate", *data, "--out", str(tmp_path / "figures.json"))
+
+
+def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monkeypatch):
+    """A seeded repeat is the same file but for times, wherever it is written."""
+    models = ["gpt2-mini", f"mine={run}", f"copy={run / 'model'}"]
+    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--split", "test"]
+    arguments = ["compare", *models, *data, "--max-new-tokens", "4", "--prompts", "the", "", "--seed", "3"]
+    found = []
+    for name in ("one", "two"):
+        argv = [*arguments, "--out", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["gpt2jax", *argv])
+        main(argv)
+        text = (tmp_path / name / "comparison.json").read_text()
+        found.append(re.sub(r'"(seconds|tokens_per_second)": [\d.]+', "", text))
+        assert all((tmp_path / name / file).stat().st_size for file in ("report.html", "report.md"))
+    assert found[0] == found[1]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Scored: the first 31 tokens of each text and an end token" in shown
+    content = json.loads((tmp_path / "one" / "comparison.json").read_text())
+    assert [model["name"] for model in content["models"]] == ["gpt2-mini", "mine", "copy"]
+    assert content["models"][1]["loss"] == content["models"][2]["loss"]
+    assert content["paired"]["mine"] == content["paired"]["copy"] and len(content["generations"]) == 6
+    assert content["command"] == shlex.join(["gpt2jax", *arguments])
+    assert content["data"]["split"] == "test" and content["data"]["source"] == str(texts)
+    assert "holds a comparison" in fails(capsys, *arguments, "--out", str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["compare", "gpt2-mini"], "takes two models"),
+        (["compare", "a=", "gpt2-mini"], "'a=' names no model: write NAME=MODEL"),
+        (["compare", "=gpt2-mini", "gpt2-mini"], "'=gpt2-mini' names no model"),
+        (
+            ["compare", "gpt2-mini", "b=gpt2-mini", "--out", "FILE"],
+            "FILE is a file; give the name of a folder",
+        ),
+        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "sequence_length=0 must be"),
+        (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
+        (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
+        (["evaluate", "--sequence-length", "0"], "sequence_length=0 must be a whole number of at least 2"),
+        (["evaluate", "--model", "gpt2-minni"], "unknown model 'gpt2-minni'; known: gpt2,"),
+        (["evaluate", "--data-revision", "main"], "is not on the hub: it has no revision 'main'"),
+    ],
+)
+def test_mistakes_of_evaluate_and_compare(texts, tmp_path, capsys, options, message):
+    (tmp_path / "file").write_text("precious")
+    options = [option.replace("FILE", str(tmp_path / "file")) for option in options]
+    line = fails(capsys, *options, "--data", str(texts), "--text-column", "body")
+    assert message.replace("FILE", str(tmp_path / "file")) in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_all_splits_are_of_the_commit_that_a_name_has_at_first(monkeypatch):
+    asked = []
+
+    def pin_revision(source, revision):
+        asked.append((source, revision))
+        return "c" * 40
+
+    monkeypatch.setattr(sources, "pin_revision", pin_revision)
+    pinned = DataOptions(data="pubmed", data_revision="main").pinned()
+    assert asked == [("pubmed", "main")]
+    assert pinned.origin("test") == {"source": "pubmed", "split": "test", "revision": "c" * 40}
+    options = compare.Options(("a", "b"), source=pinned, training_data="pubmed")
+    read = []
+    monkeypatch.setattr(sources, "iterate_texts", lambda source, **o: read.append((source, o["revision"])))
+    compare.training_texts(options, pinned)
+    compare.training_texts(dataclasses.replace(options, training_data="other/data"), pinned)
+    assert read == [("pubmed", "c" * 40), ("other/data", None)]
 
 
 def test_evaluate_into_a_folder(texts, tmp_path, capsys):
@@ -165,6 +233,26 @@ def test_generate_by_search(capsys):
     [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
     assert capsys.readouterr().out == f"{output}\n"
     assert "--beams 2" in fails(capsys, "generate", "a", "--beams", "2", "--num-samples", "3")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--beams 2 --temperature 0.5 --top-k 7 --stop . --prompt-lookup 4 --no-repeat-ngram 2 --seed 1",
+            "--beams 2 does not go with --temperature, --top-k, --stop, --prompt-lookup",
+        ),
+        ("--beams 2 --penalty-alpha 0.6", "--beams 2 does not go with --penalty-alpha"),
+        (
+            "--penalty-alpha 0.6 --top-k 4 --greedy --num-samples 2 --stop .",
+            "--penalty-alpha 0.6 does not go with --greedy, --num-samples",
+        ),
+        ("--length-penalty 2", "sampling does not go with --length-penalty"),
+    ],
+)
+def test_generate_passes_over_no_option(capsys, options, message):
+    line = fails(capsys, "generate", "a", *options.split())
+    assert line == f"gpt2jax generate: error: {message}"
 
 
 @pytest.mark.parametrize(

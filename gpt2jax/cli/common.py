@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -43,11 +45,14 @@ def run_command(
 
 
 def command_line(name: str) -> str:
-    """The command as the user typed it, for a report: its name and options, no path of the machine."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == [name]:
-        arguments = arguments[1:]
-    return shlex.join(["gpt2jax", name, *arguments])
+    """The command as the user typed it, for a report, without what says where the results go."""
+    kept, words = [], iter(sys.argv[2:] if sys.argv[1:2] == [name] else sys.argv[1:])
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif word not in ("--overwrite", "--resume") and not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(["gpt2jax", name, *kept])
 
 
 def fail(name: str, message: str, *, code: int = 2) -> NoReturn:
@@ -55,6 +60,31 @@ def fail(name: str, message: str, *, code: int = 2) -> NoReturn:
     line = " ".join(message.split())
     print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def row_length(wanted: int | None, context: int) -> int:
+    """Tokens of a row of an evaluation: as wanted, else the study's 128 or the context if that is less."""
+    return min(128, context) if wanted is None else wanted
+
+
+def check_folder(path: pathlib.Path) -> None:
+    """Refuses, before anything long begins, an --out that can be no folder."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"--out {path}: {place} is a file; give the name of a folder")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"--out {path}: {place} can't be written to")
+
+
+def check_file(path: pathlib.Path, *, overwrite: bool) -> None:
+    """The same for the name of a file, which may be there only where it is to be replaced."""
+    if path.is_dir():
+        raise IsADirectoryError(f"--out {path} is a folder: give the name of a file")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"--out {path} is there already: --overwrite it, or choose another --out")
+    check_folder(path.parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +98,7 @@ class DataOptions:
         documents: what a text is in plain .txt files: "file" (all of it, cut at <|endoftext|>), "paragraph", "line".
         limit: use only the first so many documents.
         streaming: read a hub data set as it comes instead of downloading it first; so does --limit.
-        data_revision: commit, tag or branch of a hub data set.
+        data_revision: commit, tag or branch of a hub data set. The results name the commit, which reads the same again.
     """
 
     data: str = "numeric-docs"
@@ -81,6 +111,16 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1")
+
+    def pinned(self) -> DataOptions:
+        """The same with the commit of a hub data set, so that all splits are of one and the results can name it."""
+        from gpt2jax.data.sources import pin_revision
+
+        return dataclasses.replace(self, data_revision=pin_revision(self.data, self.data_revision))
+
+    def origin(self, split: str) -> dict[str, Any]:
+        """Where the texts of a split come from, for results."""
+        return {"source": self.data, "split": split, "revision": self.data_revision}
 
     def texts(self, split: str, *, limit: int | None = None) -> list[str]:
         """The texts of "train", "validation", "test" or "all", at most `limit` of them."""

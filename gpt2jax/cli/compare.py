@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, command_line, run_command
+from gpt2jax.cli.common import DataOptions, check_folder, command_line, row_length, run_command
 from gpt2jax.cli.finetune import default_prompts
 
 
@@ -71,27 +71,30 @@ def run(options: Options) -> None:
     from gpt2jax.language_model import load
 
     names = named_models(options.models)
+    check_folder(options.out)
     if (options.out / "comparison.json").exists() and not options.overwrite:
         raise FileExistsError(
             f"{options.out} holds a comparison; choose another folder with --out, or --overwrite"
         )
-    models = {name: load(source) for name, source in names.items()}
-    texts = options.source.texts(options.split, limit=options.source.limit)
+    source = options.source.pinned()
+    models = {name: load(model) for name, model in names.items()}
+    texts = source.texts(options.split, limit=source.limit)
     context = min(model.config.n_positions for model in models.values())
     comparison = compare(
         models,
         texts,
-        prompts=options.prompts or default_prompts(options.source.data),
-        sequence_length=options.sequence_length or min(128, context),
+        prompts=options.prompts or default_prompts(source.data),
+        sequence_length=row_length(options.sequence_length, context),
         batch_size=options.batch_size,
         windows=options.windows,
         stride=options.stride,
         compute_dtype=options.compute_dtype,
-        training_texts=training_texts(options),
+        training_texts=training_texts(options, source),
         max_new_tokens=options.max_new_tokens,
         top_k=options.top_k or None,
         seed=options.seed,
         command=command_line("compare"),
+        source=source.origin(options.split),
         progress=True,
     )
     comparison.save(options.out)
@@ -100,11 +103,12 @@ def run(options: Options) -> None:
     console.print(f"[bold]wrote[/]  {options.out}/report.html, report.md, comparison.json", highlight=False)
 
 
-def training_texts(options: Options) -> Iterator[str] | None:
-    """The texts that --training-data names."""
+def training_texts(options: Options, source: DataOptions) -> Iterator[str] | None:
+    """The texts that --training-data names; from the same data set, they are of the same commit."""
     if options.training_data is None:
         return None
-    source = dataclasses.replace(options.source, data=options.training_data)
+    if options.training_data != source.data:
+        source = dataclasses.replace(source, data=options.training_data, data_revision=None)
     return source.iterate(options.training_split)
 
 
@@ -114,10 +118,11 @@ def named_models(arguments: Sequence[str]) -> dict[str, str]:
         raise ValueError(f"compare takes two models or more, not {len(arguments)}: for one there is evaluate")
     names: dict[str, str] = {}
     for argument in arguments:
-        name, _, source = argument.rpartition("=")
-        source = argument if not name else source
-        name = name or pathlib.PurePath(argument).name
+        name, equals, model = argument.rpartition("=")
+        name = name if equals else pathlib.PurePath(argument).name
+        if not name or not model:
+            raise ValueError(f"{argument!r} names no model: write NAME=MODEL or MODEL")
         if name in names:
             raise ValueError(f"two models are named {name!r}: write NAME=MODEL to tell them apart")
-        names[name] = source
+        names[name] = model
     return names

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from gpt2jax.cli.common import DataOptions, command_line, run_command
+from gpt2jax.cli.common import DataOptions, check_file, check_folder, command_line, row_length, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Options:
         seed: taken for the sake of uniformity; an evaluation draws nothing at random.
         out: a file (*.json) for the figures, or a folder for evaluation.json and the state that --resume goes on from.
         resume: go on where an evaluation into that folder was killed.
-        overwrite: replace an evaluation that the folder holds.
+        overwrite: replace the file, or the evaluation that the folder holds.
     """
 
     model: str = "gpt2-mini"
@@ -61,11 +61,12 @@ def run(options: Options) -> None:
     from gpt2jax.language_model import load
 
     file, state = output_files(options)
+    source = options.source.pinned()
     model = load(options.model)
     result = evaluate(
         model,
-        options.source.iterate(options.split, limit=options.source.limit),
-        sequence_length=options.sequence_length or min(128, model.config.n_positions),
+        source.iterate(options.split, limit=source.limit),
+        sequence_length=row_length(options.sequence_length, model.config.n_positions),
         batch_size=options.batch_size,
         windows=options.windows,
         stride=options.stride,
@@ -83,7 +84,11 @@ def run(options: Options) -> None:
             "schema_version": SCHEMA_VERSION,
             **figures,
             "model": describe_model(model),
-            "data": {"documents": result.documents, "sha256": result.data_sha256},
+            "data": {
+                "documents": result.documents,
+                "sha256": result.data_sha256,
+                **source.origin(options.split),
+            },
             "versions": versions(),
             "command": command_line("evaluate"),
             "seconds": round(result.seconds, 3),
@@ -98,9 +103,12 @@ def output_files(options: Options) -> tuple[pathlib.Path | None, pathlib.Path | 
     if options.out is None or options.out.suffix == ".json":
         if options.resume:
             raise ValueError("--resume needs the folder of an evaluation: --out FOLDER")
+        if options.out is not None:
+            check_file(options.out, overwrite=options.overwrite)
         return options.out, None
+    check_folder(options.out)
     file, state = options.out / "evaluation.json", options.out / "state.npz"
-    if state.exists() and not (options.resume or options.overwrite):
+    if (file.exists() or state.exists()) and not (options.resume or options.overwrite):
         raise FileExistsError(
             f"{options.out} holds an evaluation: --resume it, --overwrite it, or choose another --out"
         )

@@ -104,6 +104,7 @@ def run(options: Options) -> None:
     from gpt2jax.train.run_folder import RunFolder
 
     console = Console()
+    options = dataclasses.replace(options, source=options.source.pinned())
     config = finetune_config(options)
     output = options.out or default_output(options)
     RunFolder(
@@ -131,6 +132,7 @@ def run(options: Options) -> None:
         output=output,
         resume=options.resume,
         overwrite=options.overwrite,
+        source=options.source.origin("train"),
     )
     if options.compare:
         if config.base_dtype is not None:
@@ -162,6 +164,7 @@ def _compare(
         seed=options.train.seed,
         history=result.history,
         command=command_line("finetune"),
+        source=options.source.origin("test"),
     )
     comparison.save(result.output)
     print_comparison(comparison, console)

@@ -66,6 +66,13 @@ def _kind(content: bytes) -> str:
     return "number" if any(character.isdigit() for character in stripped) else "punctuation"
 
 
+def position_classes(length: int) -> tuple[np.ndarray, list[str]]:
+    """Ranges of places in a row that double: ([T] index of each place's range, names of the ranges, from 1 on)."""
+    classes = np.log2(np.arange(1, length + 1)).astype(np.int64)
+    bounds = [(1 << k, min((2 << k) - 1, length)) for k in range(classes[-1] + 1)]
+    return classes, [f"{low}" if low == high else f"{low} to {high}" for low, high in bounds]
+
+
 def sum_by_class(values: np.ndarray, classes: np.ndarray, count: int) -> np.ndarray:
     """[V] values and classes of token ids -> [count] float64 sums."""
     return np.bincount(classes, weights=values, minlength=count)

@@ -55,7 +55,7 @@ class Comparison:
         excerpts: name to the documents on which the model gains and loses most against the first; none where
             the models' tokens differ.
         settings: of the generation and the bootstrap.
-        data: number of documents and SHA-256 of the texts.
+        data: number of documents and SHA-256 of the texts, and where they come from if that was said.
         versions: of Python, the packages and the device.
         first_call_seconds: name to the time of the first generation, which compiles.
         history: what `finetune` logged, for the training curve; or None.
@@ -108,6 +108,7 @@ class Comparison:
             "settings": self.settings,
             "data": self.data,
             "versions": self.versions,
+            "command": self.command,
             "timing": [
                 {
                     "model": name,
@@ -174,6 +175,7 @@ def compare(
     resamples: int = 2000,
     history: Sequence[Mapping[str, float]] | None = None,
     command: str | None = None,
+    source: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Evaluates models on the same texts, pairs their losses document by document, and lets them write.
@@ -193,6 +195,7 @@ def compare(
         resamples: of the bootstrap.
         history: `Run.history` of the fine-tuning, for the training curve of the report.
         command: the command line to repeat it, for the report.
+        source: where the texts come from, for the report: {"source": ..., "split": ..., "revision": ...}.
         progress: show progress bars.
 
     Returns:
@@ -264,7 +267,7 @@ def compare(
         repetition=repetition_by_model(generations),
         excerpts={name: excerpts(*pair, tokenizer) for name, pair in alike.items()},
         settings={"seed": seed, "resamples": resamples, **sampling},
-        data={"documents": len(texts), "sha256": data_fingerprint(texts)},
+        data={"documents": len(texts), "sha256": data_fingerprint(texts), **(source or {})},
         versions=versions(),
         first_call_seconds=first_calls,
         history=None if history is None else [dict(entry) for entry in history],

@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.evaluation.classes import FREQUENCY_CLASSES, frequency_classes, sum_by_class
+from gpt2jax.evaluation.classes import (
+    FREQUENCY_CLASSES,
+    frequency_classes,
+    position_classes,
+    sum_by_class,
+)
 from gpt2jax.evaluation.sums import CALIBRATION_BINS, Breakdown, DocumentSums, TokenScores
 
 SCHEMA = "gpt2jax.evaluation"
@@ -209,6 +214,15 @@ class Evaluation:
         """
         return self.breakdown.position_loss, self.breakdown.position_tokens
 
+    def loss_by_range(self) -> list[dict[str, Any]]:
+        """`loss_by_position` in ranges of places that double, one dict each: class, tokens, loss (mean, nats)."""
+        classes, names = position_classes(self.settings.sequence_length)
+        sums = (sum_by_class(values, classes, len(names)).tolist() for values in self.loss_by_position())
+        return [
+            {"class": name, "tokens": int(tokens), "loss": finite(loss / tokens) if tokens else None}
+            for name, loss, tokens in zip(names, *sums, strict=True)
+        ]
+
     def loss_by_frequency(self, token_counts: np.ndarray | None = None) -> list[dict[str, Any]]:
         """One dict a class of token ids, common ones first: class, tokens, loss (mean, nats), accuracy.
 
@@ -286,6 +300,7 @@ class Evaluation:
             **dataclasses.asdict(self.settings),
             "recipe": self.recipe,
             "calibration": self.calibration(),
+            "loss_by_position": self.loss_by_range(),
             "loss_by_frequency": self.loss_by_frequency(),
         }
         if per_document:

@@ -11,6 +11,7 @@ from gpt2jax.evaluation.classes import (
     KINDS,
     frequency_classes,
     kind_classes,
+    position_classes,
     sum_by_class,
 )
 from gpt2jax.evaluation.evaluation import Evaluation, finite
@@ -91,15 +92,10 @@ def where_gain_lies(
     a, b = first.breakdown, second.breakdown
     counts = a.vocabulary_tokens if token_counts is None else token_counts
     kinds = kind_classes(tokenizer, len(counts), end_token_id)
-    length = first.settings.sequence_length
-    doubling = np.log2(np.arange(1, length + 1)).astype(np.int64)
-    ranges = [
-        f"{1 << k}" if k == 0 else f"{1 << k} to {min((2 << k) - 1, length)}" for k in range(doubling[-1] + 1)
-    ]
     by_id = (a.vocabulary_tokens, a.vocabulary_loss, b.vocabulary_loss)
     by_place = (a.position_tokens, a.position_loss, b.position_loss)
     return {
-        "position": _by_class(*by_place, doubling, ranges),
+        "position": _by_class(*by_place, *position_classes(first.settings.sequence_length)),
         "frequency": _by_class(*by_id, frequency_classes(counts), FREQUENCY_CLASSES),
         "kind": _by_class(*by_id, kinds, KINDS),
         **_documents(first, second),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import os
+import pathlib
 import platform
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,5 +64,16 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **packages,
         "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
     }
+
+
+def processor() -> str:
+    """Name of the processor, and how many of its cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux alone has the file
+        found = re.search(r"^model name\s*: (.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found[1] if found else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"

@@ -240,7 +240,7 @@ def _fenced(text: str) -> str:
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints the headline and the tables of figures.
+    """Prints the headline, how the texts were scored, and the tables of figures.
 
     Args:
         comparison: what `compare` gave.
@@ -255,6 +255,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console.print(Text(headline(comparison), style="bold"))
     for name in comparison.paired:
         console.print(Text(f"{name}: {evidence(comparison, name)}"))
+    console.print(Text(windows_sentence(comparison)))
     tables = [transposed(figures_table(comparison))]
     tables += [transposed(paired_table(comparison))] if comparison.paired else []
     for table in tables:

@@ -47,15 +47,20 @@ def html_report(comparison: Comparison) -> str:
     style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
     title = headline(comparison)
     sections = [
-        _section("figures", "Figures", _figures(comparison)),
-        _section("plots", "Where the difference lies", _plots(plots(comparison)) + _gains(comparison)),
-        _training(comparison),
-        _overlap(comparison),
-        _section("texts", "Generated text", _generations(comparison)) if comparison.generations else "",
-        *(_excerpts(index, name, groups) for index, (name, groups) in enumerate(comparison.excerpts.items())),
-        _section("repeat", "To repeat it", _repeat(comparison)),
-        _section("meaning", "What the figures mean", _definitions()),
+        ("figures", "Figures", _figures(comparison)),
+        ("plots", "Where the difference lies", _plots(plots(comparison)) + _gains(comparison)),
+        ("training", "Training", _training(comparison)),
+        ("overlap", "Overlap with the training texts", _overlap(comparison)),
+        ("texts", "Generated text", _generations(comparison) if comparison.generations else ""),
+        *(
+            (f"documents-{index}", f"Documents with the largest difference: {name}", _excerpts(name, groups))
+            for index, (name, groups) in enumerate(comparison.excerpts.items())
+        ),
+        ("repeat", "To repeat it", _repeat(comparison)),
+        ("meaning", "What the figures mean", _definitions()),
     ]
+    sections = [section for section in sections if section[2]]
+    links = "".join(f'<li><a href="#{name}">{_text(heading)}</a></li>' for name, heading, _ in sections)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -72,9 +77,10 @@ def html_report(comparison: Comparison) -> str:
 <p class="kicker">gpt2jax · comparison of {_count(len(comparison.evaluations), "model")}</p>
 <h1>{_text(title)}</h1>
 {_summary(comparison)}
+<nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main>
-{"".join(sections)}</main>
+{"".join(_section(*section) for section in sections)}</main>
 </body>
 </html>
 """
@@ -84,7 +90,8 @@ def _summary(comparison: Comparison) -> str:
     """The sentences and the four figures at a glance."""
     chosen = best(comparison) if comparison.paired else None
     parts = []
-    for name in comparison.paired:
+    # the headline is of the chosen one, which so comes first
+    for name in sorted(comparison.paired, key=lambda name: name != chosen):
         lead = "" if name == chosen else f"<strong>{_text(verdict(name, comparison.paired[name]))}.</strong> "
         parts.append(f'<p class="lead">{lead}{_text(evidence(comparison, name))}</p>')
     if chosen is not None:
@@ -132,14 +139,11 @@ def _gains(comparison: Comparison) -> str:
 
 def _training(comparison: Comparison) -> str:
     made = training_curves(comparison.history) if comparison.history else []
-    return _section("training", "Training", _plots(made)) if made else ""
+    return _plots(made) if made else ""
 
 
 def _overlap(comparison: Comparison) -> str:
-    if comparison.overlap is None:
-        return ""
-    table = _table(overlap_table(comparison), numbers=False)
-    return _section("overlap", "Overlap with the training texts", table)
+    return "" if comparison.overlap is None else _table(overlap_table(comparison), numbers=False)
 
 
 def _generations(comparison: Comparison) -> str:
@@ -185,7 +189,7 @@ def _sampling_sentence(comparison: Comparison) -> str:
     return f"{how}. Prompt number i, from 0, has seed {settings['seed']} + i, the same for every model."
 
 
-def _excerpts(index: int, name: str, groups: dict[str, list[Excerpt]]) -> str:
+def _excerpts(name: str, groups: dict[str, list[Excerpt]]) -> str:
     parts = []
     for title, excerpts in (("gains", groups["gains"]), ("loses", groups["losses"])):
         if excerpts:
@@ -201,9 +205,7 @@ def _excerpts(index: int, name: str, groups: dict[str, list[Excerpt]]) -> str:
         f"deeper colour for a larger difference (deepest from {STRONG:g} nats). "
         f"{END_MARK} is the end token.</p>"
     )
-    return _section(
-        f"documents-{index}", f"Documents with the largest difference: {name}", legend + "\n".join(parts)
-    )
+    return legend + "\n".join(parts)
 
 
 def _excerpt(excerpt: Excerpt, *, is_open: bool) -> str:

@@ -120,7 +120,10 @@ def repeat_table(comparison: Comparison) -> Table:
     evaluation = next(iter(comparison.evaluations.values())).settings
     settings = dataclasses.asdict(evaluation) | comparison.settings
     rows = [(name, str(value)) for name, value in settings.items()]
-    rows += [("texts", f"{comparison.data['documents']:,}, SHA-256 {comparison.data['sha256']}")]
+    data = comparison.data
+    rows += [("texts", f"{data['documents']:,}, SHA-256 {data['sha256']}")]
+    names = {"source": "texts from", "split": "split", "revision": "revision"}
+    rows += [(label, str(data[name])) for name, label in names.items() if data.get(name) is not None]
     for name, about in comparison.models.items():
         source = f"{about['source']}, " if about["source"] else ""
         rows.append(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_models import CONFIG, decode_bytes, encode, random_model, uniform_model
 
-from gpt2jax.evaluation import STUDY_PROMPTS, compare, evaluate, print_comparison
+from gpt2jax.evaluation import STUDY_PROMPTS, compare, evaluate, generations, print_comparison
 from gpt2jax.evaluation.evaluation import Evaluation, Settings
 from gpt2jax.evaluation.gains import paired_difference, where_gain_lies
 from gpt2jax.evaluation.generations import repetition, repetition_by_model
@@ -144,6 +144,22 @@ def test_generations(comparison, model):
     assert first[0]["text"] == alone.text
     assert first[1]["text"] != first[3]["text"]  # the same prompt, with a seed of its own
     assert set(comparison.first_call_seconds) == set(comparison.evaluations)
+
+
+def test_a_call_that_compiles_is_timed_again(model, monkeypatch):
+    asked = []
+
+    def generate_and_compile(model, prompts, **settings):
+        asked.append(prompts[0])
+        if len(asked) in (1, 4):
+            jax.jit(lambda x: x + len(asked))(np.arange(3))
+        return generate(model, prompts, **settings)
+
+    generate(model, ["a"], max_new_tokens=2)  # compiles what the next ones need
+    monkeypatch.setattr(generations, "generate", generate_and_compile)
+    found, first = generations.generate_texts({"m": model}, ["a", "b", "c"], {"max_new_tokens": 2}, 0)
+    assert asked == ["a", "a", "b", "c", "c"] and [entry["prompt"] for entry in found] == ["a", "b", "c"]
+    assert first["m"] > 0
 
 
 def evaluation_of(losses: list[list[float]], hits: list[list[bool]]) -> Evaluation:
