@@ -181,10 +181,10 @@ def use_cores(count: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(count)
 
 
-def resident(field: str = "VmHWM") -> int:
-    """Bytes of this process in memory, as Linux counts them: "VmRSS" now, "VmHWM" at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+def resident(field: str = "VmHWM", process: int | str = "self") -> int:
+    """Bytes of a process in memory, as Linux counts them: "VmRSS" now, "VmHWM" at most; 0 if it has just ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def forget_peak() -> None:
