@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from gpt2jax.evaluation.compare import Comparison, compare
     from gpt2jax.evaluation.metrics import Evaluation, evaluate
     from gpt2jax.generation import Generation, generate, stream
-    from gpt2jax.language_model import LanguageModel, from_config, load, load_adapter, save_adapter
+    from gpt2jax.language_model import (
+        LanguageModel,
+        combine_adapters,
+        from_config,
+        load,
+        load_adapter,
+        save_adapter,
+    )
     from gpt2jax.lora import LoRAConfig
     from gpt2jax.tokenizer import Tokenizer
     from gpt2jax.train.config import FinetuneConfig
@@ -33,6 +40,7 @@ _HOMES = {
     "from_config": "language_model",
     "load_adapter": "language_model",
     "save_adapter": "language_model",
+    "combine_adapters": "language_model",
     "Tokenizer": "tokenizer",
     # generation
     "generate": "generation",
@@ -67,6 +75,7 @@ __all__ = [
     "Run",
     "Tokenizer",
     "beam_search",
+    "combine_adapters",
     "compare",
     "evaluate",
     "finetune",

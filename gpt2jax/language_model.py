@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from gpt2jax.config import PRESETS, GPT2Config
-from gpt2jax.lora import LoRAConfig, merge_adapters
+from gpt2jax.lora import LoRAConfig, merge_adapters, unmerge_adapters
 from gpt2jax.model import Params, count_parameters, head_kernel, hidden_states, init_params, output_logits
 from gpt2jax.precision import FLOAT32
 from gpt2jax.tokenizer import Tokenizer
@@ -93,6 +95,20 @@ class LanguageModel:
         if self.adapters is None or self.lora is None:
             return self
         params = merge_adapters(self.params, self.adapters, self.lora)
+        return dataclasses.replace(self, params=params, adapters=None, lora=None, source=None)
+
+    def unmerge_adapter(self) -> LanguageModel:
+        """The same model without its adapters, which its weights hold already: what `merge_adapter` added is taken out.
+
+        Exact to rounding. A model that was merged in this program need not be unmerged: the one from before is still
+        what it was. This is for merged weights in files: `load_adapter(load(merged), adapter).unmerge_adapter()`.
+
+        Raises:
+            ValueError: the adapters are DoRA, whose merging can't be undone.
+        """
+        if self.adapters is None or self.lora is None:
+            return self
+        params = unmerge_adapters(self.params, self.adapters, self.lora)
         return dataclasses.replace(self, params=params, adapters=None, lora=None, source=None)
 
     def save(self, path: str | pathlib.Path, format: str = "hf", *, dtype: str = "float32") -> None:
@@ -232,7 +248,7 @@ def _is_hub_id(source: str) -> bool:
 def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageModel:
     """The model with the LoRA adapters of a PEFT folder, or of a *.lora.h5 file of Keras.
 
-    Adapters that the model has already are merged into its weights first.
+    Adapters that the model has already are merged into its weights first; see `combine_adapters`.
 
     Raises:
         FileNotFoundError: nothing lies there.
@@ -247,6 +263,45 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     else:
         lora, adapters = read(path, model.config, model.params)
     return dataclasses.replace(model, adapters=adapters, lora=lora)
+
+
+def combine_adapters(
+    models: Sequence[LanguageModel], weights: Sequence[float] | None = None
+) -> LanguageModel:
+    """The base with the adapters of several models together, each times its weight; exact to rounding.
+
+    Several adapters of one base are several models: `load_adapter` copies nothing of it, so that they take no more
+    memory than their adapters, and choosing one is choosing a model. This makes one more of them.
+
+    Args:
+        models: with LoRA or rsLoRA adapters on the same base.
+        weights: a number for each; below 0 takes away what an adapter adds. None: 1 for all.
+
+    Raises:
+        ValueError: a model without adapters or with DoRA, different bases, or weights that are not one number each.
+    """
+    from gpt2jax.lora_sums import sum_adapters
+
+    weights = [1.0] * len(models) if weights is None else list(weights)
+    if not models or len(weights) != len(models) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights={weights!r} must be a finite number for each of {len(models)} models")
+    parts = [(model.lora, model.adapters) for model in models if model.lora and model.adapters]
+    if len(parts) < len(models):
+        raise ValueError("a model has no adapters: load_adapter(base, path) gives one that has")
+    base = models[0]
+    if any(not _same_base(base, other) for other in models[1:]):
+        raise ValueError("the adapters are on different models: load them all on the same base")
+    lora, adapters = sum_adapters(base.config, parts, weights)
+    # the name of a run leads to the base with that run's adapters
+    source = base.source if all(model.source == base.source for model in models) else None
+    return dataclasses.replace(base, adapters=adapters, lora=lora, source=source)
+
+
+def _same_base(a: LanguageModel, b: LanguageModel) -> bool:
+    if a.config != b.config or jax.tree.structure(a.params) != jax.tree.structure(b.params):
+        return False
+    same = jax.tree.map(lambda x, y: x is y or np.array_equal(x, y), a.params, b.params)
+    return all(jax.tree.leaves(same))
 
 
 def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:

@@ -13,7 +13,13 @@ import pytest
 from tiny_models import CONFIG, TINY, random_model, random_params
 
 import gpt2jax
-from gpt2jax.language_model import LanguageModel, from_config, load_adapter, save_adapter
+from gpt2jax.language_model import (
+    LanguageModel,
+    combine_adapters,
+    from_config,
+    load_adapter,
+    save_adapter,
+)
 from gpt2jax.lora import LoRAConfig, init_adapters
 
 LORA = LoRAConfig(rank=2, alpha=5.0, targets=("attn.c_attn", "mlp.c_fc"))
@@ -177,6 +183,63 @@ def test_adapters_saved_and_loaded(model, adapted, tmp_path):
     assert_same(both.params, adapted.merge_adapter().params)
     with pytest.raises(ValueError, match=r"no adapters to save"):
         save_adapter(model, tmp_path / "none")
+
+
+def test_merged_and_taken_out(model, adapted, tmp_path):
+    merged = adapted.merge_adapter()
+    save_adapter(adapted, tmp_path / "adapter")
+    again = load_adapter(merged, tmp_path / "adapter").unmerge_adapter()
+    assert again.adapters is None and again.unmerge_adapter() is again
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7), again.params, model.params)
+
+
+SEVERAL = {
+    "of other ranks and linears": (LORA, LoRAConfig(rank=3, targets=("attn.c_attn", "*.c_proj"))),
+    "slices": (LORA, LoRAConfig(rank=1, targets=("attn.q", "attn.v"), use_rslora=True)),
+    "patterns": (LORA, LoRAConfig(targets=("mlp.c_fc",), rank_pattern={"h.1.*": 2}, alpha_pattern={"h.0.*": 3})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SEVERAL.values(), ids=SEVERAL.keys())
+def test_several_adapters_together(model, settings, tmp_path):
+    weights, single, expected = (1.5, -0.25), [], jax.tree.map(np.array, model.params)
+    for weight, lora in zip(weights, settings, strict=True):
+        adapters = jax.tree.map(
+            lambda x: np.where(x == 0, 0.02, x), init_adapters(TINY, lora, seed=lora.rank)
+        )
+        single.append(dataclasses.replace(model, adapters=adapters, lora=lora))
+        added = jax.tree.map(np.subtract, single[-1].merge_adapter().params, model.params)
+        expected = jax.tree.map(lambda total, x, w=weight: total + w * x, expected, added)
+    both = combine_adapters(single, weights)
+    assert both.params is model.params  # nothing of the base is copied
+    ids = np.arange(24).reshape(2, 12)
+    assert np.abs(both.logits(ids) - combine_adapters(single).logits(ids)).max() > 0.1
+    merged = both.merge_adapter()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.params, expected)
+    np.testing.assert_allclose(both.logits(ids), merged.logits(ids), atol=2e-5)
+    save_adapter(both, tmp_path / "both")
+    again = load_adapter(model, tmp_path / "both")
+    np.testing.assert_allclose(again.logits(ids), both.logits(ids), atol=1e-6)
+
+
+def test_adapters_that_do_not_go_together(model, adapted):
+    dora = LoRAConfig(targets=("attn.q",), use_dora=True)
+    fresh = init_adapters(TINY, dora, params=model.params)
+    other = dataclasses.replace(adapted, params=random_params(seed=1))
+    for models, weights, message in (
+        ([adapted, adapted], [1.0], r"weights=\[1\.0\] must be a finite number for each of 2 models"),
+        ([adapted], [float("nan")], "finite number"),
+        ([], None, "each of 0 models"),
+        ([adapted, model], None, "a model has no adapters"),
+        ([adapted, other], None, "the adapters are on different models"),
+        (
+            [adapted, dataclasses.replace(model, adapters=fresh, lora=dora)],
+            None,
+            "DoRA adapters can't be summed",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            combine_adapters(models, weights)
 
 
 @pytest.mark.parametrize(

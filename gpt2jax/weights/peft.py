@@ -7,7 +7,6 @@ lora_magnitude_vector is [out].
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -20,7 +19,8 @@ import numpy as np
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.files import atomic_folder
-from gpt2jax.lora import SLICES, TARGETS, LoRAConfig, kernel_of, pattern_matches
+from gpt2jax.lora import SLICES, TARGETS, LoRAConfig, kernel_of
+from gpt2jax.lora_sums import fuse_slices
 from gpt2jax.low_rank import column_lengths
 from gpt2jax.model import Params, abstract_params
 from gpt2jax.weights.hf import refuse_foreign_files
@@ -33,7 +33,6 @@ TORCH_FILE = "adapter_model.bin"  # of old versions, and of save_pretrained(safe
 OURS = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md")
 # the tensors of a linear, and ours; all are turned
 LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "magnitude"}
-FUSED = "attn.c_attn"  # what PEFT has in place of our slices of it
 WRAPPERS = ("base_model.", "model.", "_orig_mod.", "module.", "transformer.")
 
 # settings of PEFT that would change the result; any other value than those here is refused by name
@@ -132,7 +131,7 @@ def save_adapter(
         FileExistsError: the folder holds other files.
     """
     if any(target in SLICES for target in lora.targets):
-        lora, adapters = _fuse_slices(config, lora, adapters, params)
+        lora, adapters = fuse_slices(config, lora, adapters, params)
     arrays = [
         (f"base_model.model.transformer.{name}", values.T)
         for name, values in _parts(config, lora, jax.tree.map(np.asarray, adapters))
@@ -265,50 +264,3 @@ def _problems(tensors: Mapping[str, Tensor], places: Mapping[str, np.ndarray]) -
     adapted = {name.partition(".lora_")[0] for name in tensors}
     missing = [n for n in places if n not in tensors and n.partition(".lora_")[0] in adapted]
     return problems + [f"{name}: missing, though others of this linear are there" for name in missing]
-
-
-def _fuse_slices(
-    config: GPT2Config, lora: LoRAConfig, adapters: Params, params: Params | None
-) -> tuple[LoRAConfig, Params]:
-    """Settings and adapters with attn.c_attn in place of its slices."""
-    present = [target for target in SLICES if target in lora.targets]
-    attention = dict(adapters["h"]["attn"])
-    parts = {target: attention.pop(target.partition(".")[2]) for target in present}
-    layers, dim = config.n_layer, config.n_embd
-    total = sum(part["lora_a"].shape[-1] for part in parts.values())
-    fused = {"lora_a": np.concatenate([np.asarray(part["lora_a"]) for part in parts.values()], -1)}
-    fused["lora_b"] = np.zeros((layers, total, 3 * dim), np.float32)
-    # the scale is that of the first slice; what another one's is more or less goes into its second factor
-    scales = {target: np.asarray([lora.scale_of(i, target) for i in range(layers)]) for target in present}
-    row = 0
-    for target, part in parts.items():
-        column, rank = SLICES.index(target) * dim, part["lora_a"].shape[-1]
-        relative = (scales[target] / scales[present[0]])[:, None, None]
-        fused["lora_b"][:, row : row + rank, column : column + dim] = np.asarray(part["lora_b"]) * relative
-        row += rank
-    if lora.use_dora:
-        if params is None:
-            raise ValueError("DoRA of slices fits a PEFT folder only together with the model's parameters")
-        lengths = [
-            parts[target]["magnitude"] if target in parts else column_lengths(kernel_of(params["h"], target))
-            for target in SLICES
-        ]
-        fused["magnitude"] = np.concatenate([np.asarray(length) for length in lengths], -1)
-    divisor = total**0.5 if lora.use_rslora else total
-    alphas = [float(scale * divisor) for scale in scales[present[0]]]
-    own = [(f"h.{layer}.{FUSED}", alpha) for layer, alpha in enumerate(alphas)]
-    own = [(FUSED, alphas[0])] if len(set(alphas)) == 1 else own
-    targets = (FUSED, *(target for target in lora.targets if target not in SLICES))
-
-    def used(pattern):  # PEFT warns of keys that match nothing, as those of slices do
-        places = [(layer, target) for layer in range(layers) for target in targets[1:]]
-        return [pair for pair in pattern if any(pattern_matches(pair[0], *place) for place in places)]
-
-    lora = dataclasses.replace(
-        lora,
-        targets=targets,
-        rank_pattern=((FUSED, total), *used(lora.rank_pattern)),
-        alpha_pattern=(*own, *used(lora.alpha_pattern)),
-    )
-    attention["c_attn"] = fused
-    return lora, {"h": {**adapters["h"], "attn": attention}}

@@ -140,6 +140,20 @@ def test_peft_reads_our_adapters(tmp_path, base, settings: dict[str, Any]):
     np.testing.assert_allclose(model.merge_adapter().logits(IDS), logits(merged), rtol=1e-5, atol=1e-5)
 
 
+def test_weighted_sum_of_two(tmp_path, base):
+    """As `add_weighted_adapter` of peft, whose way "cat" is the exact one."""
+    settings = {"one": {"r": 4, "lora_alpha": 6}, "two": {"r": 2, "lora_alpha": 8, "use_rslora": True}}
+    for name, own in settings.items():
+        peft_model(base, {"target_modules": list(ALL), **own}).save_pretrained(tmp_path / name)
+    ours = [gpt2jax.load_adapter(gpt2jax.load(base), tmp_path / name) for name in settings]
+    theirs = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "one", adapter_name="one")
+    theirs.load_adapter(tmp_path / "two", adapter_name="two")
+    theirs.add_weighted_adapter(list(settings), [0.7, 1.6], "both", combination_type="cat")
+    theirs.set_adapter("both")
+    both = gpt2jax.combine_adapters(ours, [0.7, 1.6])
+    np.testing.assert_allclose(both.logits(IDS), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_of_dora(tmp_path, base):
     """Of every factor and magnitude; the loss is a mean of squares of the logits."""
     theirs = peft_model(base, {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": list(ALL)})
