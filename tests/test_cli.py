@@ -199,12 +199,19 @@ def test_evaluate_into_a_folder(texts, tmp_path, capsys):
 
 def test_adapters_of_every_kind():
     words = "--lora --lora-rank 4 --lora-scaling rslora --dora --lora-targets attn.q mlp.* --lora-ranks h.3.mlp.c_fc=2"
-    words += " --base-dtype int8"
-    options = tyro.cli(Options, args=words.split(), config=(tyro.conf.OmitArgPrefixes,))
-    config = finetune_config(options)
-    assert config.base_dtype == "int8" and config.lora == LoRAConfig(
-        4, targets=("attn.q", "mlp.*"), use_rslora=True, use_dora=True, rank_pattern={"h.3.mlp.c_fc": 2}
+
+    def config(words: str) -> gpt2jax.FinetuneConfig:
+        options = tyro.cli(Options, args=words.split(), config=(tyro.conf.OmitArgPrefixes,))
+        return finetune_config(options)
+
+    every = config(f"{words} --lora-alpha 16 --base-dtype int8")
+    assert every.base_dtype == "int8" and every.lora == LoRAConfig(
+        4, 16, targets=("attn.q", "mlp.*"), use_rslora=True, use_dora=True, rank_pattern={"h.3.mlp.c_fc": 2}
     )
+    assert config("").lora is None and config("--lora").lora == LoRAConfig(32, 32, targets=("*",))
+    for words in ("--lora --lora-rank 9", "--lora --lora-rank 9 --lora-scaling rslora"):
+        plain = config(words).lora
+        assert plain is not None and plain.rank == 9 and plain.scale == 1
 
 
 def test_generate(tmp_path, capsys, monkeypatch):

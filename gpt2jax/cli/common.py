@@ -24,6 +24,10 @@ USER_ERRORS = (
     ConnectionError,  # the hub does not answer, and the cache does not have the model
 )
 
+# adapters as the commands make them: large enough to gain nearly what training all parameters gains
+# (benchmarks/training_quality.py), where LoRAConfig's own defaults are PEFT's
+LORA_RANK, LORA_TARGETS = 32, ("*",)
+
 
 def run_command(
     name: str, options: type[T], run: Callable[[T], None], argv: Sequence[str] | None = None

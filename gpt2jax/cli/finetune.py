@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from gpt2jax.cli.common import DataOptions, command_line, run_command
+from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, DataOptions, command_line, run_command
 from gpt2jax.train.config import FinetuneConfig
 
 # an optimizer step of the default job takes about two seconds on two cores: it is to end within three minutes
@@ -50,11 +50,11 @@ class Options:
         cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
         lora: train low-rank adapters instead of all parameters.
         lora_rank: their rank.
-        lora_alpha: their output is scaled by alpha / rank.
+        lora_alpha: their output is scaled by alpha / rank. Default: what makes that 1.
         lora_dropout: dropout of their input.
         lora_targets: linears that get one: attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, or attn.q, attn.k, attn.v;
             "*" stands for any characters.
-        lora_scaling: by alpha / rank, or "rslora" by alpha / sqrt(rank).
+        lora_scaling: "rslora" scales by alpha / sqrt(rank) instead.
         dora: learn the length of each column of the weights too (DoRA).
         lora_ranks: other ranks for some linears, as PATTERN=RANK: h.11.attn.c_attn=16.
         train: settings of the run.
@@ -76,10 +76,10 @@ class Options:
     completion_column: str | None = None
     cache_tokens: bool = True
     lora: bool = False
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
+    lora_rank: int = LORA_RANK
+    lora_alpha: float | None = None
     lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("attn.c_attn",)
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     lora_scaling: Literal["lora", "rslora"] = "lora"
     dora: bool = False
     lora_ranks: tuple[str, ...] = ()
@@ -215,12 +215,14 @@ def finetune_config(options: Options) -> FinetuneConfig:
 
     lora = None
     if options.lora:
+        use_rslora = options.lora_scaling == "rslora"
+        scale_one = options.lora_rank**0.5 if use_rslora else float(options.lora_rank)
         lora = LoRAConfig(
             options.lora_rank,
-            options.lora_alpha,
+            scale_one if options.lora_alpha is None else options.lora_alpha,
             options.lora_dropout,
             options.lora_targets,
-            use_rslora=options.lora_scaling == "rslora",
+            use_rslora=use_rslora,
             use_dora=options.dora,
             rank_pattern=tuple(_rank(text) for text in options.lora_ranks),
         )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from gpt2jax.cli.common import run_command
+from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, run_command
 
 if TYPE_CHECKING:
     from gpt2jax.config import GPT2Config
@@ -52,8 +52,8 @@ class Options:
     remat: str = "none"
     dropout: float = 0.0
     lora: bool = False
-    lora_rank: int = 8
-    lora_targets: tuple[str, ...] = ("attn.c_attn",)
+    lora_rank: int = LORA_RANK
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     fsdp: int = 1
     tensor_parallel: int = 1

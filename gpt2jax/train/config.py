@@ -34,7 +34,7 @@ class FinetuneConfig:
             momentum: one moment); "sgd" (momentum `beta1`); or "muon": orthogonalised momentum for the kernels of
             the blocks, Adam without decay for the rest; it learns faster from scratch. Not for LoRA.
         learning_rate: peak of the schedule. None: 1e-3 for a model under 20 million parameters, 1e-4 for a larger
-            one; five times that for LoRA, a fifth for lion, a hundred times for sgd.
+            one; ten times that for LoRA, a fifth for lion, a hundred times for sgd.
         schedule: after the warm-up: "cosine" or "linear" fall to the end, "constant", or "wsd" (warm-up, stable,
             decay): constant, then linear over the last `decay_share`.
         warmup_steps: linear rise to the peak.

@@ -14,11 +14,14 @@ _SHARE = {"lion": 0.2, "sgd": 100.0}
 
 
 def resolve_learning_rate(config: FinetuneConfig, parameters: int) -> FinetuneConfig:
-    """The settings with a learning rate that suits a model of so many parameters, where none was given."""
+    """The settings with a learning rate that suits a model of so many parameters, where none was given.
+
+    Source of the factor for LoRA: Schulman et al. 2025, "LoRA Without Regret".
+    """
     if config.learning_rate is not None:
         return config
     rate = (1e-3 if parameters < 20_000_000 else 1e-4) * _SHARE.get(config.optimizer, 1.0)
-    return dataclasses.replace(config, learning_rate=rate * (5 if config.lora else 1))
+    return dataclasses.replace(config, learning_rate=rate * (10 if config.lora else 1))
 
 
 def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:

@@ -189,7 +189,7 @@ def test_learning_rate_by_size():
     config = FinetuneConfig()
     assert resolve_learning_rate(config, 4_000_000).learning_rate == 1e-3
     assert resolve_learning_rate(config, 124_000_000).learning_rate == 1e-4
-    assert resolve_learning_rate(FinetuneConfig(lora=LoRAConfig()), 124_000_000).learning_rate == 5e-4
+    assert resolve_learning_rate(FinetuneConfig(lora=LoRAConfig()), 124_000_000).learning_rate == 1e-3
     assert resolve_learning_rate(FinetuneConfig(learning_rate=3e-3), 1).learning_rate == 3e-3
 
 
