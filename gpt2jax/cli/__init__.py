@@ -29,11 +29,11 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def start(*command: str) -> None:
-    """Entry point of a program: `main` of its arguments, behind those of `command`, with huge pages where there are any.
+    """Entry point of a program: `main` of its arguments, behind those of `command`, in huge pages if there are any.
 
-    A training step on a CPU takes gigabytes from the system and gives them back each time. In pages of 2 MiB in place of
-    4 KiB that costs a tenth as much, a sixth of the step. The GNU C library asks for them only if it is told to when a
-    program starts, so the program is started anew, as the same process.
+    A training step on a CPU takes gigabytes from the system and gives them back each time. In pages of 2 MiB in place
+    of 4 KiB that costs a tenth as much, a sixth of the step. The GNU C library asks for them only if it is told to
+    when a program starts, so the program is started anew, as the same process.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if _HUGE_PAGES not in tunables and _huge_pages_on_request():
