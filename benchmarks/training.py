@@ -84,7 +84,8 @@ def gpt2jax_step(
     }
     inputs = jax.tree.map(jnp.asarray, inputs)
     frozen = base_params(params, base_dtype) if lora else None
-    jax.block_until_ready((state, frozen))  # what is made is made: it is no part of the first step's time and memory
+    # what is made is made: it is no part of the first step's time and memory
+    jax.block_until_ready((state, frozen))
 
     def run() -> None:
         nonlocal state

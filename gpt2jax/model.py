@@ -284,7 +284,9 @@ class GPT2(nnx.Module):
 class Call:
     """What is the same for every layer of one call; modules take it, whoever walks the layers makes it."""
 
-    def __init__(self, precision: Precision, *, causal=None, lora_dropout: float = 0.0, remat: str = "none"):
+    def __init__(
+        self, precision: Precision, *, causal: Any = None, lora_dropout: float = 0.0, remat: str = "none"
+    ):
         self.precision = precision
         self.causal = causal  # [1, 1, T, T], for layers that are given no other mask
         self.lora_dropout = lora_dropout

@@ -45,7 +45,8 @@ def start(*command: str) -> None:
 
 def _huge_pages_on_request() -> bool:
     """Whether this system has huge pages for whoever asks, and an allocator that can be told to."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # another system than Linux, another C library
+    # another system than Linux, or another C library, has none of these
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         library = os.confstr("CS_GNU_LIBC_VERSION") or ""  # "glibc 2.36"
         version = tuple(map(int, library.removeprefix("glibc ").split(".")))
         asked = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
