@@ -123,18 +123,11 @@ def test_keras_hub_reads_our_preset(tmp_path):
 def test_evaluate(tmp_path):
     """The study's two figures of gpt2-mini on texts, by keras-hub's own preprocessing and `evaluate`.
 
-    Without digits: keras-hub of today cuts long numbers as Llama 3 does, which GPT-2 never did.
+    Texts of words: keras-hub of today cuts numbers, line breaks and punctuation as Llama 3 does.
     """
-    texts = [
-        "",
-        "a",
-        " ",
-        "été, 東京 and 🙂 e\u0301",
-        "\u00a0x \u2009y\u3000z",
-        "tab\tand\n\n\nlines",
-        "!" * 40,
-    ]
-    texts += [re.sub(r"\d", "", text) for text in gpt2jax.load_texts("python-docs", split="test", limit=40)]
+    odd = ["", "a", " ", "été 東京 and 🙂 e\u0301", "naïve Ω β", "ААА", "\u00a0x"]
+    found = gpt2jax.load_texts("python-docs", split="test", limit=60)
+    texts = odd + [" ".join(re.findall("[A-Za-z]+", text)[3:]) for text in found]
     ours = gpt2jax.load("gpt2-mini")
     ours.save(tmp_path / "preset", format="keras")
     theirs = keras_hub.models.GPT2CausalLM.from_preset(str(tmp_path / "preset"), dtype="float32")
@@ -146,5 +139,6 @@ def test_evaluate(tmp_path):
     )
     loss, accuracy = theirs.evaluate(texts, batch_size=8, verbose=0)
     result = gpt2jax.evaluate(ours, texts, sequence_length=32, batch_size=8)
-    assert round(accuracy * result.keras_positions) == result.keras_hits > result.sums.hits.sum()
+    assert result.tokens < result.keras_positions  # there is padding
+    assert round(accuracy * result.keras_positions) == result.keras_hits
     assert result.keras_loss == pytest.approx(loss, rel=1e-5)
