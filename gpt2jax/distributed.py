@@ -122,6 +122,14 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(whole_array, tree)
 
 
+def wait_for_all(name: str) -> None:
+    """Of several processes: goes on when all have come here, each with the same name."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """The context in which `cut_rows` and `whole` know the mesh; none for one device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

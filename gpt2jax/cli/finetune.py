@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, DataOptions, command_line, run_command
+from gpt2jax.cli.processes import ProcessOptions
 from gpt2jax.train.config import FinetuneConfig
 
 # an optimizer step of the default job takes about two seconds on two cores: it is to end within three minutes
@@ -58,6 +59,7 @@ class Options:
         dora: learn the length of each column of the weights too (DoRA).
         lora_ranks: other ranks for some linears, as PATTERN=RANK: h.11.attn.c_attn=16.
         train: settings of the run.
+        several: processes that train together.
         compare: evaluate the model before and after and write the report.
         eval_documents: at most so many held-out documents, for the validation and for the comparison each.
         prompts: prompts for the generated texts. Default: a set that suits the data.
@@ -84,6 +86,7 @@ class Options:
     dora: bool = False
     lora_ranks: tuple[str, ...] = ()
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)  # pyright: ignore[reportInvalidTypeForm]
+    several: ProcessOptions = dataclasses.field(default_factory=ProcessOptions)
     compare: bool = True
     eval_documents: int = 120
     prompts: tuple[str, ...] | None = None
@@ -100,10 +103,13 @@ def run(options: Options) -> None:
     import jax
     from rich.console import Console
 
+    from gpt2jax.prompts import make_rows
     from gpt2jax.train.loop import finetune
     from gpt2jax.train.run_folder import RunFolder
 
-    console = Console()
+    _check(options)
+    options.several.join()
+    console = Console(quiet=jax.process_index() > 0)
     options = dataclasses.replace(options, source=options.source.pinned())
     config = finetune_config(options)
     output = options.out or default_output(options)
@@ -121,6 +127,8 @@ def run(options: Options) -> None:
     )
     model = starting_model(options)
     console.print(f"[bold]model[/]  {model!r}", highlight=False)
+    if options.compare:  # what can't be generated is to be known before the training
+        make_rows(model, _prompts(options), max_new_tokens=options.max_new_tokens, max_length=None)
     if config.base_dtype is not None:  # what trains is a copy, and the device may have no room for both
         model = model.merge_adapter()
         model = dataclasses.replace(model, params=jax.device_get(model.params))
@@ -147,6 +155,22 @@ def run(options: Options) -> None:
     )
 
 
+def _check(options: Options) -> None:
+    """Raises ValueError for options that would have no effect, or make no sense."""
+    fields = dataclasses.fields(options)
+    given = [field.name for field in fields if getattr(options, field.name) != field.default]
+    of_lora = [name for name in given if name == "dora" or name.startswith("lora_")]
+    if of_lora and not options.lora:
+        names = ", ".join("--" + name.replace("_", "-") for name in of_lora)
+        raise ValueError(f"{names} is for adapters: give --lora as well")
+    if options.eval_documents < 1:
+        raise ValueError(f"--eval-documents {options.eval_documents} must be at least 1")
+
+
+def _prompts(options: Options) -> Sequence[str]:
+    return options.prompts or default_prompts(options.source.data)
+
+
 def _compare(
     options: Options, model: Any, result: Any, texts: Any, training_texts: Any, console: Any
 ) -> None:
@@ -157,7 +181,7 @@ def _compare(
     comparison = compare(
         {"generic": model, "specialised": result.model},
         texts,
-        prompts=options.prompts or default_prompts(options.source.data),
+        prompts=_prompts(options),
         sequence_length=length,
         training_texts=training_texts,
         max_new_tokens=options.max_new_tokens,
@@ -166,7 +190,8 @@ def _compare(
         command=command_line("finetune"),
         source=options.source.origin("test"),
     )
-    comparison.save(result.output)
+    if not console.quiet:  # of several processes all compute it, so that none waits for another one
+        comparison.save(result.output)
     print_comparison(comparison, console)
 
 

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from gpt2jax.train.config import FinetuneConfig
 
 
@@ -29,7 +33,8 @@ class Limits:
     """Early stopping, the limit of time, and SIGINT and SIGTERM, which wait for the end of a step.
 
     As a context it takes the two signals; a second one of them acts at once, as without it. In a thread other than
-    the main one signals stay as they are.
+    the main one signals stay as they are. Several processes have to end with the same step, since each step needs all
+    of them: they agree at each entry of the log, where one that is to end ends all.
 
     Args:
         config: the settings.
@@ -41,6 +46,7 @@ class Limits:
         self._config, self._history = config, history
         self._start = time.monotonic()
         self._asked: int | None = None
+        self._agreed: tuple[int, bool] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Limits:
@@ -61,10 +67,21 @@ class Limits:
         self._asked = number
         self._give_back()
 
+    def agree(self, step: int) -> None:
+        """Of several processes: what holds for one of them holds for all from here on. All must call it."""
+        if jax.process_count() == 1:
+            return
+        self._agreed = self._agreed or (0, False)
+        if step % self._config.log_every == 0:
+            own = np.array([self._asked or 0, self._own_time_is_over()], np.int32)
+            asked, over = multihost_utils.process_allgather(own).max(axis=0)
+            self._agreed = int(asked), bool(over)
+
     def stop_if_asked(self) -> None:
         """Raises Interrupted where a signal came since the last step."""
-        if self._asked is not None:
-            raise Interrupted(self._asked)
+        asked = self._asked if self._agreed is None else self._agreed[0]
+        if asked:
+            raise Interrupted(asked)
 
     def is_best(self, loss: float) -> bool:
         """Whether a validation loss that is not in the history yet is below all that are."""
@@ -79,6 +96,9 @@ class Limits:
 
     def time_is_over(self) -> bool:
         """Whether the run has taken `max_minutes`."""
+        return self._own_time_is_over() if self._agreed is None else self._agreed[1]
+
+    def _own_time_is_over(self) -> bool:
         limit = self._config.max_minutes
         return limit is not None and time.monotonic() - self._start >= 60 * limit
 

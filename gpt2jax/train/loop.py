@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from gpt2jax.config import GPT2Config
 from gpt2jax.data.batches import Batches, check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
-from gpt2jax.distributed import batch_ways, gather, make_mesh, on_mesh, shard
+from gpt2jax.distributed import batch_ways, gather, make_mesh, on_mesh, shard, wait_for_all
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora import base_params, init_adapters
 from gpt2jax.model import Params
@@ -83,7 +83,8 @@ def finetune(
             count it ends with the same parameters, bit for bit, as a run that was never stopped.
         overwrite: start anew in a folder that holds another run, which is deleted.
         source: where the texts come from, for `run.json`.
-        progress: show a progress bar (a line per logged step where there is no terminal).
+        progress: show a progress bar (a line per logged step where there is no terminal); of several processes the
+            first one does.
 
     Raises:
         ValueError: impossible settings, no trainable text, or a resumed run with other settings or texts.
@@ -97,6 +98,7 @@ def finetune(
     if model.adapters is not None:
         model = model.merge_adapter()
     check_trackers(config, output)
+    progress = progress and jax.process_index() == 0
     if validation_texts is None and (config.keep_best or config.patience is not None):
         raise ValueError("keep_best and patience go by the validation loss; give validation_texts")
     tokenize = functools.partial(
@@ -116,6 +118,7 @@ def finetune(
     if output is not None:
         folder = RunFolder(output, resume=resume, overwrite=overwrite)
         folder.begin(model, config, documents, source)
+        wait_for_all("the run folder")
     return _train(model, config, plan, validation, folder, show=progress)
 
 
@@ -216,6 +219,7 @@ def _train(
                     break
                 elif not log.unlogged:  # else the run stopped between a step and its entry in the log
                     continue
+                limits.agree(step)
                 at_end = step == plan.steps or limits.time_is_over()
                 extra = {}
                 if validate is not None and (step % plan.eval_every == 0 or at_end):
