@@ -169,7 +169,8 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
 
     Args:
         name: "gpt2-mini" (packaged, needs no network), "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or any other
-            hub id of a GPT-2 (`owner/name`), or a path: a weights folder or file, or a run folder of `finetune`.
+            hub id of a GPT-2 (`owner/name`), or a path: a weights folder or file, a run folder of `finetune`, or one
+            of its checkpoints (`RUN/checkpoints/STEP`), be the run at its end or not.
         revision: commit, tag or branch, for a model on the hub.
         dtype: of the parameters. "bfloat16" and "float16" round them as they are read and take half the memory: for
             generating, evaluating, and as the frozen base of adapters. Training all parameters makes them float32.
@@ -180,6 +181,11 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
     """
     from gpt2jax.weights import load_weights
 
+    path = pathlib.Path(name)
+    if path.parent.name == "checkpoints" and path.is_dir() and (path.parents[1] / "run.json").is_file():
+        from gpt2jax.train.loading import load_checkpoint
+
+        return load_checkpoint(path, dtype)
     place = locate(name, revision=revision)
     config, params, tokenizer = load_weights(place.weights, dtype)
     model = LanguageModel(config, params, tokenizer, source=str(name))
@@ -228,7 +234,9 @@ def _locate_run(path: pathlib.Path) -> Location:
     if (path / "model").is_dir():
         return Location(path / "model", None, str(path / "model"))
     if not (path / "adapter").is_dir():
-        raise ValueError(f"{path} holds a run that has not ended: resume it, then load it")
+        raise ValueError(
+            f"{path} holds a run that has not ended: resume it, or load one of {path / 'checkpoints'}"
+        )
     base = path / "base"
     if not base.is_dir():
         base = json.loads((path / "run.json").read_text("utf-8"))["base_model"]

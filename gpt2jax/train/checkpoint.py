@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2jax.model import Params
-from gpt2jax.train.step import TrainState
+from gpt2jax.train.step import TrainState, averaged
 
 
 class Checkpoints:
@@ -30,6 +30,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
+
+    def good_step(self, failed: int) -> int | None:
+        """The newest of the checkpoints from which a finite step was computed, before step `failed` was not finite."""
+        return max((step for step in self._manager.all_steps() if step < failed - 1), default=None)
 
     def save(self, step: int, state: TrainState, unlogged: list[dict[str, float]]) -> None:
         """Copies the state and writes it in the background; does nothing for a step that is there already.
@@ -58,6 +62,19 @@ class Checkpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def restore_trained(folder: pathlib.Path) -> Params:
+    """Parameters or adapters of one checkpoint, or their moving average; bound to no device."""
+    import orbax.checkpoint as ocp
+
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    path = folder.absolute() / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
+        state = checkpointer.restore(path, shapes)
+    return jax.tree.map(lambda leaf: jnp.array(jax.device_get(leaf)), averaged(state))
 
 
 class Best:

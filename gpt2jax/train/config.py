@@ -37,7 +37,7 @@ class FinetuneConfig:
             one; ten times that for LoRA, a fifth for lion, a hundred times for sgd.
         schedule: after the warm-up: "cosine" or "linear" fall to the end, "constant", or "wsd" (warm-up, stable,
             decay): constant, then linear over the last `decay_share`.
-        warmup_steps: linear rise to the peak.
+        warmup_steps: linear rise to the peak, at most all steps but one.
         final_learning_rate: the schedule ends at this share of the peak ("constant" does not).
         decay_share: share of the steps in which "wsd" falls.
         weight_decay: decoupled, on matrices only (never on biases and LayerNorms).

@@ -121,7 +121,11 @@ class TrainLog:
     def _check(self, step: int, values: dict[str, float]) -> None:
         if self._config.compute_dtype == "float16":
             if not math.isfinite(values["grad_norm"]) and values["loss_scale"] <= MIN_SCALE:
-                raise NotFinite(step, f"the gradient overflows even at loss scale {MIN_SCALE}")
+                raise NotFinite(
+                    step,
+                    f"loss {values['loss']}, its gradient overflows at the smallest loss scale too, {MIN_SCALE}; "
+                    "bfloat16 and float32 don't overflow so soon, and a lower learning_rate may help",
+                )
         elif not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise NotFinite(
                 step,

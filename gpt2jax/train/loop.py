@@ -35,7 +35,7 @@ from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.progress import training_progress
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.schedules import resolve_learning_rate
-from gpt2jax.train.step import TrainState, init_state, make_configured_step
+from gpt2jax.train.step import TrainState, averaged, init_state, make_configured_step
 from gpt2jax.train.trackers import check_trackers, close_trackers, open_trackers
 from gpt2jax.train.validation import place, validation_loss
 
@@ -244,10 +244,12 @@ def _train(
                     checkpoints.save(log.step, state, log.unlogged)
             raise stopped(interrupt, checkpoints, folder) from None
         except NotFinite as error:
-            kept = None if checkpoints is None else checkpoints.latest_step()
-            where = (
-                "no checkpoint was written" if kept is None else f"the last good checkpoint is step {kept}"
-            )
+            good = None if checkpoints is None else checkpoints.good_step(error.step)
+            where = "there is no checkpoint from before"
+            if folder is not None and good is not None:
+                where = (
+                    f"the last good checkpoint is step {good}, a model at {folder.checkpoints / str(good)}"
+                )
             ids = plan.batches.documents_of(error.step - 1)
             shown = ", ".join(map(str, ids[:20])) + (", ..." if len(ids) > 20 else "")
             raise FloatingPointError(
@@ -258,11 +260,6 @@ def _train(
     if folder is not None:
         folder.finish(trained)
     return Run(trained, log.history, None if folder is None else folder.path)
-
-
-def averaged(state: TrainState) -> Params:
-    """What is validated and returned: the moving average where there is one."""
-    return state["ema"] if "ema" in state else state["params"]
 
 
 def with_dropout(config: GPT2Config, rate: float | None) -> GPT2Config:

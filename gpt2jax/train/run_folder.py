@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from gpt2jax.data.documents import Documents
 from gpt2jax.files import atomic_write
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.model import Params
 from gpt2jax.train.config import FinetuneConfig
 
 RUN_FILE = "run.json"
@@ -161,7 +162,7 @@ def run_description(
         "format": "gpt2jax run",
         "version": 1,
         "base_model": model.source,
-        "base_sha256": _sha256(jax.tree.leaves(model.params)),
+        "base_sha256": params_sha256(model.params),
         "model_config": dataclasses.asdict(model.config),
         "finetune": _finetune_fields(config),
         "data": {
@@ -177,9 +178,10 @@ def _finetune_fields(config: FinetuneConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _sha256(arrays: Iterable[Any]) -> str:
+def params_sha256(params: Params) -> str:
+    """Digest (hex) of all numbers, leaf by leaf."""
     digest = hashlib.sha256()
-    for array in arrays:
+    for array in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # whatever the dtype
     return digest.hexdigest()
 

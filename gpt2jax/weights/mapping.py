@@ -119,8 +119,7 @@ def fill(
         ValueError: naming all tensors that are unknown, missing, of a wrong shape or of a wrong dtype; or one
             whose values are not finite.
     """
-    if dtype not in PARAMETER_DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(PARAMETER_DTYPES)}")
+    check_parameter_dtype(dtype)
     leaves = _leaves(config)
     if config.n_layer > len(tensors):  # a damaged configuration must not make a list of a billion names
         raise ValueError(
@@ -250,6 +249,12 @@ def _to_canonical(values: np.ndarray, layout: str, shape: tuple[int, ...]) -> np
 
 def _from_canonical(values: np.ndarray, slot: _Slot) -> np.ndarray:
     return values.T if slot.rule.layout == "transposed" else values.reshape(slot.shape)
+
+
+def check_parameter_dtype(dtype: str) -> None:
+    """Raises ValueError where parameters can't be loaded in that dtype."""
+    if dtype not in PARAMETER_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(PARAMETER_DTYPES)}")
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -11,6 +11,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import TINY, random_params
@@ -196,13 +197,54 @@ def test_lora_run(model, tmp_path):
     assert sum(file.stat().st_size for file in state.rglob("*")) < 200_000  # adapters and their moments only
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path):
-    config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, learning_rate=1e30, checkpoint_every=1)
-    with pytest.raises(
-        FloatingPointError,
-        match=r"step (\d): loss .*; its batch, number \d, holds documents \d+, .*; the last good checkpoint is step \d",
+def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path, monkeypatch):
+    make = loop.make_configured_step
+
+    def make_failing(*args, **options):
+        step = make(*args, **options)
+
+        def fail(state, *others):
+            state, metrics = step(state, *others)
+            return state, metrics | {"loss": jnp.where(state["step"] == 5, jnp.nan, metrics["loss"])}
+
+        return fail
+
+    monkeypatch.setattr(loop, "make_configured_step", make_failing)
+    output = tmp_path / "run"
+    for every, where in (
+        (1, r"the last good checkpoint is step 3, a model at (.*)"),  # what step 4 left made step 5 fail
+        (9, "there is no checkpoint from before"),
     ):
-        finetune(model, texts(), config, output=tmp_path / "run", progress=False)
+        config = dataclasses.replace(CONFIG, steps=9, checkpoint_every=every)
+        with pytest.raises(
+            FloatingPointError,
+            match=rf"step 5: loss nan.*; its batch, number 4, holds documents \d+, .*; {where}",
+        ) as error:
+            finetune(model, texts(), config, output=output, overwrite=True, progress=False)
+        if every == 1:
+            path = str(error.value).rpartition(" ")[2]
+            assert load(path).source == path == str(output / "checkpoints" / "3")
+
+
+def test_checkpoints_are_models(model, tmp_path):
+    """Of the average of some of the parameters, and of adapters: what the run gave at that step."""
+    model.save(tmp_path / "base")
+    base = load(tmp_path / "base")
+    ids = np.arange(10)[None]
+    some = {"ema_decay": 0.5, "freeze": ("wte", "h.0")}
+    kinds = some, {"lora": LoRAConfig(rank=2, targets=("attn.q",))}
+    for number, kind in enumerate(kinds):
+        config = dataclasses.replace(CONFIG, steps=2, **kind)
+        run = finetune(base, texts(), config, output=tmp_path / str(number), progress=False)
+        loaded = load(tmp_path / str(number) / "checkpoints" / "2")
+        np.testing.assert_array_equal(loaded.logits(ids), run.model.logits(ids))
+        assert load(loaded.source, dtype="bfloat16").params["wpe"]["embedding"].dtype == "bfloat16"
+    random_model = dataclasses.replace(model, params=random_params(seed=1))
+    random_model.save(tmp_path / "base")
+    with pytest.raises(ValueError, match="base is not any more what the run began with"):
+        load(loaded.source)
+    with pytest.raises(ValueError, match="dtype='int4' is not known"):
+        load(loaded.source, dtype="int4")
 
 
 def test_log_of_float16_steps_that_overflow(model, tmp_path, monkeypatch):
@@ -232,7 +274,7 @@ def test_float16_that_overflows_at_any_scale_stops(model, monkeypatch):
     config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, compute_dtype="float16")
     with pytest.raises(
         FloatingPointError,
-        match="step 3: .* loss scale 1.0; its batch, number 2, holds documents .*; no checkpoint was written",
+        match="step 3: .* loss scale too, 1.0; .*; its batch, number 2, holds documents .*; there is no checkpoint",
     ):
         finetune(broken, texts(), config, progress=False)
 
