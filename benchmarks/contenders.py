@@ -19,7 +19,7 @@ from typing import Any
 
 Answer = dict[str, Any]
 
-# all contenders have what gpt2jax's commands give themselves; it makes no difference to the others
+# all contenders alike have what gpt2jax's commands give themselves
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 

@@ -55,7 +55,7 @@ def test_a_loop_over_bits_widens_nothing(kernels):
     assert f"f32[{LAYERS},{DIM},{DIM}]" not in compiled
 
 
-def test_the_loss_multiplies_its_head_as_it_is():
+def test_the_losss_products_are_narrow():
     hidden, head = jnp.ones((ROWS, DIM)), jnp.ones((VOCABULARY, DIM))
     targets, weights = jnp.zeros(ROWS, jnp.int32), jnp.ones(ROWS)
 
@@ -64,4 +64,9 @@ def test_the_loss_multiplies_its_head_as_it_is():
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile().as_text()
     assert f"bf16[{VOCABULARY},{DIM}]" in compiled
-    assert not wide_copies(compiled, (VOCABULARY, DIM))
+    for shape in (
+        (VOCABULARY, DIM),
+        (ROWS, VOCABULARY),
+        (ROWS, DIM),
+    ):  # head, gradient of logits, hidden states
+        assert not wide_copies(compiled, shape)
