@@ -43,7 +43,7 @@ def token_losses(
         precision: dtypes of the product; softmax and loss are float32.
 
     Returns:
-        (nll [...] float32 in nats, hit [...] bool: the most likely token is the target).
+        (nll [...] float32 in nats, hit [...] bool: no token is more likely than the target).
     """
 
     def chunk(rows):
@@ -169,6 +169,7 @@ _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 def _softmax_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits [C, V] float32, targets [C] -> (nll [C], hit [C], log of the softmax's denominator [C])."""
     highest = logits.max(axis=-1)
+    # the sum of each row as a product: on a CPU XLA's sums over long rows take ten times as long
     ones = jnp.ones((logits.shape[-1], 1), jnp.float32)
     total = jnp.matmul(jnp.exp(logits - highest[:, None]), ones, precision=jax.lax.Precision.HIGHEST)
     log_z = jnp.log(total[:, 0]) + highest
