@@ -182,10 +182,12 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
     from gpt2jax.weights import load_weights
 
     path = pathlib.Path(name)
-    if path.parent.name == "checkpoints" and path.is_dir() and (path.parents[1] / "run.json").is_file():
+    if (path / "state").is_dir():
+        from gpt2jax.train.checkpoint import is_checkpoint
         from gpt2jax.train.loading import load_checkpoint
 
-        return load_checkpoint(path, dtype)
+        if is_checkpoint(path):
+            return load_checkpoint(path, dtype)
     place = locate(name, revision=revision)
     config, params, tokenizer = load_weights(place.weights, dtype)
     model = LanguageModel(config, params, tokenizer, source=str(name))

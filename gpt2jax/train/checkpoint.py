@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,12 +19,17 @@ class Checkpoints:
 
     Orbax writes into a temporary folder and renames it when everything is on disk, so a run that is killed in the
     middle of a save still has its previous checkpoint.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many.
+        run: description of the run, which each of them holds too.
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, run: Mapping[str, Any] | None = None):
         import orbax.checkpoint as ocp
 
-        self._ocp = ocp
+        self._ocp, self._run = ocp, dict(run or {})
         self.folder = pathlib.Path(folder).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -47,7 +54,7 @@ class Checkpoints:
             args = self._ocp.args
             # written in the background, while the log goes on to grow
             copied = args.JsonSave({"steps": list(unlogged)})
-            items = {"state": args.StandardSave(state), "unlogged": copied}
+            items = {"state": args.StandardSave(state), "unlogged": copied, "run": args.JsonSave(self._run)}
             self._manager.save(step, args=args.Composite(**items))
 
     def restore(self, template: Any) -> tuple[TrainState, list[dict[str, float]]]:
@@ -62,6 +69,16 @@ class Checkpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether a folder looks like a whole checkpoint of a run."""
+    return (folder / "state").is_dir() and (folder / "run" / "metadata").is_file()
+
+
+def read_run(folder: pathlib.Path) -> dict[str, Any]:
+    """The description of the run that a checkpoint is of."""
+    return json.loads((folder / "run" / "metadata").read_text("utf-8"))
 
 
 def restore_trained(folder: pathlib.Path) -> Params:

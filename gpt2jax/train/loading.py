@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -13,13 +12,13 @@ from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel, load
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.model import Params
-from gpt2jax.train.checkpoint import restore_trained
-from gpt2jax.train.run_folder import RUN_FILE, params_sha256
+from gpt2jax.train.checkpoint import read_run, restore_trained
+from gpt2jax.train.run_folder import params_sha256
 from gpt2jax.weights.mapping import check_parameter_dtype
 
 
 def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel:
-    """The model of the folder `RUN/checkpoints/STEP`; the moving average of its parameters where the run kept one.
+    """The model of a checkpoint, such as the folder `RUN/checkpoints/STEP`; the moving average of its parameters where the run kept one.
 
     Args:
         path: the folder.
@@ -31,8 +30,7 @@ def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel
         FileNotFoundError: the model that the run began with, which has the tokenizer, is not where it was.
     """
     check_parameter_dtype(dtype)
-    folder = path.parents[1]
-    run = json.loads((folder / RUN_FILE).read_text("utf-8"))
+    run = read_run(path)
     settings, name = run["finetune"], run["base_model"]
     base = None if name is None else load(name).merge_adapter()
     if settings["lora"] is not None or settings["freeze"]:

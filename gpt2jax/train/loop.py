@@ -180,7 +180,7 @@ def _train(
         state, frozen = shard(state, plan.mesh), None if frozen is None else shard(frozen, plan.mesh)
     checkpoints, unlogged = None, []
     if folder is not None:
-        checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
+        checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints, run=folder.description)
         if checkpoints.latest_step() is not None:
             state, unlogged = checkpoints.restore(state)
     best = None

@@ -47,6 +47,9 @@ _REPORT = ("comparison.json", "report.html", "report.md")
 class RunFolder:
     """A folder with one run in it. Of several processes the first one checks and writes it.
 
+    Attributes:
+        description: what `run.json` says, once the run has begun; of several processes in the first one.
+
     Raises:
         FileExistsError: it holds another run, or files that are no run's, and `resume` or `overwrite` is not given.
     """
@@ -59,6 +62,7 @@ class RunFolder:
             self._check(resume=resume, overwrite=overwrite)
         self._resumed = resume and (self.path / RUN_FILE).exists() and not overwrite
         self._overwrite = overwrite
+        self.description: dict[str, Any] = {}
 
     def _check(self, *, resume: bool, overwrite: bool) -> None:
         path = self.path
@@ -87,7 +91,7 @@ class RunFolder:
         """
         if not self._writes:
             return
-        content = run_description(model, config, documents, source)
+        self.description = content = run_description(model, config, documents, source)
         if self._resumed:
             self._check_same(content)
             return

@@ -34,7 +34,7 @@ out = []
 batch = loop.Batches.batch
 
 def asked(self, step):
-    if step == stop and jax.process_index() == 1:
+    if step == stop and jax.process_index() == jax.process_count() - 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return batch(self, step)
 
@@ -98,25 +98,32 @@ def single() -> list[dict]:
     return result(start({"runs": [{}, {"lora": True}, {"lora": True, "config": {"base_dtype": "int8"}}]}, 1))
 
 
-def test_meshes_of_eight_devices_train_as_one_device_does(single):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """Of a run that begins on eight devices, goes on in two processes, and ends on one device."""
+    return str(tmp_path_factory.mktemp("moved") / "run")
+
+
+def test_meshes_of_eight_devices_train_as_one_device_does(single, folder):
     meshes = [{}, {"fsdp": 8, "accumulation": 2}, {"fsdp": 4, "tensor_parallel": 2}, {"fsdp": 4}]
     rounded = {"fsdp": 4, "tensor_parallel": 2, "base_dtype": "int8"}
     runs = [{"config": mesh} for mesh in meshes] + [
         {"lora": True, "config": c} for c in ({"fsdp": 2}, rounded)
     ]
-    *full, lora, lora_of_int8 = result(start({"runs": runs}, 8))
+    runs.append({"output": folder, "config": meshes[2], "stop": 1})
+    *full, lora, lora_of_int8, stopped = result(start({"runs": runs}, 8))
+    assert "step 2 is saved" in stopped
     same(full, single[0])
     same([lora], single[1])
     same([lora_of_int8], single[2])
 
 
-def test_two_processes_train_as_one_and_their_checkpoint_goes_on_with_one_device(single, tmp_path):
-    folder = tmp_path / "run"
+def test_two_processes_train_as_one_and_their_checkpoint_goes_on_with_one_device(single, folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     # the signal comes to the second process only, in its third step: both end with the same one
-    runs = [{"config": {}}, {"output": str(folder), "config": {"fsdp": 2}, "stop": 2}]
+    runs = [{"config": {}}, {"output": folder, "config": {"fsdp": 2}, "stop": 2}]
     settings = {"runs": runs, "coordinator": coordinator}
     first, second = (start({**settings, "process": i}, 1) for i in range(2))
     try:
@@ -129,4 +136,4 @@ def test_two_processes_train_as_one_and_their_checkpoint_goes_on_with_one_device
         for process in (first, second):
             process.kill()
             process.communicate()
-    same(result(start({"runs": [{"output": str(folder)}]}, 1)), single[0])
+    same(result(start({"runs": [{"output": folder}]}, 1)), single[0])
