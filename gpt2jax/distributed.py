@@ -11,6 +11,7 @@ Sources: Rajbhandari et al. 2020, "ZeRO"; Shoeybi et al. 2019, "Megatron-LM"; Xu
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,14 +23,15 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # the last axes of an array by its role; leading axes (layers) are never cut
-_ROLES: dict[str, tuple[str | None, ...]] = {
+Cut = str | tuple[str, ...] | None
+_ROLES: dict[str, tuple[Cut, ...]] = {
     "embedding": (None, "fsdp"),  # [V or positions, D]
     "lm_head.kernel": (None, "fsdp"),  # [V, D]
     "c_attn.kernel": ("fsdp", "tensor"),  # [D, 3D]
     "c_fc.kernel": ("fsdp", "tensor"),  # [D, F]
     "c_proj.kernel": ("tensor", "fsdp"),  # [D or F, D]
-    "c_attn.bias": ("tensor",),
-    "c_fc.bias": ("tensor",),
+    "c_attn.bias": (("tensor", "fsdp"),),
+    "c_fc.bias": (("tensor", "fsdp"),),
     "bias": ("fsdp",),
     "scale": ("fsdp",),
     "magnitude": ("fsdp",),  # [out]
@@ -195,10 +197,12 @@ def _spec(
     if role is None or len(shape) < len(role):
         return PartitionSpec()
     leading = (None,) * (len(shape) - len(role))
-    cuts: list[str | None] = [*leading]
-    for axis, size in zip(role, shape[len(leading) :], strict=True):
-        ways = 1 if axis is None else mesh.shape[axis]
-        cuts.append(axis if ways > 1 and size % ways == 0 else None)
+    cuts: list[Cut] = [*leading]
+    for cut, size in zip(role, shape[len(leading) :], strict=True):
+        named = (cut,) if isinstance(cut, str) else cut or ()
+        axes = tuple(axis for axis in named if mesh.shape[axis] > 1)
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        cuts.append(None if ways == 1 or size % ways else axes[0] if len(axes) == 1 else axes)
     while cuts and cuts[-1] is None:  # as XLA spells the same cut: another spelling would compile again
         cuts.pop()
     return PartitionSpec(*cuts)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from gpt2jax.cli.plan import main
 from gpt2jax.config import PRESETS, GPT2Config
-from gpt2jax.distributed import make_mesh
+from gpt2jax.distributed import AXES, make_mesh, shardings
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.model import count_parameters
 from gpt2jax.plan.estimate import estimate_memory, flops_per_token, largest_batch
@@ -58,6 +60,18 @@ def test_devices_share_parameters_moments_and_rows():
     alone, shared = estimate_memory(program), estimate_memory(program, fsdp=8, devices=8)
     for kind in ("parameters", "optimizer", "batch", "gradients", "activations"):
         assert getattr(shared, kind) == pytest.approx(getattr(alone, kind) / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2)])
+def test_no_moment_of_gpt2_xl_is_whole_on_a_device(optimizer, sizes):
+    """Nor a parameter or its average: FSDP cuts all of the state, but for counts and constants."""
+    train = FinetuneConfig(batch_size=8, optimizer=optimizer, ema_decay=0.9)
+    state = make_program(PRESETS["gpt2-xl"], train, "tpu").state
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    for leaf, cut in zip(jax.tree.leaves(state), jax.tree.leaves(shardings(state, mesh)), strict=True):
+        parts = leaf.size // math.prod(cut.shard_shape(leaf.shape))
+        assert leaf.size < 10 or parts >= sizes[1], (leaf.shape, cut.spec)
 
 
 def test_flops_are_six_a_weight_and_four_with_frozen_ones():
