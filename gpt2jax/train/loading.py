@@ -18,7 +18,9 @@ from gpt2jax.weights.mapping import check_parameter_dtype
 
 
 def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel:
-    """The model of a checkpoint, such as the folder `RUN/checkpoints/STEP`; the moving average of its parameters where the run kept one.
+    """The model of a checkpoint, such as the folder `RUN/checkpoints/STEP`.
+
+    Its parameters are their moving average where the run kept one.
 
     Args:
         path: the folder.
