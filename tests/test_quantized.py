@@ -165,9 +165,8 @@ def test_a_rounded_kernel_is_cut_as_a_plain_one(params):
     for module, linear in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
         cut, whole = ours["h"][module][linear], expected["h"][module][linear]
         assert cut["kernel"].values == whole["kernel"] and len(whole["kernel"]) == 3
-        assert cut["kernel"].scale == PartitionSpec(
-            None, whole["kernel"][-1]
-        )  # as the outputs that it multiplies
+        # the scale as the outputs that it multiplies
+        assert cut["kernel"].scale == PartitionSpec(None, whole["kernel"][-1])
         assert cut["bias"] == whole["bias"]
 
 
