@@ -79,6 +79,16 @@ def test_resume_of_nothing_begins(model, tmp_path):
         assert content["base_model"] == "models/one" and content["data"]["tokens"] == 5
 
 
+def test_what_a_killed_run_was_writing_is_no_content(model, tmp_path):
+    (tmp_path / ".model.x.part").mkdir()
+    for name in (".run.json.x.part", ".model.x.part/model.safetensors"):
+        (tmp_path / name).write_text("{")
+    RunFolder(tmp_path, resume=True).begin(model, CONFIG, DOCUMENTS)
+    (tmp_path / ".metrics.jsonl.x.part").write_text("{")
+    RunFolder(tmp_path, resume=True).begin(model, CONFIG, DOCUMENTS)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_overwriting_deletes_the_run_and_nothing_else(path, model):
     own = ["checkpoints/3/state", "adapter/adapter_config.json", "base/config.json", "model/config.json"]
     for name in (*own, "mine/notes.txt"):
