@@ -87,7 +87,8 @@ def finetune(
             first one does.
 
     Raises:
-        ValueError: impossible settings, no trainable text, or a resumed run with other settings or texts.
+        ValueError: impossible settings, no trainable text, a resumed run with other settings or texts, or both `resume`
+            and `overwrite`.
         FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given.
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
             good checkpoint.
@@ -113,7 +114,7 @@ def finetune(
     validation = None
     if validation_texts is not None:
         validation = tokenize(validation_texts)
-        check_long_enough(validation)
+        check_long_enough(validation, "validation texts")
     plan = _plan(model, config, documents)
     folder = None
     if output is not None:

@@ -50,15 +50,18 @@ class RunFolder:
 
     Raises:
         FileExistsError: it holds another run, or files that are no run's, and `resume` or `overwrite` is not given.
+        ValueError: both are given.
     """
 
     def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
+        if resume and overwrite:
+            raise ValueError("resume=True goes on with the run that overwrite=True deletes: give one of them")
         self.path = pathlib.Path(path)
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
         self._writes = jax.process_index() == 0
         if self._writes:
             self._check(resume=resume, overwrite=overwrite)
-        self._resumed = resume and (self.path / RUN_FILE).exists() and not overwrite
+        self._resumed = resume and (self.path / RUN_FILE).exists()
         self._overwrite = overwrite
         self.description: dict[str, Any] = {}
 

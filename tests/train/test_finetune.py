@@ -264,6 +264,11 @@ def test_what_cannot_be_trained_on_leaves_nothing(model, tmp_path, rows, setting
     assert not (tmp_path / "run").exists()
 
 
+def test_validation_texts_that_are_too_short_are_called_so(model):
+    with pytest.raises(ValueError, match="all 2 validation texts are shorter than two tokens"):
+        finetune(model, texts(), CONFIG, validation_texts=[[1], [2]], progress=False)
+
+
 def test_strings_and_epochs():
     tokenizer = Tokenizer.gpt2(300)
     from tiny_models import CONFIG as SHAPE

@@ -101,6 +101,11 @@ def test_overwriting_deletes_the_run_and_nothing_else(path, model):
     assert json.loads((path / "run.json").read_text())["finetune"]["seed"] == 9
 
 
+def test_a_run_that_is_deleted_is_not_resumed(path):
+    with pytest.raises(ValueError, match="give one of them"):
+        RunFolder(path, resume=True, overwrite=True)
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file; expected a folder"):
