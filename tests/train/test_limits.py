@@ -143,7 +143,7 @@ def test_other_threads_leave_signals_alone():
 # A parent that never computes, so that it can fork, and children that train from where the last one was killed: twenty
 # are killed, one comes to the end, and one trains the whole run elsewhere.
 SCRIPT = """
-import os, pickle, random, signal, sys, time
+import dataclasses, os, pickle, random, signal, sys, time
 sys.path[:0] = {paths!r}
 import jax, optax, orbax.checkpoint, numpy
 from test_limits import KILLED, LanguageModel, SHAPE, finetune, texts
@@ -162,8 +162,9 @@ for attempt in range(22):
                 time.sleep(0.02 if attempt < 20 else 0)
                 return batch(self, step)
             loop.Batches.batch = told
-            finetune(model, texts(), KILLED, validation_texts=texts()[:2], progress=False, resume=True,
-                     output=folder + ("/run" if attempt < 21 else "/whole"))
+            output, every = (folder + "/run", 1) if attempt < 21 else (folder + "/whole", KILLED.steps)
+            config = dataclasses.replace(KILLED, checkpoint_every=every)
+            finetune(model, texts(), config, validation_texts=texts()[:2], output=output, progress=False, resume=True)
             os._exit(0)
         except BaseException as error:
             print("child", attempt, repr(error), flush=True)
@@ -173,7 +174,7 @@ for attempt in range(22):
         # from the second batch on it computes, logs and saves; before that it compiles
         for _ in range(1 if attempt % 5 == 4 else 2):
             os.read(ready, 1)
-        time.sleep(generator.uniform(0, 0.1))
+        time.sleep(generator.uniform(0, 0.08))
         os.kill(child, signal.SIGKILL)
     killed = os.waitpid(child, 0)[1] == signal.SIGKILL
     died += killed
@@ -183,7 +184,7 @@ print("died", died, saving)
 """
 
 KILLED = FinetuneConfig(
-    steps=80, batch_size=2, sequence_length=16, log_every=7, eval_every=25, checkpoint_every=1, keep_best=True
+    steps=60, batch_size=2, sequence_length=16, log_every=7, eval_every=25, keep_best=True
 )
 
 
@@ -207,8 +208,8 @@ def test_killed_at_twenty_random_moments(model, tmp_path):
     for name in ("run", "whole"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         logs.append([{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines])
-    assert logs[0] == logs[1] and logs[0][-1]["step"] == 80
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == KILLED.steps
     files = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "whole")]
     assert files[0] == files[1]
     # of what was killed in a save nothing is left
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"79", "80"}
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"59", "60"}
