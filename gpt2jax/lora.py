@@ -145,6 +145,18 @@ def init_adapters(
     return {"h": adapters}
 
 
+def check_patterns(lora: LoRAConfig, layers: int) -> None:
+    """Raises ValueError for a pattern of ranks or alphas that is the name of no linear with an adapter."""
+    linears = [(layer, target) for layer in range(layers) for target in lora.targets]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key, _ in getattr(lora, field):
+            if not any(pattern_matches(key, *linear) for linear in linears):
+                raise ValueError(
+                    f"LoRA {field}[{key!r}] is the name of no linear with an adapter; "
+                    f"names are such as h.{layers - 1}.{lora.targets[0]}"
+                )
+
+
 def base_params(params: Params, dtype: str | None) -> Params:
     """The frozen parameters that adapters are trained on.
 

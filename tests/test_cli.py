@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -17,10 +18,11 @@ import tyro
 
 import gpt2jax
 from gpt2jax.cli import compare, finetune, main
-from gpt2jax.cli.common import DataOptions
-from gpt2jax.cli.finetune import Options, finetune_config
+from gpt2jax.cli.common import DataOptions, run_command
+from gpt2jax.cli.finetune import Options, StreamedTexts, finetune_config
 from gpt2jax.data import sources
 from gpt2jax.lora import LoRAConfig
+from gpt2jax.train.limits import Interrupted
 
 WORDS = "the array of shape and dtype is returned when axis keepdims none".split()
 
@@ -279,6 +281,12 @@ def test_generate_passes_over_no_option(capsys, options, message):
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process 2 must be at least 0"),
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "'here' must be HOST:PORT"),
         (["--steps", "0"], "steps=0"),
+        (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (["--steps", "many"], "--steps"),
+        (["--layout", "rows"], "'rows'"),
+        (["--freeze", "nothing"], "freeze=['nothing'] is the name of no parameter"),
+        (["--lora", "--lora-ranks", "h.9.attn.c_attn=4"], "is the name of no linear with an adapter"),
+        (["--out", "FILE/inside"], "is a file; give the name of a folder"),
         (["--init", "random", "--model", "mine"], "--init random"),
     ],
 )
@@ -287,7 +295,7 @@ def test_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, option
     arguments = ["--data", str(texts), "--out", str(out)]
     if "--text-column" not in options:
         arguments += ["--text-column", "body"]
-    line = fails(capsys, "finetune", *arguments, *options)
+    line = fails(capsys, "finetune", *arguments, *(word.replace("FILE", str(texts)) for word in options))
     assert message in line and line.startswith("gpt2jax finetune: error: ")
     assert not out.exists()
 
@@ -300,6 +308,36 @@ def test_texts_without_anything_to_learn(tmp_path, capsys, content, message):
     line = fails(capsys, "finetune", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "out"))
     assert message in line or "no text" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FloatingPointError("step 3: loss nan"), 1),
+        (Interrupted(signal.SIGINT, "stopped"), 130),
+        (Interrupted(signal.SIGTERM, "stopped"), 143),
+        (KeyboardInterrupt(), 130),
+        (ValueError("two\nlines"), 2),
+    ],
+)
+def test_a_run_that_ends_early_is_one_line_and_a_code(capsys, error, code):
+    def run(_):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run_command("finetune", Options, run, [])
+    assert exit_.value.code == code
+    said = " ".join(str(error).split()) or "interrupted"
+    assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"
+
+
+def test_streamed_texts_of_the_hub_say_what_they_follow_from():
+    here, hub = DataOptions(data="my.jsonl"), DataOptions(data="a/b", data_revision="c" * 40)
+    assert StreamedTexts(here, "train", None).fingerprint is None  # a file may change
+    names = [
+        StreamedTexts(hub, *rest).fingerprint for rest in (("train", None), ("test", None), ("train", 3))
+    ]
+    assert len(set(names)) == 3 and all("c" * 40 in str(name) for name in names)
 
 
 def test_launcher_help_and_unknown_command(capsys):

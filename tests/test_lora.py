@@ -11,7 +11,14 @@ from tiny_models import TINY, random_params
 
 import gpt2jax
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora import TARGETS, LoRAConfig, init_adapters, merge_adapters, unmerge_adapters
+from gpt2jax.lora import (
+    TARGETS,
+    LoRAConfig,
+    check_patterns,
+    init_adapters,
+    merge_adapters,
+    unmerge_adapters,
+)
 from gpt2jax.model import count_parameters, hidden_states
 
 ALL = LoRAConfig(rank=4, alpha=6.0, targets=TARGETS)
@@ -129,6 +136,13 @@ def test_ranks_of_blocks_stay_what_they_are_in_training(model):
     pair = step(step(adapters))["h"]["attn"]["c_attn"]
     assert pair["lora_b"][1, :1].any() and pair["lora_b"][0, 1:].any()
     assert not pair["lora_a"][1, :, 1:].any() and not pair["lora_b"][1, 1:].any()
+
+
+def test_a_pattern_for_no_linear():
+    check_patterns(KINDS["ranks"], TINY.n_layer)
+    for settings in ({"rank_pattern": {"h.2.attn.c_attn": 1}}, {"alpha_pattern": {"mlp.c_fc": 3}}):
+        with pytest.raises(ValueError, match="is the name of no linear with an adapter; .* h.1.attn.c_attn"):
+            check_patterns(LoRAConfig(**settings), TINY.n_layer)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import shlex
@@ -33,10 +35,8 @@ def run_command(
     name: str, options: type[T], run: Callable[[T], None], argv: Sequence[str] | None = None
 ) -> None:
     """Parses the arguments into `options` and runs; a user's mistake is one line and exit code 2."""
-    import tyro
-
     try:
-        run(tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,)))
+        run(_parse(name, options, argv))
     except BrokenPipeError:  # the reader has seen enough; first, for it is a connection error as well
         sys.stderr.close()
         raise SystemExit(1) from None
@@ -46,6 +46,34 @@ def run_command(
         fail(name, str(error), code=1)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
         fail(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
+
+
+def _parse(name: str, options: type[T], argv: Sequence[str] | None) -> T:
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as end:
+        if end.code != 2:  # --help, on standard output
+            raise
+        fail(name, f"{_what_is_wrong(said.getvalue())}; see gpt2jax {name} --help")
+
+
+def _what_is_wrong(box: str) -> str:
+    """The words of the box that tyro draws around a mistake, without its title and the help texts that it repeats."""
+    kept: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(" │")
+        if text.startswith(("Argument helptext", "For full helptext", "Got errors")):
+            break
+        is_rule = set(text) <= set("-─╭╮╰╯")
+        # what an option that was meant is good for
+        is_help = "Perhaps you meant:" in kept and not text.startswith("--")
+        if not (is_rule or is_help):
+            kept.append(text)
+    return " ".join(kept).rstrip(".")
 
 
 def command_line(name: str) -> str:

@@ -8,7 +8,14 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, DataOptions, command_line, run_command
+from gpt2jax.cli.common import (
+    LORA_RANK,
+    LORA_TARGETS,
+    DataOptions,
+    check_folder,
+    command_line,
+    run_command,
+)
 from gpt2jax.cli.processes import ProcessOptions
 from gpt2jax.train.config import FinetuneConfig
 
@@ -113,9 +120,9 @@ def run(options: Options) -> None:
     options = dataclasses.replace(options, source=options.source.pinned())
     config = finetune_config(options)
     output = options.out or default_output(options)
-    RunFolder(
-        output, resume=options.resume, overwrite=options.overwrite
-    )  # refuse before anything long begins
+    # refuse before anything long begins
+    RunFolder(output, resume=options.resume, overwrite=options.overwrite)
+    check_folder(output)
     train_texts = _texts(options, "train", limit=options.source.limit)
     validation_texts = _texts(options, "validation", limit=options.eval_documents)
     test_texts = _texts(options, "test", limit=options.eval_documents) if options.compare else []
@@ -205,6 +212,11 @@ class StreamedTexts:
 
     def __iter__(self) -> Iterator[str]:
         return self.source.iterate(self.split, limit=self.limit)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What the texts follow from, of a data set of the hub, whose commit is known; None for what may change."""
+        return None if self.source.data_revision is None else repr(self)
 
 
 def _texts(options: Options, split: str, *, limit: int | None) -> Any:

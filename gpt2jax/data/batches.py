@@ -96,13 +96,13 @@ def _epoch(seed: int, epoch: int, rows: int, sequence_length: int) -> tuple[np.n
     return generator.permutation(rows), int(generator.integers(sequence_length))
 
 
-def check_long_enough(documents: Documents) -> None:
+def check_long_enough(documents: Documents, what: str = "texts") -> None:
     """Raises ValueError where no document has two tokens, or nothing but prompts."""
     if len(documents) == 0:
-        raise ValueError("there are no texts: the data set is empty")
+        raise ValueError(f"there are no {what}: the data set is empty")
     if documents.lengths.max() < 2:
         raise ValueError(
-            f"all {len(documents)} texts are shorter than two tokens: there is nothing to predict in them"
+            f"all {len(documents)} {what} are shorter than two tokens: there is nothing to predict in them"
         )
     if documents.prompts is not None and (documents.lengths == documents.prompts).all():
         raise ValueError(f"all {len(documents)} completions are empty: there is nothing to predict in them")

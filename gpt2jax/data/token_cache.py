@@ -24,7 +24,7 @@ from gpt2jax.data.documents import Documents, prompt_and_completion, to_offsets,
 from gpt2jax.files import atomic_write
 
 CACHE_VARIABLE = "GPT2JAX_CACHE"
-VERSION = 1  # of tokenizing and of the layout: another number makes all files new
+VERSION = 1  # of reading, tokenizing and of the layout: another number makes all files new
 _MAGIC = 0x6770_7432_6A61_7831
 _FOOTER = 5 * 8
 
@@ -48,17 +48,22 @@ def cached_documents(
 ) -> Documents:
     """The documents of `texts`, mapped from a file in the folder `cache` that is written if it is not there.
 
-    The texts are read once for their digest and, where they are new, once more for their ids. An iterator, which can
-    be read only once, is always tokenized anew.
+    The texts are read once for their digest and, where they are new, once more for their ids. Texts that have a
+    `fingerprint` (str, of where they come from, if what is there never changes) are not read for the digest. An
+    iterator, which can be read only once, is always tokenized anew.
 
     Raises:
         ValueError: as `tokenize_documents`.
     """
     digest = _digest(tokenizer, vocab_size)
-    once = iter(texts) is texts
+    once = isinstance(texts, Iterator)  # `iter` would open a source
     if not once:
-        for index, text in enumerate(texts):
-            _add_text(digest, text, index)
+        fingerprint = getattr(texts, "fingerprint", None)
+        if fingerprint is not None:
+            digest.update(f"from {fingerprint}".encode())
+        else:
+            for index, text in enumerate(texts):
+                _add_text(digest, text, index)
         path = pathlib.Path(cache) / f"{digest.hexdigest()}.tokens"
         if found := read_tokens(path):
             return found

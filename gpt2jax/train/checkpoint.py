@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -87,10 +88,12 @@ def restore_trained(folder: pathlib.Path) -> Params:
 
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     path = folder.absolute() / "state"
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
+    # the handler and no checkpointer, which would miss metadata of its own that a manager does not write here
+    handler: Any = ocp.StandardCheckpointHandler()
+    with contextlib.closing(handler):
+        tree = handler.metadata(path).tree
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
-        state = checkpointer.restore(path, shapes)
+        state = handler.restore(path, args=ocp.args.StandardRestore(shapes))
     return jax.tree.map(lambda leaf: jnp.array(jax.device_get(leaf)), averaged(state))
 
 

@@ -23,11 +23,12 @@ class NotFinite(FloatingPointError):
 
     Attributes:
         step: the number of the step, from 1.
+        first: of the steps in a row that were not finite; with float16 the ones before it were skipped.
     """
 
-    def __init__(self, step: int, message: str):
+    def __init__(self, step: int, message: str, *, first: int | None = None):
         super().__init__(f"step {step}: {message}")
-        self.step = step
+        self.step, self.first = step, step if first is None else first
 
 
 class TrainLog:
@@ -54,6 +55,7 @@ class TrainLog:
         self._clock = time.perf_counter()
         self._timed_tokens, self._timed_seconds = 0.0, 0.0
         self._first = True
+        self._finite = start  # the last step that was, or the one that the run began behind
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes a step's metrics, and fetches those of the step before."""
@@ -120,11 +122,14 @@ class TrainLog:
 
     def _check(self, step: int, values: dict[str, float]) -> None:
         if self._config.compute_dtype == "float16":
-            if not math.isfinite(values["grad_norm"]) and values["loss_scale"] <= MIN_SCALE:
+            if math.isfinite(values["grad_norm"]):
+                self._finite = step
+            elif values["loss_scale"] <= MIN_SCALE:
                 raise NotFinite(
                     step,
                     f"loss {values['loss']}, its gradient overflows at the smallest loss scale too, {MIN_SCALE}; "
                     "bfloat16 and float32 don't overflow so soon, and a lower learning_rate may help",
+                    first=self._finite + 1,
                 )
         elif not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise NotFinite(

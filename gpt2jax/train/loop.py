@@ -23,7 +23,7 @@ from gpt2jax.data.batches import Batches, check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
 from gpt2jax.distributed import batch_ways, gather, make_mesh, on_mesh, shard, wait_for_all
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora import base_params, init_adapters
+from gpt2jax.lora import base_params, check_patterns, init_adapters
 from gpt2jax.model import Params
 from gpt2jax.precision import precision
 from gpt2jax.train.checkpoint import Best, Checkpoints
@@ -87,7 +87,8 @@ def finetune(
             first one does.
 
     Raises:
-        ValueError: impossible settings, no trainable text, or a resumed run with other settings or texts.
+        ValueError: impossible settings, no trainable text, a resumed run with other settings or texts, or both `resume`
+            and `overwrite`.
         FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given.
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
             good checkpoint.
@@ -98,6 +99,7 @@ def finetune(
     if model.adapters is not None:
         model = model.merge_adapter()
     check_trackers(config, output)
+    _check_names(model, config)
     progress = progress and jax.process_index() == 0
     if validation_texts is None and (config.keep_best or config.patience is not None):
         raise ValueError("keep_best and patience go by the validation loss; give validation_texts")
@@ -112,7 +114,7 @@ def finetune(
     validation = None
     if validation_texts is not None:
         validation = tokenize(validation_texts)
-        check_long_enough(validation)
+        check_long_enough(validation, "validation texts")
     plan = _plan(model, config, documents)
     folder = None
     if output is not None:
@@ -120,6 +122,14 @@ def finetune(
         folder.begin(model, config, documents, source)
         wait_for_all("the run folder")
     return _train(model, config, plan, validation, folder, show=progress)
+
+
+def _check_names(model: LanguageModel, config: FinetuneConfig) -> None:
+    """Refuses names of parameters that are none, before anything is written."""
+    if config.freeze:
+        cut_frozen(model.params, config.freeze)
+    if config.lora is not None:
+        check_patterns(config.lora, model.config.n_layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +254,9 @@ def _train(
                     checkpoints.save(log.step, state, log.unlogged)
             raise stopped(interrupt, checkpoints, folder) from None
         except NotFinite as error:
-            good = None if checkpoints is None else checkpoints.good_step(error.step)
+            if log.unlogged:  # with the way there
+                log.flush({})
+            good = None if checkpoints is None else checkpoints.good_step(error.first)
             where = "there is no checkpoint from before"
             if folder is not None and good is not None:
                 where = (

@@ -26,7 +26,6 @@ _FREE_FIELDS = {
     "base_model",
     "checkpoint_every",
     "eval_every",
-    "fsdp",
     "keep_checkpoints",
     "log_every",
     "max_minutes",
@@ -34,7 +33,6 @@ _FREE_FIELDS = {
     "revision",
     "source",
     "split",
-    "tensor_parallel",
     "token_cache",
     "track",
 }
@@ -52,15 +50,18 @@ class RunFolder:
 
     Raises:
         FileExistsError: it holds another run, or files that are no run's, and `resume` or `overwrite` is not given.
+        ValueError: both are given.
     """
 
     def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
+        if resume and overwrite:
+            raise ValueError("resume=True goes on with the run that overwrite=True deletes: give one of them")
         self.path = pathlib.Path(path)
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
         self._writes = jax.process_index() == 0
         if self._writes:
             self._check(resume=resume, overwrite=overwrite)
-        self._resumed = resume and (self.path / RUN_FILE).exists() and not overwrite
+        self._resumed = resume and (self.path / RUN_FILE).exists()
         self._overwrite = overwrite
         self.description: dict[str, Any] = {}
 
@@ -69,7 +70,7 @@ class RunFolder:
         if path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{path} is a file; expected a folder for the run")
         holds_run = (self.path / RUN_FILE).exists()
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and set(self.path.iterdir()) - set(self._left_over()):
             if not holds_run and not overwrite:
                 raise FileExistsError(f"{path} is not empty and holds no run; choose another folder")
             if holds_run and not (resume or overwrite):
@@ -94,14 +95,20 @@ class RunFolder:
         self.description = content = run_description(model, config, documents, source)
         if self._resumed:
             self._check_same(content)
+        for entry in self._left_over():
+            _remove(entry)
+        if self._resumed:
             return
         if self._overwrite and self.path.is_dir():
             for name in (*_OWN, *_REPORT):
-                entry = self.path / name
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+                _remove(self.path / name)
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path / RUN_FILE) as file:
             json.dump(content, file, indent=2)
+
+    def _left_over(self) -> list[pathlib.Path]:
+        """What a run was writing when it was killed: its description, its log, its model."""
+        return list(self.path.glob(".*.part"))
 
     def _check_same(self, content: dict[str, Any]) -> None:
         before = json.loads((self.path / RUN_FILE).read_text("utf-8"))
@@ -176,6 +183,10 @@ def run_description(
             "sha256": documents.sha256,
         },
     }
+
+
+def _remove(path: pathlib.Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _finetune_fields(config: FinetuneConfig) -> dict[str, Any]:

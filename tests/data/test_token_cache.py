@@ -80,6 +80,31 @@ def test_what_makes_another_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_texts_that_say_where_they_come_from_are_read_once(tmp_path):
+    class Stream:
+        """Texts that never change under their name."""
+
+        reads = 0
+
+        def __init__(self, name: str | None):
+            self.fingerprint = name
+
+        def __iter__(self) -> Iterator[str]:
+            Stream.reads += 1
+            yield from TEXTS
+
+    def documents(name):
+        before = Stream.reads
+        found = tokenize_documents(Stream(name), Counting(), vocab_size=300, cache=tmp_path)
+        assert_same(found, tokenize_documents(TEXTS, Counting(), vocab_size=300))
+        return Stream.reads - before
+
+    assert [documents("data at commit a") for _ in range(2)] == [1, 0]
+    assert documents("data at commit b") == 1  # whatever it holds
+    assert [documents(None) for _ in range(2)] == [2, 1]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @pytest.mark.parametrize("damage", ["cut", "other", "empty"])
 def test_a_damaged_file_is_made_anew(tmp_path, damage):
     tokenizer = Counting()

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +18,12 @@ from gpt2jax.language_model import LanguageModel, load
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.tokenizer import Tokenizer
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.log import NotFinite, TrainLog
 from gpt2jax.train.loop import finetune
 
 CONFIG = FinetuneConfig(
     steps=12, batch_size=4, sequence_length=16, log_every=3, eval_every=6, checkpoint_every=4
 )
-TIMINGS = ("seconds", "tokens_per_second")
 
 
 def texts(count: int = 30) -> list[list[int]]:
@@ -50,10 +45,6 @@ def finished(model, tmp_path_factory):
 
 def assert_same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def without_timings(history):
-    return [{k: v for k, v in entry.items() if k not in TIMINGS} for entry in history]
 
 
 def test_history(finished, model):
@@ -123,46 +114,6 @@ def test_interrupted_and_resumed(model, finished, tmp_path, monkeypatch, stop):
     assert resumed.history[-1]["validation_loss"] == finished.history[-1]["validation_loss"]
 
 
-SCRIPT = """
-import os, sys, time
-sys.path[:0] = [{tests!r}]
-from test_finetune import CONFIG, LanguageModel, TINY, finetune, random_params, texts
-import gpt2jax.train.loop as loop
-batch = loop.Batches.batch
-def slow(self, step):
-    print("step", step, flush=True)
-    time.sleep(0.05)
-    return batch(self, step)
-loop.Batches.batch = slow
-finetune(LanguageModel(TINY, random_params(noise=0.02)), texts(), CONFIG, validation_texts=texts(3),
-         output={output!r}, progress=False)
-"""
-
-
-def test_killed_and_resumed(model, finished, tmp_path):
-    """kill -9 in the middle, while checkpoints are being written in the background."""
-    output = tmp_path / "run"
-    tests = os.path.dirname(__file__)
-    script = SCRIPT.format(tests=tests, output=str(output))
-    path = os.pathsep.join([tests, os.path.dirname(tests), os.getcwd()])
-    environment = {**os.environ, "PYTHONPATH": path}
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() == "step 9":
-                time.sleep(0.02)
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
-    assert not (output / "model").exists()
-    options = {"validation_texts": texts(3), "output": output, "progress": False, "resume": True}
-    resumed = finetune(model, texts(), CONFIG, **options)
-    assert_same(resumed.model.params, finished.model.params)
-    assert without_timings(resumed.history) == without_timings(finished.history)
-
-
 def test_other_settings_are_not_resumed(model, finished):
     other = FinetuneConfig(**{**CONFIG.__dict__, "batch_size": 2, "learning_rate": 0.5, "log_every": 1})
     with pytest.raises(
@@ -227,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path, monkeypatch):
             assert load(path).source == path == str(output / "checkpoints" / "3")
 
 
-def test_checkpoints_are_models(model, tmp_path):
+def test_checkpoints_are_models(model, tmp_path, caplog):
     """Of the average of some of the parameters, and of adapters: what the run gave at that step."""
     model.save(tmp_path / "base")
     base = load(tmp_path / "base")
@@ -243,6 +194,7 @@ def test_checkpoints_are_models(model, tmp_path):
         )
         np.testing.assert_array_equal(loaded.logits(ids), run.model.logits(ids))
         assert load(loaded.source, dtype="bfloat16").params["wpe"]["embedding"].dtype == "bfloat16"
+    assert not caplog.records
     random_model = dataclasses.replace(model, params=random_params(seed=1))
     random_model.save(tmp_path / "base")
     with pytest.raises(ValueError, match="base is not any more what the run began with"):
@@ -272,7 +224,7 @@ def test_log_of_float16_steps_that_overflow(model, tmp_path, monkeypatch):
         json.loads(line, parse_constant=refuse)
 
 
-def test_float16_that_overflows_at_any_scale_stops(model, monkeypatch):
+def test_float16_that_overflows_at_any_scale_stops(model, tmp_path, monkeypatch):
     monkeypatch.setattr(training_step, "INITIAL_SCALE", 4.0)
     broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * 1e30, model.params))
     config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, compute_dtype="float16")
@@ -280,7 +232,21 @@ def test_float16_that_overflows_at_any_scale_stops(model, monkeypatch):
         FloatingPointError,
         match="step 3: .* loss scale too, 1.0; .*; its batch, number 2, holds documents .*; there is no checkpoint",
     ):
-        finetune(broken, texts(), config, progress=False)
+        finetune(broken, texts(), config, output=tmp_path / "run", progress=False)
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(line)  # the way there is in the log
+    assert (last["step"], last["loss_scale"], last["skipped"]) == (2, 2.0, 2)
+
+
+def test_a_checkpoint_from_which_all_steps_overflow_is_not_good():
+    config = FinetuneConfig(learning_rate=1e-3, compute_dtype="float16")
+    log = TrainLog(config, 9, None, 0, [])
+    for step, norm, scale in ((1, 2.0, 4), (2, np.inf, 4), (3, 2.0, 2), (4, np.inf, 2), (5, np.nan, 1)):
+        metrics = {"loss": 1.0, "accuracy": 0.0, "tokens": 8.0, "grad_norm": norm, "loss_scale": scale}
+        log.add(step, {name: jnp.float32(value) for name, value in metrics.items()})
+    with pytest.raises(NotFinite, match="step 5: ") as error:
+        log.fetch()
+    assert (error.value.step, error.value.first) == (5, 4)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +262,11 @@ def test_what_cannot_be_trained_on_leaves_nothing(model, tmp_path, rows, setting
     with pytest.raises(ValueError, match=message):
         finetune(model, rows, config, output=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_texts_that_are_too_short_are_called_so(model):
+    with pytest.raises(ValueError, match="all 2 validation texts are shorter than two tokens"):
+        finetune(model, texts(), CONFIG, validation_texts=[[1], [2]], progress=False)
 
 
 def test_strings_and_epochs():

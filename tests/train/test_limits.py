@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_resume import CONFIG, SHAPE, assert_same_run, texts, train
+from test_resume import CONFIG, SHAPE, TIMINGS, assert_same_run, texts, train
 from tiny_models import random_params
 
 import gpt2jax.train.loop as loop
@@ -114,6 +116,7 @@ def test_signals_save_first(model, tmp_path, monkeypatch, number):
 
 
 def test_a_second_signal_acts_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
     with Limits(CONFIG, []) as limits:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)  # the first one waits for the end of the step
@@ -122,6 +125,7 @@ def test_a_second_signal_acts_at_once():
             time.sleep(0.01)
         with pytest.raises(Interrupted, match="stopped by SIGINT"):
             limits.stop_if_asked()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_other_threads_leave_signals_alone():
@@ -136,14 +140,17 @@ def test_other_threads_leave_signals_alone():
     thread.join()
 
 
-# A parent that never computes, so that it can fork, and children that train from where the last one was killed.
+# A parent that never computes, so that it can fork, and children that train from where the last one was killed: twenty
+# are killed, one comes to the end, and one trains the whole run elsewhere.
 SCRIPT = """
-import os, random, signal, sys, time
+import dataclasses, os, pickle, random, signal, sys, time
 sys.path[:0] = {paths!r}
 import jax, optax, orbax.checkpoint, numpy
-from test_limits import KILLED, LanguageModel, SHAPE, finetune, random_params, texts
-generator, died = random.Random(0), 0
-for attempt in range(21):
+from test_limits import KILLED, LanguageModel, SHAPE, finetune, texts
+folder = {folder!r}
+model = LanguageModel(SHAPE, pickle.load(open(folder + "/params", "rb")))
+generator, died, saving = random.Random(0), 0, 0
+for attempt in range(22):
     ready, started = os.pipe()
     child = os.fork()
     if child == 0:
@@ -152,40 +159,57 @@ for attempt in range(21):
             batch = loop.Batches.batch
             def told(self, step):
                 os.write(started, b"x")
-                time.sleep(0.02)
+                time.sleep(0.02 if attempt < 20 else 0)
                 return batch(self, step)
             loop.Batches.batch = told
-            finetune(LanguageModel(SHAPE, random_params(SHAPE)), texts(), KILLED, validation_texts=texts()[:2],
-                     output={output!r}, progress=False, resume=True)
+            output, every = (folder + "/run", 1) if attempt < 21 else (folder + "/whole", KILLED.steps)
+            config = dataclasses.replace(KILLED, checkpoint_every=every)
+            finetune(model, texts(), config, validation_texts=texts()[:2], output=output, progress=False, resume=True)
             os._exit(0)
         except BaseException as error:
             print("child", attempt, repr(error), flush=True)
             os._exit(1)
-    os.read(ready, 1)
+    os.close(started)
     if attempt < 20:
-        time.sleep(generator.uniform(0, 0.25))
+        # from the second batch on it computes, logs and saves; before that it compiles
+        for _ in range(1 if attempt % 5 == 4 else 2):
+            os.read(ready, 1)
+        time.sleep(generator.uniform(0, 0.08))
         os.kill(child, signal.SIGKILL)
-    died += os.waitpid(child, 0)[1] == signal.SIGKILL
-    os.close(ready), os.close(started)
-print("died", died)
+    killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+    died += killed
+    saving += killed and any("tmp" in name for name in os.listdir(folder + "/run/checkpoints"))
+    os.close(ready)
+print("died", died, saving)
 """
 
 KILLED = FinetuneConfig(
-    steps=60, batch_size=2, sequence_length=16, log_every=7, eval_every=25, checkpoint_every=1, keep_best=True
+    steps=60, batch_size=2, sequence_length=16, log_every=7, eval_every=25, keep_best=True
 )
 
 
 def test_killed_at_twenty_random_moments(model, tmp_path):
     """kill -9 while it compiles, computes, logs, and saves after every step."""
     here = os.path.dirname(__file__)
-    script = SCRIPT.format(paths=[here, os.path.dirname(here), os.getcwd()], output=str(tmp_path / "run"))
-    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    script = SCRIPT.format(paths=[here, os.path.dirname(here), os.getcwd()], folder=str(tmp_path))
+    (tmp_path / "params").write_bytes(pickle.dumps(jax.device_get(model.params)))
+    # of its own: what is killed may leave half a file there
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=environment
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **cache},
     )
     assert done.returncode == 0 and "child" not in done.stdout, done.stdout + done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 15, done.stdout  # a few may have come to their end before
-    options = {"validation_texts": texts()[:2], "progress": False}
-    whole = finetune(model, texts(), KILLED, output=tmp_path / "whole", **options)
-    again = finetune(model, texts(), KILLED, output=tmp_path / "run", resume=True, **options)
-    assert_same_run(whole, again)
+    died, saving = map(int, done.stdout.split()[-2:])
+    assert died >= 15 and saving >= 3, done.stdout  # a few may have come to their end before
+    logs = []
+    for name in ("run", "whole"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        logs.append([{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines])
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == KILLED.steps
+    files = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert files[0] == files[1]
+    # of what was killed in a save nothing is left
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"59", "60"}

@@ -132,7 +132,8 @@ def test_stopped_in_the_first_step(model, whole, tmp_path):
     assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
 
 
-def test_adapters_on_a_rounded_base_dropout_loss_scale_and_parts(model, tmp_path):
+def test_everything_that_a_state_may_hold(model, tmp_path):
+    """Adapters on a rounded base, dropout, loss scale, parts of batches, narrow moments and an average."""
     lora = LoRAConfig(rank=2, dropout=0.2)
     config = dataclasses.replace(
         CONFIG,
@@ -141,6 +142,8 @@ def test_adapters_on_a_rounded_base_dropout_loss_scale_and_parts(model, tmp_path
         dropout=0.1,
         compute_dtype="float16",
         accumulation=2,
+        moments_dtype="bfloat16",
+        ema_decay=0.5,
         steps=6,
     )
     whole = train(model, config, tmp_path / "whole")

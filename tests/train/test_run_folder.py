@@ -79,6 +79,16 @@ def test_resume_of_nothing_begins(model, tmp_path):
         assert content["base_model"] == "models/one" and content["data"]["tokens"] == 5
 
 
+def test_what_a_killed_run_was_writing_is_no_content(model, tmp_path):
+    (tmp_path / ".model.x.part").mkdir()
+    for name in (".run.json.x.part", ".model.x.part/model.safetensors"):
+        (tmp_path / name).write_text("{")
+    RunFolder(tmp_path, resume=True).begin(model, CONFIG, DOCUMENTS)
+    (tmp_path / ".metrics.jsonl.x.part").write_text("{")
+    RunFolder(tmp_path, resume=True).begin(model, CONFIG, DOCUMENTS)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_overwriting_deletes_the_run_and_nothing_else(path, model):
     own = ["checkpoints/3/state", "adapter/adapter_config.json", "base/config.json", "model/config.json"]
     for name in (*own, "mine/notes.txt"):
@@ -89,6 +99,11 @@ def test_overwriting_deletes_the_run_and_nothing_else(path, model):
     RunFolder(path, overwrite=True).begin(model, dataclasses.replace(CONFIG, seed=9), DOCUMENTS)
     assert sorted(entry.name for entry in path.iterdir()) == ["mine", "run.json"]
     assert json.loads((path / "run.json").read_text())["finetune"]["seed"] == 9
+
+
+def test_a_run_that_is_deleted_is_not_resumed(path):
+    with pytest.raises(ValueError, match="give one of them"):
+        RunFolder(path, resume=True, overwrite=True)
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -73,12 +73,15 @@ def test_learns(plain_step):
 
 
 def test_parts_of_unequal_token_counts_equal_one_batch(plain_step):
-    whole, _ = plain_step(fresh_state(), None, batch())
+    whole, expected = plain_step(fresh_state(), None, batch())
     step, state = build(accumulation=4)
     parts, metrics = step(state, None, batch())
     assert metrics["tokens"] == 28
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
+    # the first moment is a tenth of the gradient
     for a, b in zip(jax.tree.leaves(whole["optimizer"]), jax.tree.leaves(parts["optimizer"]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+        np.testing.assert_allclose(a, b, atol=1e-7)
 
 
 def test_dropout_is_a_function_of_seed_and_step():
@@ -347,13 +350,14 @@ def test_remat_changes_memory_and_nothing_else():
     params = random_params(model)
     gradients, memory = {}, {}
     for remat in REMAT:
-        program = jax.jit(jax.grad(loss), static_argnums=1).lower(params, remat).compile()
+        lowered = jax.jit(jax.grad(loss), static_argnums=1).lower(params, remat)
+        program = lowered.compile({"xla_backend_optimization_level": 0})  # what is kept is decided before
         memory[remat] = program.memory_analysis().temp_size_in_bytes
         gradients[remat] = program(params)
     assert memory["full"] < memory["weights"] < memory["dots"] < memory["none"]
     for remat in REMAT[1:]:
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max()),
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max()),
             gradients[remat],
             gradients["none"],
         )
