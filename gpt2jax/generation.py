@@ -333,7 +333,10 @@ def _work(job: Job, readers: list[_Reader], steps: int, *, ahead: bool = False) 
     Args:
         ahead: the device works on the next steps while the last ones are read.
     """
-    run = GenerationRun(job, [reader.row for reader in readers])
+    context = job.model.config.n_positions
+    # a prompt that fills the context slides before its first token
+    rows = [_last_half(job, x) if len(x.row.ids) >= context else x.row for x in readers]
+    run = GenerationRun(job, rows)
     while True:
         progress = run.progress
         run.advance(steps)

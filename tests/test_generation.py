@@ -402,6 +402,17 @@ def test_sliding_past_the_context(model):
         generate(model, LONG, max_new_tokens=150)
 
 
+@pytest.mark.parametrize("length", [63, 64, 65, 150])
+def test_a_prompt_of_the_context_and_more_slides_at_once(model, length):
+    prompt = np.random.default_rng(0).integers(0, 299, length).tolist()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "stop_token_ids": []}
+    (output,) = generate(model, prompt, past_context="slide", **settings)
+    before = [*prompt, *output.token_ids[: 64 - length]] if length < 64 else prompt
+    (rest,) = generate(model, before[-32:], **settings)
+    assert output.token_ids[len(before) - length :] == rest.token_ids[: 5 - (len(before) - length)]
+    assert output.prompt_ids == prompt and len(output.token_ids) == 5
+
+
 def test_a_shared_beginning_is_computed_once(model, monkeypatch):
     """Rows that begin alike give what they give alone, and their beginning goes through the model for one row."""
     from gpt2jax import generation_run
