@@ -11,12 +11,12 @@ Sampling" (typical-p).
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from gpt2jax.checks import is_number, is_whole
 
 WINDOW = 64
 _BLOCK = 256
@@ -274,13 +274,3 @@ def _columns(filters: Filters) -> list[jax.Array]:
 def _column(value: jax.Array | float) -> jax.Array:
     """A scalar or [B] that stands against [B, V]."""
     return jnp.asarray(value)[..., None]
-
-
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, which True and False are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, which True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt2jax.beams import beam_search
 from gpt2jax.config import GPT2Config
 from gpt2jax.generation import Generation, generate, stream
 from gpt2jax.generation_run import more_slots
@@ -375,6 +376,12 @@ def test_bad_words_and_least_length(model):
     assert TOKENIZER.encode("a")[0] not in worded.token_ids
 
 
+def test_any_large_number_is_one_that_is_never_reached(model):
+    settings: dict[str, Any] = {"max_new_tokens": 3, "stop_token_ids": [], "top_k": 2**40}
+    (output,) = generate(model, LONG, no_repeat_ngram=2**40, min_new_tokens=2**40, **settings)
+    assert output.token_ids == generate(model, LONG, **settings)[0].token_ids
+
+
 def test_sliding_past_the_context(model):
     """As generating in parts by hand, each from the last half of the text before it."""
     (output,) = generate(
@@ -639,6 +646,14 @@ def test_two_hundred_calls_compile_twelve_programs(caplog):
         ({"bad_words": [[300]]}, "bad_words: token id 300"),
         ({"top_logprobs": 21}, "top_logprobs=21"),
         ({"prompt_lookup": -1}, "prompt_lookup=-1"),
+        ({"stop_token_ids": 5}, "stop_token_ids: 5 is not a list of token ids"),
+        ({"stop_strings": 5}, "stop_strings=5 must be texts"),
+        ({"bad_words": 5}, "bad_words: 5 is not"),
+        ({"bad_words": [1, 2]}, "bad_words: 1 is not a list of token ids"),
+        ({"draft": "gpt2"}, "draft='gpt2' is no model"),
+        ({"draft_tokens": 0}, "draft_tokens=0"),
+        ({"processor": 5}, "processor=5 must be a function"),
+        ({"temperature": 1e300}, r"temperature=1e\+300 must be a finite number"),
         ({"past_context": "drop"}, "past_context='drop' must be one of refuse, slide"),
     ],
     ids=str,
@@ -659,6 +674,8 @@ def test_mistakes_are_named(model, settings, message):
         (["a", None], "prompt 1 is None"),
         (None, "prompts=None must be"),
         (3, "prompts=3 must be"),
+        (b"ab", "prompts=b'ab' must be"),
+        (["a", b"ab"], "prompt 1 is b'ab'"),
         ([[1] * 64], "prompt 0 has 64 tokens.*shorten the prompt below 64 tokens"),
         ([[1] * 200], "prompt 0 has 200 tokens"),
     ],
@@ -667,3 +684,9 @@ def test_mistakes_are_named(model, settings, message):
 def test_impossible_prompts_are_named(model, prompts, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts)
+
+
+@pytest.mark.parametrize("call", [generate, stream, beam_search])
+def test_a_name_is_no_model(call):
+    with pytest.raises(ValueError, match="model='gpt2-mini' is no model; gpt2jax.load"):
+        call("gpt2-mini", "a")

@@ -145,6 +145,9 @@ def test_ranks_of_blocks_stay_what_they_are_in_training(model):
         ({"dropout": 1.0}, r"dropout=1\.0"),
         ({"targets": ("c_attn",)}, "c_attn"),
         ({"targets": ()}, r"targets=\(\)"),
+        ({"targets": None}, "targets=None"),
+        ({"targets": [1]}, r"targets=\[1\]"),
+        ({"dropout": "x"}, "dropout='x'"),
     ],
 )
 def test_impossible_settings_are_named(settings, named):

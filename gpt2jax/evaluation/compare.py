@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gpt2jax.checks import check_count
 from gpt2jax.evaluation.evaluation import Evaluation
 from gpt2jax.evaluation.excerpts import Excerpt, excerpts
 from gpt2jax.evaluation.gains import loss_standard_error, paired_difference, where_gain_lies
@@ -207,8 +208,7 @@ def compare(
             With the other windows such models are compared in nats per byte.
     """
     _check_models(models)
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise ValueError(f"resamples={resamples!r} must be a positive whole number")
+    check_count("resamples", resamples)
     if isinstance(texts, str | bytes):
         raise TypeError("texts is one string; pass a list of texts")
     texts = list(texts)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2jax.checks import check_count
 from gpt2jax.data.batches import check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
 from gpt2jax.evaluation.evaluation import Evaluation, Settings
@@ -155,14 +156,13 @@ def check_settings(
 ) -> Settings:
     """The settings, or ValueError naming the one that is wrong."""
     for name, value, least in (("sequence_length", sequence_length, 2), ("batch_size", batch_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        check_count(name, value, least)
     context = model.config.n_positions
     if sequence_length > context:
         raise ValueError(f"sequence_length={sequence_length} is over the model's context of {context} tokens")
     precision(compute_dtype)
     stride = check_windows(windows, sequence_length, stride)
-    return Settings(sequence_length, windows, stride, batch_size, compute_dtype)
+    return Settings(int(sequence_length), windows, int(stride), int(batch_size), compute_dtype)
 
 
 def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:

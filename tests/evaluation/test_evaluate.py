@@ -311,7 +311,7 @@ def test_a_model_without_finite_loss_is_still_json(model):
         (["some text"], {"sequence_length": 129}, "sequence_length=129 is over the model's context of 128"),
         (["some text"], {"sequence_length": 1}, "sequence_length=1 must be a whole number of at least 2"),
         (["some text"], {"sequence_length": 8.0}, "sequence_length=8.0 must be a whole number"),
-        (["some text"], {"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+        (["some text"], {"batch_size": 0}, "batch_size=0 must be a positive whole number"),
         (
             ["some text"],
             {"windows": "all"},
