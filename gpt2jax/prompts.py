@@ -178,11 +178,22 @@ def _new_tokens(
     return new
 
 
+def check_seed(seed: Any) -> int:
+    """`seed` as an int; raises ValueError unless it is a whole number of 32 bits."""
+    if not _is_seed(seed):
+        raise ValueError(f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1")
+    return int(seed)
+
+
+def _is_seed(seed: Any) -> bool:
+    return is_whole(seed) and 0 <= seed < SEED_RANGE
+
+
 def _row_seeds(seed: Any, rows: int) -> list[int]:
-    if is_whole(seed) and 0 <= seed < SEED_RANGE:
+    if _is_seed(seed):
         return [(int(seed) + row) % SEED_RANGE for row in range(rows)]
     seeds = list(_plain(seed)) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
-    valid = seeds is not None and all(is_whole(s) and 0 <= s < SEED_RANGE for s in seeds)
+    valid = seeds is not None and all(_is_seed(s) for s in seeds)
     if seeds is None or not valid or len(seeds) != rows:
         raise ValueError(
             f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one a row"

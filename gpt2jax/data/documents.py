@@ -153,6 +153,8 @@ def _encode(texts: list[Any], tokenizer: Any, *, first: int) -> tuple[list[Any],
     """([n] ids of each text, [n] how many of them are its prompt)."""
     parts: list[Any] = []
     for index, text in enumerate(texts, start=first):
+        if text is None:  # a null in a column
+            raise ValueError(f"text {index} is neither a string nor a list of token ids: None")
         parts += prompt_and_completion(text, index) if isinstance(text, Mapping) else (None, text)
     given = [part for part in parts if part is not None]
     if all(isinstance(part, str) for part in given):

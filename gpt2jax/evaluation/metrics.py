@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from gpt2jax.evaluation.windows import (
 )
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.precision import precision
+from gpt2jax.prompts import check_model
 
 # documents that are read, scored and summed up at once
 PIECE = 1024
@@ -88,12 +89,11 @@ def evaluate(
     Raises:
         ValueError: there are no texts, none has two tokens, a setting is out of range, or the state belongs to
             another evaluation.
-        TypeError: `texts` is one string.
+        TypeError: `texts` is one string, or no list.
     """
     began = time.perf_counter()
     settings = check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
-    if isinstance(texts, str | bytes):
-        raise TypeError("texts is one string; pass a list of texts")
+    iterator = iterate("texts", texts)
     if state is not None and per_token:
         raise ValueError("per_token=True: a state file holds sums and no tokens; leave out one of them")
     if resume and state is None:
@@ -105,21 +105,20 @@ def evaluate(
         identity = dataclasses.asdict(settings) | {"piece": PIECE, "model": model_hash}
     found = read_state(path, identity) if path is not None and resume else State()
     digest = hashlib.sha256()
-    iterator = iter(texts)
     _skip_done(iterator, found, digest)
     earlier, scores = found.seconds, []
     score, count = scorer(model, compute_dtype, devices)
     size = len(texts) if hasattr(texts, "__len__") else None  # type: ignore[arg-type]
     with _progress(size, found.documents, progress) as advance:
         while piece := list(itertools.islice(iterator, PIECE)):
-            for text in piece:
-                add_text(digest, text)
             try:
                 part, breakdown, tokens, longest = _score_piece(model, piece, settings, score, count, advance)
             except ValueError as error:
                 if found.documents:  # a text is named by its place in the piece
                     raise ValueError(f"counted from text {found.documents}: {error}") from error
                 raise
+            for text in piece:
+                add_text(digest, text)
             found = State(
                 part if found.sums is None else DocumentSums.join([found.sums, part]),
                 breakdown if found.breakdown is None else found.breakdown + breakdown,
@@ -155,6 +154,7 @@ def check_settings(
     compute_dtype: str,
 ) -> Settings:
     """The settings, or ValueError naming the one that is wrong."""
+    check_model("model", model)
     for name, value, least in (("sequence_length", sequence_length, 2), ("batch_size", batch_size, 1)):
         check_count(name, value, least)
     context = model.config.n_positions
@@ -163,6 +163,16 @@ def check_settings(
     precision(compute_dtype)
     stride = check_windows(windows, sequence_length, stride)
     return Settings(int(sequence_length), windows, int(stride), int(batch_size), compute_dtype)
+
+
+def iterate(name: str, texts: Iterable[Any]) -> Iterator[Any]:
+    """The texts one by one, or TypeError where they are no list of them."""
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"{name} is one string; pass a list of texts")
+    try:
+        return iter(texts)
+    except TypeError:
+        raise TypeError(f"{name}={texts!r:.60} is no list of texts") from None
 
 
 def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:
@@ -188,6 +198,11 @@ def _skip_done(texts: Iterator[Any], found: State, digest: Any) -> None:
 
 def _tokenize(model: LanguageModel, texts: Sequence[Any], first: int | None = None) -> Documents:
     """The texts as documents, of which the first `first` tokens are wanted, or all."""
+    for index, text in enumerate(texts):
+        if isinstance(text, Mapping):
+            raise ValueError(
+                f"text {index} has the columns {', '.join(map(repr, text))}: pass one column of them, not all"
+            )
     if first is not None and model.tokenizer is not None:
         strings = [index for index, text in enumerate(texts) if isinstance(text, str)]
         beginnings = encode_beginnings(model.tokenizer, [texts[index] for index in strings], first)
