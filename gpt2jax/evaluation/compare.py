@@ -25,8 +25,7 @@ from gpt2jax.sampling import SamplingConfig
 SCHEMA = "gpt2jax.comparison"
 SCHEMA_VERSION = 1
 
-# the study's kind: an unfinished statement, five questions on medicine and networks, and the empty prompt
-# twice
+# the study's kind: an unfinished statement, five questions on medicine and networks, and the empty prompt twice
 STUDY_PROMPTS = (
     "The patients who received the new treatment",
     "What are the first signs of a stroke?",

@@ -18,6 +18,7 @@ from gpt2jax.evaluation.evaluation import Evaluation, Settings
 from gpt2jax.evaluation.gains import paired_difference, where_gain_lies
 from gpt2jax.evaluation.generations import repetition, repetition_by_model
 from gpt2jax.evaluation.provenance import params_fingerprint
+from gpt2jax.evaluation.report_svg import short
 from gpt2jax.evaluation.sums import DocumentSums, TokenScores, break_down, sum_by_document
 from gpt2jax.generation import generate
 
@@ -243,7 +244,12 @@ def test_one_model(model, tmp_path):
     found = compare({"only": model}, TEXTS, ["the"], **SETTINGS)
     assert found.paired == {} and found.as_dict()["paired"] == {}
     found.save(tmp_path)
-    assert "only: " in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "only: " in text and "Where the loss lies" in text and "Where the difference lies" not in text
+
+
+def test_a_name_stands_on_one_line_of_a_plot():
+    assert short("two\nlines") == "two lines" and len(short("long" * 9)) == 22
 
 
 def test_different_tokenizers_are_compared_per_byte(model):
