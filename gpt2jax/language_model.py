@@ -74,7 +74,12 @@ class LanguageModel:
         Raises:
             ValueError: wrong shape, an id outside the vocabulary, or T over the context.
         """
-        ids = np.asarray(token_ids)
+        try:
+            ids = np.asarray(token_ids)
+        except ValueError:
+            raise ValueError(
+                "token_ids has rows of different lengths: pad them, and give attention_mask"
+            ) from None
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
                 f"token_ids has shape {ids.shape} and dtype {ids.dtype}; expected whole numbers [B, T]"
@@ -118,7 +123,7 @@ class LanguageModel:
         model is replaced, whole or not at all; one with anything else in it is refused.
 
         Args:
-            path: the folder.
+            path: the folder; "~" is the home folder.
             format: "hf" (config.json, model.safetensors, tokenizer files) or "keras" (a preset of keras-hub).
             dtype: of the file: "float32", "float16" or "bfloat16".
 
@@ -131,6 +136,7 @@ class LanguageModel:
         from gpt2jax.weights.hf import save_hf
         from gpt2jax.weights.keras_preset import save_keras
 
+        path = pathlib.Path(path).expanduser()
         merged = self.merge_adapter()
         if format == "keras":
             if dtype != "float32":
@@ -181,7 +187,7 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
     """
     from gpt2jax.weights import load_weights
 
-    path = pathlib.Path(name)
+    path = pathlib.Path(name).expanduser()
     if (path / "state").is_dir():
         from gpt2jax.train.checkpoint import is_checkpoint
         from gpt2jax.train.loading import load_checkpoint
@@ -216,7 +222,7 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
     from gpt2jax.weights.hub import download
 
     source = str(name)
-    path = pathlib.Path(name)
+    path = pathlib.Path(name).expanduser()
     # a TensorFlow checkpoint is named by what its files' names begin with
     exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
     if source == "gpt2-mini":
@@ -267,8 +273,9 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     from gpt2jax.weights.keras_lora import load_keras_lora
     from gpt2jax.weights.peft import load_adapter as read
 
+    path = pathlib.Path(path).expanduser()
     model = model.merge_adapter()
-    if pathlib.Path(path).suffix == ".h5":
+    if path.suffix == ".h5":
         lora, adapters = load_keras_lora(path, model.config)
     else:
         lora, adapters = read(path, model.config, model.params)
@@ -325,4 +332,5 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     if model.adapters is None or model.lora is None:
         raise ValueError("the model has no adapters to save: fine-tune it with lora=LoRAConfig(...) first")
     base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
+    path = pathlib.Path(path).expanduser()
     write(path, model.config, model.lora, model.adapters, base_model=base_model, params=model.params)

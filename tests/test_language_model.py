@@ -161,6 +161,19 @@ def test_names_that_are_none(name, error, message):
         gpt2jax.load(name)
 
 
+def test_what_is_no_model_is_told_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no weights of a known format: .*\(OpenAI\); or") as info:
+        gpt2jax.load(tmp_path)
+    assert "\n" not in str(info.value)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    random_model(0).save("~/models/one")
+    assert (tmp_path / "models" / "one" / "config.json").is_file()
+    assert gpt2jax.load("~/models/one").source == "~/models/one"
+
+
 def test_unknown_format_and_name(tmp_path):
     with pytest.raises(ValueError, match="format='gguf' is not known; known: hf, keras"):
         random_model(0).save(tmp_path / "x", format="gguf")

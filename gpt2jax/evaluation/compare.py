@@ -139,7 +139,7 @@ class Comparison:
         from gpt2jax.evaluation.report import markdown_report
         from gpt2jax.evaluation.report_html import html_report
 
-        folder = pathlib.Path(folder)
+        folder = pathlib.Path(folder).expanduser()
         files = {
             "report.html": html_report(self),
             "report.md": markdown_report(self),

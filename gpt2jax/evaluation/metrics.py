@@ -98,7 +98,7 @@ def evaluate(
         raise ValueError("per_token=True: a state file holds sums and no tokens; leave out one of them")
     if resume and state is None:
         raise ValueError("resume=True needs the state file to resume from")
-    path = None if state is None else pathlib.Path(state)
+    path = None if state is None else pathlib.Path(state).expanduser()
     identity = {}
     if path is not None:
         model_hash = params_fingerprint((model.params, model.adapters))
