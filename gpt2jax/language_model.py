@@ -72,10 +72,11 @@ class LanguageModel:
             [B, T, V] float32.
 
         Raises:
-            ValueError: wrong shape, an id outside the vocabulary, or T over the context.
+            ValueError: wrong shape, an id outside the vocabulary (but within `jax.jit`, which knows no values), or T
+                over the context.
         """
         try:
-            ids = np.asarray(token_ids)
+            ids = _array(token_ids)
         except ValueError:
             raise ValueError(
                 "token_ids has rows of different lengths: pad them, and give attention_mask"
@@ -84,10 +85,14 @@ class LanguageModel:
             raise ValueError(
                 f"token_ids has shape {ids.shape} and dtype {ids.dtype}; expected whole numbers [B, T]"
             )
-        if ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
+        if (
+            isinstance(ids, np.ndarray)
+            and ids.size
+            and (ids.min() < 0 or ids.max() >= self.config.vocab_size)
+        ):
             bad = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} ids")
-        mask = None if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        mask = None if attention_mask is None else _array(attention_mask).astype(bool)
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(
                 f"attention_mask has shape {mask.shape}; expected that of token_ids, {ids.shape}"
@@ -144,6 +149,11 @@ class LanguageModel:
             save_keras(path, merged.config, merged.params, merged.tokenizer)
             return
         save_hf(path, merged.config, merged.params, merged.tokenizer, dtype=dtype)
+
+
+def _array(values: Any) -> Any:
+    """An array on the host; within `jax.jit` and the like, where values are not known, what was given."""
+    return values if isinstance(values, jax.core.Tracer) else np.asarray(values)
 
 
 @functools.partial(jax.jit, static_argnums=(4,))

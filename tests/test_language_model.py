@@ -50,6 +50,19 @@ def test_what_it_says_of_itself(model, adapted):
     assert model.end_token_id == 100
 
 
+def test_logits_within_transformations(model):
+    """What a user's own `jax.jit` and `jax.grad` make of them."""
+    ids, mask = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[0, 1, 1], [1, 1, 1]])
+    want = model.logits(ids, mask)
+    np.testing.assert_allclose(jax.jit(model.logits)(ids, mask), want, atol=1e-6)
+    with pytest.raises(ValueError, match="token_ids has shape"):
+        jax.jit(model.logits)(ids[0])
+    gradient = jax.grad(lambda p: dataclasses.replace(model, params=p).logits(ids, mask).sum())(model.params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(model.params)
+    with pytest.raises(ValueError, match="rows of different lengths"):
+        model.logits([[1], [2, 3]])
+
+
 def test_random_models_follow_their_seed():
     assert_same(from_config(TINY, 3).params, from_config(TINY, seed=3).params)
     first, other = (from_config(TINY, seed).params["wpe"]["embedding"] for seed in (3, 4))
