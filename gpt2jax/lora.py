@@ -133,7 +133,7 @@ def init_adapters(
         bound = 1.0 / math.sqrt(in_dim)
         # the key of a target does not depend on which other targets there are
         shape = (layers, in_dim, int(ranks.max()))
-        lora_a = jax.random.uniform(jax.random.fold_in(key, index), shape, minval=-bound, maxval=bound)
+        lora_a = jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32, -bound, bound)
         if ranks.min() < ranks.max():
             lora_a = jnp.where(np.arange(ranks.max()) < ranks[:, None, None], lora_a, 0.0)
         adapter = {"lora_a": lora_a, "lora_b": jnp.zeros((layers, int(ranks.max()), out_dim))}

@@ -133,7 +133,7 @@ def sample(logits: jax.Array, keys: jax.Array, filters: Filters) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn():
-        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
         values, ids = jax.lax.top_k(logits, min(WINDOW, logits.shape[-1]))
         tokens = _pick(ids, draw(window_weights(values, filters), uniforms[:, 0]))
 

@@ -376,6 +376,14 @@ def test_bad_words_and_least_length(model):
     assert TOKENIZER.encode("a")[0] not in worded.token_ids
 
 
+def test_with_64_bits_allowed_the_text_is_the_same(model):
+    settings: dict[str, Any] = {"max_new_tokens": 6, "top_k": 50, "seed": 3, "prompt_lookup": 3}
+    (plain,) = generate(model, "abcabc", **settings)
+    with jax.enable_x64(True):
+        (output,) = generate(model, "abcabc", **settings)
+    assert output.token_ids == plain.token_ids
+
+
 def test_any_large_number_is_one_that_is_never_reached(model):
     settings: dict[str, Any] = {"max_new_tokens": 3, "stop_token_ids": [], "top_k": 2**40}
     (output,) = generate(model, LONG, no_repeat_ngram=2**40, min_new_tokens=2**40, **settings)
