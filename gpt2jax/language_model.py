@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
+from gpt2jax.checks import is_number
 from gpt2jax.config import PRESETS, GPT2Config
 from gpt2jax.lora import LoRAConfig, merge_adapters, unmerge_adapters
 from gpt2jax.model import Params, count_parameters, head_kernel, hidden_states, init_params, output_logits
@@ -153,7 +154,7 @@ class LanguageModel:
 
 def _array(values: Any) -> Any:
     """An array on the host; within `jax.jit` and the like, where values are not known, what was given."""
-    return values if isinstance(values, jax.core.Tracer) else np.asarray(values)
+    return values if isinstance(values, Tracer) else np.asarray(values)
 
 
 @functools.partial(jax.jit, static_argnums=(4,))
@@ -310,7 +311,7 @@ def combine_adapters(
     from gpt2jax.lora_sums import sum_adapters
 
     weights = [1.0] * len(models) if weights is None else list(weights)
-    if not models or len(weights) != len(models) or not all(math.isfinite(weight) for weight in weights):
+    if not models or len(weights) != len(models) or not all(map(is_number, weights)):
         raise ValueError(f"weights={weights!r} must be a finite number for each of {len(models)} models")
     parts = [(model.lora, model.adapters) for model in models if model.lora and model.adapters]
     if len(parts) < len(models):

@@ -253,6 +253,7 @@ def test_adapters_that_do_not_go_together(model, adapted):
     fresh = init_adapters(TINY, dora, params=model.params)
     other = dataclasses.replace(adapted, params=random_params(seed=1))
     for models, weights, message in (
+        ([adapted], ["much"], r"weights=\['much'\] must be a finite number"),
         ([adapted, adapted], [1.0], r"weights=\[1\.0\] must be a finite number for each of 2 models"),
         ([adapted], [float("nan")], "finite number"),
         ([], None, "each of 0 models"),

@@ -219,12 +219,7 @@ def compare(
     for model in models.values():
         check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
         check_texts(model, texts)
-    same_tokens = _same_tokens(list(models.values()))
-    if not same_tokens and windows == "first":
-        raise ValueError(
-            "the models have different tokenizers, so their first tokens cover different parts of the texts: "
-            "use windows='disjoint', 'sliding' or 'rolling', which score whole texts and are compared in nats per byte"
-        )
+    same_tokens = _same_tokens(list(models.values()), windows)
     # first, since it is short and finds a prompt that does not fit
     generations, first_calls = generate_texts(models, prompts, sampling, seed)
     evaluations = {
@@ -242,23 +237,17 @@ def compare(
         for name, model in models.items()
     }
     baseline, *others = models
-    paired = {
-        name: paired_difference(
-            evaluations[baseline],
-            evaluations[name],
-            baseline=baseline,
-            same_tokens=same_tokens,
-            resamples=resamples,
-            seed=seed,
-        )
-        for name in others
-    }
+    pairs = {name: (evaluations[baseline], evaluations[name]) for name in others}
+    alike = pairs if same_tokens else {}
+    bootstrap = {"resamples": resamples, "seed": seed}
     tokenizer, end = models[baseline].tokenizer, models[baseline].end_token_id
-    alike = {name: (evaluations[baseline], evaluations[name]) for name in (others if same_tokens else [])}
     return Comparison(
         models={name: describe_model(model) for name, model in models.items()},
         evaluations=evaluations,
-        paired=paired,
+        paired={
+            name: paired_difference(*pair, baseline=baseline, same_tokens=same_tokens, **bootstrap)
+            for name, pair in pairs.items()
+        },
         gains={
             name: where_gain_lies(*pair, tokenizer=tokenizer, end_token_id=end)
             for name, pair in alike.items()
@@ -289,15 +278,25 @@ def _check_models(models: Mapping[str, LanguageModel]) -> None:
             raise ValueError(f"models[{name!r}] is a {type(model).__name__}; expected a LanguageModel")
 
 
-def _same_tokens(models: Sequence[LanguageModel]) -> bool:
-    """All models make the same ids of a text: equal tokenizers, or none and equal vocabularies."""
+def _same_tokens(models: Sequence[LanguageModel], windows: str) -> bool:
+    """All models make the same ids of a text: equal tokenizers, or none and equal vocabularies.
+
+    Raises:
+        ValueError: they do not, and `windows` are the first tokens of each text.
+    """
 
     def identity(model: LanguageModel) -> tuple[Any, int]:
         if model.tokenizer is None:
             return model.config.vocab_size, model.end_token_id
         return model.tokenizer.fingerprint, model.end_token_id
 
-    return len({identity(model) for model in models}) == 1
+    same = len({identity(model) for model in models}) == 1
+    if not same and windows == "first":
+        raise ValueError(
+            "the models have different tokenizers, so their first tokens cover different parts of the texts: "
+            "use windows='disjoint', 'sliding' or 'rolling', which score whole texts and are compared in nats per byte"
+        )
+    return same
 
 
 def _length_limit(

@@ -99,10 +99,7 @@ def evaluate(
     if resume and state is None:
         raise ValueError("resume=True needs the state file to resume from")
     path = None if state is None else pathlib.Path(state).expanduser()
-    identity = {}
-    if path is not None:
-        model_hash = params_fingerprint((model.params, model.adapters))
-        identity = dataclasses.asdict(settings) | {"piece": PIECE, "model": model_hash}
+    identity = {} if path is None else _identity(model, settings)
     found = read_state(path, identity) if path is not None and resume else State()
     digest = hashlib.sha256()
     _skip_done(iterator, found, digest)
@@ -119,13 +116,8 @@ def evaluate(
                 raise
             for text in piece:
                 add_text(digest, text)
-            found = State(
-                part if found.sums is None else DocumentSums.join([found.sums, part]),
-                breakdown if found.breakdown is None else found.breakdown + breakdown,
-                digest.hexdigest(),
-                max(found.longest, longest),
-                earlier + time.perf_counter() - began,
-            )
+            seconds = earlier + time.perf_counter() - began
+            found = found.with_piece(part, breakdown, digest.hexdigest(), longest, seconds)
             if path is not None:
                 write_state(path, found, identity)
             if per_token:
@@ -182,6 +174,12 @@ def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:
         if len(_tokenize(model, [beginning])[0]) >= 2:
             return
     check_long_enough(_tokenize(model, texts))
+
+
+def _identity(model: LanguageModel, settings: Settings) -> dict[str, Any]:
+    """What a state file belongs to."""
+    model_hash = params_fingerprint((model.params, model.adapters))
+    return dataclasses.asdict(settings) | {"piece": PIECE, "model": model_hash}
 
 
 def _skip_done(texts: Iterator[Any], found: State, digest: Any) -> None:
