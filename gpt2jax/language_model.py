@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -142,7 +143,7 @@ class LanguageModel:
         from gpt2jax.weights.hf import save_hf
         from gpt2jax.weights.keras_preset import save_keras
 
-        path = pathlib.Path(path).expanduser()
+        path = pathlib.Path(os.path.expanduser(path))
         merged = self.merge_adapter()
         if format == "keras":
             if dtype != "float32":
@@ -198,7 +199,7 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
     """
     from gpt2jax.weights import load_weights
 
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(os.path.expanduser(name))
     if (path / "state").is_dir():
         from gpt2jax.train.checkpoint import is_checkpoint
         from gpt2jax.train.loading import load_checkpoint
@@ -233,7 +234,7 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
     from gpt2jax.weights.hub import download
 
     source = str(name)
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(os.path.expanduser(name))
     # a TensorFlow checkpoint is named by what its files' names begin with
     exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
     if source == "gpt2-mini":
@@ -284,7 +285,7 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     from gpt2jax.weights.keras_lora import load_keras_lora
     from gpt2jax.weights.peft import load_adapter as read
 
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     model = model.merge_adapter()
     if path.suffix == ".h5":
         lora, adapters = load_keras_lora(path, model.config)
@@ -343,5 +344,5 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     if model.adapters is None or model.lora is None:
         raise ValueError("the model has no adapters to save: fine-tune it with lora=LoRAConfig(...) first")
     base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     write(path, model.config, model.lora, model.adapters, base_model=base_model, params=model.params)

@@ -185,6 +185,8 @@ def test_the_home_folder(tmp_path, monkeypatch):
     random_model(0).save("~/models/one")
     assert (tmp_path / "models" / "one" / "config.json").is_file()
     assert gpt2jax.load("~/models/one").source == "~/models/one"
+    with pytest.raises(FileNotFoundError, match="~nobody/model"):
+        gpt2jax.load("~nobody/model")
 
 
 def test_unknown_format_and_name(tmp_path):

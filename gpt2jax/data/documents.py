@@ -74,7 +74,10 @@ def tokenize_documents(
 
     Raises:
         ValueError: there is no text, an id is out of range, or a string came without a tokenizer.
+        TypeError: `texts` is one string.
     """
+    if isinstance(texts, str | bytes):
+        raise TypeError("texts is one string; pass a list of texts")
     if cache is not None:
         from gpt2jax.data.token_cache import cached_documents
 

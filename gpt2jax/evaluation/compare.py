@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -139,7 +140,7 @@ class Comparison:
         from gpt2jax.evaluation.report import markdown_report
         from gpt2jax.evaluation.report_html import html_report
 
-        folder = pathlib.Path(folder).expanduser()
+        folder = pathlib.Path(os.path.expanduser(folder))
         files = {
             "report.html": html_report(self),
             "report.md": markdown_report(self),

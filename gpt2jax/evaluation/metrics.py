@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ def evaluate(
         raise ValueError("per_token=True: a state file holds sums and no tokens; leave out one of them")
     if resume and state is None:
         raise ValueError("resume=True needs the state file to resume from")
-    path = None if state is None else pathlib.Path(state).expanduser()
+    path = None if state is None else pathlib.Path(os.path.expanduser(state))
     identity = {} if path is None else _identity(model, settings)
     found = read_state(path, identity) if path is not None and resume else State()
     digest = hashlib.sha256()
