@@ -89,7 +89,13 @@ def adjusted(
     """Logits [B, V] behind penalties and processor."""
     steps = context.end - request.prompt_end
     logits = penalised(logits, context, request.penalties, steps, request.stop_ids)
-    return logits if processor is None else processor(logits, context)
+    if processor is None:
+        return logits
+    changed = processor(logits, context)
+    if getattr(changed, "shape", None) != logits.shape:
+        given = getattr(changed, "shape", type(changed).__name__)
+        raise ValueError(f"processor gave {given}; expected logits of shape {logits.shape}")
+    return changed
 
 
 def choose(

@@ -166,7 +166,10 @@ def _new_tokens(
     else:
         new = DEFAULT_NEW_TOKENS
         new = new if past_context == "slide" else max(1, min(new, context - length))
-    if length + new > context and past_context != "slide":
+    slides = (
+        past_context == "slide" and context > 1
+    )  # in a context of one token there is no half to go on from
+    if length + new > context and not slides:
         room = context - length
         advice = (
             f"ask for at most {room} new ones" if room > 0 else f"shorten the prompt below {context} tokens"

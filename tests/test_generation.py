@@ -357,6 +357,9 @@ def test_a_processor_changes_logits(model):
 
     outputs = generate(model, [[7], [1, 40]], max_new_tokens=4, processor=successor)
     assert [output.token_ids for output in outputs] == [[8, 9, 10, 11], [41, 42, 43, 44]]
+    for wrong, given in ((lambda logits, _: logits[:, :5], r"\(1, 5\)"), (lambda *_: None, "NoneType")):
+        with pytest.raises(ValueError, match=f"processor gave {given}; expected logits of shape"):
+            generate(model, [7], max_new_tokens=4, processor=wrong)
 
 
 def test_bad_words_and_least_length(model):
@@ -426,6 +429,12 @@ def test_a_prompt_of_the_context_and_more_slides_at_once(model, length):
     (rest,) = generate(model, before[-32:], **settings)
     assert output.token_ids[len(before) - length :] == rest.token_ids[: 5 - (len(before) - length)]
     assert output.prompt_ids == prompt and len(output.token_ids) == 5
+
+
+def test_a_context_of_one_token_cannot_slide():
+    config = dataclasses.replace(CONFIG, n_positions=1)
+    with pytest.raises(ValueError, match="context .n_positions. is 1"):
+        generate(model_of(config, init_params(config)), [1], max_new_tokens=3, past_context="slide")
 
 
 def test_a_shared_beginning_is_computed_once(model, monkeypatch):
