@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.cache import Cache
+from gpt2jax.checks import check_count, is_number
 from gpt2jax.config import GPT2Config
 from gpt2jax.decoding import Request, repeat_request, repeat_rows
 from gpt2jax.generation_run import Job, bucket, cache_slots, fill_cache, left_padded, make_job, make_request
@@ -34,8 +35,7 @@ from gpt2jax.inference import (
 )
 from gpt2jax.penalties import Context, penalised
 from gpt2jax.precision import Precision
-from gpt2jax.prompts import Prompt, Row, as_prompts, check_count, make_rows
-from gpt2jax.sampling import is_number
+from gpt2jax.prompts import Prompt, Row, as_prompts, check_model, make_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,7 @@ def beam_search(
     Raises:
         ValueError: a setting has an impossible value, or a prompt does not fit the model.
     """
+    check_model("model", model)
     for name, value in (("num_beams", num_beams), ("num_return", num_return), ("batch_size", batch_size)):
         check_count(name, value)
     if num_return > num_beams:

@@ -6,9 +6,10 @@ Field names are those of a Hugging Face `config.json`, so that a configuration c
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from gpt2jax.checks import check_count, is_number, is_whole
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh")
 
@@ -63,9 +64,9 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            _check_positive_int(name, getattr(self, name))
+            self._set(name, check_count(name, getattr(self, name)))
         if self.n_inner is not None:
-            _check_positive_int("n_inner", self.n_inner)
+            self._set("n_inner", check_count("n_inner", self.n_inner))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.activation_function not in ACTIVATIONS:
@@ -74,19 +75,34 @@ class GPT2Config:
             )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             rate = getattr(self, name)
-            if not _is_number(rate) or not 0.0 <= rate < 1.0:
+            if not is_number(rate) or not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name}={rate!r} must be at least 0 and below 1")
+            self._set(name, float(rate))
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
-            if not _is_number(value) or value <= 0:
+            if not is_number(value) or value <= 0:
                 raise ValueError(f"{name}={value!r} must be a positive number")
+            self._set(name, float(value))
+        for name in (
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+            "reorder_and_upcast_attn",
+            "tie_word_embeddings",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         # the end-of-text token is the last id unless the file says otherwise
         for name in ("bos_token_id", "eos_token_id"):
             token_id = getattr(self, name)
             if token_id is None:
-                object.__setattr__(self, name, self.vocab_size - 1)
-            elif not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                token_id = self.vocab_size - 1
+            elif not is_whole(token_id) or not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"{name}={token_id!r} is outside the vocabulary of {self.vocab_size} ids")
+            self._set(name, int(token_id))
+
+    def _set(self, name: str, value: Any) -> None:
+        """A checked value as Python's own kind of number, which JSON and compiled programs take."""
+        object.__setattr__(self, name, value)
 
     @property
     def head_dim(self) -> int:
@@ -133,15 +149,6 @@ class GPT2Config:
             if isinstance(token_id, int) and isinstance(vocab_size, int) and token_id >= vocab_size:
                 values[name] = None
         return cls(**values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _check_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive whole number")
 
 
 PRESETS: dict[str, GPT2Config] = {

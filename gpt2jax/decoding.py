@@ -89,7 +89,13 @@ def adjusted(
     """Logits [B, V] behind penalties and processor."""
     steps = context.end - request.prompt_end
     logits = penalised(logits, context, request.penalties, steps, request.stop_ids)
-    return logits if processor is None else processor(logits, context)
+    if processor is None:
+        return logits
+    changed = processor(logits, context)
+    if getattr(changed, "shape", None) != logits.shape:
+        given = getattr(changed, "shape", type(changed).__name__)
+        raise ValueError(f"processor gave {given}; expected logits of shape {logits.shape}")
+    return changed
 
 
 def choose(
@@ -119,8 +125,7 @@ def record_scores(progress: Progress, tokens: jax.Array, logits: jax.Array) -> P
     """Writes tokens [B, T] and what their logits [B, T, V] say of them from the present slot on."""
 
     def write(array, values):
-        start = (0, progress.slot) + (0,) * (array.ndim - 2)
-        return jax.lax.dynamic_update_slice(array, values.astype(array.dtype), start)
+        return jax.lax.dynamic_update_slice_in_dim(array, values.astype(array.dtype), progress.slot, axis=1)
 
     flat = logits.reshape(-1, logits.shape[-1])
     logprobs = log_probability(flat, tokens.reshape(-1)).reshape(tokens.shape)

@@ -62,13 +62,16 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
             its name, put back if that fails, and deleted at the end.
 
     Raises:
-        FileExistsError: `path` is a file, or a folder with content and `overwrite` is False.
+        FileExistsError: `path` is a file, or a folder with content and `overwrite` is False, or the folder that the
+            process works in: it would go on in one that is gone.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{path} is a file: give the name of a folder")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty: give another name or allow overwriting")
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise FileExistsError(f"{path} is the working folder, or holds it: give the name of a folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part"))
     try:

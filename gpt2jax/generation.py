@@ -15,17 +15,11 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
+from gpt2jax.checks import check_count, is_number, is_whole
 from gpt2jax.decoding import Processor
 from gpt2jax.generation_run import Contrast, GenerationRun, Job, Speculation, make_job
-from gpt2jax.prompts import (
-    Prompt,
-    Row,
-    as_prompts,
-    check_count,
-    make_rows,
-    stop_bytes,
-)
-from gpt2jax.sampling import SamplingConfig, is_number, is_whole
+from gpt2jax.prompts import Prompt, Row, as_prompts, check_model, make_rows, stop_bytes
+from gpt2jax.sampling import SamplingConfig
 from gpt2jax.stopping import TextStream
 
 # steps between two looks for a stop string: few are wasted, and the way to the host is seldom paid
@@ -146,6 +140,7 @@ def generate(
             model lacks, or prompt and continuation exceed the context.
         TypeError: there is no such setting.
     """
+    check_model("model", model)
     check_count("batch_size", batch_size)
     job, rows = _prepare(model, as_prompts(prompts), **settings)
     outputs: dict[int, Generation] = {}
@@ -169,6 +164,7 @@ def stream(model: Any, prompt: Prompt, **settings: Unpack[Settings]) -> Stream:
     Raises:
         ValueError: also if the model has no tokenizer, or there is more than one text to make.
     """
+    check_model("model", model)
     if model.tokenizer is None:
         raise ValueError("stream gives out text, and this model has no tokenizer; use generate for token ids")
     prompts = as_prompts(prompt)
@@ -205,6 +201,8 @@ def _prepare(
     for name in sampling:
         if name not in Settings.__annotations__:
             raise TypeError(f"there is no setting {name!r}; known: {', '.join(Settings.__annotations__)}")
+    if processor is not None and not callable(processor):
+        raise ValueError(f"processor={processor!r:.60} must be a function of logits and context, or None")
     if not is_whole(top_logprobs) or not 0 <= top_logprobs <= MOST_TOP_LOGPROBS:
         raise ValueError(
             f"top_logprobs={top_logprobs!r} must be a whole number from 0 to {MOST_TOP_LOGPROBS}"
@@ -240,9 +238,10 @@ def _prepare(
 def _speculation(model: Any, prompt_lookup: int, draft: Any, draft_tokens: int) -> Speculation | None:
     if not is_whole(prompt_lookup) or prompt_lookup < 0:
         raise ValueError(f"prompt_lookup={prompt_lookup!r} must be a whole number, 0 (off) or above")
+    check_count("draft_tokens", draft_tokens)
     if draft is None:
         return Speculation(prompt_lookup) if prompt_lookup else None
-    check_count("draft_tokens", draft_tokens)
+    check_model("draft", draft)
     if prompt_lookup:
         raise ValueError(f"prompt_lookup={prompt_lookup} and draft: give one of them")
     if draft.config.vocab_size != model.config.vocab_size:
@@ -333,7 +332,10 @@ def _work(job: Job, readers: list[_Reader], steps: int, *, ahead: bool = False) 
     Args:
         ahead: the device works on the next steps while the last ones are read.
     """
-    run = GenerationRun(job, [reader.row for reader in readers])
+    context = job.model.config.n_positions
+    # a prompt that fills the context slides before its first token
+    rows = [_last_half(job, x) if len(x.row.ids) >= context else x.row for x in readers]
+    run = GenerationRun(job, rows)
     while True:
         progress = run.progress
         run.advance(steps)

@@ -320,8 +320,11 @@ def make_request(
     settings = [row.sampling for row in (*rows, *[rows[0]] * fill)]
     each = [setting.filters() for setting in settings]
 
-    def of(name: str, dtype: type) -> Any:
-        return np.array([getattr(setting, name) for setting in settings], dtype)
+    def real(name: str) -> Any:
+        return np.array([getattr(setting, name) for setting in settings], np.float32)
+
+    def whole(name: str) -> Any:
+        return np.array([min(getattr(setting, name), _UNBOUNDED - 1) for setting in settings], np.int32)
 
     stop_ids: Any = np.full(bucket(len(job.stop_ids), 4), -1, np.int32)
     stop_ids[: len(job.stop_ids)] = job.stop_ids
@@ -343,11 +346,11 @@ def make_request(
         stop_ids=stop_ids,
         filters=Filters(*filters),
         penalties=Penalties(
-            of("repetition_penalty", np.float32),
-            of("presence_penalty", np.float32),
-            of("frequency_penalty", np.float32),
-            of("no_repeat_ngram", np.int32),
-            of("min_new_tokens", np.int32),
+            real("repetition_penalty"),
+            real("presence_penalty"),
+            real("frequency_penalty"),
+            whole("no_repeat_ngram"),
+            whole("min_new_tokens"),
             bad_words,
         ),
     )

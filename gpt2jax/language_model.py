@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
+from gpt2jax.checks import is_number
 from gpt2jax.config import PRESETS, GPT2Config
 from gpt2jax.lora import LoRAConfig, merge_adapters, unmerge_adapters
 from gpt2jax.model import Params, count_parameters, head_kernel, hidden_states, init_params, output_logits
@@ -72,17 +74,27 @@ class LanguageModel:
             [B, T, V] float32.
 
         Raises:
-            ValueError: wrong shape, an id outside the vocabulary, or T over the context.
+            ValueError: wrong shape, an id outside the vocabulary (but within `jax.jit`, which knows no values), or T
+                over the context.
         """
-        ids = np.asarray(token_ids)
+        try:
+            ids = _array(token_ids)
+        except ValueError:
+            raise ValueError(
+                "token_ids has rows of different lengths: pad them, and give attention_mask"
+            ) from None
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
                 f"token_ids has shape {ids.shape} and dtype {ids.dtype}; expected whole numbers [B, T]"
             )
-        if ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
+        if (
+            isinstance(ids, np.ndarray)
+            and ids.size
+            and (ids.min() < 0 or ids.max() >= self.config.vocab_size)
+        ):
             bad = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} ids")
-        mask = None if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        mask = None if attention_mask is None else _array(attention_mask).astype(bool)
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(
                 f"attention_mask has shape {mask.shape}; expected that of token_ids, {ids.shape}"
@@ -118,7 +130,7 @@ class LanguageModel:
         model is replaced, whole or not at all; one with anything else in it is refused.
 
         Args:
-            path: the folder.
+            path: the folder; "~" is the home folder.
             format: "hf" (config.json, model.safetensors, tokenizer files) or "keras" (a preset of keras-hub).
             dtype: of the file: "float32", "float16" or "bfloat16".
 
@@ -131,6 +143,7 @@ class LanguageModel:
         from gpt2jax.weights.hf import save_hf
         from gpt2jax.weights.keras_preset import save_keras
 
+        path = pathlib.Path(os.path.expanduser(path))
         merged = self.merge_adapter()
         if format == "keras":
             if dtype != "float32":
@@ -138,6 +151,11 @@ class LanguageModel:
             save_keras(path, merged.config, merged.params, merged.tokenizer)
             return
         save_hf(path, merged.config, merged.params, merged.tokenizer, dtype=dtype)
+
+
+def _array(values: Any) -> Any:
+    """An array on the host; within `jax.jit` and the like, where values are not known, what was given."""
+    return values if isinstance(values, Tracer) else np.asarray(values)
 
 
 @functools.partial(jax.jit, static_argnums=(4,))
@@ -181,7 +199,7 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
     """
     from gpt2jax.weights import load_weights
 
-    path = pathlib.Path(name)
+    path = pathlib.Path(os.path.expanduser(name))
     if (path / "state").is_dir():
         from gpt2jax.train.checkpoint import is_checkpoint
         from gpt2jax.train.loading import load_checkpoint
@@ -216,7 +234,7 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
     from gpt2jax.weights.hub import download
 
     source = str(name)
-    path = pathlib.Path(name)
+    path = pathlib.Path(os.path.expanduser(name))
     # a TensorFlow checkpoint is named by what its files' names begin with
     exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
     if source == "gpt2-mini":
@@ -267,8 +285,9 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     from gpt2jax.weights.keras_lora import load_keras_lora
     from gpt2jax.weights.peft import load_adapter as read
 
+    path = pathlib.Path(os.path.expanduser(path))
     model = model.merge_adapter()
-    if pathlib.Path(path).suffix == ".h5":
+    if path.suffix == ".h5":
         lora, adapters = load_keras_lora(path, model.config)
     else:
         lora, adapters = read(path, model.config, model.params)
@@ -293,7 +312,7 @@ def combine_adapters(
     from gpt2jax.lora_sums import sum_adapters
 
     weights = [1.0] * len(models) if weights is None else list(weights)
-    if not models or len(weights) != len(models) or not all(math.isfinite(weight) for weight in weights):
+    if not models or len(weights) != len(models) or not all(map(is_number, weights)):
         raise ValueError(f"weights={weights!r} must be a finite number for each of {len(models)} models")
     parts = [(model.lora, model.adapters) for model in models if model.lora and model.adapters]
     if len(parts) < len(models):
@@ -325,4 +344,5 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     if model.adapters is None or model.lora is None:
         raise ValueError("the model has no adapters to save: fine-tune it with lora=LoRAConfig(...) first")
     base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
+    path = pathlib.Path(os.path.expanduser(path))
     write(path, model.config, model.lora, model.adapters, base_model=base_model, params=model.params)

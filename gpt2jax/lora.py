@@ -15,7 +15,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.bits import kernel_bits
+from gpt2jax.checks import is_number
 from gpt2jax.config import GPT2Config
 from gpt2jax.low_rank import column_lengths, merged_kernel, output_part, updated_kernel, with_scales
 from gpt2jax.model import Params, abstract_params
@@ -69,7 +70,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout={self.dropout!r} must be at least 0 and below 1")
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
@@ -132,7 +133,7 @@ def init_adapters(
         bound = 1.0 / math.sqrt(in_dim)
         # the key of a target does not depend on which other targets there are
         shape = (layers, in_dim, int(ranks.max()))
-        lora_a = jax.random.uniform(jax.random.fold_in(key, index), shape, minval=-bound, maxval=bound)
+        lora_a = jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32, -bound, bound)
         if ranks.min() < ranks.max():
             lora_a = jnp.where(np.arange(ranks.max()) < ranks[:, None, None], lora_a, 0.0)
         adapter = {"lora_a": lora_a, "lora_b": jnp.zeros((layers, int(ranks.max()), out_dim))}
@@ -254,14 +255,13 @@ def _check_alpha(name: str, alpha: Any) -> None:
 
 def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
     """The names that the targets stand for, each once."""
-    found: list[str] = []
-    for target in targets:
-        names = [target] if target in SLICES else fnmatch.filter(TARGETS, target)
-        if not names:
-            raise ValueError(f"LoRA targets={targets!r} must be some of: {', '.join((*TARGETS, *SLICES))}")
-        found += names
-    if not found:
-        raise ValueError(f"LoRA targets={targets!r} must be some of: {', '.join((*TARGETS, *SLICES))}")
+    patterns = list(targets) if isinstance(targets, Iterable) else []
+    matches = [
+        [pattern] if pattern in SLICES else fnmatch.filter(TARGETS, str(pattern)) for pattern in patterns
+    ]
+    if not matches or not all(matches):
+        raise ValueError(f"LoRA targets={targets!r:.100} must be some of: {', '.join((*TARGETS, *SLICES))}")
+    found = [name for names in matches for name in names]
     both = set(SLICES) & set(found)
     if both and "attn.c_attn" in found:
         raise ValueError(

@@ -126,7 +126,8 @@ def _forbid(
 def _ends_of_ngrams(context: Context, size: jax.Array) -> jax.Array:
     """Slots [B, S] that end an n-gram of the text which its last n - 1 tokens begin."""
     slots = jnp.arange(context.token_ids.shape[1])
-    before = common_suffix(context, jnp.max(size) - 1)
+    # no text repeats more than it holds
+    before = common_suffix(context, jnp.minimum(jnp.max(size), slots.size) - 1)
     inside = (slots >= context.begin[:, None]) & (slots < context.end[:, None])
     ends = inside & (size > 0)[:, None] & (before >= size[:, None] - 1)
     # an n-gram lies within the text: its first tokens do, too

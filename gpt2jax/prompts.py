@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt2jax.sampling import SamplingConfig, is_whole
+from gpt2jax.checks import check_count, is_whole
+from gpt2jax.sampling import SamplingConfig
 
 DEFAULT_NEW_TOKENS = 64
 SEED_RANGE = 2**32
@@ -35,6 +36,12 @@ class Row:
     sampling: SamplingConfig = SamplingConfig()
 
 
+def check_model(name: str, model: Any) -> None:
+    """Raises ValueError for what has no configuration and parameters, such as a model's name."""
+    if not hasattr(model, "config") or not hasattr(model, "params"):
+        raise ValueError(f"{name}={model!r:.60} is no model; gpt2jax.load(name) gives one")
+
+
 def as_prompts(prompts: Any) -> list[Any]:
     """A list of prompts from one prompt or several: a text, token ids, or a list or array of such.
 
@@ -43,7 +50,7 @@ def as_prompts(prompts: Any) -> list[Any]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Iterable):
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts={prompts!r:.60} must be a text, a list of token ids, or a list of such")
     prompts = list(_plain(prompts))
     return [prompts] if prompts and all(is_whole(item) for item in prompts) else prompts
@@ -106,11 +113,11 @@ def stop_bytes(model: Any, stop_strings: str | Iterable[str] | None) -> list[byt
     Raises:
         ValueError: one is empty, or the model has no tokenizer.
     """
-    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+    strings = _several(stop_strings)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop_strings={stop_strings!r:.60} must be texts, none of them empty")
     if strings and model.tokenizer is None:
         raise ValueError("stop_strings need a tokenizer, and this model has none; use stop_token_ids")
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"stop_strings={stop_strings!r} must be texts, none of them empty")
     return [string.encode() for string in strings]
 
 
@@ -122,12 +129,6 @@ def end_token_id(model: Any) -> int:
     return end
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a positive whole number."""
-    if not is_whole(value) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive whole number")
-
-
 def _encode(model: Any, prompt: Any, name: str) -> tuple[str, list[int]]:
     """The text and the token ids of one prompt."""
     tokenizer, vocab_size = model.tokenizer, model.config.vocab_size
@@ -136,7 +137,7 @@ def _encode(model: Any, prompt: Any, name: str) -> tuple[str, list[int]]:
             raise ValueError(f"{name} is a text and this model has no tokenizer; give token ids")
         text, ids = prompt, _checked_ids(name, tokenizer.encode(prompt), vocab_size)
     else:
-        if not isinstance(prompt, Iterable):
+        if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
             raise ValueError(f"{name} is {prompt!r:.60}; expected a text or a list of token ids")
         ids = _checked_ids(name, prompt, vocab_size)
         text = "" if tokenizer is None else tokenizer.decode(ids)
@@ -165,7 +166,10 @@ def _new_tokens(
     else:
         new = DEFAULT_NEW_TOKENS
         new = new if past_context == "slide" else max(1, min(new, context - length))
-    if length + new > context and past_context != "slide":
+    slides = (
+        past_context == "slide" and context > 1
+    )  # in a context of one token there is no half to go on from
+    if length + new > context and not slides:
         room = context - length
         advice = (
             f"ask for at most {room} new ones" if room > 0 else f"shorten the prompt below {context} tokens"
@@ -177,11 +181,22 @@ def _new_tokens(
     return new
 
 
+def check_seed(seed: Any) -> int:
+    """`seed` as an int; raises ValueError unless it is a whole number of 32 bits."""
+    if not _is_seed(seed):
+        raise ValueError(f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1")
+    return int(seed)
+
+
+def _is_seed(seed: Any) -> bool:
+    return is_whole(seed) and 0 <= seed < SEED_RANGE
+
+
 def _row_seeds(seed: Any, rows: int) -> list[int]:
-    if is_whole(seed) and 0 <= seed < SEED_RANGE:
+    if _is_seed(seed):
         return [(int(seed) + row) % SEED_RANGE for row in range(rows)]
     seeds = list(_plain(seed)) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
-    valid = seeds is not None and all(is_whole(s) and 0 <= s < SEED_RANGE for s in seeds)
+    valid = seeds is not None and all(_is_seed(s) for s in seeds)
     if seeds is None or not valid or len(seeds) != rows:
         raise ValueError(
             f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one a row"
@@ -210,7 +225,7 @@ def bad_word_ids(model: Any, bad_words: Iterable[Any] | None) -> list[list[int]]
     Raises:
         ValueError: one is empty, has ids outside the vocabulary, or is a text and the model has no tokenizer.
     """
-    words = [bad_words] if isinstance(bad_words, str) else list(bad_words or ())
+    words = _several(bad_words)
     found: list[list[int]] = []
     for word in words:
         if isinstance(word, str):
@@ -222,12 +237,21 @@ def bad_word_ids(model: Any, bad_words: Iterable[Any] | None) -> list[list[int]]
         else:
             found.append(_checked_ids("bad_words", word, model.config.vocab_size))
         if not word or not found[-1]:
-            raise ValueError(f"bad_words={words!r:.60} must be texts or token ids, none of them empty")
+            raise ValueError(f"bad_words={bad_words!r:.60} must be texts or token ids, none of them empty")
     return found
 
 
-def _checked_ids(name: str, ids: Iterable[Any], vocab_size: int) -> list[int]:
-    ids = list(_plain(ids))
+def _several(values: Any) -> list[Any]:
+    """A list of what may be given as one text, as several things, or as None; what is neither stands alone."""
+    values = () if values is None else _plain(values)
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else [values]
+
+
+def _checked_ids(name: str, ids: Any, vocab_size: int) -> list[int]:
+    ids = _plain(ids)
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise ValueError(f"{name}: {ids!r:.60} is not a list of token ids")
+    ids = list(ids)
     for i in ids:
         if not is_whole(i):
             raise ValueError(f"{name}: {i!r:.60} is not a token id (a whole number)")

@@ -11,12 +11,12 @@ Sampling" (typical-p).
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from gpt2jax.checks import is_number, is_whole
 
 WINDOW = 64
 _BLOCK = 256
@@ -133,7 +133,7 @@ def sample(logits: jax.Array, keys: jax.Array, filters: Filters) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn():
-        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
         values, ids = jax.lax.top_k(logits, min(WINDOW, logits.shape[-1]))
         tokens = _pick(ids, draw(window_weights(values, filters), uniforms[:, 0]))
 
@@ -274,13 +274,3 @@ def _columns(filters: Filters) -> list[jax.Array]:
 def _column(value: jax.Array | float) -> jax.Array:
     """A scalar or [B] that stands against [B, V]."""
     return jnp.asarray(value)[..., None]
-
-
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, which True and False are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, which True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

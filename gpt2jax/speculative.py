@@ -172,7 +172,7 @@ def verify(
 ) -> tuple[Cache, Progress]:
     """Chooses the token behind each guess that is right, at least one; none where nothing is left to do."""
     slot, size = progress.slot, guess.token_ids.shape[1]
-    guessed = jax.lax.dynamic_update_slice(progress.token_ids, guess.token_ids, (0, slot))
+    guessed = jax.lax.dynamic_update_slice_in_dim(progress.token_ids, guess.token_ids, slot, axis=1)
     inputs = jax.lax.dynamic_slice_in_dim(guessed, slot - 1, size + 1, axis=1)
     hidden, cache = forward_cached(params, config, inputs, cache, slot - 1, request.padding, precision)
     logits = next_logits(params, hidden[0], precision)  # [K + 1, V]
@@ -189,7 +189,7 @@ def verify(
     stops = (tokens[:, None] == request.stop_ids).any(-1)
     first_stop = jnp.where(stops.any(), jnp.argmax(stops), size + 1)
     new = jnp.minimum(jnp.minimum(agreed, first_stop) + 1, request.limits[0] - progress.lengths[0])
-    new = jnp.where(running(progress, until), new, 0)
+    new = jnp.where(running(progress, until), new, 0).astype(jnp.int32)  # sums are wider with jax_enable_x64
     lengths = progress.lengths + new
     stopped = (first_stop < new) | (lengths >= request.limits)
     used = jnp.maximum(new - 1, 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 
 from gpt2jax.config import PRESETS, GPT2Config
@@ -38,11 +40,24 @@ def test_parameter_counts(name, parameters):
         ("initializer_range", None),
         ("eos_token_id", 50257),
         ("bos_token_id", "<s>"),
+        ("eos_token_id", True),
+        ("scale_attn_weights", "yes"),
+        ("scale_attn_by_inverse_layer_idx", 1),
+        ("reorder_and_upcast_attn", None),
+        ("tie_word_embeddings", None),
+        ("layer_norm_epsilon", float("inf")),
+        ("resid_pdrop", False),
     ],
 )
 def test_impossible_values_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field}={value!r}"):
         GPT2Config(**{field: value})
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    config = GPT2Config(vocab_size=np.int64(300), n_embd=np.int32(24), embd_pdrop=np.float32(0.5))  # pyright: ignore
+    assert config == GPT2Config(vocab_size=300, n_embd=24, embd_pdrop=0.5)
+    assert json.loads(json.dumps(config.to_hf()))["vocab_size"] == 300
 
 
 def test_hugging_face_and_back():

@@ -116,6 +116,15 @@ def test_folder_with_content_is_kept_unless_told(tmp_path):
     assert names(tmp_path) == ["run"]
 
 
+@pytest.mark.parametrize("path", [".", "..", "../here"])
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match="is the working folder"), atomic_folder(path, overwrite=True):
+        pass
+    assert os.path.samefile(".", tmp_path / "here") and names(tmp_path) == ["here"]
+
+
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
     target = tmp_path / "run"
     target.mkdir()

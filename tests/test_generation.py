@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt2jax.beams import beam_search
 from gpt2jax.config import GPT2Config
 from gpt2jax.generation import Generation, generate, stream
 from gpt2jax.generation_run import more_slots
@@ -356,6 +357,9 @@ def test_a_processor_changes_logits(model):
 
     outputs = generate(model, [[7], [1, 40]], max_new_tokens=4, processor=successor)
     assert [output.token_ids for output in outputs] == [[8, 9, 10, 11], [41, 42, 43, 44]]
+    for wrong, given in ((lambda logits, _: logits[:, :5], r"\(1, 5\)"), (lambda *_: None, "NoneType")):
+        with pytest.raises(ValueError, match=f"processor gave {given}; expected logits of shape"):
+            generate(model, [7], max_new_tokens=4, processor=wrong)
 
 
 def test_bad_words_and_least_length(model):
@@ -373,6 +377,20 @@ def test_bad_words_and_least_length(model):
     assert len(longer.token_ids) >= 5 and not {first, second} & set(longer.token_ids[:5])
     (worded,) = generate(model, LONG, bad_words=["a"], seed=1, max_new_tokens=30)
     assert TOKENIZER.encode("a")[0] not in worded.token_ids
+
+
+def test_with_64_bits_allowed_the_text_is_the_same(model):
+    settings: dict[str, Any] = {"max_new_tokens": 6, "top_k": 50, "seed": 3, "prompt_lookup": 3}
+    (plain,) = generate(model, "abcabc", **settings)
+    with jax.enable_x64(True):
+        (output,) = generate(model, "abcabc", **settings)
+    assert output.token_ids == plain.token_ids
+
+
+def test_any_large_number_is_one_that_is_never_reached(model):
+    settings: dict[str, Any] = {"max_new_tokens": 3, "stop_token_ids": [], "top_k": 2**40}
+    (output,) = generate(model, LONG, no_repeat_ngram=2**40, min_new_tokens=2**40, **settings)
+    assert output.token_ids == generate(model, LONG, **settings)[0].token_ids
 
 
 def test_sliding_past_the_context(model):
@@ -400,6 +418,23 @@ def test_sliding_past_the_context(model):
     assert together[0].token_ids == sampled.token_ids
     with pytest.raises(ValueError, match="past_context='slide'"):
         generate(model, LONG, max_new_tokens=150)
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 150])
+def test_a_prompt_of_the_context_and_more_slides_at_once(model, length):
+    prompt = np.random.default_rng(0).integers(0, 299, length).tolist()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "stop_token_ids": []}
+    (output,) = generate(model, prompt, past_context="slide", **settings)
+    before = [*prompt, *output.token_ids[: 64 - length]] if length < 64 else prompt
+    (rest,) = generate(model, before[-32:], **settings)
+    assert output.token_ids[len(before) - length :] == rest.token_ids[: 5 - (len(before) - length)]
+    assert output.prompt_ids == prompt and len(output.token_ids) == 5
+
+
+def test_a_context_of_one_token_cannot_slide():
+    config = dataclasses.replace(CONFIG, n_positions=1)
+    with pytest.raises(ValueError, match="context .n_positions. is 1"):
+        generate(model_of(config, init_params(config)), [1], max_new_tokens=3, past_context="slide")
 
 
 def test_a_shared_beginning_is_computed_once(model, monkeypatch):
@@ -628,6 +663,14 @@ def test_two_hundred_calls_compile_twelve_programs(caplog):
         ({"bad_words": [[300]]}, "bad_words: token id 300"),
         ({"top_logprobs": 21}, "top_logprobs=21"),
         ({"prompt_lookup": -1}, "prompt_lookup=-1"),
+        ({"stop_token_ids": 5}, "stop_token_ids: 5 is not a list of token ids"),
+        ({"stop_strings": 5}, "stop_strings=5 must be texts"),
+        ({"bad_words": 5}, "bad_words: 5 is not"),
+        ({"bad_words": [1, 2]}, "bad_words: 1 is not a list of token ids"),
+        ({"draft": "gpt2"}, "draft='gpt2' is no model"),
+        ({"draft_tokens": 0}, "draft_tokens=0"),
+        ({"processor": 5}, "processor=5 must be a function"),
+        ({"temperature": 1e300}, r"temperature=1e\+300 must be a finite number"),
         ({"past_context": "drop"}, "past_context='drop' must be one of refuse, slide"),
     ],
     ids=str,
@@ -648,6 +691,8 @@ def test_mistakes_are_named(model, settings, message):
         (["a", None], "prompt 1 is None"),
         (None, "prompts=None must be"),
         (3, "prompts=3 must be"),
+        (b"ab", "prompts=b'ab' must be"),
+        (["a", b"ab"], "prompt 1 is b'ab'"),
         ([[1] * 64], "prompt 0 has 64 tokens.*shorten the prompt below 64 tokens"),
         ([[1] * 200], "prompt 0 has 200 tokens"),
     ],
@@ -656,3 +701,9 @@ def test_mistakes_are_named(model, settings, message):
 def test_impossible_prompts_are_named(model, prompts, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts)
+
+
+@pytest.mark.parametrize("call", [generate, stream, beam_search])
+def test_a_name_is_no_model(call):
+    with pytest.raises(ValueError, match="model='gpt2-mini' is no model; gpt2jax.load"):
+        call("gpt2-mini", "a")

@@ -50,6 +50,19 @@ def test_what_it_says_of_itself(model, adapted):
     assert model.end_token_id == 100
 
 
+def test_logits_within_transformations(model):
+    """What a user's own `jax.jit` and `jax.grad` make of them."""
+    ids, mask = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[0, 1, 1], [1, 1, 1]])
+    want = model.logits(ids, mask)
+    np.testing.assert_allclose(jax.jit(model.logits)(ids, mask), want, atol=1e-6)
+    with pytest.raises(ValueError, match="token_ids has shape"):
+        jax.jit(model.logits)(ids[0])
+    gradient = jax.grad(lambda p: dataclasses.replace(model, params=p).logits(ids, mask).sum())(model.params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(model.params)
+    with pytest.raises(ValueError, match="rows of different lengths"):
+        model.logits([[1], [2, 3]])
+
+
 def test_random_models_follow_their_seed():
     assert_same(from_config(TINY, 3).params, from_config(TINY, seed=3).params)
     first, other = (from_config(TINY, seed).params["wpe"]["embedding"] for seed in (3, 4))
@@ -161,6 +174,21 @@ def test_names_that_are_none(name, error, message):
         gpt2jax.load(name)
 
 
+def test_what_is_no_model_is_told_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no weights of a known format: .*\(OpenAI\); or") as info:
+        gpt2jax.load(tmp_path)
+    assert "\n" not in str(info.value)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    random_model(0).save("~/models/one")
+    assert (tmp_path / "models" / "one" / "config.json").is_file()
+    assert gpt2jax.load("~/models/one").source == "~/models/one"
+    with pytest.raises(FileNotFoundError, match="~nobody/model"):
+        gpt2jax.load("~nobody/model")
+
+
 def test_unknown_format_and_name(tmp_path):
     with pytest.raises(ValueError, match="format='gguf' is not known; known: hf, keras"):
         random_model(0).save(tmp_path / "x", format="gguf")
@@ -227,6 +255,7 @@ def test_adapters_that_do_not_go_together(model, adapted):
     fresh = init_adapters(TINY, dora, params=model.params)
     other = dataclasses.replace(adapted, params=random_params(seed=1))
     for models, weights, message in (
+        ([adapted], ["much"], r"weights=\['much'\] must be a finite number"),
         ([adapted, adapted], [1.0], r"weights=\[1\.0\] must be a finite number for each of 2 models"),
         ([adapted], [float("nan")], "finite number"),
         ([], None, "each of 0 models"),

@@ -159,6 +159,9 @@ def test_a_pattern_for_no_linear():
         ({"dropout": 1.0}, r"dropout=1\.0"),
         ({"targets": ("c_attn",)}, "c_attn"),
         ({"targets": ()}, r"targets=\(\)"),
+        ({"targets": None}, "targets=None"),
+        ({"targets": [1]}, r"targets=\[1\]"),
+        ({"dropout": "x"}, "dropout='x'"),
     ],
 )
 def test_impossible_settings_are_named(settings, named):

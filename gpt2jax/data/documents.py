@@ -74,7 +74,10 @@ def tokenize_documents(
 
     Raises:
         ValueError: there is no text, an id is out of range, or a string came without a tokenizer.
+        TypeError: `texts` is one string.
     """
+    if isinstance(texts, str | bytes):
+        raise TypeError("texts is one string; pass a list of texts")
     if cache is not None:
         from gpt2jax.data.token_cache import cached_documents
 
@@ -153,6 +156,8 @@ def _encode(texts: list[Any], tokenizer: Any, *, first: int) -> tuple[list[Any],
     """([n] ids of each text, [n] how many of them are its prompt)."""
     parts: list[Any] = []
     for index, text in enumerate(texts, start=first):
+        if text is None:  # a null in a column
+            raise ValueError(f"text {index} is neither a string nor a list of token ids: None")
         parts += prompt_and_completion(text, index) if isinstance(text, Mapping) else (None, text)
     given = [part for part in parts if part is not None]
     if all(isinstance(part, str) for part in given):

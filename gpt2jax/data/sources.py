@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from gpt2jax.checks import is_whole
 from gpt2jax.data.builtin import BUILTIN_NAMES, SPLITS, builtin_texts
 from gpt2jax.data.hub import (
     DATA_VARIABLE,
@@ -144,8 +145,8 @@ def iterate_texts(
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}, all")
     if documents not in DOCUMENTS:
         raise ValueError(f"documents={documents!r} is not one of {', '.join(DOCUMENTS)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} is not a positive number of texts")
+    if limit is not None and (not is_whole(limit) or limit < 1):
+        raise ValueError(f"limit={limit!r} is not a positive number of texts")
     texts = _open_source(
         os.fspath(source), split, text_column, revision, documents, streaming or limit is not None
     )

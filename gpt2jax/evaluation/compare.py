@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gpt2jax.checks import check_count
 from gpt2jax.evaluation.evaluation import Evaluation
 from gpt2jax.evaluation.excerpts import Excerpt, excerpts
 from gpt2jax.evaluation.gains import loss_standard_error, paired_difference, where_gain_lies
 from gpt2jax.evaluation.generations import generate_texts, repetition_by_model
-from gpt2jax.evaluation.metrics import check_settings, check_texts, evaluate
+from gpt2jax.evaluation.metrics import check_settings, check_texts, evaluate, iterate
 from gpt2jax.evaluation.overlap import text_overlap
 from gpt2jax.evaluation.provenance import data_fingerprint, describe_model, versions
 from gpt2jax.evaluation.statistics import PairedDifference
 from gpt2jax.files import atomic_write
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.prompts import Prompt, as_prompts, check_seed
+from gpt2jax.sampling import SamplingConfig
 
 SCHEMA = "gpt2jax.comparison"
 SCHEMA_VERSION = 1
 
-# the study's kind: an unfinished statement, five questions on medicine and networks, and the empty prompt
-# twice
+# the study's kind: an unfinished statement, five questions on medicine and networks, and the empty prompt twice
 STUDY_PROMPTS = (
     "The patients who received the new treatment",
     "What are the first signs of a stroke?",
@@ -137,7 +140,7 @@ class Comparison:
         from gpt2jax.evaluation.report import markdown_report
         from gpt2jax.evaluation.report_html import html_report
 
-        folder = pathlib.Path(folder)
+        folder = pathlib.Path(os.path.expanduser(folder))
         files = {
             "report.html": html_report(self),
             "report.md": markdown_report(self),
@@ -157,7 +160,7 @@ class Comparison:
 def compare(
     models: Mapping[str, LanguageModel],
     texts: Iterable[Any],
-    prompts: Sequence[Any] | None = None,
+    prompts: Prompt | Sequence[Prompt] | None = None,
     *,
     sequence_length: int = 128,
     batch_size: int = 32,
@@ -183,7 +186,7 @@ def compare(
     Args:
         models: name to model; the first is the baseline.
         texts: held-out texts, as for `evaluate`.
-        prompts: to generate from, strings or lists of token ids. None: `STUDY_PROMPTS`, or none at all if a
+        prompts: to generate from, as for `generate`. None: `STUDY_PROMPTS`, or none at all if a
             model has no tokenizer. Prompt number i is sampled with seed + i, the same for every model, so
             that a prompt that occurs twice gives two texts.
         sequence_length, batch_size, windows, stride, compute_dtype: see `evaluate`.
@@ -207,23 +210,17 @@ def compare(
             With the other windows such models are compared in nats per byte.
     """
     _check_models(models)
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise ValueError(f"resamples={resamples!r} must be a positive whole number")
-    if isinstance(texts, str | bytes):
-        raise TypeError("texts is one string; pass a list of texts")
-    texts = list(texts)
+    resamples = check_count("resamples", resamples)
+    seed = check_seed(seed)
+    sampling = _sampling(temperature, top_k, top_p, do_sample)
+    sampling |= _length_limit(models, max_length, max_new_tokens)
+    prompts = _default_prompts(models) if prompts is None else as_prompts(prompts)
+    texts = list(iterate("texts", texts))
+    training_texts = None if training_texts is None else iterate("training_texts", training_texts)
     for model in models.values():
         check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
         check_texts(model, texts)
-    same_tokens = _same_tokens(list(models.values()))
-    if not same_tokens and windows == "first":
-        raise ValueError(
-            "the models have different tokenizers, so their first tokens cover different parts of the texts: "
-            "use windows='disjoint', 'sliding' or 'rolling', which score whole texts and are compared in nats per byte"
-        )
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
-    sampling |= _length_limit(models, max_length, max_new_tokens)
-    prompts = _default_prompts(models) if prompts is None else list(prompts)
+    same_tokens = _same_tokens(list(models.values()), windows)
     # first, since it is short and finds a prompt that does not fit
     generations, first_calls = generate_texts(models, prompts, sampling, seed)
     evaluations = {
@@ -241,23 +238,17 @@ def compare(
         for name, model in models.items()
     }
     baseline, *others = models
-    paired = {
-        name: paired_difference(
-            evaluations[baseline],
-            evaluations[name],
-            baseline=baseline,
-            same_tokens=same_tokens,
-            resamples=resamples,
-            seed=seed,
-        )
-        for name in others
-    }
+    pairs = {name: (evaluations[baseline], evaluations[name]) for name in others}
+    alike = pairs if same_tokens else {}
+    bootstrap = {"resamples": resamples, "seed": seed}
     tokenizer, end = models[baseline].tokenizer, models[baseline].end_token_id
-    alike = {name: (evaluations[baseline], evaluations[name]) for name in (others if same_tokens else [])}
     return Comparison(
         models={name: describe_model(model) for name, model in models.items()},
         evaluations=evaluations,
-        paired=paired,
+        paired={
+            name: paired_difference(*pair, baseline=baseline, same_tokens=same_tokens, **bootstrap)
+            for name, pair in pairs.items()
+        },
         gains={
             name: where_gain_lies(*pair, tokenizer=tokenizer, end_token_id=end)
             for name, pair in alike.items()
@@ -288,15 +279,25 @@ def _check_models(models: Mapping[str, LanguageModel]) -> None:
             raise ValueError(f"models[{name!r}] is a {type(model).__name__}; expected a LanguageModel")
 
 
-def _same_tokens(models: Sequence[LanguageModel]) -> bool:
-    """All models make the same ids of a text: equal tokenizers, or none and equal vocabularies."""
+def _same_tokens(models: Sequence[LanguageModel], windows: str) -> bool:
+    """All models make the same ids of a text: equal tokenizers, or none and equal vocabularies.
+
+    Raises:
+        ValueError: they do not, and `windows` are the first tokens of each text.
+    """
 
     def identity(model: LanguageModel) -> tuple[Any, int]:
         if model.tokenizer is None:
             return model.config.vocab_size, model.end_token_id
         return model.tokenizer.fingerprint, model.end_token_id
 
-    return len({identity(model) for model in models}) == 1
+    same = len({identity(model) for model in models}) == 1
+    if not same and windows == "first":
+        raise ValueError(
+            "the models have different tokenizers, so their first tokens cover different parts of the texts: "
+            "use windows='disjoint', 'sliding' or 'rolling', which score whole texts and are compared in nats per byte"
+        )
+    return same
 
 
 def _length_limit(
@@ -305,9 +306,21 @@ def _length_limit(
     if max_length is not None and max_new_tokens is not None:
         raise ValueError(f"max_length={max_length} and max_new_tokens={max_new_tokens}: give one of them")
     if max_new_tokens is not None:
-        return {"max_new_tokens": max_new_tokens}
+        return {"max_new_tokens": check_count("max_new_tokens", max_new_tokens)}
     context = min(model.config.n_positions for model in models.values())
-    return {"max_length": min(STUDY_MAX_LENGTH, context) if max_length is None else max_length}
+    default = min(STUDY_MAX_LENGTH, context)
+    return {"max_length": default if max_length is None else check_count("max_length", max_length)}
+
+
+def _sampling(temperature: float, top_k: int | None, top_p: float, do_sample: bool) -> dict[str, Any]:
+    """One value of each for all texts, as plain values, checked."""
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
+    SamplingConfig(**given)
+    return given | {
+        "temperature": float(temperature),
+        "top_k": None if top_k is None else int(top_k),
+        "top_p": float(top_p),
+    }
 
 
 def _default_prompts(models: Mapping[str, LanguageModel]) -> list[str]:

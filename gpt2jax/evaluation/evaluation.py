@@ -261,8 +261,9 @@ class Evaluation:
             )
         else:
             what = f"every token of each text, without an end token behind it, in rolling windows of {length}"
+        texts = "text" if self.documents == 1 else "texts"
         return (
-            f"{what}; {self.documents:,} texts, {self.tokens:,} tokens, means per token over all texts, "
+            f"{what}; {self.documents:,} {texts}, {self.tokens:,} tokens, means per token over all texts, "
             f"matrix products in {settings.compute_dtype}"
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpt2jax.generation import Generation, generate
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.prompts import SEED_RANGE
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event
 
@@ -23,9 +24,10 @@ def generate_texts(
     generations, first_calls = [], {}
     for name, model in models.items():
         for index, prompt in enumerate(prompts):
+            own_seed = (seed + index) % SEED_RANGE
 
-            def call(model=model, prompt=prompt, index=index) -> Generation:
-                return generate(model, [prompt], seed=seed + index, **sampling)[0]
+            def call(model=model, prompt=prompt, own_seed=own_seed) -> Generation:
+                return generate(model, [prompt], seed=own_seed, **sampling)[0]
 
             output, seconds, compiled = _timed(call)
             first_calls.setdefault(name, seconds)
@@ -43,7 +45,7 @@ def generate_texts(
                     "token_ids": list(output.token_ids),
                     "tokens": len(output.token_ids),
                     "finish_reason": output.finish_reason,
-                    "seed": seed + index,
+                    "seed": own_seed,
                     "mean_logprob": float(np.mean(output.logprobs)) if output.logprobs else None,
                     **repetition(output.token_ids),
                 }

@@ -22,12 +22,14 @@ import numpy as np
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
+from gpt2jax.checks import check_count
 from gpt2jax.data.documents import Documents, tokenize_documents
 from gpt2jax.evaluation.scoring import score_windows, scorer
 from gpt2jax.evaluation.sums import TokenScores, sum_by_document
 from gpt2jax.evaluation.windows import Windows, plan_rolling_windows
 from gpt2jax.generation import generate
 from gpt2jax.language_model import LanguageModel, load
+from gpt2jax.prompts import check_seed
 from gpt2jax.tokenizer import END_TOKEN, Tokenizer
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "do_sample")
@@ -64,14 +66,14 @@ class HarnessModel(TemplateLM):
         if self.model.tokenizer is None:
             raise ValueError("the model has no tokenizer: lm-evaluation-harness works with texts")
         context = self.model.config.n_positions
-        self.max_length = int(max_length or context)
-        if not 1 <= self.max_length <= context:
+        self.max_length = context if max_length is None else _count("max_length", max_length)
+        if self.max_length > context:
             raise ValueError(
                 f"max_length={max_length} must be from 1 to the model's context of {context} tokens"
             )
-        self.batch_size = 32 if str(batch_size).startswith("auto") else int(batch_size)
-        self.max_gen_toks = int(max_gen_toks)
-        self.compute_dtype, self.seed = compute_dtype, int(seed)
+        self.batch_size = 32 if str(batch_size).startswith("auto") else _count("batch_size", batch_size)
+        self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
+        self.compute_dtype, self.seed = compute_dtype, check_seed(seed)
         self._score, self._devices = scorer(self.model, compute_dtype)
 
     @property
@@ -122,7 +124,7 @@ class HarnessModel(TemplateLM):
         for start, end, context in zip(scores.offsets[:-1], scores.offsets[1:], contexts, strict=True):
             mine = slice(int(start) + int(context), int(end))
             loss = float(scores.loss[mine].sum(dtype=np.float64))
-            found.append((-loss, bool((scores.rank[mine] == 0).all())))
+            found.append((0.0 - loss, bool((scores.rank[mine] == 0).all())))
         for (strings, _, _), answer in zip(requests, found, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
@@ -136,7 +138,7 @@ class HarnessModel(TemplateLM):
             [self.tok_encode(text) for (text,) in (request.args for request in requests)]
         )
         scores = self._run(documents, plan_rolling_windows(documents, self.max_length))
-        answers = (-sum_by_document(scores.loss, scores.offsets)).tolist()
+        answers = (0.0 - sum_by_document(scores.loss, scores.offsets)).tolist()  # 0, not -0, of nothing
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return answers
@@ -200,6 +202,11 @@ class HarnessModel(TemplateLM):
             advance=lambda rows: None,
         )
         return scores
+
+
+def _count(name: str, value: Any) -> int:
+    """A positive whole number, which may come as text from the harness's command line; ValueError for others."""
+    return check_count(name, int(value) if isinstance(value, str) and value.isdecimal() else value)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from gpt2jax.checks import check_count
 from gpt2jax.data.batches import check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
 from gpt2jax.evaluation.evaluation import Evaluation, Settings
@@ -40,6 +42,7 @@ from gpt2jax.evaluation.windows import (
 )
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.precision import precision
+from gpt2jax.prompts import check_model
 
 # documents that are read, scored and summed up at once
 PIECE = 1024
@@ -87,45 +90,35 @@ def evaluate(
     Raises:
         ValueError: there are no texts, none has two tokens, a setting is out of range, or the state belongs to
             another evaluation.
-        TypeError: `texts` is one string.
+        TypeError: `texts` is one string, or no list.
     """
     began = time.perf_counter()
     settings = check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
-    if isinstance(texts, str | bytes):
-        raise TypeError("texts is one string; pass a list of texts")
+    iterator = iterate("texts", texts)
     if state is not None and per_token:
         raise ValueError("per_token=True: a state file holds sums and no tokens; leave out one of them")
     if resume and state is None:
         raise ValueError("resume=True needs the state file to resume from")
-    path = None if state is None else pathlib.Path(state)
-    identity = {}
-    if path is not None:
-        model_hash = params_fingerprint((model.params, model.adapters))
-        identity = dataclasses.asdict(settings) | {"piece": PIECE, "model": model_hash}
+    path = None if state is None else pathlib.Path(os.path.expanduser(state))
+    identity = {} if path is None else _identity(model, settings)
     found = read_state(path, identity) if path is not None and resume else State()
     digest = hashlib.sha256()
-    iterator = iter(texts)
     _skip_done(iterator, found, digest)
     earlier, scores = found.seconds, []
     score, count = scorer(model, compute_dtype, devices)
     size = len(texts) if hasattr(texts, "__len__") else None  # type: ignore[arg-type]
     with _progress(size, found.documents, progress) as advance:
         while piece := list(itertools.islice(iterator, PIECE)):
-            for text in piece:
-                add_text(digest, text)
             try:
                 part, breakdown, tokens, longest = _score_piece(model, piece, settings, score, count, advance)
             except ValueError as error:
                 if found.documents:  # a text is named by its place in the piece
                     raise ValueError(f"counted from text {found.documents}: {error}") from error
                 raise
-            found = State(
-                part if found.sums is None else DocumentSums.join([found.sums, part]),
-                breakdown if found.breakdown is None else found.breakdown + breakdown,
-                digest.hexdigest(),
-                max(found.longest, longest),
-                earlier + time.perf_counter() - began,
-            )
+            for text in piece:
+                add_text(digest, text)
+            seconds = earlier + time.perf_counter() - began
+            found = found.with_piece(part, breakdown, digest.hexdigest(), longest, seconds)
             if path is not None:
                 write_state(path, found, identity)
             if per_token:
@@ -154,15 +147,25 @@ def check_settings(
     compute_dtype: str,
 ) -> Settings:
     """The settings, or ValueError naming the one that is wrong."""
+    check_model("model", model)
     for name, value, least in (("sequence_length", sequence_length, 2), ("batch_size", batch_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        check_count(name, value, least)
     context = model.config.n_positions
     if sequence_length > context:
         raise ValueError(f"sequence_length={sequence_length} is over the model's context of {context} tokens")
     precision(compute_dtype)
     stride = check_windows(windows, sequence_length, stride)
-    return Settings(sequence_length, windows, stride, batch_size, compute_dtype)
+    return Settings(int(sequence_length), windows, int(stride), int(batch_size), compute_dtype)
+
+
+def iterate(name: str, texts: Iterable[Any]) -> Iterator[Any]:
+    """The texts one by one, or TypeError where they are no list of them."""
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"{name} is one string; pass a list of texts")
+    try:
+        return iter(texts)
+    except TypeError:
+        raise TypeError(f"{name}={texts!r:.60} is no list of texts") from None
 
 
 def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:
@@ -172,6 +175,12 @@ def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:
         if len(_tokenize(model, [beginning])[0]) >= 2:
             return
     check_long_enough(_tokenize(model, texts))
+
+
+def _identity(model: LanguageModel, settings: Settings) -> dict[str, Any]:
+    """What a state file belongs to."""
+    model_hash = params_fingerprint((model.params, model.adapters))
+    return dataclasses.asdict(settings) | {"piece": PIECE, "model": model_hash}
 
 
 def _skip_done(texts: Iterator[Any], found: State, digest: Any) -> None:
@@ -188,6 +197,11 @@ def _skip_done(texts: Iterator[Any], found: State, digest: Any) -> None:
 
 def _tokenize(model: LanguageModel, texts: Sequence[Any], first: int | None = None) -> Documents:
     """The texts as documents, of which the first `first` tokens are wanted, or all."""
+    for index, text in enumerate(texts):
+        if isinstance(text, Mapping):
+            raise ValueError(
+                f"text {index} has the columns {', '.join(map(repr, text))}: pass one column of them, not all"
+            )
     if first is not None and model.tokenizer is not None:
         strings = [index for index, text in enumerate(texts) if isinstance(text, str)]
         beginnings = encode_beginnings(model.tokenizer, [texts[index] for index in strings], first)

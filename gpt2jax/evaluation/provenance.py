@@ -20,6 +20,7 @@ from gpt2jax.language_model import LanguageModel
 
 
 def describe_model(model: LanguageModel) -> dict[str, Any]:
+    """Where a model comes from, and what tells it from others."""
     return {
         "source": model.source,
         "parameters": model.num_parameters(),
@@ -57,6 +58,7 @@ def add_text(digest: Any, text: Any) -> None:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and the packages that compute, and the machine."""
     device = jax.devices()[0]
     packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return {

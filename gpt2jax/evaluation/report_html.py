@@ -46,9 +46,10 @@ def html_report(comparison: Comparison) -> str:
     """The whole page."""
     style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
     title = headline(comparison)
+    lies = "difference" if comparison.paired else "loss"
     sections = [
         ("figures", "Figures", _figures(comparison)),
-        ("plots", "Where the difference lies", _plots(plots(comparison)) + _gains(comparison)),
+        ("plots", f"Where the {lies} lies", _plots(plots(comparison)) + _gains(comparison)),
         ("training", "Training", _training(comparison)),
         ("overlap", "Overlap with the training texts", _overlap(comparison)),
         ("texts", "Generated text", _generations(comparison) if comparison.generations else ""),

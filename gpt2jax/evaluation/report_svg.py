@@ -55,6 +55,8 @@ def locator(most: int, *, integer: bool = False) -> Any:
 
 
 def short(name: str, limit: int = 22) -> str:
+    """A name on one line of a plot."""
+    name = " ".join(name.split())
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 

@@ -49,6 +49,8 @@ def scorer(
     """
     numerics = precision(compute_dtype)
     devices = jax.local_devices() if devices is None else list(devices)
+    if not devices:
+        raise ValueError("devices=[] must be at least one device, or None for all")
     mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
     params = _scoring_params(model.merge_adapter().params, numerics.compute_dtype)
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))

@@ -44,6 +44,18 @@ class State:
         """Number of documents that are done."""
         return 0 if self.sums is None else len(self.sums)
 
+    def with_piece(
+        self, sums: DocumentSums, breakdown: Breakdown, data_sha256: str, longest: int, seconds: float
+    ) -> State:
+        """The state behind some more documents; `data_sha256` and `seconds` are of all of them."""
+        return State(
+            sums if self.sums is None else DocumentSums.join([self.sums, sums]),
+            breakdown if self.breakdown is None else self.breakdown + breakdown,
+            data_sha256,
+            max(self.longest, longest),
+            seconds,
+        )
+
 
 def write_state(path: pathlib.Path, state: State, identity: dict[str, Any]) -> None:
     """Writes the file; `identity` says what it belongs to: model, settings, size of a piece."""

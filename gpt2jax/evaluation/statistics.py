@@ -1,7 +1,6 @@
 """How sure a figure is: means per token over documents, their standard errors, and paired differences.
 
-The documents are the sample: the tokens of one text depend on each other, so that a standard error over
-    tokens would
+The documents are the sample: the tokens of one text depend on each other, so that a standard error over tokens would
 be far too small. A mean per token is a ratio of two sums over documents, and is treated as one.
 """
 
@@ -19,8 +18,7 @@ PER_TOKEN, PER_BYTE = "nats per token", "nats per byte"
 
 @dataclasses.dataclass(frozen=True)
 class PairedDifference:
-    """A model against the baseline on the same documents, second less first: negative is better than the
-    baseline.
+    """A model against the baseline on the same documents, second less first: negative is better than the baseline.
 
     Attributes:
         baseline: name of the model that it is compared with.

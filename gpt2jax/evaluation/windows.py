@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gpt2jax.checks import is_whole
 from gpt2jax.data.batches import Batch, document_row, pad_row
 from gpt2jax.data.documents import Documents
 from gpt2jax.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def check_windows(windows: str, sequence_length: int, stride: int | None) -> int
             )
         return sequence_length
     stride = max(1, sequence_length // 2) if stride is None else stride
-    if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= sequence_length:
+    if not is_whole(stride) or not 1 <= stride <= sequence_length:
         raise ValueError(
             f"stride={stride!r} must be a whole number from 1 to sequence_length={sequence_length}"
         )

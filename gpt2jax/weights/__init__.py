@@ -46,7 +46,7 @@ FORMATS = (
     Format(
         "Hugging Face",
         "a folder with config.json and model.safetensors or pytorch_model.bin, in one file or as an index "
-        "and its shards; or such a file",
+        "and its shards, or such a file",
         _is_hf,
         open_hf,
     ),
@@ -94,8 +94,8 @@ def open_weights(path: str | os.PathLike[str]) -> tuple[str, Source]:
             f"{path} holds adapters: load the model that they are for, and load_adapter(model, path)"
         )
     if kind is None:
-        expected = "".join(f"\n  {kind.name}: {kind.expects}" for kind in FORMATS)
-        raise ValueError(f"{path} holds no weights of a known format. Expected one of:{expected}")
+        expected = "; or ".join(f"{kind.expects} ({kind.name})" for kind in FORMATS)
+        raise ValueError(f"{path} holds no weights of a known format: expected {expected}")
     return kind.name, kind.open(path)
 
 

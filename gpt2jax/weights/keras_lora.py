@@ -63,7 +63,7 @@ def load_keras_lora(path: str | os.PathLike[str], config: GPT2Config) -> tuple[L
         if other not in tensors:
             problems.append(f"{other}: missing, though {name} is there")
     if problems or not tensors:
-        raise ValueError(f"{path} does not fit the model:\n{listed(problems or ['it has no adapters'])}")
+        raise ValueError(f"{path} does not fit the model: {listed(problems or ['it has no adapters'])}")
     return _fill(config, rank, tensors)
 
 

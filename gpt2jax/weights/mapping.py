@@ -137,7 +137,7 @@ def fill(
     unfilled = set(leaves) - {rule.path for rule in rules}
     problems += [f"parameter {path}: no tensor of this format fills it" for path in sorted(unfilled)]
     if problems:
-        raise ValueError(f"{source} does not fit its configuration:\n{listed(problems)}")
+        raise ValueError(f"{source} does not fit its configuration: {listed(problems)}")
     arrays = {path: aligned_empty(shape, dtype) for path, shape in leaves.items()}
     for name, tensor in tensors.items():
         target, layout = _view(arrays[slots[name].rule.path], slots[name]), slots[name].rule.layout
@@ -283,7 +283,7 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Problems one below the other, the first ones of many."""
+    """Problems in one line, the first ones of many."""
     rest = len(problems) - PROBLEMS_SHOWN
     more = [f"... and {rest} more"] if rest > 0 else []
-    return "\n".join(f"  {problem}" for problem in [*problems[:PROBLEMS_SHOWN], *more])
+    return "; ".join([*problems[:PROBLEMS_SHOWN], *more])

@@ -214,7 +214,7 @@ def _fill(
     places = dict(_parts(config, lora, adapters))
     problems = _problems(tensors, places)
     if problems:
-        raise ValueError(f"{file} does not fit the model and its {CONFIG_FILE}:\n{listed(problems)}")
+        raise ValueError(f"{file} does not fit the model and its {CONFIG_FILE}: {listed(problems)}")
     for name, tensor in tensors.items():
         places[name][...] = tensor.read().T
         if not is_finite(places[name]):

@@ -177,3 +177,8 @@ def test_wrong_texts(texts, message):
 def test_texts_that_are_too_short():
     with pytest.raises(ValueError, match="all 2 texts are shorter than two tokens"):
         make(tokenize_documents([[1], []], None, vocab_size=100))
+
+
+def test_one_string_is_not_a_list_of_its_letters():
+    with pytest.raises(TypeError, match="texts is one string"):
+        tokenize_documents("a text", None, vocab_size=100)

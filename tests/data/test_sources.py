@@ -337,7 +337,7 @@ def test_limit_and_streaming(tmp_path):
     assert list(load_texts(path, split="all", streaming=True, limit=2)) == TEXTS[:2]
 
 
-@pytest.mark.parametrize("limit", [0, -1])
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
 def test_wrong_options(tmp_path, limit):
     with pytest.raises(ValueError, match=f"limit={limit} is not a positive"):
         load_texts("python-docs", limit=limit)

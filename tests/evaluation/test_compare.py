@@ -18,6 +18,7 @@ from gpt2jax.evaluation.evaluation import Evaluation, Settings
 from gpt2jax.evaluation.gains import paired_difference, where_gain_lies
 from gpt2jax.evaluation.generations import repetition, repetition_by_model
 from gpt2jax.evaluation.provenance import params_fingerprint
+from gpt2jax.evaluation.report_svg import short
 from gpt2jax.evaluation.sums import DocumentSums, TokenScores, break_down, sum_by_document
 from gpt2jax.generation import generate
 
@@ -243,7 +244,12 @@ def test_one_model(model, tmp_path):
     found = compare({"only": model}, TEXTS, ["the"], **SETTINGS)
     assert found.paired == {} and found.as_dict()["paired"] == {}
     found.save(tmp_path)
-    assert "only: " in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "only: " in text and "Where the loss lies" in text and "Where the difference lies" not in text
+
+
+def test_a_name_stands_on_one_line_of_a_plot():
+    assert short("two\nlines") == "two lines" and len(short("long" * 9)) == 22
 
 
 def test_different_tokenizers_are_compared_per_byte(model):
@@ -453,6 +459,16 @@ def test_repetition_over_texts_by_hand():
     assert found["a"]["tokens"] == 11 and found["a"]["tokens_per_second"] == pytest.approx(11 / 1.5, abs=0.05)
 
 
+def test_numbers_of_numpy_are_written(model):
+    settings = {"seed": np.uint32(2**32 - 1), "resamples": np.int64(20), "max_new_tokens": np.int16(2)}
+    settings |= {"top_k": np.int64(3), "temperature": np.float32(0.5), "sequence_length": np.int32(LENGTH)}
+    found = compare({"a": model}, TEXTS, "a prompt by itself", **settings)  # pyright: ignore[reportArgumentType]
+    assert json.loads(found.as_json())["settings"]["seed"] == 2**32 - 1
+    assert [generation["prompt"] for generation in found.generations] == ["a prompt by itself"]
+    two = compare({"a": model}, TEXTS, ["x", "y"], **settings)  # pyright: ignore[reportArgumentType]
+    assert [generation["seed"] for generation in two.generations] == [2**32 - 1, 0]
+
+
 def test_fingerprints_tell_models_apart(model, other_model):
     assert params_fingerprint(model.params) == params_fingerprint(jax.tree.map(np.asarray, model.params))
     assert params_fingerprint(model.params) != params_fingerprint(other_model.params)
@@ -471,6 +487,13 @@ def test_fingerprints_tell_models_apart(model, other_model):
         (None, {"resamples": 0}, ValueError, "resamples=0 must be a positive whole number"),
         (None, {"max_length": 20}, ValueError, "give one of them"),
         (None, {"prompts": ["long " * 60]}, ValueError, "prompt 0 has .* tokens"),
+        (None, {"prompts": 5}, ValueError, "prompts=5 must be"),
+        (None, {"temperature": [1.0]}, ValueError, r"temperature=\[1.0\] must be a finite number"),
+        (None, {"top_p": 7}, ValueError, "top_p=7 must be"),
+        (None, {"max_new_tokens": 0}, ValueError, "max_new_tokens=0 must be"),
+        (None, {"seed": 1.5}, ValueError, "seed=1.5 must be a whole number from 0"),
+        (None, {"seed": 2**32}, ValueError, "seed=4294967296 must be a whole number from 0"),
+        (None, {"training_texts": "one"}, TypeError, "training_texts is one string"),
     ],
 )
 def test_errors(model, models, settings, error, message):

@@ -311,7 +311,7 @@ def test_a_model_without_finite_loss_is_still_json(model):
         (["some text"], {"sequence_length": 129}, "sequence_length=129 is over the model's context of 128"),
         (["some text"], {"sequence_length": 1}, "sequence_length=1 must be a whole number of at least 2"),
         (["some text"], {"sequence_length": 8.0}, "sequence_length=8.0 must be a whole number"),
-        (["some text"], {"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+        (["some text"], {"batch_size": 0}, "batch_size=0 must be a positive whole number"),
         (
             ["some text"],
             {"windows": "all"},
@@ -321,6 +321,10 @@ def test_a_model_without_finite_loss_is_still_json(model):
         (["some text"], {"stride": 4}, "stride=4 has no meaning with windows='first'"),
         (["some text"], {"compute_dtype": "int8"}, "compute_dtype='int8' is not known"),
         ([[1, 2, 300]], {}, "token id 300"),
+        (["some text", None], {}, "text 1 is neither a string nor a list of token ids: None"),
+        (["some text", b"bytes"], {}, "text 1 is neither a string nor a list of token ids: b'bytes'"),
+        ([{"text": "a row", "id": 1}], {}, "text 0 has the columns 'text', 'id': pass one column"),
+        (["some text"], {"devices": []}, "devices=.. must be at least one"),
     ],
 )
 def test_errors(model, texts, settings, message):
@@ -331,6 +335,10 @@ def test_errors(model, texts, settings, message):
 def test_one_string_is_not_a_list_of_texts(model):
     with pytest.raises(TypeError, match="one string"):
         evaluate(model, "some text", sequence_length=LENGTH)
+    with pytest.raises(TypeError, match="texts=None is no list"):
+        evaluate(model, None, sequence_length=LENGTH)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="model='gpt2-mini' is no model; gpt2jax.load"):
+        evaluate("gpt2-mini", ["some text"])  # pyright: ignore[reportArgumentType]
 
 
 def test_progress_goes_to_stderr(model, capsys):

@@ -99,3 +99,22 @@ def test_registered_by_name():
     assert isinstance(made, HarnessModel) and made.max_length == 64 and made.batch_size == 32
     with pytest.raises(ValueError, match="max_length=9999 must be from 1 to"):
         HarnessModel("gpt2-mini", max_length=9999)
+    for settings in (
+        {"batch_size": 0},
+        {"batch_size": "many"},
+        {"max_length": 0},
+        {"max_gen_toks": 0},
+        {"seed": -1},
+    ):
+        with pytest.raises(ValueError, match="{}={!r}".format(*next(iter(settings.items())))):
+            HarnessModel("gpt2-mini", **settings)
+
+
+def test_nothing_has_the_log_probability_zero():
+    from lm_eval.api.instance import Instance
+
+    from gpt2jax.evaluation.lm_eval import HarnessModel
+
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=("",), idx=0)
+    (answer,) = HarnessModel("gpt2-mini").loglikelihood_rolling([request])
+    assert str(answer) == "0.0"

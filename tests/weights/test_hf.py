@@ -192,6 +192,7 @@ def test_all_problems_come_together(saved):
         "model.safetensors",
     ):
         assert problem in message
+    assert "\n" not in message
 
 
 def test_same_tensor_under_two_names(saved):
