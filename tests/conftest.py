@@ -13,3 +13,16 @@ os.environ.setdefault(
 )
 os.environ.setdefault("GPT2JAX_CACHE", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "gpt2jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax
+import pytest
+
+# compiled programs are mapped into memory piece by piece, and a process may have 65,530 pieces (Linux's default)
+_MAPS, _MANY = pathlib.Path("/proc/self/maps"), 40_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drop_programs_when_many():
+    """Frees the compiled programs of earlier files before the system refuses to map more."""
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
+        jax.clear_caches()
