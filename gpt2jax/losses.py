@@ -16,14 +16,18 @@ from gpt2jax.distributed import cut_rows, rows_cut_in, whole
 from gpt2jax.model import output_logits
 from gpt2jax.precision import FLOAT32, Precision, product_over_rows
 
-# the most logits held at once: 16 Mi float32 values are 64 MiB, and one chunk for a small vocabulary or batch
-MAX_LOGITS = 1 << 24
+# the most logits held at once: 32 Mi float32 values are 128 MiB, and one chunk for a small vocabulary or batch
+MAX_LOGITS = 1 << 25
 
 
-def chunk_size(rows: int, vocab_size: int) -> int:
-    """Rows of one chunk so that its logits on each device stay within `MAX_LOGITS`: equal chunks, multiples of 8."""
+def chunk_size(rows: int, vocab_size: int, dtype: jax.typing.DTypeLike) -> int:
+    """Rows of one chunk so that its logits on each device stay within `MAX_LOGITS`: equal chunks, multiples of 8.
+
+    Narrow products (`dtype`) hold their operands once more: half as many logits then take as many bytes.
+    """
     devices = rows_cut_in()
-    chunks = max(1, math.ceil(rows * vocab_size / (MAX_LOGITS * devices)))
+    most = MAX_LOGITS if jnp.dtype(dtype).itemsize == 4 else MAX_LOGITS // 2
+    chunks = max(1, math.ceil(rows * vocab_size / (most * devices)))
     if devices > 1:  # without filling up, so that every device keeps its rows
         while rows % chunks:
             chunks += 1
@@ -51,7 +55,7 @@ def token_losses(
         return nll, hit
 
     flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    nll, hit = _map_chunks(chunk, flat, chunk_size(targets.size, head.shape[0]))
+    nll, hit = _map_chunks(chunk, flat, chunk_size(targets.size, head.shape[0], precision.compute_dtype))
     return nll.reshape(targets.shape), hit.reshape(targets.shape)
 
 
@@ -107,7 +111,7 @@ def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array,
         losses = _losses(logits, target, extras)[:3]
         return tuple(total + (x * weight).sum() for total, x in zip(sums, losses, strict=True)), None
 
-    size = chunk_size(targets.size, head.shape[0])
+    size = chunk_size(targets.size, head.shape[0], precision.compute_dtype)
     return _scan_chunks(chunk, (jnp.zeros(()),) * 3, (hidden, targets, weights), size)[0]
 
 
@@ -150,7 +154,7 @@ def _sums_forward(hidden, head, targets, weights, precision, extras):
         return (sums, d_head), d_hidden
 
     start = ((jnp.zeros((), jnp.float32),) * 3, jnp.zeros(head.shape, jnp.float32))
-    size = chunk_size(targets.size, head.shape[0])
+    size = chunk_size(targets.size, head.shape[0], precision.compute_dtype)
     (sums, d_head), d_hidden = _scan_chunks(chunk, start, (hidden, targets, weights), size)
     return sums, (d_hidden, d_head, jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
 

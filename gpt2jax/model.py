@@ -239,14 +239,21 @@ class Head(nnx.Module):
 
 
 class GPT2(nnx.Module):
-    """Token and position embedding, the stacked blocks, the final LayerNorm."""
+    """Token and position embedding, the blocks, the final LayerNorm.
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+    The blocks are stacked, one module with a leading layer axis that a loop runs over; or `apart`, a module for each,
+    written out one after another.
+    """
+
+    def __init__(self, config: GPT2Config, *, apart: bool = False, rngs: nnx.Rngs):
         self.config = config
         std = config.initializer_range
         self.wte = Embed(config.vocab_size, config.n_embd, std=std, rngs=rngs)
         self.wpe = Embed(config.n_positions, config.n_embd, std=std, rngs=rngs)
-        self.h = Block(config, layers=(config.n_layer,), rngs=rngs)
+        if apart:
+            self.h = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
+        else:
+            self.h = Block(config, layers=(config.n_layer,), rngs=rngs)
         self.ln_f = LayerNorm(config.n_embd, layers=(), epsilon=config.layer_norm_epsilon)
         if not config.tie_word_embeddings:
             self.lm_head = Head(config, rngs=rngs)
@@ -264,8 +271,9 @@ class GPT2(nnx.Module):
         """
         embed_key, blocks_key = split_or_none(key, 2)
         x = cut_rows(self.embed(tokens, positions, call, embed_key))
-        structure, stacked = nnx.split(self.h)
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
+        apart = isinstance(self.h, nnx.List)
+        structure, params = nnx.split(self.h[0] if apart else self.h)
 
         def block(x, layer):
             params, adapters, key, index = layer
@@ -275,9 +283,13 @@ class GPT2(nnx.Module):
 
         if call.remat != "none":
             # a scan needs no guard against common subexpressions: its body is not merged with the backward pass
-            block = jax.checkpoint(block, policy=_REMAT_POLICIES[call.remat], prevent_cse=False)
-        layers = (stacked, (adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
-        x, _ = jax.lax.scan(block, x, layers)
+            block = jax.checkpoint(block, policy=_REMAT_POLICIES[call.remat], prevent_cse=apart)
+        others = ((adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
+        if not apart:
+            x, _ = jax.lax.scan(block, x, (params, *others))
+            return self.ln_f(x, call)
+        for index, module in enumerate(self.h):
+            x, _ = block(x, (nnx.state(module), *jax.tree.map(lambda leaf, i=index: leaf[i], others)))
         return self.ln_f(x, call)
 
 
@@ -302,9 +314,9 @@ def split_or_none(key: jax.Array | None, n: int):
 
 
 @functools.lru_cache(maxsize=64)
-def structure(config: GPT2Config) -> nnx.GraphDef:
+def structure(config: GPT2Config, apart: bool = False) -> nnx.GraphDef:
     """The module structure of a configuration; with parameters it makes a `GPT2` by `nnx.merge`."""
-    return nnx.split(nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: GPT2(config, apart=apart, rngs=nnx.Rngs(0))))[0]
 
 
 @functools.lru_cache(maxsize=64)
@@ -363,7 +375,7 @@ def hidden_states(
     """The model up to the last LayerNorm.
 
     Args:
-        params: parameters, blocks stacked.
+        params: parameters, blocks stacked; or apart, {0: {...}, 1: {...}, ...} in the place of the stack.
         config: their configuration.
         token_ids: [B, T] int.
         token_embeddings: [B, T, D], their rows of the embedding, for a caller who differentiates by these.
@@ -402,7 +414,7 @@ def hidden_states(
     call = Call(precision, causal=causal, lora_dropout=lora_dropout, remat=remat)
     if adapters is not None:
         adapters = with_scales(adapters, lora_scale, config.n_layer)
-    module = nnx.merge(structure(config), params)
+    module = nnx.merge(structure(config, apart=0 in params["h"]), params)
     tokens = token_ids if token_embeddings is None else token_embeddings
     return module(tokens, positions, mask, call, adapters=adapters, key=dropout_key)
 

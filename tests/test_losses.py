@@ -36,7 +36,7 @@ def dense(hidden, head, targets, weights, label_smoothing=0.0, z_loss=0.0):
 def chunks(request, monkeypatch):
     if request.param == "many chunks":
         monkeypatch.setattr(losses, "MAX_LOGITS", 9 * VOCAB)
-        assert chunk_size(ROWS, VOCAB) == 16 < ROWS
+        assert chunk_size(ROWS, VOCAB, jnp.float32) == 16 < ROWS
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,13 @@ def test_narrow_products(inputs):
     assert 0 < float(jnp.abs(exact - narrow).max()) < 0.1
 
 
-def test_memory_of_the_loss_at_full_size():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_the_loss_at_full_size(dtype):
     """16 rows of 1024 tokens, GPT-2's vocabulary: 200 MB beside the activations, their gradient and the head's."""
     rows, dim, vocab = 16 * 1024, 768, 50257
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, dim), "f4"), ((vocab, dim), "f4"))]
     shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
-    step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m)[0], argnums=(0, 1))
+    step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m, precision(dtype))[0], argnums=(0, 1))
     memory = jax.jit(step).lower(*shapes).compile().memory_analysis()
     gradients = 4 * (rows * dim + vocab * dim)
     assert memory.temp_size_in_bytes - gradients < 200e6

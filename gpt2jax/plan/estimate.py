@@ -16,7 +16,7 @@ from jax.interpreters import partial_eval
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.lora import LoRAConfig
-from gpt2jax.losses import MAX_LOGITS
+from gpt2jax.losses import chunk_size
 from gpt2jax.model import count_parameters
 from gpt2jax.plan.program import Program, loss_gradient, make_program
 from gpt2jax.train.config import FinetuneConfig
@@ -66,7 +66,8 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
     if program.precision.attention == "cudnn" and train.lora is not None and train.remat == "none":
         # its backward pass reads what attention gave, which otherwise the frozen linear behind it has no use for
         rows_kept += 2 * model.n_layer * tokens * ways * model.n_embd
-    logits = 3 * min(MAX_LOGITS, tokens * model.vocab_size) * 2
+    chunk = chunk_size(tokens, model.vocab_size, program.precision.compute_dtype)
+    logits = 6 * chunk * model.vocab_size
     head = (
         0 if train.lora is not None else 4 * model.vocab_size * model.n_embd
     )  # its gradient, before it is cut

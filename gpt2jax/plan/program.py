@@ -17,6 +17,7 @@ from gpt2jax.losses import cross_entropy
 from gpt2jax.model import Params, abstract_params, head_kernel, hidden_states
 from gpt2jax.precision import Precision, precision
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.layout import pays_apart, take_apart
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.schedules import resolve_learning_rate
 from gpt2jax.train.step import init_state, make_configured_step
@@ -107,9 +108,11 @@ def compile_program(program: Program, mesh: Mesh, backend: str) -> Any:
     def placed(tree, cuts):
         return jax.tree.map(lambda s, cut: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=cut), tree, cuts)
 
-    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    rows, state = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), program.state
+    if pays_apart(train, program.batch["tokens"].shape[1], backend, mesh.size):
+        state = jax.eval_shape(take_apart, state)
     arguments = (
-        placed(program.state, shardings(program.state, mesh)),
+        placed(state, shardings(state, mesh)),
         None if program.frozen is None else placed(program.frozen, shardings(program.frozen, mesh)),
         placed(program.batch, {name: rows for name in program.batch}),
     )

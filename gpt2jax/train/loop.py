@@ -29,6 +29,7 @@ from gpt2jax.precision import precision
 from gpt2jax.train.checkpoint import Best, Checkpoints
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import cut_frozen, join
+from gpt2jax.train.layout import pays_apart, put_together, take_apart
 from gpt2jax.train.limits import Limits, stopped
 from gpt2jax.train.log import NotFinite, TrainLog
 from gpt2jax.train.optimizer import make_optimizer
@@ -193,6 +194,8 @@ def _train(
         checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints, run=folder.description)
         if checkpoints.latest_step() is not None:
             state, unlogged = checkpoints.restore(state)
+    if pays_apart(config, plan.batches.sequence_length, jax.default_backend(), jax.device_count()):
+        state = take_apart(state)
     best = None
     if config.keep_best or config.patience is not None:
         best = Best(None if folder is None else folder.best)
@@ -236,13 +239,13 @@ def _train(
                     log.pause()
                     extra = validate(averaged(state))
                     if best is not None and limits.is_best(extra["validation_loss"]):
-                        best.save(step, averaged(state))
+                        best.save(step, put_together(averaged(state)))
                 if extra or at_end or step % config.log_every == 0:
                     report(step, log.flush(extra))
                 at_end = at_end or limits.patience_is_over()
                 if checkpoints is not None and (step % plan.checkpoint_every == 0 or at_end):
                     log.fetch()
-                    checkpoints.save(step, state, log.unlogged)
+                    checkpoints.save(step, put_together(state), log.unlogged)
                 limits.stop_if_asked()
                 if at_end:
                     break
@@ -251,7 +254,7 @@ def _train(
             if checkpoints is not None and log.step > start and not state["step"].is_deleted():
                 log.fetch()
                 if log.step == int(state["step"]):
-                    checkpoints.save(log.step, state, log.unlogged)
+                    checkpoints.save(log.step, put_together(state), log.unlogged)
             raise stopped(interrupt, checkpoints, folder) from None
         except NotFinite as error:
             if log.unlogged:  # with the way there
@@ -267,7 +270,9 @@ def _train(
             raise FloatingPointError(
                 f"{error}; its batch, number {error.step - 1}, holds documents {shown}; {where}"
             ) from None
-    result = averaged(state) if best is None else best.restore(averaged(state))
+    result = put_together(averaged(state))
+    if best is not None:
+        result = best.restore(result)
     trained = _trained_model(model, config, result, frozen, plan.mesh)
     if folder is not None:
         folder.finish(trained)
