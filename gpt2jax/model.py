@@ -272,8 +272,8 @@ class GPT2(nnx.Module):
         embed_key, blocks_key = split_or_none(key, 2)
         x = cut_rows(self.embed(tokens, positions, call, embed_key))
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
-        apart = isinstance(self.h, nnx.List)
-        structure, params = nnx.split(self.h[0] if apart else self.h)
+        apart = list(self.h) if isinstance(self.h, nnx.List) else None
+        structure, params = nnx.split(apart[0] if apart else self.h)
 
         def block(x, layer):
             params, adapters, key, index = layer
@@ -283,12 +283,12 @@ class GPT2(nnx.Module):
 
         if call.remat != "none":
             # a scan needs no guard against common subexpressions: its body is not merged with the backward pass
-            block = jax.checkpoint(block, policy=_REMAT_POLICIES[call.remat], prevent_cse=apart)
+            block = jax.checkpoint(block, policy=_REMAT_POLICIES[call.remat], prevent_cse=apart is not None)
         others = ((adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
-        if not apart:
+        if apart is None:
             x, _ = jax.lax.scan(block, x, (params, *others))
             return self.ln_f(x, call)
-        for index, module in enumerate(self.h):
+        for index, module in enumerate(apart):
             x, _ = block(x, (nnx.state(module), *jax.tree.map(lambda leaf, i=index: leaf[i], others)))
         return self.ln_f(x, call)
 
