@@ -27,11 +27,13 @@ class Program:
     """A training step's settings, and the shapes that go in.
 
     Attributes:
+        backend: that it is for: "cpu", "gpu" or "tpu".
         state, frozen, batch: shapes of the step's arguments.
     """
 
     model: GPT2Config
     train: FinetuneConfig
+    backend: str
     precision: Precision
     state: Any
     frozen: Params | None
@@ -66,7 +68,8 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     shape = (train.batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Program(model, train, precision(train.compute_dtype, backend=backend), state, frozen, batch)
+    numerics = precision(train.compute_dtype, backend=backend)
+    return Program(model, train, backend, numerics, state, frozen, batch)
 
 
 def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]]:
