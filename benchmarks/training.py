@@ -70,13 +70,15 @@ def gpt2jax_step(
     from gpt2jax.train.step import init_state, make_train_step
 
     adapters = LoRAConfig(rank=RANK) if lora else None
-    settings = FinetuneConfig(learning_rate=1e-5, schedule="constant", lora=adapters)
+    settings = FinetuneConfig(
+        learning_rate=1e-5, schedule="constant", lora=adapters, batch_size=rows, compute_dtype=dtype
+    )
     params = init_params(config)
     optimizer = make_optimizer(settings, 1000)
     state = init_state(
         init_adapters(config, adapters) if adapters else params, optimizer, loss_scaling=dtype == "float16"
     )
-    if pays_apart(settings, length, jax.default_backend(), 1):
+    if pays_apart(config, settings, length, jax.default_backend(), 1):
         state = take_apart(state)
     step = make_train_step(config, optimizer, precision(dtype), lora=adapters)
     ids = batch(config, rows, length).astype(np.int32)

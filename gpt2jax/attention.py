@@ -53,7 +53,7 @@ def lean_attention(
     return y.swapaxes(1, 2)
 
 
-def _query_blocks(length: int) -> list[tuple[int, int]]:
+def query_blocks(length: int) -> list[tuple[int, int]]:
     """Where blocks of queries begin and end. One needs the keys up to its end only: of long rows half is left out."""
     return [(begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK)]
 
@@ -67,7 +67,7 @@ def _probabilities(q, k, causal, dtype, begin, end):
 def _attend(q, k, v, causal, dtype):
     outputs = [
         product("...ts,...sh->...th", _probabilities(q, k, causal, dtype, *block), v[:, :, : block[1]], dtype)
-        for block in _query_blocks(q.shape[2])
+        for block in query_blocks(q.shape[2])
     ]
     return jnp.concatenate(outputs, axis=2)
 
@@ -83,7 +83,7 @@ def _attend_backward(dtype, kept, g):
     q, k, v = (from_bits(x, dtype) for x in operands)
     # what a softmax's gradient takes off: the sum over keys of probability times its gradient, got without either
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for begin, end in _query_blocks(q.shape[2]):
+    for begin, end in query_blocks(q.shape[2]):
         rows, keys = (slice(None), slice(None), slice(begin, end)), (slice(None), slice(None), slice(0, end))
         p = _probabilities(q, k, causal, dtype, begin, end)
         dp = product("...th,...sh->...ts", g[rows], v[keys], dtype)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -24,19 +29,65 @@ SMALL = GPT2Config(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("lora", "base_dtype"), [(None, None), (LoRAConfig(rank=4), None), (LoRAConfig(rank=4), "int8")]
-)
-def test_estimate_is_within_a_tenth_of_what_is_compiled(lora, base_dtype):
-    train = FinetuneConfig(
-        batch_size=16, lora=lora, base_dtype=base_dtype
-    )  # in 16 bits XLA:CPU keeps float32 copies as well
-    program = make_program(SMALL, train, "cpu")
-    compiled = compile_program(program, make_mesh(devices=jax.devices()[:1]), "cpu").memory_analysis()
-    memory = estimate_memory(program)
+EVERY = LoRAConfig(rank=4, targets=("*",))
+
+
+EVERY = LoRAConfig(rank=4, targets=("*",))
+
+
+def compare_with_compiled(settings, vocabulary=512):
+    """(estimated, compiled) bytes of the arguments, and of all together."""
+    train = FinetuneConfig(batch_size=16, **settings)
+    program = make_program(dataclasses.replace(SMALL, vocab_size=vocabulary), train, "cpu")
+    mesh = make_mesh(fsdp=train.fsdp, devices=jax.devices()[: train.fsdp])
+    compiled = compile_program(program, mesh, "cpu").memory_analysis()
+    memory = estimate_memory(program, fsdp=train.fsdp, devices=train.fsdp)
     arguments = memory.parameters + memory.optimizer + memory.batch
-    assert arguments == pytest.approx(compiled.argument_size_in_bytes, rel=0.001)
-    assert memory.total == pytest.approx(arguments + compiled.temp_size_in_bytes, rel=0.1)
+    whole = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
+    return (arguments, compiled.argument_size_in_bytes), (memory.total, whole)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora": LoRAConfig(rank=4)},
+        {"lora": LoRAConfig(rank=4), "base_dtype": "int8"},
+        {"lora": EVERY, "remat": "full", "compute_dtype": "bfloat16"},
+    ],
+)
+def test_estimate_is_within_a_tenth_of_what_is_compiled(settings):
+    arguments, whole = compare_with_compiled(settings)
+    assert arguments[0] == pytest.approx(arguments[1], rel=0.001)
+    assert whole[0] == pytest.approx(whole[1], rel=0.1)
+
+
+# a vocabulary that makes the head's copies weigh, and logits of which few are held at once
+ON_DEVICES = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from gpt2jax import losses
+from test_plan import EVERY, compare_with_compiled
+
+losses.MAX_LOGITS = 1 << 20
+print(json.dumps(compare_with_compiled({{"fsdp": 4, "lora": EVERY}}, 8192)))
+"""
+
+
+def test_estimate_counts_what_devices_hold_whole():
+    """Under FSDP the head and a layer at a time."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    flags += " --xla_backend_optimization_level=0"  # which has no say in what buffers there are
+    done = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES.format(tests=str(pathlib.Path(__file__).parent))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    arguments, whole = json.loads(done.stdout)
+    assert arguments[0] == pytest.approx(arguments[1], rel=0.001)
+    assert whole[0] == pytest.approx(whole[1], rel=0.1)
 
 
 def test_a_narrow_base_is_counted_as_it_is_held():

@@ -35,11 +35,14 @@ def _peaks(narrow: float, wide: float) -> dict[str, float]:
     return {"bfloat16": narrow * 1e12, "float16": narrow * 1e12, "float32": wide * 1e12}
 
 
+# of one host: hosts by processes by GPUs
+_H100S = {count: f"1x1x{count}" for count in (1, 2, 4, 8)}
+
 # sources: the makers' data sheets; float32 without TF32, on a TPU as six passes of bfloat16
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", "NVIDIA H100 SXM 80 GB", "gpu", 80 * GB, _peaks(989, 67), {1: "1x1x1"}),
+        Device("h100", "NVIDIA H100 SXM 80 GB", "gpu", 80 * GB, _peaks(989, 67), _H100S),
         Device("a100", "NVIDIA A100 80 GB", "gpu", 80 * GB, _peaks(312, 19.5)),
         Device("a100-40", "NVIDIA A100 40 GB", "gpu", 40 * GB, _peaks(312, 19.5)),
         Device("l4", "NVIDIA L4", "gpu", 24 * GB, _peaks(121, 30)),

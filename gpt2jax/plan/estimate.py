@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from gpt2jax.attention import lean_attention_takes, query_blocks
 from gpt2jax.config import GPT2Config
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.losses import chunk_size
-from gpt2jax.model import count_parameters
+from gpt2jax.model import Params, count_parameters
 from gpt2jax.plan.program import Program, loss_gradient, make_program
 from gpt2jax.train.config import FinetuneConfig
 
@@ -50,39 +51,100 @@ class Memory:
 
 def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices: int = 1) -> Memory:
     """Bytes on each of `devices` devices, cut as distributed.py cuts them; within 10 % of what XLA plans for."""
-    state, train, model = program.state, program.train, program.model
+    state, train = program.state, program.train
     share, ways = fsdp * tensor, devices // tensor  # of parameters, of rows
     parameters = _bytes(state["params"]) + _bytes(program.frozen) + _bytes(state.get("ema"))
     gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(state["params"]))
     if train.accumulation > 1:
         gradients *= 2  # of one part, and their sum
-    kept, by_layer = _kept(program, train.remat), _kept(program, "none")
-    rows_kept, weights_kept = kept
+    rows_kept, weights_kept = _kept(program, train.remat)
     tokens = math.prod(program.batch["tokens"].shape) // train.accumulation // ways
-    # a block of which little is kept is computed again as a whole
-    block = by_layer[0] // model.n_layer // ways
-    if program.precision.attention == "recompute":  # the scores and their gradient, for the time of one layer
-        block += 7 * model.n_head * program.batch["tokens"].shape[1] * tokens
-    if program.precision.attention == "cudnn" and train.lora is not None and train.remat == "none":
-        # its backward pass reads what attention gave, which otherwise the frozen linear behind it has no use for
-        rows_kept += 2 * model.n_layer * tokens * ways * model.n_embd
-    chunk = chunk_size(tokens, model.vocab_size, program.precision.compute_dtype)
-    logits = 6 * chunk * model.vocab_size
-    head = (
-        0 if train.lora is not None else 4 * model.vocab_size * model.n_embd
-    )  # its gradient, before it is cut
     return Memory(
         parameters=parameters // share,
         optimizer=(_bytes(state["optimizer"]) + _bytes(state.get("loss_scale"))) // share,
         batch=_bytes(program.batch) // ways,
         gradients=gradients // share,
         activations=rows_kept // ways + weights_kept // share,
-        workspace=head + max(block, logits),
+        # the loss and its gradient are computed before the first block's backward pass begins
+        workspace=_copied_kernels(program, share)
+        + max(_loss_workspace(program, tokens, share), _block_workspace(program, tokens, ways, share)),
     )
 
 
-def _kept(program: Program, remat: str) -> tuple[int, int]:
-    """Bytes that the scan over the layers hands to the backward pass: (activations, copies of weights)."""
+def _copied_kernels(program: Program, share: int) -> int:
+    """Bytes of what an accelerator's loops over the layers read in place of the blocks' kernels."""
+    blocks, dtype = _base(program)["h"], program.precision.compute_dtype
+    if (
+        program.backend == "tpu" and dtype.itemsize == 2
+    ):  # made narrow for all layers at once, ahead of the loop
+        sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(blocks) if leaf.dtype == jnp.float32]
+        return 2 * sum(sizes) // share
+    if program.backend != "cpu" and share > 1:  # cut along its last axis, which comes first to be gathered
+        return sum(_bytes(blocks[module]["c_proj"]["kernel"]) for module in ("attn", "mlp")) // share
+    return 0
+
+
+def _loss_workspace(program: Program, tokens: int, share: int) -> int:
+    """Bytes for copies of the head, its gradient and logits; the head is whole on every device (losses.py)."""
+    model, size = program.model, program.precision.compute_dtype.itemsize
+    head = model.vocab_size * model.n_embd
+    copy = size * head if size < 4 or share > 1 else 0
+    # and once more: a GPU's products want it filled up to multiples of 64, a CPU gathers in float32 and turns that
+    # around, a TPU has float32 in two layouts
+    again = {"gpu": size, "cpu": 4 * (share > 1), "tpu": 4 * (size == 4)}[program.backend] * head
+    gradient = 4 * head if program.train.lora is None else 0
+    chunk = chunk_size(tokens, model.vocab_size, program.precision.compute_dtype)
+    # a TPU computes them in its cores' own memory
+    logits = 0 if program.backend == "tpu" else 4 * chunk * model.vocab_size
+    if chunk == tokens:
+        return copy + max(again, gradient, logits)
+    # a loop holds its constants throughout, and the gradient of one chunk beside their sum
+    return copy + again + gradient + logits
+
+
+def _block_workspace(program: Program, tokens: int, ways: int, share: int) -> int:
+    """Bytes for a block's backward pass, whose forward pass is computed again or read off what was kept."""
+    model, numerics, lora = program.model, program.precision, program.train.lora
+    # computed again, narrow activations lie beside the wide ones that they were made from
+    wide = program.train.remat != "none" and numerics.activation_dtype != numerics.compute_dtype
+    block = _kept(program, "none", wide=wide)[0] // model.n_layer // ways
+    # float32 of the mlp's width: what an adapter adds, and but on a TPU the product that it is added to and the
+    # activations' gradient
+    mlp = 4 if lora is not None and "mlp.c_fc" in lora.targets else 0
+    if program.backend != "tpu":
+        mlp += 4 + numerics.activation_dtype.itemsize
+    scores = 0
+    if _lean(program, "recompute"):
+        # of probabilities, their gradient and the scores' gradient, float32, those that XLA holds at once
+        held = 2 if program.backend == "cpu" else 1
+        length = program.batch["tokens"].shape[1]
+        pairs = sum((end - begin) * end for begin, end in query_blocks(length))
+        scores = held * 4 * model.n_head * pairs * (tokens // length)
+    weights = 0
+    if share > 1:  # a layer's, whole, and without LoRA their gradient before it is cut
+        weights = _bytes(_base(program)["h"]) // model.n_layer * (1 if lora else 2)
+    return block + mlp * tokens * model.mlp_dim + scores + weights
+
+
+def _lean(program: Program, kind: str) -> bool:
+    """Whether attention is computed in this way (attention.py) and not with scores that are kept."""
+    drops = program.model.attn_pdrop > 0
+    return program.precision.attention == kind and lean_attention_takes(kind, program.model, drops=drops)
+
+
+def _base(program: Program) -> Params:
+    """The model's parameters, trained or frozen."""
+    return program.state["params"] if program.frozen is None else program.frozen
+
+
+def _kept(program: Program, remat: str, *, wide: bool = False) -> tuple[int, int]:
+    """Bytes that the scan over the layers hands to the backward pass: (activations, copies of weights).
+
+    Args:
+        remat: in place of the program's own.
+        wide: count the float32 values that narrow activations were made from as well.
+    """
+    model = program.model
     program = dataclasses.replace(program, train=dataclasses.replace(program.train, remat=remat))
     gradient, arguments = loss_gradient(program)
     jaxpr = jax.make_jaxpr(gradient)(*arguments).jaxpr
@@ -91,20 +153,24 @@ def _kept(program: Program, remat: str) -> tuple[int, int]:
     forward = next(
         equation
         for equation in jaxpr.eqns
-        if equation.primitive.name == "scan" and equation.params["length"] == program.model.n_layer
+        if equation.primitive.name == "scan" and equation.params["length"] == model.n_layer
     )
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     rows, weights = 0, 0
     batch, length = arguments[2]["tokens"].shape
     for variable in forward.outvars:
-        stacked = variable.aval.shape[:1] == (program.model.n_layer,)  # pyright: ignore[reportAttributeAccessIssue]
-        if not stacked or id(variable) not in used:
+        aval: Any = variable.aval
+        if aval.shape[:1] != (model.n_layer,) or id(variable) not in used:
             continue
-        shape = variable.aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-        if batch in shape[1:] and length in shape[1:]:
-            rows += _bytes(variable.aval)
+        if batch in aval.shape[1:] and length in aval.shape[1:]:
+            rows += _bytes(aval) + (4 * aval.size if wide and aval.dtype.itemsize == 2 else 0)
         else:
-            weights += _bytes(variable.aval)
+            weights += _bytes(aval)
+    if _lean(program, "cudnn"):
+        # it is traced as attention in XLA, and differs from that in what it gives, [B, T, D]: the backward pass reads
+        # it once more, and to the policy "dots" it is no product (float32)
+        given = model.n_layer * batch * length * model.n_embd
+        rows += {"none": 2 * given, "dots": -4 * given}.get(remat, 0)
     return rows, weights
 
 

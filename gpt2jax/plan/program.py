@@ -28,11 +28,13 @@ class Program:
     """A training step's settings, and the shapes that go in.
 
     Attributes:
+        backend: that it is for: "cpu", "gpu" or "tpu".
         state, frozen, batch: shapes of the step's arguments.
     """
 
     model: GPT2Config
     train: FinetuneConfig
+    backend: str
     precision: Precision
     state: Any
     frozen: Params | None
@@ -67,7 +69,8 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     shape = (train.batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Program(model, train, precision(train.compute_dtype, backend=backend), state, frozen, batch)
+    numerics = precision(train.compute_dtype, backend=backend)
+    return Program(model, train, backend, numerics, state, frozen, batch)
 
 
 def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -109,7 +112,7 @@ def compile_program(program: Program, mesh: Mesh, backend: str) -> Any:
         return jax.tree.map(lambda s, cut: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=cut), tree, cuts)
 
     rows, state = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), program.state
-    if pays_apart(train, program.batch["tokens"].shape[1], backend, mesh.size):
+    if pays_apart(program.model, train, program.batch["tokens"].shape[1], backend, mesh.size):
         state = jax.eval_shape(take_apart, state)
     arguments = (
         placed(state, shardings(state, mesh)),

@@ -13,21 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.config import GPT2Config
 from gpt2jax.train.config import FinetuneConfig
 
 # these work number by number; others take sums or products over a whole array, which a stack changes
 _ELEMENTWISE = ("adamw", "lion", "sgd")
-# where there is no loop XLA keeps more of each layer: little of short rows
+# where there is no loop XLA keeps more for the backward pass: little for short rows that are few beside the weights
 _LONGEST = 128
 
 
-def pays_apart(train: FinetuneConfig, length: int, backend: str, devices: int) -> bool:
-    """Whether training is faster with the layers apart, in no more memory.
+def pays_apart(model: GPT2Config, train: FinetuneConfig, length: int, backend: str, devices: int) -> bool:
+    """Whether training is faster with the layers apart, in about the same memory.
 
-    It is for all parameters in float32 on one CPU device. Elsewhere these copies take little of the time, or what
-    loops save in memory is worth more.
+    It is for all parameters in float32 on one CPU device and for small batches. Elsewhere these copies take little of
+    the time, or what loops save in memory is worth more.
 
     Args:
+        model: its configuration.
         train: settings.
         length: T, tokens of a row.
         backend: jax's name of it.
@@ -35,7 +37,8 @@ def pays_apart(train: FinetuneConfig, length: int, backend: str, devices: int) -
     """
     everything = train.lora is None and not train.freeze and train.remat == "none"
     in_float32 = train.compute_dtype == "float32" and train.optimizer in _ELEMENTWISE
-    return everything and in_float32 and length <= _LONGEST and backend == "cpu" and devices == 1
+    few = length <= _LONGEST and length * train.batch_size // train.accumulation <= 2 * model.n_embd
+    return everything and in_float32 and few and backend == "cpu" and devices == 1
 
 
 def take_apart(tree: Any) -> Any:

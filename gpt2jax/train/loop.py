@@ -194,7 +194,8 @@ def _train(
         checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints, run=folder.description)
         if checkpoints.latest_step() is not None:
             state, unlogged = checkpoints.restore(state)
-    if pays_apart(config, plan.batches.sequence_length, jax.default_backend(), jax.device_count()):
+    length, devices = plan.batches.sequence_length, jax.device_count()
+    if pays_apart(model.config, config, length, jax.default_backend(), devices):
         state = take_apart(state)
     best = None
     if config.keep_best or config.patience is not None:
@@ -207,7 +208,7 @@ def _train(
             model=model,
             config=config,
             documents=validation,
-            length=plan.batches.sequence_length,
+            length=length,
             frozen=frozen,
             mesh=plan.mesh,
         )

@@ -10,6 +10,7 @@ import pytest
 from tiny_models import NO_DROPOUT, TINY, random_params
 
 import gpt2jax.train.loop as loop
+from gpt2jax.config import PRESETS
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora import LoRAConfig, init_adapters
 from gpt2jax.model import hidden_states
@@ -93,10 +94,14 @@ def test_a_run_with_layers_apart_is_seen_stacked(tmp_path, monkeypatch):
 
 
 def test_where_it_pays():
-    assert pays_apart(CONFIG, 128, "cpu", 1)
-    assert not pays_apart(CONFIG, 1024, "cpu", 1)
-    assert not pays_apart(CONFIG, 128, "gpu", 1)
-    assert not pays_apart(CONFIG, 128, "cpu", 8)
+    model, study = PRESETS["gpt2"], FinetuneConfig(batch_size=8)
+    assert pays_apart(model, study, 128, "cpu", 1)
+    assert not pays_apart(model, study, 1024, "cpu", 1)
+    assert not pays_apart(model, study, 128, "gpu", 1)
+    assert not pays_apart(model, study, 128, "cpu", 8)
+    many = dataclasses.replace(study, batch_size=64)
+    assert not pays_apart(model, many, 128, "cpu", 1)
+    assert pays_apart(model, dataclasses.replace(many, accumulation=8), 128, "cpu", 1)
     for change in (
         {"lora": LoRAConfig()},
         {"freeze": ("wte",)},
@@ -105,4 +110,4 @@ def test_where_it_pays():
         {"optimizer": "muon"},
         {"optimizer": "adafactor"},
     ):
-        assert not pays_apart(dataclasses.replace(CONFIG, **change), 128, "cpu", 1)
+        assert not pays_apart(model, dataclasses.replace(study, **change), 128, "cpu", 1)
