@@ -136,7 +136,8 @@ def init_adapters(
         lora_a = jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32, -bound, bound)
         if ranks.min() < ranks.max():
             lora_a = jnp.where(np.arange(ranks.max()) < ranks[:, None, None], lora_a, 0.0)
-        adapter = {"lora_a": lora_a, "lora_b": jnp.zeros((layers, int(ranks.max()), out_dim))}
+        lora_b = jnp.zeros((layers, int(ranks.max()), out_dim), jnp.float32)
+        adapter = {"lora_a": lora_a, "lora_b": lora_b}
         if lora.use_dora:
             if params is None:
                 raise ValueError("DoRA's adapters begin at the lengths of the model's weights: give params")

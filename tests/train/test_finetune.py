@@ -14,6 +14,7 @@ from tiny_models import TINY, random_params
 
 import gpt2jax.train.loop as loop
 import gpt2jax.train.step as training_step
+from gpt2jax.evaluation.metrics import evaluate
 from gpt2jax.language_model import LanguageModel, load
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.tokenizer import Tokenizer
@@ -147,6 +148,16 @@ def test_lora_run(model, tmp_path):
     np.testing.assert_allclose(again.logits(ids), run.model.logits(ids), atol=1e-6)
     state = tmp_path / "run" / "checkpoints" / "4"
     assert sum(file.stat().st_size for file in state.rglob("*")) < 200_000  # adapters and their moments only
+
+
+def test_with_64_bits_allowed_the_run_is_the_same(model, finished):
+    with jax.enable_x64(True):
+        run = finetune(model, texts(), CONFIG, validation_texts=texts(3), progress=False)
+        loss = evaluate(run.model, texts(3), sequence_length=16).loss
+    assert loss == pytest.approx(evaluate(finished.model, texts(3), sequence_length=16).loss, abs=1e-5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.model.params)} == {np.dtype(np.float32)}
+    losses = [[entry["loss"] for entry in result.history] for result in (run, finished)]
+    np.testing.assert_allclose(*losses, atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path, monkeypatch):
