@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.cache import Cache
-from gpt2jax.checks import check_count, is_number
+from gpt2jax.checks import check_count, check_model, is_number
 from gpt2jax.config import GPT2Config
 from gpt2jax.decoding import Request, repeat_request, repeat_rows
 from gpt2jax.generation_run import Job, bucket, cache_slots, fill_cache, left_padded, make_job, make_request
@@ -35,7 +35,7 @@ from gpt2jax.inference import (
 )
 from gpt2jax.penalties import Context, penalised
 from gpt2jax.precision import Precision
-from gpt2jax.prompts import Prompt, Row, as_prompts, check_model, make_rows
+from gpt2jax.prompts import Prompt, Row, as_prompts, make_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from gpt2jax.checks import check_count, is_number, is_whole
+from gpt2jax.checks import check_count, check_model, is_number, is_whole
 from gpt2jax.decoding import Processor
 from gpt2jax.generation_run import Contrast, GenerationRun, Job, Speculation, make_job
-from gpt2jax.prompts import Prompt, Row, as_prompts, check_model, make_rows, stop_bytes
+from gpt2jax.prompts import Prompt, Row, as_prompts, make_rows, stop_bytes
 from gpt2jax.sampling import SamplingConfig
 from gpt2jax.stopping import TextStream
 

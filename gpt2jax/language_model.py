@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from gpt2jax.checks import is_number
+from gpt2jax.checks import check_path, check_seed, is_number
 from gpt2jax.config import PRESETS, GPT2Config
 from gpt2jax.lora import LoRAConfig, merge_adapters, unmerge_adapters
 from gpt2jax.model import Params, count_parameters, head_kernel, hidden_states, init_params, output_logits
@@ -143,7 +142,7 @@ class LanguageModel:
         from gpt2jax.weights.hf import save_hf
         from gpt2jax.weights.keras_preset import save_keras
 
-        path = pathlib.Path(os.path.expanduser(path))
+        path = check_path("path", path)
         merged = self.merge_adapter()
         if format == "keras":
             if dtype != "float32":
@@ -173,7 +172,14 @@ def _logits(params, adapters, token_ids, mask, config, lora_scale):
 
 
 def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
-    """A model with random parameters."""
+    """A model with random parameters.
+
+    Raises:
+        ValueError: `config` is none, or `seed` is no whole number of 32 bits.
+    """
+    if not isinstance(config, GPT2Config):
+        raise ValueError(f"config={config!r:.60} must be a GPT2Config, such as gpt2jax.PRESETS['gpt2']")
+    seed = check_seed(seed)
     return LanguageModel(config, init_params(config, seed), tokenizer)
 
 
@@ -199,7 +205,7 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
     """
     from gpt2jax.weights import load_weights
 
-    path = pathlib.Path(os.path.expanduser(name))
+    path = check_path("name", name)
     if (path / "state").is_dir():
         from gpt2jax.train.checkpoint import is_checkpoint
         from gpt2jax.train.loading import load_checkpoint
@@ -234,7 +240,7 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
     from gpt2jax.weights.hub import download
 
     source = str(name)
-    path = pathlib.Path(os.path.expanduser(name))
+    path = check_path("name", name)
     # a TensorFlow checkpoint is named by what its files' names begin with
     exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
     if source == "gpt2-mini":
@@ -285,7 +291,7 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     from gpt2jax.weights.keras_lora import load_keras_lora
     from gpt2jax.weights.peft import load_adapter as read
 
-    path = pathlib.Path(os.path.expanduser(path))
+    path = check_path("path", path)
     model = model.merge_adapter()
     if path.suffix == ".h5":
         lora, adapters = load_keras_lora(path, model.config)
@@ -344,5 +350,5 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     if model.adapters is None or model.lora is None:
         raise ValueError("the model has no adapters to save: fine-tune it with lora=LoRAConfig(...) first")
     base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
-    path = pathlib.Path(os.path.expanduser(path))
+    path = check_path("path", path)
     write(path, model.config, model.lora, model.adapters, base_model=base_model, params=model.params)

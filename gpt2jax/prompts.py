@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt2jax.checks import check_count, is_whole
+from gpt2jax.checks import SEED_RANGE, check_count, is_seed, is_whole
 from gpt2jax.sampling import SamplingConfig
 
 DEFAULT_NEW_TOKENS = 64
-SEED_RANGE = 2**32
 # a text that grows beyond the context is an error, or goes on from its last half
 PAST_CONTEXT = ("refuse", "slide")
 
@@ -34,12 +33,6 @@ class Row:
     limit: int
     seed: int
     sampling: SamplingConfig = SamplingConfig()
-
-
-def check_model(name: str, model: Any) -> None:
-    """Raises ValueError for what has no configuration and parameters, such as a model's name."""
-    if not hasattr(model, "config") or not hasattr(model, "params"):
-        raise ValueError(f"{name}={model!r:.60} is no model; gpt2jax.load(name) gives one")
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -181,22 +174,11 @@ def _new_tokens(
     return new
 
 
-def check_seed(seed: Any) -> int:
-    """`seed` as an int; raises ValueError unless it is a whole number of 32 bits."""
-    if not _is_seed(seed):
-        raise ValueError(f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1")
-    return int(seed)
-
-
-def _is_seed(seed: Any) -> bool:
-    return is_whole(seed) and 0 <= seed < SEED_RANGE
-
-
 def _row_seeds(seed: Any, rows: int) -> list[int]:
-    if _is_seed(seed):
+    if is_seed(seed):
         return [(int(seed) + row) % SEED_RANGE for row in range(rows)]
     seeds = list(_plain(seed)) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
-    valid = seeds is not None and all(_is_seed(s) for s in seeds)
+    valid = seeds is not None and all(is_seed(s) for s in seeds)
     if seeds is None or not valid or len(seeds) != rows:
         raise ValueError(
             f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one a row"

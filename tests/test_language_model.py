@@ -167,11 +167,21 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path):
         ("./nothing/here", FileNotFoundError, "nothing/here"),
         ("a/b/c", FileNotFoundError, "there is no model at a/b/c"),
         ("weights.safetensors", FileNotFoundError, "weights.safetensors"),
+        ("", ValueError, "name='' must be a name or a path, and not empty"),
+        (None, ValueError, "name=None must be a name or a path"),
+        ("a\0b", ValueError, "name='a.x00b' must be a name or a path"),
     ],
 )
 def test_names_that_are_none(name, error, message):
     with pytest.raises(error, match=message):
         gpt2jax.load(name)
+
+
+def test_what_is_no_configuration_or_seed_is_named():
+    with pytest.raises(ValueError, match="config='gpt2' must be a GPT2Config"):
+        gpt2jax.from_config("gpt2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="seed=1.5 must be a whole number"):
+        gpt2jax.from_config(TINY, 1.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_is_no_model_is_told_in_one_line(tmp_path):

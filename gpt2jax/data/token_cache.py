@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2jax.checks import check_path
 from gpt2jax.data.documents import Documents, prompt_and_completion, to_offsets, token_dtype, write_pieces
 from gpt2jax.files import atomic_write
 
@@ -33,9 +34,9 @@ def default_cache() -> pathlib.Path:
     """$GPT2JAX_CACHE, or gpt2jax in the user's cache folder; there the folder `tokens`."""
     home = os.environ.get(CACHE_VARIABLE)
     if home:
-        return pathlib.Path(home) / "tokens"
+        return check_path(CACHE_VARIABLE, home) / "tokens"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(base).expanduser() / "gpt2jax" / "tokens"
+    return check_path("XDG_CACHE_HOME", base) / "gpt2jax" / "tokens"
 
 
 def cached_documents(
@@ -64,12 +65,14 @@ def cached_documents(
         else:
             for index, text in enumerate(texts):
                 _add_text(digest, text, index)
-        path = pathlib.Path(cache) / f"{digest.hexdigest()}.tokens"
+        path = check_path("cache", cache) / f"{digest.hexdigest()}.tokens"
         if found := read_tokens(path):
             return found
     else:
         texts = _digested(texts, digest)
-        path = pathlib.Path(cache) / f"{uuid.uuid4().hex}.tokens"  # its name is known when all texts are read
+        path = (
+            check_path("cache", cache) / f"{uuid.uuid4().hex}.tokens"
+        )  # its name is known when all texts are read
     with atomic_write(path, "wb") as file:
         lengths, prompts = write_pieces(
             texts, tokenizer, vocab_size, lambda ids: file.write(ids.data), progress=progress

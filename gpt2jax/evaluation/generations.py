@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt2jax.checks import SEED_RANGE
 from gpt2jax.generation import Generation, generate
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.prompts import SEED_RANGE
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event
 

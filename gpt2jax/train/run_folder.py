@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt2jax.checks import check_path
 from gpt2jax.data.documents import Documents
 from gpt2jax.files import atomic_write
 from gpt2jax.language_model import LanguageModel
@@ -56,7 +57,7 @@ class RunFolder:
     def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
         if resume and overwrite:
             raise ValueError("resume=True goes on with the run that overwrite=True deletes: give one of them")
-        self.path = pathlib.Path(path)
+        self.path = check_path("output", path)
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
         self._writes = jax.process_index() == 0
         if self._writes:

@@ -275,6 +275,25 @@ def test_what_cannot_be_trained_on_leaves_nothing(model, tmp_path, rows, setting
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"model": "gpt2-mini"}, ValueError, "model='gpt2-mini' is no model; gpt2jax.load"),
+        ({"train_texts": None}, TypeError, "train_texts=None is no list of texts"),
+        ({"train_texts": {"text": ["a"]}}, TypeError, "train_texts={'text': .* is no list of texts"),
+        ({"validation_texts": "a text"}, TypeError, "validation_texts is one string"),
+        ({"config": {}}, ValueError, "config={} must be a FinetuneConfig, or None"),
+        ({"config": LoRAConfig()}, ValueError, r"config=LoRAConfig\(.* must be a FinetuneConfig"),
+        ({"output": ""}, ValueError, "output='' must be a name or a path, and not empty"),
+        ({"output": 5}, ValueError, "output=5 must be a name or a path"),
+    ],
+)
+def test_what_is_given_in_the_wrong_place_is_named(model, given, error, message):
+    arguments = {"model": model, "train_texts": texts(), "config": CONFIG, "progress": False, **given}
+    with pytest.raises(error, match=message):
+        finetune(**arguments)
+
+
 def test_validation_texts_that_are_too_short_are_called_so(model):
     with pytest.raises(ValueError, match="all 2 validation texts are shorter than two tokens"):
         finetune(model, texts(), CONFIG, validation_texts=[[1], [2]], progress=False)

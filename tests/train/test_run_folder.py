@@ -29,6 +29,11 @@ def path(model, tmp_path):
     return tmp_path / "run"
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/runs/one").path == tmp_path / "runs" / "one"
+
+
 def test_log_of_a_killed_run(path):
     folder = RunFolder(path, resume=True)
     for step in (2, 4, 6):
