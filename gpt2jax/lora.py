@@ -240,6 +240,11 @@ def _change_kernels(
     return {**params, "h": blocks}
 
 
+def is_simple_pattern(key: str) -> bool:
+    """Whether it can be matched at once: more than this is no name, and could take any length of time."""
+    return not re.search(r"\)[*+?{]", key) and len(re.findall(r"[*+?{]", key)) <= 3
+
+
 def pattern_matches(key: str, layer: int, target: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern` is for this linear."""
     return re.fullmatch(rf"(.*\.)?({key})", f"transformer.h.{layer}.{target}") is not None
@@ -286,8 +291,7 @@ def _check_pattern(
         raise ValueError(f"LoRA {name}={pattern!r:.100} must be values by pattern") from None
     checked = []
     for key, value in pairs:
-        # more than this would be no name, and could take an expression's matching any length of time
-        if not isinstance(key, str) or re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+?{]", key)) > 3:
+        if not isinstance(key, str) or not is_simple_pattern(key):
             raise ValueError(f"LoRA {name}: {key!r:.100} is not a simple expression for names of linears")
         try:
             re.compile(key)
