@@ -121,6 +121,7 @@ def beam_search(
             "no_repeat_ngram": no_repeat_ngram,
             "min_new_tokens": min_new_tokens,
         },
+        past_context=None,
     )
     rules = Rules(
         length_penalty=np.float32(length_penalty),

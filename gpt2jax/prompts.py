@@ -58,12 +58,13 @@ def make_rows(
     seed: int | Sequence[int] = 0,
     num_samples: int = 1,
     sampling: Mapping[str, Any] | None = None,
-    past_context: str = "refuse",
+    past_context: str | None = "refuse",
 ) -> list[Row]:
     """The rows of prompts, each `num_samples` times in a row; arguments as for `generate`.
 
     Args:
         sampling: fields of `SamplingConfig`, each one value or one a row.
+        past_context: None is "refuse" for a caller that has no "slide" to advise.
 
     Raises:
         ValueError: an argument has an impossible value, or a prompt does not fit the model.
@@ -74,7 +75,7 @@ def make_rows(
         if value is not None:
             check_count(name, value)
     check_count("num_samples", num_samples)
-    if past_context not in PAST_CONTEXT:
+    if past_context is not None and past_context not in PAST_CONTEXT:
         raise ValueError(f"past_context={past_context!r} must be one of {', '.join(PAST_CONTEXT)}")
     seeds = _row_seeds(seed, len(prompts) * num_samples)
     settings = _row_settings(sampling or {}, len(prompts) * num_samples)
@@ -144,7 +145,7 @@ def _new_tokens(
     context: int,
     max_new_tokens: int | None,
     max_length: int | None,
-    past_context: str,
+    past_context: str | None,
 ) -> int:
     """Most new tokens behind a prompt of `length` tokens."""
     if max_length is not None:
@@ -167,9 +168,10 @@ def _new_tokens(
         advice = (
             f"ask for at most {room} new ones" if room > 0 else f"shorten the prompt below {context} tokens"
         )
+        slide = ", or past_context='slide'" if past_context == "refuse" and context > 1 else ""
         raise ValueError(
             f"{name} has {length} tokens; with {new} new ones that makes {length + new}, and the context "
-            f"(n_positions) is {context}: {advice}, or past_context='slide'"
+            f"(n_positions) is {context}: {advice}{slide}"
         )
     return new
 

@@ -192,7 +192,10 @@ def test_model_without_tokenizer(model):
         ({"length_penalty": float("nan")}, "length_penalty=nan"),
         ({"early_stopping": "soon"}, "early_stopping='soon'"),
         ({"early_stopping": 1}, "early_stopping=1"),
-        ({"max_new_tokens": CONFIG.n_positions}, "context"),
+        (
+            {"max_new_tokens": CONFIG.n_positions},
+            r"context \(n_positions\) is \d+: ask for at most \d+ new ones$",
+        ),
         ({"stop_token_ids": [300]}, "stop_token_ids"),
     ],
     ids=str,

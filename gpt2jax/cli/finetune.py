@@ -135,7 +135,8 @@ def run(options: Options) -> None:
     model = starting_model(options)
     console.print(f"[bold]model[/]  {model!r}", highlight=False)
     if options.compare:  # what can't be generated is to be known before the training
-        make_rows(model, _prompts(options), max_new_tokens=options.max_new_tokens, max_length=None)
+        limits: Any = {"max_new_tokens": options.max_new_tokens, "max_length": None}
+        make_rows(model, _prompts(options), **limits, past_context=None)
     if config.base_dtype is not None:  # what trains is a copy, and the device may have no room for both
         model = model.merge_adapter()
         model = dataclasses.replace(model, params=jax.device_get(model.params))

@@ -506,5 +506,5 @@ def test_an_impossible_prompt_is_found_before_the_long_work(model, monkeypatch):
     monkeypatch.setattr(
         sys.modules["gpt2jax.evaluation.compare"], "evaluate", lambda *_, **__: pytest.fail("evaluated first")
     )
-    with pytest.raises(ValueError, match="prompt 0"):
-        compare({"a": model}, TEXTS, ["long " * 60], **SETTINGS)
+    with pytest.raises(ValueError, match="prompt 1 .*: shorten the prompt below 128 tokens$"):
+        compare({"a": model}, TEXTS, ["a", "long " * 60], **SETTINGS)
