@@ -19,7 +19,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     was and nothing is left beside it. Missing parent folders are made. Text is UTF-8 with "\\n" as written.
 
     Args:
-        path: the file to write; an existing file is replaced and keeps its permissions.
+        path: the file to write; an existing file is replaced and keeps its permissions. A device or a pipe is written
+            to as it is.
         mode: "w" for text, "wb" for bytes.
 
     Raises:
@@ -31,14 +32,17 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     target = Path(os.path.realpath(path))  # a link keeps pointing to its file
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+    if (
+        Path(path).exists() and not Path(path).is_file()
+    ):  # a device or a pipe, which must not be replaced by a file
+        with open(path, mode, **_as_text(mode)) as stream:
+            yield stream
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     permissions = target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask()
     handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
     try:
-        is_text = mode == "w"
-        with open(
-            handle, mode, encoding="utf-8" if is_text else None, newline="" if is_text else None
-        ) as stream:
+        with open(handle, mode, **_as_text(mode)) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -101,6 +105,10 @@ def _take_name(aside: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _as_text(mode: str) -> dict[str, Any]:
+    return {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
 
 
 def _umask() -> int:

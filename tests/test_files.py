@@ -72,6 +72,16 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "real.txt").read_text() == "new"
 
 
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(path) as file:
+        file.write("ä\n")
+    assert os.read(reader, 100) == "ä\n".encode() and path.is_fifo() and names(tmp_path) == ["pipe"]
+    os.close(reader)
+
+
 def test_wrong_targets(tmp_path):
     with pytest.raises(ValueError, match="mode='a'"), atomic_write(tmp_path / "a", "a"):
         pass

@@ -41,6 +41,7 @@ from gpt2jax.evaluation.windows import (
 )
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.precision import precision
+from gpt2jax.terminal import redraws
 
 # documents that are read, scored and summed up at once
 PIECE = 1024
@@ -250,8 +251,8 @@ def _score_piece(
 
 @contextlib.contextmanager
 def _progress(total: int | None, done: int, show: bool) -> Iterator[Callable[[float], None]]:
-    """Yields `advance(documents)`: a bar on stderr, or nothing."""
-    if not show:
+    """Yields `advance(documents)`: a bar on stderr where that is a terminal, or nothing."""
+    if not (show and redraws()):
         yield lambda documents: None
         return
     from rich.console import Console
