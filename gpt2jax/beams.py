@@ -102,8 +102,8 @@ def beam_search(
         ValueError: a setting has an impossible value, or a prompt does not fit the model.
     """
     check_model("model", model)
-    for name, value in (("num_beams", num_beams), ("num_return", num_return), ("batch_size", batch_size)):
-        check_count(name, value)
+    num_beams, num_return = check_count("num_beams", num_beams), check_count("num_return", num_return)
+    batch_size = check_count("batch_size", batch_size)
     if num_return > num_beams:
         raise ValueError(f"num_return={num_return} is over num_beams={num_beams}")
     if not is_number(length_penalty):

@@ -66,9 +66,12 @@ def check_path(name: str, value: Any) -> Path:
 def check_texts(name: str, texts: Any) -> None:
     """Raises TypeError for what is no list of texts, and nothing that gives them one by one.
 
-    A single text would be taken as its letters, and a dict of columns or splits as the names of these.
+    A single text would be taken as its letters, and a dict of columns or splits as the names of these. The
+    order of a set is another one in each program.
     """
     if isinstance(texts, str | bytes):
         raise TypeError(f"{name} is one string; pass a list of texts")
-    if isinstance(texts, Mapping) or not (hasattr(texts, "__iter__") or hasattr(texts, "__getitem__")):
+    if isinstance(texts, Mapping | set | frozenset) or not (
+        hasattr(texts, "__iter__") or hasattr(texts, "__getitem__")
+    ):
         raise TypeError(f"{name}={texts!r:.60} is no list of texts")

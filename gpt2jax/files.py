@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -74,7 +75,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         raise FileExistsError(f"{path} is a file: give the name of a folder")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty: give another name or allow overwriting")
-    if target in (Path.cwd(), *Path.cwd().parents):
+    if target in _working_folders():
         raise FileExistsError(f"{path} is the working folder, or holds it: give the name of a folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part"))
@@ -90,6 +91,23 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         shutil.rmtree(aside, ignore_errors=True)
         raise
     _sync_folder(target.parent)
+
+
+def read_object(path: str | os.PathLike[str], *names: str) -> dict[str, Any]:
+    """The object that a JSON file holds, with values of these names in it.
+
+    Raises:
+        ValueError: it holds something else, or is damaged.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON: {error}") from None
+    absent = [name for name in names if not isinstance(content, dict) or name not in content]
+    if absent or not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it has no {' and no '.join(absent) or 'object'}")
+    return content
 
 
 def _take_name(aside: Path, target: Path) -> None:
@@ -109,6 +127,14 @@ def _take_name(aside: Path, target: Path) -> None:
 
 def _as_text(mode: str) -> dict[str, Any]:
     return {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
+
+
+def _working_folders() -> tuple[Path, ...]:
+    """The folder that the process works in, and those that hold it; none where it was deleted."""
+    try:
+        return (Path.cwd(), *Path.cwd().parents)
+    except FileNotFoundError:
+        return ()
 
 
 def _umask() -> int:

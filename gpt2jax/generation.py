@@ -141,7 +141,7 @@ def generate(
         TypeError: there is no such setting.
     """
     check_model("model", model)
-    check_count("batch_size", batch_size)
+    batch_size = check_count("batch_size", batch_size)
     job, rows = _prepare(model, as_prompts(prompts), **settings)
     outputs: dict[int, Generation] = {}
     # prompts of like length together need the least padding
@@ -238,7 +238,7 @@ def _prepare(
 def _speculation(model: Any, prompt_lookup: int, draft: Any, draft_tokens: int) -> Speculation | None:
     if not is_whole(prompt_lookup) or prompt_lookup < 0:
         raise ValueError(f"prompt_lookup={prompt_lookup!r} must be a whole number, 0 (off) or above")
-    check_count("draft_tokens", draft_tokens)
+    prompt_lookup, draft_tokens = int(prompt_lookup), check_count("draft_tokens", draft_tokens)
     if draft is None:
         return Speculation(prompt_lookup) if prompt_lookup else None
     check_model("draft", draft)

@@ -43,7 +43,7 @@ def as_prompts(prompts: Any) -> list[Any]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, bytes | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts={prompts!r:.60} must be a text, a list of token ids, or a list of such")
     prompts = list(_plain(prompts))
     return [prompts] if prompts and all(is_whole(item) for item in prompts) else prompts
@@ -71,10 +71,11 @@ def make_rows(
     """
     if max_new_tokens is not None and max_length is not None:
         raise ValueError(f"max_new_tokens={max_new_tokens} and max_length={max_length}: give one of them")
-    for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
-        if value is not None:
-            check_count(name, value)
-    check_count("num_samples", num_samples)
+    if max_new_tokens is not None:
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+    if max_length is not None:
+        max_length = check_count("max_length", max_length)
+    num_samples = check_count("num_samples", num_samples)
     if past_context is not None and past_context not in PAST_CONTEXT:
         raise ValueError(f"past_context={past_context!r} must be one of {', '.join(PAST_CONTEXT)}")
     seeds = _row_seeds(seed, len(prompts) * num_samples)

@@ -184,6 +184,12 @@ def test_model_without_tokenizer(model):
     assert (beam.text, beam.prompt, len(beam.token_ids)) == ("", "", 4)
 
 
+def test_whole_numbers_of_numpy(model):
+    numbers: dict[str, Any] = {"num_beams": 2, "num_return": 2, "max_new_tokens": 3, "batch_size": 4}
+    plain = beam_search(model, "a", **numbers)
+    assert beam_search(model, "a", **{name: np.int64(value) for name, value in numbers.items()}) == plain
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -135,6 +135,17 @@ def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, path):
     assert os.path.samefile(".", tmp_path / "here") and names(tmp_path) == ["here"]
 
 
+def test_in_a_working_folder_that_was_deleted(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / "model" / "a").read_text() == "a"
+    monkeypatch.chdir(tmp_path)
+
+
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
     target = tmp_path / "run"
     target.mkdir()

@@ -214,6 +214,8 @@ def compare(
     sampling = _sampling(temperature, top_k, top_p, do_sample)
     sampling |= _length_limit(models, max_length, max_new_tokens)
     prompts = _default_prompts(models) if prompts is None else as_prompts(prompts)
+    if source is not None and not isinstance(source, Mapping):
+        raise ValueError(f"source={source!r:.60} must be a dict, or None")
     check_texts("texts", texts)
     texts = list(texts)
     if training_texts is not None:

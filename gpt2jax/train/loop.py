@@ -101,6 +101,8 @@ def finetune(
     check_texts("train_texts", train_texts)
     if validation_texts is not None:
         check_texts("validation_texts", validation_texts)
+    if source is not None and not isinstance(source, Mapping):
+        raise ValueError(f"source={source!r:.60} must be a dict, or None")
     if config is not None and not isinstance(config, FinetuneConfig):
         raise ValueError(f"config={config!r:.60} must be a FinetuneConfig, or None")
     config = resolve_learning_rate(config or FinetuneConfig(), model.num_parameters())

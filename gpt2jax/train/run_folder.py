@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt2jax.checks import check_path
 from gpt2jax.data.documents import Documents
-from gpt2jax.files import atomic_write
+from gpt2jax.files import atomic_write, read_object
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model import Params
 from gpt2jax.train.config import FinetuneConfig
@@ -112,7 +112,7 @@ class RunFolder:
         return list(self.path.glob(".*.part"))
 
     def _check_same(self, content: dict[str, Any]) -> None:
-        before = json.loads((self.path / RUN_FILE).read_text("utf-8"))
+        before = read_object(self.path / RUN_FILE, "finetune")
         # a run of an earlier version lacks settings that came later: it had what is now their default
         before["finetune"] = {**_finetune_fields(FinetuneConfig()), **before["finetune"]}
         flat_before, flat_now = _flatten(before), _flatten(content)
@@ -135,7 +135,8 @@ class RunFolder:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # a run killed in the middle of a line
                 continue
-            if entry["step"] <= up_to:
+            # a damaged line may be JSON still
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= up_to:
                 kept.append(entry)
         if self._writes:
             with atomic_write(path) as file:

@@ -214,6 +214,21 @@ def test_checkpoints_are_models(model, tmp_path, caplog):
         load(loaded.source, dtype="int4")
 
 
+def test_a_damaged_checkpoint_is_named(model, finished, tmp_path):
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    newest = run / "checkpoints" / "12"
+    for file in (newest / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"the checkpoint {newest} can't be read"):
+        load(newest)
+    with pytest.raises(ValueError, match="step 12 in .* can't be read: .* goes on from the one before"):
+        finetune(model, texts(), CONFIG, validation_texts=texts(3), output=run, resume=True, progress=False)
+    (newest / "run" / "metadata").write_text("{}")
+    with pytest.raises(ValueError, match="metadata is damaged: it has no finetune and no base_model"):
+        load(newest)
+
+
 def test_log_of_float16_steps_that_overflow(model, tmp_path, monkeypatch):
     # the first step overflows, and after it the scale is the largest one that is allowed
     monkeypatch.setattr(training_step, "INITIAL_SCALE", 2.0**120)
@@ -284,6 +299,7 @@ def test_what_cannot_be_trained_on_leaves_nothing(model, tmp_path, rows, setting
         ({"validation_texts": "a text"}, TypeError, "validation_texts is one string"),
         ({"config": {}}, ValueError, "config={} must be a FinetuneConfig, or None"),
         ({"config": LoRAConfig()}, ValueError, r"config=LoRAConfig\(.* must be a FinetuneConfig"),
+        ({"source": "docs"}, ValueError, "source='docs' must be a dict, or None"),
         ({"output": ""}, ValueError, "output='' must be a name or a path, and not empty"),
         ({"output": 5}, ValueError, "output=5 must be a name or a path"),
     ],

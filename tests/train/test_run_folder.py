@@ -48,6 +48,21 @@ def test_log_of_a_killed_run(path):
     assert folder.read_metrics(up_to=0) == []
 
 
+def test_a_damaged_log_and_a_damaged_description(path, model):
+    folder = RunFolder(path, resume=True)
+    (path / "metrics.jsonl").write_text('[1]\n5\n{"loss": 1.0}\n{"step": "2"}\n{"step": 2, "loss": 1.0}\n')
+    assert folder.read_metrics(up_to=5) == [{"step": 2, "loss": 1.0}]
+    for content, message in (
+        ('{"finetune', "not JSON"),
+        ("", "not JSON"),
+        ("[]", "no finetune"),
+        ("{}", "no f"),
+    ):
+        (path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=f"run.json is damaged: .*{message}"):
+            folder.begin(model, CONFIG, DOCUMENTS)
+
+
 def test_the_same_again_and_what_may_differ(path, model):
     RunFolder(path, resume=True).begin(model, CONFIG, DOCUMENTS)
     renamed = dataclasses.replace(model, source="./models/one")
