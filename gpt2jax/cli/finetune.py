@@ -272,9 +272,11 @@ def finetune_config(options: Options) -> FinetuneConfig:
     ):
         steps = DEFAULT_JOB_STEPS
     layout = options.layout or ("documents" if options.source.data in STUDY_DATA else "windows")
-    cache = str(default_cache()) if options.cache_tokens else None
+    cache = default_cache() if options.cache_tokens else None
     settings = dataclasses.asdict(options.train)
-    return FinetuneConfig(**settings, steps=steps, layout=layout, lora=lora, token_cache=cache)
+    return FinetuneConfig(
+        **settings, steps=steps, layout=layout, lora=lora, token_cache=None if cache is None else str(cache)
+    )
 
 
 def default_output(options: Options) -> pathlib.Path:

@@ -30,13 +30,20 @@ _MAGIC = 0x6770_7432_6A61_7831
 _FOOTER = 5 * 8
 
 
-def default_cache() -> pathlib.Path:
-    """$GPT2JAX_CACHE, or gpt2jax in the user's cache folder; there the folder `tokens`."""
+def default_cache() -> pathlib.Path | None:
+    """$GPT2JAX_CACHE, or gpt2jax in the user's cache folder; there the folder `tokens`.
+
+    None where the user's folder can't be written to, or there is no home: nobody asked for this one.
+    """
     home = os.environ.get(CACHE_VARIABLE)
     if home:
         return check_path(CACHE_VARIABLE, home) / "tokens"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return check_path("XDG_CACHE_HOME", base) / "gpt2jax" / "tokens"
+    folder = check_path("XDG_CACHE_HOME", base)
+    there = next((place for place in (folder, *folder.parents) if os.path.exists(place)), folder)
+    if folder.parts[0] == "~" or not os.access(there, os.W_OK):
+        return None
+    return folder / "gpt2jax" / "tokens"
 
 
 def cached_documents(
