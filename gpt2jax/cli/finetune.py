@@ -272,11 +272,10 @@ def finetune_config(options: Options) -> FinetuneConfig:
     ):
         steps = DEFAULT_JOB_STEPS
     layout = options.layout or ("documents" if options.source.data in STUDY_DATA else "windows")
-    cache = default_cache() if options.cache_tokens else None
+    folder = default_cache() if options.cache_tokens else None
+    cache = None if folder is None else str(folder)
     settings = dataclasses.asdict(options.train)
-    return FinetuneConfig(
-        **settings, steps=steps, layout=layout, lora=lora, token_cache=None if cache is None else str(cache)
-    )
+    return FinetuneConfig(**settings, steps=steps, layout=layout, lora=lora, token_cache=cache)
 
 
 def default_output(options: Options) -> pathlib.Path:

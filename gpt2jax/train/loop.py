@@ -91,7 +91,8 @@ def finetune(
         ValueError: impossible settings, no trainable text, a resumed run with other settings or texts, or both `resume`
             and `overwrite`.
         TypeError: the texts are one string, or no list.
-        FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given.
+        FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given, or
+            one that is going on.
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
             good checkpoint.
         ModuleNotFoundError: `config.track` names what is not installed.
@@ -127,11 +128,13 @@ def finetune(
         check_long_enough(validation, "validation texts")
     plan = _plan(model, config, documents)
     folder = None
-    if output is not None:
-        folder = RunFolder(output, resume=resume, overwrite=overwrite)
-        folder.begin(model, config, documents, source)
-        wait_for_all("the run folder")
-    return _train(model, config, plan, validation, folder, show=progress)
+    with contextlib.ExitStack() as stack:
+        if output is not None:
+            folder = RunFolder(output, resume=resume, overwrite=overwrite)
+            stack.enter_context(folder.alone())
+            folder.begin(model, config, documents, source)
+            wait_for_all("the run folder")
+        return _train(model, config, plan, validation, folder, show=progress)
 
 
 def _check_names(model: LanguageModel, config: FinetuneConfig) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +21,11 @@ from gpt2jax.files import atomic_write, read_object
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model import Params
 from gpt2jax.train.config import FinetuneConfig
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no such locks
+    fcntl = None
 
 RUN_FILE = "run.json"
 # these say how to log and keep, not what is computed: a resumed run may change them; nor does it matter under what
@@ -78,6 +85,33 @@ class RunFolder:
                 raise FileExistsError(
                     f"{path} holds another run; resume it, overwrite it, or choose another folder"
                 )
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Makes the folder and holds it, as long as the block runs and the process lives.
+
+        Raises:
+            FileExistsError: the run of another program is in it at this moment.
+        """
+        if self._writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+        if not self._writes or fcntl is None:
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise FileExistsError(
+                f"another run is going on in {self.path}: wait for its end, or stop it"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     def begin(
         self,

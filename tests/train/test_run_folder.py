@@ -63,6 +63,16 @@ def test_a_damaged_log_and_a_damaged_description(path, model):
             folder.begin(model, CONFIG, DOCUMENTS)
 
 
+def test_two_runs_at_once(path):
+    with RunFolder(path, resume=True).alone():
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(FileExistsError, match="another run is going on in .*run"):
+                with RunFolder(path, **how).alone():
+                    pass
+    with RunFolder(path, resume=True).alone():
+        pass
+
+
 def test_the_same_again_and_what_may_differ(path, model):
     RunFolder(path, resume=True).begin(model, CONFIG, DOCUMENTS)
     renamed = dataclasses.replace(model, source="./models/one")
