@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.cache import Cache
-from gpt2jax.checks import check_count, is_number
+from gpt2jax.checks import check_count, check_model, is_number
 from gpt2jax.config import GPT2Config
 from gpt2jax.decoding import Request, repeat_request, repeat_rows
 from gpt2jax.generation_run import Job, bucket, cache_slots, fill_cache, left_padded, make_job, make_request
@@ -35,7 +35,7 @@ from gpt2jax.inference import (
 )
 from gpt2jax.penalties import Context, penalised
 from gpt2jax.precision import Precision
-from gpt2jax.prompts import Prompt, Row, as_prompts, check_model, make_rows
+from gpt2jax.prompts import Prompt, Row, as_prompts, make_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,8 @@ def beam_search(
         ValueError: a setting has an impossible value, or a prompt does not fit the model.
     """
     check_model("model", model)
-    for name, value in (("num_beams", num_beams), ("num_return", num_return), ("batch_size", batch_size)):
-        check_count(name, value)
+    num_beams, num_return = check_count("num_beams", num_beams), check_count("num_return", num_return)
+    batch_size = check_count("batch_size", batch_size)
     if num_return > num_beams:
         raise ValueError(f"num_return={num_return} is over num_beams={num_beams}")
     if not is_number(length_penalty):
@@ -121,6 +121,7 @@ def beam_search(
             "no_repeat_ngram": no_repeat_ngram,
             "min_new_tokens": min_new_tokens,
         },
+        past_context=None,
     )
     rules = Rules(
         length_penalty=np.float32(length_penalty),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -19,7 +20,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     was and nothing is left beside it. Missing parent folders are made. Text is UTF-8 with "\\n" as written.
 
     Args:
-        path: the file to write; an existing file is replaced and keeps its permissions.
+        path: the file to write; an existing file is replaced and keeps its permissions. A device or a pipe is written
+            to as it is.
         mode: "w" for text, "wb" for bytes.
 
     Raises:
@@ -31,14 +33,17 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     target = Path(os.path.realpath(path))  # a link keeps pointing to its file
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+    if (
+        Path(path).exists() and not Path(path).is_file()
+    ):  # a device or a pipe, which must not be replaced by a file
+        with open(path, mode, **_as_text(mode)) as stream:
+            yield stream
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     permissions = target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask()
     handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
     try:
-        is_text = mode == "w"
-        with open(
-            handle, mode, encoding="utf-8" if is_text else None, newline="" if is_text else None
-        ) as stream:
+        with open(handle, mode, **_as_text(mode)) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -70,7 +75,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         raise FileExistsError(f"{path} is a file: give the name of a folder")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty: give another name or allow overwriting")
-    if target in (Path.cwd(), *Path.cwd().parents):
+    if target in _working_folders():
         raise FileExistsError(f"{path} is the working folder, or holds it: give the name of a folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part"))
@@ -88,6 +93,23 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     _sync_folder(target.parent)
 
 
+def read_object(path: str | os.PathLike[str], *names: str) -> dict[str, Any]:
+    """The object that a JSON file holds, with values of these names in it.
+
+    Raises:
+        ValueError: it holds something else, or is damaged.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON: {error}") from None
+    absent = [name for name in names if not isinstance(content, dict) or name not in content]
+    if absent or not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it has no {' and no '.join(absent) or 'object'}")
+    return content
+
+
 def _take_name(aside: Path, target: Path) -> None:
     """Rename a folder over another one, which `os.replace` does only for empty ones."""
     if not target.exists():
@@ -101,6 +123,18 @@ def _take_name(aside: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _as_text(mode: str) -> dict[str, Any]:
+    return {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
+
+
+def _working_folders() -> tuple[Path, ...]:
+    """The folder that the process works in, and those that hold it; none where it was deleted."""
+    try:
+        return (Path.cwd(), *Path.cwd().parents)
+    except FileNotFoundError:
+        return ()
 
 
 def _umask() -> int:

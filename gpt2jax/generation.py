@@ -15,10 +15,10 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from gpt2jax.checks import check_count, is_number, is_whole
+from gpt2jax.checks import check_count, check_model, is_number, is_whole
 from gpt2jax.decoding import Processor
 from gpt2jax.generation_run import Contrast, GenerationRun, Job, Speculation, make_job
-from gpt2jax.prompts import Prompt, Row, as_prompts, check_model, make_rows, stop_bytes
+from gpt2jax.prompts import Prompt, Row, as_prompts, make_rows, stop_bytes
 from gpt2jax.sampling import SamplingConfig
 from gpt2jax.stopping import TextStream
 
@@ -141,7 +141,7 @@ def generate(
         TypeError: there is no such setting.
     """
     check_model("model", model)
-    check_count("batch_size", batch_size)
+    batch_size = check_count("batch_size", batch_size)
     job, rows = _prepare(model, as_prompts(prompts), **settings)
     outputs: dict[int, Generation] = {}
     # prompts of like length together need the least padding
@@ -238,7 +238,7 @@ def _prepare(
 def _speculation(model: Any, prompt_lookup: int, draft: Any, draft_tokens: int) -> Speculation | None:
     if not is_whole(prompt_lookup) or prompt_lookup < 0:
         raise ValueError(f"prompt_lookup={prompt_lookup!r} must be a whole number, 0 (off) or above")
-    check_count("draft_tokens", draft_tokens)
+    prompt_lookup, draft_tokens = int(prompt_lookup), check_count("draft_tokens", draft_tokens)
     if draft is None:
         return Speculation(prompt_lookup) if prompt_lookup else None
     check_model("draft", draft)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +12,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from gpt2jax.checks import is_number
+from gpt2jax.checks import check_model, check_path, check_seed, is_number
 from gpt2jax.config import PRESETS, GPT2Config
+from gpt2jax.files import read_object
 from gpt2jax.lora import LoRAConfig, merge_adapters, unmerge_adapters
 from gpt2jax.model import Params, count_parameters, head_kernel, hidden_states, init_params, output_logits
 from gpt2jax.precision import FLOAT32
@@ -143,7 +142,7 @@ class LanguageModel:
         from gpt2jax.weights.hf import save_hf
         from gpt2jax.weights.keras_preset import save_keras
 
-        path = pathlib.Path(os.path.expanduser(path))
+        path = check_path("path", path)
         merged = self.merge_adapter()
         if format == "keras":
             if dtype != "float32":
@@ -173,7 +172,16 @@ def _logits(params, adapters, token_ids, mask, config, lora_scale):
 
 
 def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
-    """A model with random parameters."""
+    """A model with random parameters.
+
+    Raises:
+        ValueError: an argument is of another kind, or `seed` is no whole number of 32 bits.
+    """
+    if not isinstance(config, GPT2Config):
+        raise ValueError(f"config={config!r:.60} must be a GPT2Config, such as gpt2jax.PRESETS['gpt2']")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer={tokenizer!r:.60} must be a Tokenizer, or None")
+    seed = check_seed(seed)
     return LanguageModel(config, init_params(config, seed), tokenizer)
 
 
@@ -199,7 +207,7 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
     """
     from gpt2jax.weights import load_weights
 
-    path = pathlib.Path(os.path.expanduser(name))
+    path = check_path("name", name)
     if (path / "state").is_dir():
         from gpt2jax.train.checkpoint import is_checkpoint
         from gpt2jax.train.loading import load_checkpoint
@@ -234,12 +242,17 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
     from gpt2jax.weights.hub import download
 
     source = str(name)
-    path = pathlib.Path(os.path.expanduser(name))
+    path = check_path("name", name)
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise ValueError(f"revision={revision!r:.60} must be a commit, tag or branch, or None")
     # a TensorFlow checkpoint is named by what its files' names begin with
     exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
+    on_hub = source in HUB_IDS or (not exists and _is_hub_id(source))
+    if revision is not None and not on_hub and (exists or source == "gpt2-mini"):
+        raise ValueError(f"{source} is not on the hub: it has no revision {revision!r}")
     if source == "gpt2-mini":
         path = PACKAGED / source
-    elif source in HUB_IDS or (not exists and _is_hub_id(source)):
+    elif on_hub:
         path = download(HUB_IDS.get(source, source), revision=revision)
     elif not exists:
         if _looks_like_path(source):
@@ -259,8 +272,12 @@ def _locate_run(path: pathlib.Path) -> Location:
         )
     base = path / "base"
     if not base.is_dir():
-        base = json.loads((path / "run.json").read_text("utf-8"))["base_model"]
-    return dataclasses.replace(locate(base), adapter=path / "adapter")
+        base = read_object(path / "run.json", "base_model")["base_model"]
+    try:
+        return dataclasses.replace(locate(base), adapter=path / "adapter")
+    except (ValueError, FileNotFoundError) as error:  # such as a path from another working folder
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{path} holds adapters of a model that can't be had: {error}") from None
 
 
 def _looks_like_path(source: str) -> bool:
@@ -285,7 +302,8 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     from gpt2jax.weights.keras_lora import load_keras_lora
     from gpt2jax.weights.peft import load_adapter as read
 
-    path = pathlib.Path(os.path.expanduser(path))
+    check_model("model", model)
+    path = check_path("path", path)
     model = model.merge_adapter()
     if path.suffix == ".h5":
         lora, adapters = load_keras_lora(path, model.config)
@@ -311,6 +329,10 @@ def combine_adapters(
     """
     from gpt2jax.lora_sums import sum_adapters
 
+    if not isinstance(models, list | tuple):
+        raise ValueError(f"models={models!r:.60} must be a list of models")
+    for index, model in enumerate(models):
+        check_model(f"models[{index}]", model)
     weights = [1.0] * len(models) if weights is None else list(weights)
     if not models or len(weights) != len(models) or not all(map(is_number, weights)):
         raise ValueError(f"weights={weights!r} must be a finite number for each of {len(models)} models")
@@ -341,8 +363,9 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     """
     from gpt2jax.weights.peft import save_adapter as write
 
+    check_model("model", model)
     if model.adapters is None or model.lora is None:
         raise ValueError("the model has no adapters to save: fine-tune it with lora=LoRAConfig(...) first")
     base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
-    path = pathlib.Path(os.path.expanduser(path))
+    path = check_path("path", path)
     write(path, model.config, model.lora, model.adapters, base_model=base_model, params=model.params)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.bits import kernel_bits
-from gpt2jax.checks import is_number
+from gpt2jax.checks import check_count, is_number
 from gpt2jax.config import GPT2Config
 from gpt2jax.low_rank import column_lengths, merged_kernel, output_part, updated_kernel, with_scales
 from gpt2jax.model import Params, abstract_params
@@ -68,16 +68,21 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] | Pattern[float] = ()
 
     def __post_init__(self) -> None:
-        _check_rank("rank", self.rank)
-        _check_alpha("alpha", self.alpha)
+        self._set("rank", _check_rank("rank", self.rank))
+        self._set("alpha", _check_alpha("alpha", self.alpha))
         if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout={self.dropout!r} must be at least 0 and below 1")
+        self._set("dropout", float(self.dropout))
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"LoRA {name}={getattr(self, name)!r:.100} must be True or False")
-        object.__setattr__(self, "targets", _check_targets(self.targets))
+        self._set("targets", _check_targets(self.targets))
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-            object.__setattr__(self, name, _check_pattern(name, getattr(self, name), check))
+            self._set(name, _check_pattern(name, getattr(self, name), check))
+
+    def _set(self, name: str, value: Any) -> None:
+        """A checked value as Python's own kind, which JSON takes."""
+        object.__setattr__(self, name, value)
 
     @property
     def scale(self) -> float:
@@ -136,7 +141,8 @@ def init_adapters(
         lora_a = jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32, -bound, bound)
         if ranks.min() < ranks.max():
             lora_a = jnp.where(np.arange(ranks.max()) < ranks[:, None, None], lora_a, 0.0)
-        adapter = {"lora_a": lora_a, "lora_b": jnp.zeros((layers, int(ranks.max()), out_dim))}
+        lora_b = jnp.zeros((layers, int(ranks.max()), out_dim), jnp.float32)
+        adapter = {"lora_a": lora_a, "lora_b": lora_b}
         if lora.use_dora:
             if params is None:
                 raise ValueError("DoRA's adapters begin at the lengths of the model's weights: give params")
@@ -234,6 +240,11 @@ def _change_kernels(
     return {**params, "h": blocks}
 
 
+def is_simple_pattern(key: str) -> bool:
+    """Whether it can be matched at once: more than this is no name, and could take any length of time."""
+    return not re.search(r"\)[*+?{]", key) and len(re.findall(r"[*+?{]", key)) <= 3
+
+
 def pattern_matches(key: str, layer: int, target: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern` is for this linear."""
     return re.fullmatch(rf"(.*\.)?({key})", f"transformer.h.{layer}.{target}") is not None
@@ -243,14 +254,14 @@ def _first_match(pattern: Any, layer: int, target: str, default: Number) -> Numb
     return next((value for key, value in pattern if pattern_matches(key, layer, target)), default)
 
 
-def _check_rank(name: str, rank: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"LoRA {name}={rank!r} must be a positive whole number")
+def _check_rank(name: str, rank: Any) -> int:
+    return check_count(f"LoRA {name}", rank)
 
 
-def _check_alpha(name: str, alpha: Any) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-        raise ValueError(f"LoRA {name}={alpha!r} must be a positive number")
+def _check_alpha(name: str, alpha: Any) -> float:
+    if not is_number(alpha) or alpha <= 0:
+        raise ValueError(f"LoRA {name}={alpha!r:.60} must be a positive number")
+    return float(alpha)
 
 
 def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -271,20 +282,20 @@ def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_pattern(
-    name: str, pattern: Mapping[str, Any] | Pattern[Any], check: Callable[[str, Any], None]
+    name: str, pattern: Mapping[str, Any] | Pattern[Any], check: Callable[[str, Any], Any]
 ) -> Pattern[Any]:
     try:
         items = pattern.items() if isinstance(pattern, Mapping) else pattern
         pairs = tuple((key, value) for key, value in items)
     except (TypeError, ValueError):
         raise ValueError(f"LoRA {name}={pattern!r:.100} must be values by pattern") from None
+    checked = []
     for key, value in pairs:
-        # more than this would be no name, and could take an expression's matching any length of time
-        if not isinstance(key, str) or re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+?{]", key)) > 3:
+        if not isinstance(key, str) or not is_simple_pattern(key):
             raise ValueError(f"LoRA {name}: {key!r:.100} is not a simple expression for names of linears")
         try:
             re.compile(key)
         except re.error as error:
             raise ValueError(f"LoRA {name}: {key!r:.100} is not a regular expression: {error}") from None
-        check(f"{name}[{key!r}]", value)
-    return pairs
+        checked.append((key, check(f"{name}[{key!r}]", value)))
+    return tuple(checked)

@@ -67,8 +67,10 @@ class Linear(nnx.Module):
     """y = x @ kernel + bias, kernel [in, out] as GPT-2's files have it, with an optional low-rank branch."""
 
     def __init__(self, in_dim: int, out_dim: int, *, layers: tuple[int, ...], std: float, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*layers, in_dim, out_dim)))
-        self.bias = nnx.Param(jnp.zeros((*layers, out_dim)))
+        self.kernel = nnx.Param(
+            std * jax.random.normal(rngs.params(), (*layers, in_dim, out_dim), jnp.float32)
+        )
+        self.bias = nnx.Param(jnp.zeros((*layers, out_dim), jnp.float32))
 
     def __call__(self, x: jax.Array, call: Call, adapter: Any = None, key: jax.Array | None = None):
         """x [B, T, in] -> [B, T, out]; `adapter` as `low_rank.adapted` takes it."""
@@ -84,8 +86,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, dim: int, *, layers: tuple[int, ...], epsilon: float):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((*layers, dim)))
-        self.bias = nnx.Param(jnp.zeros((*layers, dim)))
+        self.scale = nnx.Param(jnp.ones((*layers, dim), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((*layers, dim), jnp.float32))
 
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         y: jax.Array = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
@@ -96,7 +98,7 @@ class Embed(nnx.Module):
     """A table of vectors, looked up by id."""
 
     def __init__(self, rows: int, dim: int, *, std: float, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, dim)))
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, dim), jnp.float32))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         # ids are checked on the host; "clip" only spares the kernel that fills out-of-range rows with NaN
@@ -235,7 +237,8 @@ class Head(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.n_embd)
-        self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
+        normal = jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(config.initializer_range * normal)
 
 
 class GPT2(nnx.Module):

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt2jax.checks import check_count, is_whole
+from gpt2jax.checks import SEED_RANGE, check_count, is_seed, is_whole
 from gpt2jax.sampling import SamplingConfig
 
 DEFAULT_NEW_TOKENS = 64
-SEED_RANGE = 2**32
 # a text that grows beyond the context is an error, or goes on from its last half
 PAST_CONTEXT = ("refuse", "slide")
 
@@ -36,12 +35,6 @@ class Row:
     sampling: SamplingConfig = SamplingConfig()
 
 
-def check_model(name: str, model: Any) -> None:
-    """Raises ValueError for what has no configuration and parameters, such as a model's name."""
-    if not hasattr(model, "config") or not hasattr(model, "params"):
-        raise ValueError(f"{name}={model!r:.60} is no model; gpt2jax.load(name) gives one")
-
-
 def as_prompts(prompts: Any) -> list[Any]:
     """A list of prompts from one prompt or several: a text, token ids, or a list or array of such.
 
@@ -50,7 +43,7 @@ def as_prompts(prompts: Any) -> list[Any]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, bytes | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts={prompts!r:.60} must be a text, a list of token ids, or a list of such")
     prompts = list(_plain(prompts))
     return [prompts] if prompts and all(is_whole(item) for item in prompts) else prompts
@@ -65,23 +58,25 @@ def make_rows(
     seed: int | Sequence[int] = 0,
     num_samples: int = 1,
     sampling: Mapping[str, Any] | None = None,
-    past_context: str = "refuse",
+    past_context: str | None = "refuse",
 ) -> list[Row]:
     """The rows of prompts, each `num_samples` times in a row; arguments as for `generate`.
 
     Args:
         sampling: fields of `SamplingConfig`, each one value or one a row.
+        past_context: None is "refuse" for a caller that has no "slide" to advise.
 
     Raises:
         ValueError: an argument has an impossible value, or a prompt does not fit the model.
     """
     if max_new_tokens is not None and max_length is not None:
         raise ValueError(f"max_new_tokens={max_new_tokens} and max_length={max_length}: give one of them")
-    for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
-        if value is not None:
-            check_count(name, value)
-    check_count("num_samples", num_samples)
-    if past_context not in PAST_CONTEXT:
+    if max_new_tokens is not None:
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+    if max_length is not None:
+        max_length = check_count("max_length", max_length)
+    num_samples = check_count("num_samples", num_samples)
+    if past_context is not None and past_context not in PAST_CONTEXT:
         raise ValueError(f"past_context={past_context!r} must be one of {', '.join(PAST_CONTEXT)}")
     seeds = _row_seeds(seed, len(prompts) * num_samples)
     settings = _row_settings(sampling or {}, len(prompts) * num_samples)
@@ -151,7 +146,7 @@ def _new_tokens(
     context: int,
     max_new_tokens: int | None,
     max_length: int | None,
-    past_context: str,
+    past_context: str | None,
 ) -> int:
     """Most new tokens behind a prompt of `length` tokens."""
     if max_length is not None:
@@ -174,29 +169,19 @@ def _new_tokens(
         advice = (
             f"ask for at most {room} new ones" if room > 0 else f"shorten the prompt below {context} tokens"
         )
+        slide = ", or past_context='slide'" if past_context == "refuse" and context > 1 else ""
         raise ValueError(
             f"{name} has {length} tokens; with {new} new ones that makes {length + new}, and the context "
-            f"(n_positions) is {context}: {advice}, or past_context='slide'"
+            f"(n_positions) is {context}: {advice}{slide}"
         )
     return new
 
 
-def check_seed(seed: Any) -> int:
-    """`seed` as an int; raises ValueError unless it is a whole number of 32 bits."""
-    if not _is_seed(seed):
-        raise ValueError(f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1")
-    return int(seed)
-
-
-def _is_seed(seed: Any) -> bool:
-    return is_whole(seed) and 0 <= seed < SEED_RANGE
-
-
 def _row_seeds(seed: Any, rows: int) -> list[int]:
-    if _is_seed(seed):
+    if is_seed(seed):
         return [(int(seed) + row) % SEED_RANGE for row in range(rows)]
     seeds = list(_plain(seed)) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
-    valid = seeds is not None and all(_is_seed(s) for s in seeds)
+    valid = seeds is not None and all(is_seed(s) for s in seeds)
     if seeds is None or not valid or len(seeds) != rows:
         raise ValueError(
             f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one a row"

@@ -22,6 +22,8 @@ from importlib import resources
 
 import tiktoken
 
+from gpt2jax.checks import is_whole
+
 END_TOKEN = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
 # The digest that tiktoken publishes for OpenAI's file (tiktoken_ext/openai_public.py, vocab_bpe_hash).
@@ -145,9 +147,9 @@ class Tokenizer:
         Raises:
             ValueError: another size, or the packaged file of merges is damaged.
         """
-        if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
+        if not is_whole(vocab_size) or not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
             raise ValueError(
-                f"vocab_size={vocab_size}: GPT-2's tokenizer has 257 (all bytes and the end token) to "
+                f"vocab_size={vocab_size!r:.60}: GPT-2's tokenizer has 257 (all bytes and the end token) to "
                 f"{GPT2_VOCAB_SIZE} tokens"
             )
         data = resources.files("gpt2jax").joinpath("assets", "vocab.bpe").read_bytes()

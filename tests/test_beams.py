@@ -184,6 +184,12 @@ def test_model_without_tokenizer(model):
     assert (beam.text, beam.prompt, len(beam.token_ids)) == ("", "", 4)
 
 
+def test_whole_numbers_of_numpy(model):
+    numbers: dict[str, Any] = {"num_beams": 2, "num_return": 2, "max_new_tokens": 3, "batch_size": 4}
+    plain = beam_search(model, "a", **numbers)
+    assert beam_search(model, "a", **{name: np.int64(value) for name, value in numbers.items()}) == plain
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -192,7 +198,10 @@ def test_model_without_tokenizer(model):
         ({"length_penalty": float("nan")}, "length_penalty=nan"),
         ({"early_stopping": "soon"}, "early_stopping='soon'"),
         ({"early_stopping": 1}, "early_stopping=1"),
-        ({"max_new_tokens": CONFIG.n_positions}, "context"),
+        (
+            {"max_new_tokens": CONFIG.n_positions},
+            r"context \(n_positions\) is \d+: ask for at most \d+ new ones$",
+        ),
         ({"stop_token_ids": [300]}, "stop_token_ids"),
     ],
     ids=str,

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 import tyro
+from rich.console import Console
 
 import gpt2jax
-from gpt2jax.cli import compare, finetune, main
-from gpt2jax.cli.common import DataOptions, run_command
+from gpt2jax.cli import compare, evaluate, finetune, main
+from gpt2jax.cli.common import DataOptions, run_command, say
 from gpt2jax.cli.finetune import Options, StreamedTexts, finetune_config
 from gpt2jax.data import sources
 from gpt2jax.lora import LoRAConfig
@@ -242,6 +243,35 @@ def test_generate_by_search(capsys):
     [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
     assert capsys.readouterr().out == f"{output}\n"
     assert "--beams 2" in fails(capsys, "generate", "a", "--beams", "2", "--num-samples", "3")
+
+
+def test_generate_without_standard_input_and_into_the_home_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert "there is no prompt" in fails(capsys, "generate")
+    assert "is a folder" in fails(capsys, "generate", "a", "--out", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    prompt = b"\xff".decode(errors="surrogateescape")  # as an argument that is no UTF-8 comes
+    main(["generate", prompt, "--max-new-tokens", "1", "--seed", "1", "--out=~/x.jsonl"])
+    assert json.loads((tmp_path / "x.jsonl").read_text())["prompt"] == prompt
+
+
+def test_what_standard_output_cannot_take(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert "No space left on device" in fails(capsys, "evaluate", "--help")
+    with io.TextIOWrapper(io.BytesIO(), "ascii") as narrow:
+        monkeypatch.setattr("sys.stdout", narrow)
+        run_command("evaluate", DataOptions, lambda options: print("é"), [])
+        assert narrow.buffer.getvalue() == b"\\xe9\n"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_brackets_in_names_are_no_markup():
+    console = Console(file=io.StringIO(), width=40)
+    say(console, "wrote", "runs/[/b] " + "x" * 40)
+    console.print(evaluate.figures_table(evaluate.Options(model="m[b]"), {"loss": 1.0}))
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert shown.startswith(f"wrote  runs/[/b] {'x' * 40}\nm[b] on numeric-docs")
 
 
 @pytest.mark.parametrize(

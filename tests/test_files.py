@@ -72,6 +72,16 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "real.txt").read_text() == "new"
 
 
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(path) as file:
+        file.write("ä\n")
+    assert os.read(reader, 100) == "ä\n".encode() and path.is_fifo() and names(tmp_path) == ["pipe"]
+    os.close(reader)
+
+
 def test_wrong_targets(tmp_path):
     with pytest.raises(ValueError, match="mode='a'"), atomic_write(tmp_path / "a", "a"):
         pass
@@ -123,6 +133,17 @@ def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, path):
     with pytest.raises(FileExistsError, match="is the working folder"), atomic_folder(path, overwrite=True):
         pass
     assert os.path.samefile(".", tmp_path / "here") and names(tmp_path) == ["here"]
+
+
+def test_in_a_working_folder_that_was_deleted(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / "model" / "a").read_text() == "a"
+    monkeypatch.chdir(tmp_path)
 
 
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):

@@ -167,11 +167,58 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path):
         ("./nothing/here", FileNotFoundError, "nothing/here"),
         ("a/b/c", FileNotFoundError, "there is no model at a/b/c"),
         ("weights.safetensors", FileNotFoundError, "weights.safetensors"),
+        ("", ValueError, "name='' must be a name or a path, and not empty"),
+        (None, ValueError, "name=None must be a name or a path"),
+        ("a\0b", ValueError, "name='a.x00b' must be a name or a path"),
     ],
 )
 def test_names_that_are_none(name, error, message):
     with pytest.raises(error, match=message):
         gpt2jax.load(name)
+
+
+def test_what_is_no_configuration_or_seed_is_named():
+    with pytest.raises(ValueError, match="config='gpt2' must be a GPT2Config"):
+        gpt2jax.from_config("gpt2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="seed=1.5 must be a whole number"):
+        gpt2jax.from_config(TINY, 1.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="tokenizer='gpt2' must be a Tokenizer"):
+        gpt2jax.from_config(TINY, tokenizer="gpt2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="vocab_size='300': GPT-2's tokenizer has"):
+        gpt2jax.Tokenizer.gpt2("300")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gpt2jax.load_adapter("gpt2-mini", "adapter"), "model='gpt2-mini' is no model"),
+        (lambda: gpt2jax.save_adapter("gpt2-mini", "adapter"), "model='gpt2-mini' is no model"),
+        (lambda: gpt2jax.combine_adapters(None), "models=None must be a list of models"),
+        (lambda: gpt2jax.combine_adapters(["one"]), r"models\[0\]='one' is no model"),
+    ],
+)
+def test_what_is_no_model_with_adapters_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_revision_of_what_is_not_on_the_hub(tmp_path):
+    random_model(0).save(tmp_path / "one")
+    for name in ("gpt2-mini", tmp_path / "one"):
+        with pytest.raises(ValueError, match="is not on the hub: it has no revision 'main'"):
+            gpt2jax.load(name, revision="main")
+    with pytest.raises(ValueError, match="revision=5 must be a commit, tag or branch"):
+        gpt2jax.load("gpt2", revision=5)  # pyright: ignore[reportArgumentType]
+
+
+def test_adapters_whose_base_is_gone(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "run.json").write_text('{"base_model": "./models/one"}')
+    with pytest.raises(FileNotFoundError, match="holds adapters of a model that can't be had: .*models/one"):
+        gpt2jax.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"base_mo')
+    with pytest.raises(ValueError, match="run.json is damaged: it is not JSON"):
+        gpt2jax.load(tmp_path)
 
 
 def test_what_is_no_model_is_told_in_one_line(tmp_path):

@@ -15,8 +15,16 @@ from tiny_models import TINY, numpy_logits, random_params
 
 from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.lora import LoRAConfig, init_adapters
 from gpt2jax.losses import cross_entropy
-from gpt2jax.model import dropout, head_kernel, hidden_states, init_params, output_logits
+from gpt2jax.model import (
+    abstract_params,
+    dropout,
+    head_kernel,
+    hidden_states,
+    init_params,
+    output_logits,
+)
 from gpt2jax.precision import precision
 
 
@@ -141,6 +149,15 @@ def test_initial_weights():
     assert not params["h"]["mlp"]["c_fc"]["bias"].any() and (params["ln_f"]["scale"] == 1).all()
     other = init_params(config, 1)
     assert not jnp.array_equal(params["wte"]["embedding"], other["wte"]["embedding"])
+
+
+def test_initial_weights_are_float32_with_64_bits_allowed():
+    config = dataclasses.replace(
+        TINY, tie_word_embeddings=False, n_positions=16
+    )  # of no other test: traced here
+    with jax.enable_x64(True):
+        trees = abstract_params(config), jax.eval_shape(lambda: init_adapters(config, LoRAConfig(rank=2)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(trees)} == {np.dtype(np.float32)}
 
 
 def test_logits_and_gradient_beside_float64():

@@ -40,7 +40,11 @@ def start(*command: str) -> None:
         settings = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
         arguments = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, arguments, os.environ | {"GLIBC_TUNABLES": settings})
-    main([*command, *sys.argv[1:]])
+    try:
+        main([*command, *sys.argv[1:]])
+    except KeyboardInterrupt:  # while modules load; the commands themselves say more
+        print("gpt2jax: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _huge_pages_on_request() -> bool:

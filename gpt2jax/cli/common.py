@@ -12,18 +12,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
+from gpt2jax.checks import check_path
+
 T = TypeVar("T")
 
 # what a user can cause and mend; anything else is a bug and shows its traceback
 USER_ERRORS = (
     ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
+    OSError,  # no such file, a full disk, a file system that can't be written to; the hub does not answer
     ModuleNotFoundError,  # of an optional package; the message says what to install
-    ConnectionError,  # the hub does not answer, and the cache does not have the model
 )
 
 # adapters as the commands make them: large enough to gain nearly what training all parameters gains
@@ -35,17 +32,34 @@ def run_command(
     name: str, options: type[T], run: Callable[[T], None], argv: Sequence[str] | None = None
 ) -> None:
     """Parses the arguments into `options` and runs; a user's mistake is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # what an encoding does not have must not end a program
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
-        run(_parse(name, options, argv))
+        try:
+            run(_parse(name, options, argv))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a full disk is told as any other one
     except BrokenPipeError:  # the reader has seen enough; first, for it is a connection error as well
         sys.stderr.close()
         raise SystemExit(1) from None
     except USER_ERRORS as error:
+        if isinstance(error, OSError):
+            _drop_unwritten()
         fail(name, str(error))
     except FloatingPointError as error:
         fail(name, str(error), code=1)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
         fail(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
+
+
+def _drop_unwritten() -> None:
+    """Where standard output can't be written to, what it holds is no concern of Python's end any more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(name: str, options: type[T], argv: Sequence[str] | None) -> T:
@@ -54,11 +68,15 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None) -> T:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+            parsed = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as end:
         if end.code != 2:  # --help, on standard output
             raise
         fail(name, f"{_what_is_wrong(said.getvalue())}; see gpt2jax {name} --help")
+    # a shell leaves "~" as it is in --out=~/folder
+    paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
+    expanded: Any = {name: check_path(name, value) for name, value in paths.items()}
+    return dataclasses.replace(parsed, **expanded)  # pyright: ignore[reportArgumentType]
 
 
 def _what_is_wrong(box: str) -> str:
@@ -74,6 +92,13 @@ def _what_is_wrong(box: str) -> str:
         if not (is_rule or is_help):
             kept.append(text)
     return " ".join(kept).rstrip(".")
+
+
+def say(console: Any, what: str, text: str) -> None:
+    """Prints a line that begins with a word in bold; brackets in paths and names are no markup."""
+    from rich.text import Text
+
+    console.print(Text.assemble((what, "bold"), "  ", text), highlight=False, soft_wrap=True)
 
 
 def command_line(name: str) -> str:

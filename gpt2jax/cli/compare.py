@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, check_folder, command_line, row_length, run_command
+from gpt2jax.cli.common import DataOptions, check_folder, command_line, row_length, run_command, say
 from gpt2jax.cli.finetune import default_prompts
 
 
@@ -100,7 +100,7 @@ def run(options: Options) -> None:
     comparison.save(options.out)
     console = Console()
     print_comparison(comparison, console)
-    console.print(f"[bold]wrote[/]  {options.out}/report.html, report.md, comparison.json", highlight=False)
+    say(console, "wrote", f"{options.out}/report.html, report.md, comparison.json")
 
 
 def training_texts(options: Options, source: DataOptions) -> Iterator[str] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gpt2jax.cli.common import fail, run_command
+from gpt2jax.cli.common import fail, run_command, say
 
 if TYPE_CHECKING:
     import jax
@@ -91,7 +91,7 @@ def run(options: Options) -> None:
     if options.verify:
         written |= _verify(options, model, dtype)
     _print(console, str(options.out), written)
-    console.print(f"[bold]wrote[/]  {options.out}", highlight=False)
+    say(console, "wrote", str(options.out))
 
 
 def _target_dtype(options: Options, dtypes: list[str], *, plain: bool) -> str:
@@ -125,10 +125,11 @@ def _counted(dtypes: collections.Counter[str]) -> str:
 
 def _print(console: Any, title: str, rows: dict[str, str]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=Text(title), title_justify="left", show_header=False)
     for row in rows.items():
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

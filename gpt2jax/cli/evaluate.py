@@ -118,8 +118,10 @@ def output_files(options: Options) -> tuple[pathlib.Path | None, pathlib.Path | 
 def figures_table(options: Options, figures: dict[str, Any]) -> Any:
     """The single figures as a table for the terminal."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{options.model} on {options.source.data}, {options.split}", title_justify="left")
+    title = Text(f"{options.model} on {options.source.data}, {options.split}")
+    table = Table(title=title, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in figures.items():

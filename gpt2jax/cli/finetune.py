@@ -15,6 +15,7 @@ from gpt2jax.cli.common import (
     check_folder,
     command_line,
     run_command,
+    say,
 )
 from gpt2jax.cli.processes import ProcessOptions
 from gpt2jax.train.config import FinetuneConfig
@@ -127,15 +128,17 @@ def run(options: Options) -> None:
     validation_texts = _texts(options, "validation", limit=options.eval_documents)
     test_texts = _texts(options, "test", limit=options.eval_documents) if options.compare else []
     count = f"{len(train_texts):,} documents" if isinstance(train_texts, list) else "documents as they come"
-    console.print(
-        f"[bold]texts[/]  {options.source.data}: {count} to train on, "
-        f"{len(validation_texts):,} for validation, {len(test_texts):,} held out for the comparison",
-        highlight=False,
+    say(
+        console,
+        "texts",
+        f"{options.source.data}: {count} to train on, {len(validation_texts):,} for validation, "
+        f"{len(test_texts):,} held out for the comparison",
     )
     model = starting_model(options)
-    console.print(f"[bold]model[/]  {model!r}", highlight=False)
+    say(console, "model", repr(model))
     if options.compare:  # what can't be generated is to be known before the training
-        make_rows(model, _prompts(options), max_new_tokens=options.max_new_tokens, max_length=None)
+        limits: Any = {"max_new_tokens": options.max_new_tokens, "max_length": None}
+        make_rows(model, _prompts(options), **limits, past_context=None)
     if config.base_dtype is not None:  # what trains is a copy, and the device may have no room for both
         model = model.merge_adapter()
         model = dataclasses.replace(model, params=jax.device_get(model.params))
@@ -157,9 +160,7 @@ def run(options: Options) -> None:
         _compare(options, model, result, _plain(test_texts), _plain(train_texts), console)
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "adapter" if options.lora else "model"
-    console.print(
-        f"[bold]wrote[/]  {output}: {files}{result_folder}, checkpoints, metrics.jsonl", highlight=False
-    )
+    say(console, "wrote", f"{output}: {files}{result_folder}, checkpoints, metrics.jsonl")
 
 
 def _check(options: Options) -> None:
@@ -271,7 +272,8 @@ def finetune_config(options: Options) -> FinetuneConfig:
     ):
         steps = DEFAULT_JOB_STEPS
     layout = options.layout or ("documents" if options.source.data in STUDY_DATA else "windows")
-    cache = str(default_cache()) if options.cache_tokens else None
+    folder = default_cache() if options.cache_tokens else None
+    cache = None if folder is None else str(folder)
     settings = dataclasses.asdict(options.train)
     return FinetuneConfig(**settings, steps=steps, layout=layout, lora=lora, token_cache=cache)
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from gpt2jax.cli.common import run_command
+from gpt2jax.cli.common import check_file, run_command
+from gpt2jax.terminal import redraws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +150,17 @@ def run(options: Options) -> None:
 
     check_search(options)
     prompts = read_prompts(options)
-    interactive = not prompts and sys.stdin.isatty()
+    interactive = not prompts and sys.stdin is not None and sys.stdin.isatty()
     if not prompts and not interactive:
-        prompts = sys.stdin.read().splitlines()
+        prompts = [] if sys.stdin is None else sys.stdin.read().splitlines()
         if not prompts:
             raise ValueError("there is no prompt: give one as an argument, in --file, or on standard input")
     if options.beams and interactive:
         raise ValueError("--beams has no text before its end to show as it comes; give prompts")
     if 0 < options.beams < options.num_samples:
         raise ValueError(f"--num-samples {options.num_samples} is over --beams {options.beams}")
+    if options.out is not None and str(options.out) != "-":
+        check_file(options.out, overwrite=True)
     model = load(options.model)
     if options.beams:
         _write(functools.partial(_search, model, prompts, options), options)
@@ -222,7 +225,7 @@ def _show(prompt: str, pieces: Any) -> None:
         first = first or time.perf_counter()
         print(piece, end="", flush=True)
     print()
-    if first is not None and sys.stderr.isatty():
+    if first is not None and redraws():
         output, seconds = pieces.generation, time.perf_counter() - began
         tokens = len(output.token_ids)
         speed = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"
@@ -269,6 +272,16 @@ def _search(model: Any, prompts: list[str], options: Options) -> list[Any]:
     return [beam for beams in found for beam in beams]
 
 
+def _json_line(content: dict[str, Any]) -> str:
+    """A line of JSON, readable, but for bytes of a prompt that are no UTF-8 and can be written as numbers only."""
+    line = json.dumps(content, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(content) + "\n"
+    return line
+
+
 def _write(make: Callable[[], list[Any]], options: Options) -> None:
     """Prints continuations, or writes them as JSON lines and says how fast they were made."""
     from gpt2jax.files import atomic_write
@@ -280,7 +293,7 @@ def _write(make: Callable[[], list[Any]], options: Options) -> None:
         for output in outputs:
             print(str(output) + "\n")
         return
-    lines = [json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n" for output in outputs]
+    lines = [_json_line(dataclasses.asdict(output)) for output in outputs]
     if str(options.out) == "-":
         sys.stdout.writelines(lines)
     else:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from gpt2jax.checks import check_texts
+
 # texts are encoded in pieces of about so many characters: enough for every core, and little to hold
 PIECE = 1 << 22
 
@@ -74,10 +76,9 @@ def tokenize_documents(
 
     Raises:
         ValueError: there is no text, an id is out of range, or a string came without a tokenizer.
-        TypeError: `texts` is one string.
+        TypeError: `texts` is one string, or no list.
     """
-    if isinstance(texts, str | bytes):
-        raise TypeError("texts is one string; pass a list of texts")
+    check_texts("texts", texts)
     if cache is not None:
         from gpt2jax.data.token_cache import cached_documents
 

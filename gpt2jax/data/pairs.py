@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
+from gpt2jax.checks import check_path
 from gpt2jax.data.readers import list_files, read_texts
 from gpt2jax.data.sources import split_by_name, split_texts
 
@@ -40,7 +40,7 @@ def load_pairs(
         raise ValueError(
             f"prompt_column={prompt_column!r} and completion_column={completion_column!r}: name both"
         )
-    path = Path(source).expanduser()
+    path = check_path("source", source)
     if not path.exists():
         raise FileNotFoundError(
             f"there is no file or folder {source}; prompts and completions come from files"

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gpt2jax.terminal import redraws
+
 SHOWN_AFTER = 1.0  # seconds; what is done sooner needs no line
 
 Count = Callable[[int, int, int], None]
@@ -31,7 +33,7 @@ def tokenization_progress(texts: Iterable[Any], *, show: bool) -> Iterator[Count
 
     if not show:
         yield lambda *counts: None
-    elif not sys.stderr.isatty():
+    elif not redraws():
         yield lambda *counts: None if add(*counts) else None
         if time.perf_counter() - start > SHOWN_AFTER:
             print(f"tokenized {sums[0]:,} documents  {add(0, 0, 0)}", file=sys.stderr, flush=True)

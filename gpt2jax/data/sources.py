@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from gpt2jax.checks import is_whole
+from gpt2jax.checks import check_path, is_whole
 from gpt2jax.data.builtin import BUILTIN_NAMES, SPLITS, builtin_texts
 from gpt2jax.data.hub import (
     DATA_VARIABLE,
@@ -147,6 +147,7 @@ def iterate_texts(
         raise ValueError(f"documents={documents!r} is not one of {', '.join(DOCUMENTS)}")
     if limit is not None and (not is_whole(limit) or limit < 1):
         raise ValueError(f"limit={limit!r} is not a positive number of texts")
+    check_path("source", source)
     texts = _open_source(
         os.fspath(source), split, text_column, revision, documents, streaming or limit is not None
     )
@@ -209,10 +210,10 @@ def pin_revision(source: str | os.PathLike[str], revision: str | None = None) ->
         ValueError: the source is nothing that is known, or not on the hub and a revision is given.
         FileNotFoundError: there is no such file, data set or revision, or the hub does not answer.
     """
-    source = os.fspath(source)
+    path, source = check_path("source", source), os.fspath(source)
     if revision is None and _archive(source):
         return None
-    if Path(source).expanduser().exists() or source in BUILTIN_NAMES:
+    if path.exists() or source in BUILTIN_NAMES:
         if revision is not None:
             raise ValueError(f"{source} is not on the hub: it has no revision {revision!r}")
         return None
@@ -237,7 +238,7 @@ def _open_source(
         return paper_texts(source, _parts(split), text_column, commit, lazy=lazy)
     if commit is not None:
         return _hub_texts(source, split, text_column, commit, lazy)
-    path = Path(source).expanduser()
+    path = check_path("source", source)
     if not path.exists() and source in BUILTIN_NAMES:
         if text_column is not None:
             raise ValueError(f"{source} has no columns to choose text_column={text_column!r} from")

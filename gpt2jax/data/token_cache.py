@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2jax.checks import check_path
 from gpt2jax.data.documents import Documents, prompt_and_completion, to_offsets, token_dtype, write_pieces
 from gpt2jax.files import atomic_write
 
@@ -29,13 +30,20 @@ _MAGIC = 0x6770_7432_6A61_7831
 _FOOTER = 5 * 8
 
 
-def default_cache() -> pathlib.Path:
-    """$GPT2JAX_CACHE, or gpt2jax in the user's cache folder; there the folder `tokens`."""
+def default_cache() -> pathlib.Path | None:
+    """$GPT2JAX_CACHE, or gpt2jax in the user's cache folder; there the folder `tokens`.
+
+    None where the user's folder can't be written to, or there is no home: nobody asked for this one.
+    """
     home = os.environ.get(CACHE_VARIABLE)
     if home:
-        return pathlib.Path(home) / "tokens"
+        return check_path(CACHE_VARIABLE, home) / "tokens"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(base).expanduser() / "gpt2jax" / "tokens"
+    folder = check_path("XDG_CACHE_HOME", base)
+    there = next((place for place in (folder, *folder.parents) if os.path.exists(place)), folder)
+    if folder.parts[0] == "~" or not os.access(there, os.W_OK):
+        return None
+    return folder / "gpt2jax" / "tokens"
 
 
 def cached_documents(
@@ -64,12 +72,14 @@ def cached_documents(
         else:
             for index, text in enumerate(texts):
                 _add_text(digest, text, index)
-        path = pathlib.Path(cache) / f"{digest.hexdigest()}.tokens"
+        path = check_path("cache", cache) / f"{digest.hexdigest()}.tokens"
         if found := read_tokens(path):
             return found
     else:
         texts = _digested(texts, digest)
-        path = pathlib.Path(cache) / f"{uuid.uuid4().hex}.tokens"  # its name is known when all texts are read
+        path = (
+            check_path("cache", cache) / f"{uuid.uuid4().hex}.tokens"
+        )  # its name is known when all texts are read
     with atomic_write(path, "wb") as file:
         lengths, prompts = write_pieces(
             texts, tokenizer, vocab_size, lambda ids: file.write(ids.data), progress=progress

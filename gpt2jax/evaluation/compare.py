@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt2jax.checks import check_count
+from gpt2jax.checks import check_count, check_path, check_seed, check_texts
 from gpt2jax.evaluation.evaluation import Evaluation
 from gpt2jax.evaluation.excerpts import Excerpt, excerpts
 from gpt2jax.evaluation.gains import loss_standard_error, paired_difference, where_gain_lies
 from gpt2jax.evaluation.generations import generate_texts, repetition_by_model
-from gpt2jax.evaluation.metrics import check_settings, check_texts, evaluate, iterate
+from gpt2jax.evaluation.metrics import check_scorable, check_settings, evaluate
 from gpt2jax.evaluation.overlap import text_overlap
 from gpt2jax.evaluation.provenance import data_fingerprint, describe_model, versions
 from gpt2jax.evaluation.statistics import PairedDifference
 from gpt2jax.files import atomic_write
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.prompts import Prompt, as_prompts, check_seed
+from gpt2jax.prompts import Prompt, as_prompts
 from gpt2jax.sampling import SamplingConfig
 
 SCHEMA = "gpt2jax.comparison"
@@ -140,7 +139,7 @@ class Comparison:
         from gpt2jax.evaluation.report import markdown_report
         from gpt2jax.evaluation.report_html import html_report
 
-        folder = pathlib.Path(os.path.expanduser(folder))
+        folder = check_path("folder", folder)
         files = {
             "report.html": html_report(self),
             "report.md": markdown_report(self),
@@ -215,11 +214,15 @@ def compare(
     sampling = _sampling(temperature, top_k, top_p, do_sample)
     sampling |= _length_limit(models, max_length, max_new_tokens)
     prompts = _default_prompts(models) if prompts is None else as_prompts(prompts)
-    texts = list(iterate("texts", texts))
-    training_texts = None if training_texts is None else iterate("training_texts", training_texts)
+    if source is not None and not isinstance(source, Mapping):
+        raise ValueError(f"source={source!r:.60} must be a dict, or None")
+    check_texts("texts", texts)
+    texts = list(texts)
+    if training_texts is not None:
+        check_texts("training_texts", training_texts)
     for model in models.values():
         check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
-        check_texts(model, texts)
+        check_scorable(model, texts)
     same_tokens = _same_tokens(list(models.values()), windows)
     # first, since it is short and finds a prompt that does not fit
     generations, first_calls = generate_texts(models, prompts, sampling, seed)

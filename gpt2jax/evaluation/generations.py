@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt2jax.checks import SEED_RANGE
 from gpt2jax.generation import Generation, generate
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.prompts import SEED_RANGE
+from gpt2jax.prompts import make_rows
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event
 
@@ -20,7 +21,14 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event
 def generate_texts(
     models: Mapping[str, LanguageModel], prompts: Sequence[Any], sampling: Mapping[str, Any], seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Each model's text for each prompt, prompt by prompt, and the time of each model's very first call."""
+    """Each model's text for each prompt, prompt by prompt, and the time of each model's very first call.
+
+    Raises:
+        ValueError: a prompt does not fit a model.
+    """
+    lengths: Any = {name: sampling.get(name) for name in ("max_new_tokens", "max_length")}
+    for model in models.values():  # all of them before the first is continued
+        make_rows(model, prompts, **lengths, past_context=None)
     generations, first_calls = [], {}
     for name, model in models.items():
         for index, prompt in enumerate(prompts):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.checks import check_count
+from gpt2jax.checks import check_count, check_model, check_path, check_texts
 from gpt2jax.data.batches import check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
 from gpt2jax.evaluation.evaluation import Evaluation, Settings
@@ -42,7 +41,7 @@ from gpt2jax.evaluation.windows import (
 )
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.precision import precision
-from gpt2jax.prompts import check_model
+from gpt2jax.terminal import redraws
 
 # documents that are read, scored and summed up at once
 PIECE = 1024
@@ -94,12 +93,13 @@ def evaluate(
     """
     began = time.perf_counter()
     settings = check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
-    iterator = iterate("texts", texts)
+    check_texts("texts", texts)
+    iterator = iter(texts)
     if state is not None and per_token:
         raise ValueError("per_token=True: a state file holds sums and no tokens; leave out one of them")
     if resume and state is None:
         raise ValueError("resume=True needs the state file to resume from")
-    path = None if state is None else pathlib.Path(os.path.expanduser(state))
+    path = None if state is None else check_path("state", state)
     identity = {} if path is None else _identity(model, settings)
     found = read_state(path, identity) if path is not None and resume else State()
     digest = hashlib.sha256()
@@ -158,17 +158,7 @@ def check_settings(
     return Settings(int(sequence_length), windows, int(stride), int(batch_size), compute_dtype)
 
 
-def iterate(name: str, texts: Iterable[Any]) -> Iterator[Any]:
-    """The texts one by one, or TypeError where they are no list of them."""
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"{name} is one string; pass a list of texts")
-    try:
-        return iter(texts)
-    except TypeError:
-        raise TypeError(f"{name}={texts!r:.60} is no list of texts") from None
-
-
-def check_texts(model: LanguageModel, texts: Sequence[Any]) -> None:
+def check_scorable(model: LanguageModel, texts: Sequence[Any]) -> None:
     """Raises ValueError where no text has two tokens; reads no further than the first that has."""
     for text in texts:
         beginning = text[:1000] if isinstance(text, str) else text
@@ -261,8 +251,8 @@ def _score_piece(
 
 @contextlib.contextmanager
 def _progress(total: int | None, done: int, show: bool) -> Iterator[Callable[[float], None]]:
-    """Yields `advance(documents)`: a bar on stderr, or nothing."""
-    if not show:
+    """Yields `advance(documents)`: a bar on stderr where that is a terminal, or nothing."""
+    if not (show and redraws()):
         yield lambda documents: None
         return
     from rich.console import Console

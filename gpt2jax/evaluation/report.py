@@ -259,7 +259,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     tables = [transposed(figures_table(comparison))]
     tables += [transposed(paired_table(comparison))] if comparison.paired else []
     for table in tables:
-        shown = RichTable(title=table.caption, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+        shown = RichTable(title=Text(table.caption), title_justify="left", title_style="dim", box=SIMPLE_HEAD)
         for index, column in enumerate(table.columns):
             shown.add_column(Text(column), justify="right" if index else "left")
         for row in table.rows:

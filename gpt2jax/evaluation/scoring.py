@@ -51,6 +51,9 @@ def scorer(
     devices = jax.local_devices() if devices is None else list(devices)
     if not devices:
         raise ValueError("devices=[] must be at least one device, or None for all")
+    for device in devices:
+        if not isinstance(device, jax.Device):
+            raise ValueError(f"devices: {device!r:.60} is none; jax.devices() gives them")
     mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
     params = _scoring_params(model.merge_adapter().params, numerics.compute_dtype)
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.files import read_object
 from gpt2jax.model import Params
 from gpt2jax.train.step import TrainState, averaged
 
@@ -63,8 +63,12 @@ class Checkpoints:
         args = self._ocp.args
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, template)
         items = {"state": args.StandardRestore(abstract), "unlogged": args.JsonRestore()}
-        restored = self._manager.restore(self.latest_step(), args=args.Composite(**items))
-        return restored["state"], restored["unlogged"]["steps"]
+        step = self.latest_step()
+        with _readable(
+            f"step {step} in {self._manager.directory}", "; without it the run goes on from the one before"
+        ):
+            restored = self._manager.restore(step, args=args.Composite(**items))
+            return restored["state"], restored["unlogged"]["steps"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -79,7 +83,16 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
     """The description of the run that a checkpoint is of."""
-    return json.loads((folder / "run" / "metadata").read_text("utf-8"))
+    return read_object(folder / "run" / "metadata", "finetune", "base_model")
+
+
+@contextlib.contextmanager
+def _readable(name: str, advice: str = "") -> Iterator[None]:
+    """Names the checkpoint that is read in the block, where orbax finds a fault in its files, of whatever kind."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"the checkpoint {name} can't be read: {error!s:.300}{advice}") from error
 
 
 def restore_trained(folder: pathlib.Path) -> Params:
@@ -90,7 +103,7 @@ def restore_trained(folder: pathlib.Path) -> Params:
     path = folder.absolute() / "state"
     # the handler and no checkpointer, which would miss metadata of its own that a manager does not write here
     handler: Any = ocp.StandardCheckpointHandler()
-    with contextlib.closing(handler):
+    with contextlib.closing(handler), _readable(str(folder)):
         tree = handler.metadata(path).tree
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
         state = handler.restore(path, args=ocp.args.StandardRestore(shapes))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
+from typing import Any
 
+from gpt2jax.checks import check_count, check_path, check_seed, is_number
 from gpt2jax.data.batches import LAYOUTS
 from gpt2jax.lora import BASE_DTYPES, LoRAConfig
 from gpt2jax.model import REMAT
@@ -126,7 +128,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "eval_every", "checkpoint_every", "patience"):
             if getattr(self, name) is not None:
-                self._check_whole(name, minimum=1)
+                self._set(name, check_count(name, getattr(self, name)))
         for name in (
             "batch_size",
             "accumulation",
@@ -135,9 +137,9 @@ class FinetuneConfig:
             "log_every",
             "keep_checkpoints",
         ):
-            self._check_whole(name, minimum=1)
-        for name in ("warmup_steps", "seed"):
-            self._check_whole(name, minimum=0)
+            self._set(name, check_count(name, getattr(self, name)))
+        self._set("warmup_steps", check_count("warmup_steps", self.warmup_steps, 0))
+        self._set("seed", check_seed(self.seed))
         for name in ("epochs", "epsilon", "lora_plus_ratio"):
             self._check_number(name, lambda x: x > 0, "a positive number")
         for name in ("learning_rate", "max_grad_norm", "max_minutes"):
@@ -164,16 +166,20 @@ class FinetuneConfig:
             ("remat", REMAT),
         ):
             self._check_known(name, getattr(self, name), known)
+        if self.lora is not None and not isinstance(self.lora, LoRAConfig):
+            raise ValueError(f"lora={self.lora!r:.60} must be a LoRAConfig, or None")
         if self.base_dtype is not None:
             self._check_known("base_dtype", self.base_dtype, BASE_DTYPES)
             if self.lora is None:
                 raise ValueError(f"base_dtype={self.base_dtype!r} is for LoRA only; expected None")
         for name in ("freeze", "track"):
-            value = getattr(self, name)
-            names = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, name, names)
+            self._set_names(name)
         for name in self.track:
             self._check_known("track", name, TRACKERS)
+        if not isinstance(self.keep_best, bool):
+            raise ValueError(f"keep_best={self.keep_best!r:.60} must be True or False")
+        if self.token_cache is not None:
+            self._set("token_cache", str(check_path("token_cache", self.token_cache)))
         if self.optimizer == "muon" and self.lora is not None:
             raise ValueError("optimizer='muon' does not train LoRA adapters; use 'adamw'")
         if self.freeze and self.lora is not None:
@@ -183,16 +189,23 @@ class FinetuneConfig:
         if self.lora_plus_ratio != 1 and self.lora is None:
             raise ValueError(f"lora_plus_ratio={self.lora_plus_ratio!r} is for LoRA only; expected 1")
 
+    def _set(self, name: str, value: Any) -> None:
+        """A checked value as Python's own kind, which JSON takes."""
+        object.__setattr__(self, name, value)
+
+    def _set_names(self, name: str) -> None:
+        value = getattr(self, name)
+        names = (value,) if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(x, str) and x for x in names):
+            raise ValueError(f"{name}={value!r:.60} must be a list of names, none of them empty")
+        self._set(name, tuple(names))
+
     def _check_known(self, name: str, value: object, known: tuple[str, ...]) -> None:
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not known; known: {', '.join(known)}")
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{name}={value!r:.60} is not known; known: {', '.join(known)}")
 
-    def _check_whole(self, name: str, *, minimum: int) -> None:
+    def _check_number(self, name: str, legal: Callable[[float], bool], expected: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}")
-
-    def _check_number(self, name: str, legal, expected: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or not legal(value):
-            raise ValueError(f"{name}={value!r} must be {expected}")
+        if not is_number(value) or not legal(value):
+            raise ValueError(f"{name}={value!r:.60} must be {expected}")
+        self._set(name, float(value))

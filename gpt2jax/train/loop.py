@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gpt2jax.checks import check_model, check_texts
 from gpt2jax.config import GPT2Config
 from gpt2jax.data.batches import Batches, check_long_enough
 from gpt2jax.data.documents import Documents, tokenize_documents
@@ -90,12 +91,22 @@ def finetune(
     Raises:
         ValueError: impossible settings, no trainable text, a resumed run with other settings or texts, or both `resume`
             and `overwrite`.
-        FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given.
+        TypeError: the texts are one string, or no list.
+        FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given, or
+            one that is going on.
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
             good checkpoint.
         ModuleNotFoundError: `config.track` names what is not installed.
         KeyboardInterrupt: Ctrl-C or SIGTERM, when the step is done and a checkpoint written; says how to go on.
     """
+    check_model("model", model)
+    check_texts("train_texts", train_texts)
+    if validation_texts is not None:
+        check_texts("validation_texts", validation_texts)
+    if source is not None and not isinstance(source, Mapping):
+        raise ValueError(f"source={source!r:.60} must be a dict, or None")
+    if config is not None and not isinstance(config, FinetuneConfig):
+        raise ValueError(f"config={config!r:.60} must be a FinetuneConfig, or None")
     config = resolve_learning_rate(config or FinetuneConfig(), model.num_parameters())
     if model.adapters is not None:
         model = model.merge_adapter()
@@ -118,11 +129,13 @@ def finetune(
         check_long_enough(validation, "validation texts")
     plan = _plan(model, config, documents)
     folder = None
-    if output is not None:
-        folder = RunFolder(output, resume=resume, overwrite=overwrite)
-        folder.begin(model, config, documents, source)
-        wait_for_all("the run folder")
-    return _train(model, config, plan, validation, folder, show=progress)
+    with contextlib.ExitStack() as stack:
+        if output is not None:
+            folder = RunFolder(output, resume=resume, overwrite=overwrite)
+            stack.enter_context(folder.alone())
+            folder.begin(model, config, documents, source)
+            wait_for_all("the run folder")
+        return _train(model, config, plan, validation, folder, show=progress)
 
 
 def _check_names(model: LanguageModel, config: FinetuneConfig) -> None:

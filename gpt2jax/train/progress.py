@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gpt2jax.terminal import redraws
+
 Report = Callable[[int, dict[str, float]], None]
 
 
@@ -24,7 +26,7 @@ def training_progress(steps: int, start: int, *, show: bool = True) -> Iterator[
     """Yields `report(step, metrics)`: draws the bar on a terminal, prints a line per logged step elsewhere."""
     if not show:
         yield lambda step, metrics: None
-    elif not sys.stderr.isatty():
+    elif not redraws():
         yield _print_line(steps)
     else:
         columns = (

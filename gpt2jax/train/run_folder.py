@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from gpt2jax.checks import check_path
 from gpt2jax.data.documents import Documents
-from gpt2jax.files import atomic_write
+from gpt2jax.files import atomic_write, read_object
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model import Params
 from gpt2jax.train.config import FinetuneConfig
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no such locks
+    fcntl = None
 
 RUN_FILE = "run.json"
 # these say how to log and keep, not what is computed: a resumed run may change them; nor does it matter under what
@@ -56,7 +64,7 @@ class RunFolder:
     def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
         if resume and overwrite:
             raise ValueError("resume=True goes on with the run that overwrite=True deletes: give one of them")
-        self.path = pathlib.Path(path)
+        self.path = check_path("output", path)
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
         self._writes = jax.process_index() == 0
         if self._writes:
@@ -77,6 +85,33 @@ class RunFolder:
                 raise FileExistsError(
                     f"{path} holds another run; resume it, overwrite it, or choose another folder"
                 )
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Makes the folder and holds it, as long as the block runs and the process lives.
+
+        Raises:
+            FileExistsError: the run of another program is in it at this moment.
+        """
+        if self._writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+        if not self._writes or fcntl is None:
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise FileExistsError(
+                f"another run is going on in {self.path}: wait for its end, or stop it"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     def begin(
         self,
@@ -111,7 +146,7 @@ class RunFolder:
         return list(self.path.glob(".*.part"))
 
     def _check_same(self, content: dict[str, Any]) -> None:
-        before = json.loads((self.path / RUN_FILE).read_text("utf-8"))
+        before = read_object(self.path / RUN_FILE, "finetune")
         # a run of an earlier version lacks settings that came later: it had what is now their default
         before["finetune"] = {**_finetune_fields(FinetuneConfig()), **before["finetune"]}
         flat_before, flat_now = _flatten(before), _flatten(content)
@@ -134,7 +169,8 @@ class RunFolder:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # a run killed in the middle of a line
                 continue
-            if entry["step"] <= up_to:
+            # a damaged line may be JSON still
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= up_to:
                 kept.append(entry)
         if self._writes:
             with atomic_write(path) as file:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from gpt2jax.checks import check_path
 from gpt2jax.config import GPT2Config
 from gpt2jax.model import Params
 from gpt2jax.tokenizer import Tokenizer
@@ -78,14 +79,14 @@ def load_weights(
         FileNotFoundError: nothing lies at the path.
         ValueError: what lies there is of no known format, or damaged.
     """
-    path = Path(path).expanduser()
+    path = check_path("path", path)
     config, params = open_weights(path)[1].load(dtype)
     return config, params, read_tokenizer_beside(path if path.is_dir() else path.parent)
 
 
 def open_weights(path: str | os.PathLike[str]) -> tuple[str, Source]:
     """The name of the format of what lies at a path, and the weights in it, not read; raises as `load_weights`."""
-    path = Path(path).expanduser()
+    path = check_path("path", path)
     if not path.exists() and not is_keras_checkpoint(path):  # a checkpoint's prefix is not a file
         raise FileNotFoundError(f"there are no weights at {path}")
     kind = next((kind for kind in FORMATS if kind.matches(path)), None)

@@ -25,6 +25,7 @@ from gpt2jax.low_rank import column_lengths
 from gpt2jax.model import Params, abstract_params
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.mapping import FLOAT_DTYPES, Tensor, is_finite, listed
+from gpt2jax.weights.peft_targets import declared_linears
 from gpt2jax.weights.safetensors_file import read_safetensors, write_safetensors
 from gpt2jax.weights.torch_file import read_state_dict
 
@@ -58,7 +59,7 @@ SHARED = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }
-# they choose which linears are adapted or how training begins: the tensors in the file say the outcome
+# they say how training begins, or which linears are adapted, which the tensors must agree with (peft_targets.py)
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "eva_config", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "revision",
@@ -77,12 +78,13 @@ def load_adapter(
         params: its parameters, needed for DoRA in some of the blocks only.
 
     Returns:
-        (settings, adapters), stacked over the blocks. A linear that PEFT adapted in some blocks only has zero
-        factors in the others.
+        (settings, adapters), stacked over the blocks. A linear that PEFT adapted in some blocks only, by what the
+        settings say, has zero factors in the others.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no LoRA adapters, they use something that is not known here, or do not fit `config`.
+        ValueError: it holds no LoRA adapters, they use something that is not known here, are not those that the
+            settings name, or do not fit `config`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -101,7 +103,8 @@ def load_adapter(
         lora = LoRAConfig(**shared, targets=tuple(found))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-    return lora, _fill(config, lora, tensors, file, params)
+    problems = _contradictions(settings, tensors, config.n_layer, folder / CONFIG_FILE)
+    return lora, _fill(config, lora, tensors, file, params, problems)
 
 
 def save_adapter(
@@ -207,12 +210,17 @@ def _parts(config: GPT2Config, lora: LoRAConfig, adapters: Params) -> Iterator[t
 
 
 def _fill(
-    config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], file: Path, params: Params | None
+    config: GPT2Config,
+    lora: LoRAConfig,
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    params: Params | None,
+    problems: list[str],
 ) -> Params:
-    """Every tensor to its place; all that do not fit are named in one error."""
+    """Every tensor to its place; all that do not fit are named in one error, with the problems there are already."""
     adapters = _empty(config, lora, tensors, file)
     places = dict(_parts(config, lora, adapters))
-    problems = _problems(tensors, places)
+    problems = _problems(tensors, places) + problems
     if problems:
         raise ValueError(f"{file} does not fit the model and its {CONFIG_FILE}: {listed(problems)}")
     for name, tensor in tensors.items():
@@ -249,6 +257,25 @@ def _empty(config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], 
         zeros = {leaf: np.zeros(shape, np.float32) for leaf, shape in shapes.items()}
         adapters.setdefault(module, {})[linear] = zeros
     return {"h": adapters}
+
+
+def _contradictions(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], layers: int, path: Path
+) -> list[str]:
+    """Where the tensors are not of the linears that the settings name, as with adapters of a smaller model."""
+    try:
+        declared = declared_linears(settings, layers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if declared is None:
+        return []
+    every = {f"h.{layer}.{target}" for layer in range(layers) for target in TARGETS}
+    adapted = {name.partition(".lora_")[0] for name in tensors} & every
+    names = f"target_modules={settings['target_modules']!r:.60}"
+    if settings.get("layers_to_transform") is not None:
+        names += f" and layers_to_transform={settings['layers_to_transform']!r:.60}"
+    missing = [f"{name}: has no tensors, but is one of {names}" for name in sorted(declared - adapted)]
+    return missing + [f"{name}: has tensors, but is none of {names}" for name in sorted(adapted - declared)]
 
 
 def _problems(tensors: Mapping[str, Tensor], places: Mapping[str, np.ndarray]) -> list[str]:

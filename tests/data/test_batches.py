@@ -182,3 +182,10 @@ def test_texts_that_are_too_short():
 def test_one_string_is_not_a_list_of_its_letters():
     with pytest.raises(TypeError, match="texts is one string"):
         tokenize_documents("a text", None, vocab_size=100)
+
+
+@pytest.mark.parametrize("texts", [None, 5, {"train": ["a text"]}])
+def test_what_is_no_list_of_texts(texts):
+    """The names of columns or splits are no texts."""
+    with pytest.raises(TypeError, match="texts=.* is no list of texts"):
+        tokenize_documents(texts, None, vocab_size=100)

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -335,6 +336,13 @@ def test_limit_and_streaming(tmp_path):
     with pytest.raises(ValueError, match="line 6 is not JSON"):
         next(stream)
     assert list(load_texts(path, split="all", streaming=True, limit=2)) == TEXTS[:2]
+
+
+@pytest.mark.parametrize("source", ["", None, ["a text"]])
+def test_what_is_no_source_is_named(source):
+    """The empty name is not the working folder."""
+    with pytest.raises(ValueError, match=re.escape(f"source={source!r} must be a name or a path")):
+        load_texts(source)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True])

@@ -12,7 +12,7 @@ import pytest
 import gpt2jax.data.documents as documents_module
 from gpt2jax.data.batches import Batches
 from gpt2jax.data.documents import tokenize_documents
-from gpt2jax.data.token_cache import read_tokens
+from gpt2jax.data.token_cache import default_cache, read_tokens
 from gpt2jax.tokenizer import Tokenizer
 
 TEXTS = ["one text", "", "another\ud800 text", "ein dritter, länger"]
@@ -153,3 +153,16 @@ def test_more_than_the_memory(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert batch["tokens"].shape == (8, 64) and documents.offsets[-1] == 3_000_000
     assert peak < 6e6
+
+
+def test_no_cache_in_a_home_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("GPT2JAX_CACHE")
+    assert default_cache() == tmp_path / "cache" / "gpt2jax" / "tokens"
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert default_cache() is None
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without a home
+    assert default_cache() is None
+    monkeypatch.setenv("GPT2JAX_CACHE", str(tmp_path / "mine"))
+    assert default_cache() == tmp_path / "mine" / "tokens"

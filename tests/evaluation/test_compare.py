@@ -493,6 +493,10 @@ def test_fingerprints_tell_models_apart(model, other_model):
         (None, {"max_new_tokens": 0}, ValueError, "max_new_tokens=0 must be"),
         (None, {"seed": 1.5}, ValueError, "seed=1.5 must be a whole number from 0"),
         (None, {"seed": 2**32}, ValueError, "seed=4294967296 must be a whole number from 0"),
+        (None, {"prompts": {"a": 1}}, ValueError, "prompts={'a': 1} must be"),
+        (None, {"prompts": {"a"}}, ValueError, "prompts={'a'} must be"),  # in an order of its own each time
+        (None, {"texts": {"a text"}}, TypeError, "texts={'a text'} is no list of texts"),
+        (None, {"source": "docs"}, ValueError, "source='docs' must be a dict"),
         (None, {"training_texts": "one"}, TypeError, "training_texts is one string"),
     ],
 )
@@ -506,5 +510,5 @@ def test_an_impossible_prompt_is_found_before_the_long_work(model, monkeypatch):
     monkeypatch.setattr(
         sys.modules["gpt2jax.evaluation.compare"], "evaluate", lambda *_, **__: pytest.fail("evaluated first")
     )
-    with pytest.raises(ValueError, match="prompt 0"):
-        compare({"a": model}, TEXTS, ["long " * 60], **SETTINGS)
+    with pytest.raises(ValueError, match="prompt 1 .*: shorten the prompt below 128 tokens$"):
+        compare({"a": model}, TEXTS, ["a", "long " * 60], **SETTINGS)

@@ -325,6 +325,7 @@ def test_a_model_without_finite_loss_is_still_json(model):
         (["some text", b"bytes"], {}, "text 1 is neither a string nor a list of token ids: b'bytes'"),
         ([{"text": "a row", "id": 1}], {}, "text 0 has the columns 'text', 'id': pass one column"),
         (["some text"], {"devices": []}, "devices=.. must be at least one"),
+        (["some text"], {"devices": "cpu"}, "devices: 'c' is none; jax.devices"),
     ],
 )
 def test_errors(model, texts, settings, message):

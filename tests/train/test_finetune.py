@@ -14,6 +14,7 @@ from tiny_models import TINY, random_params
 
 import gpt2jax.train.loop as loop
 import gpt2jax.train.step as training_step
+from gpt2jax.evaluation.metrics import evaluate
 from gpt2jax.language_model import LanguageModel, load
 from gpt2jax.lora import LoRAConfig
 from gpt2jax.tokenizer import Tokenizer
@@ -149,6 +150,16 @@ def test_lora_run(model, tmp_path):
     assert sum(file.stat().st_size for file in state.rglob("*")) < 200_000  # adapters and their moments only
 
 
+def test_with_64_bits_allowed_the_run_is_the_same(model, finished):
+    with jax.enable_x64(True):
+        run = finetune(model, texts(), CONFIG, validation_texts=texts(3), progress=False)
+        loss = evaluate(run.model, texts(3), sequence_length=16).loss
+    assert loss == pytest.approx(evaluate(finished.model, texts(3), sequence_length=16).loss, abs=1e-5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.model.params)} == {np.dtype(np.float32)}
+    losses = [[entry["loss"] for entry in result.history] for result in (run, finished)]
+    np.testing.assert_allclose(*losses, atol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path, monkeypatch):
     make = loop.make_configured_step
 
@@ -201,6 +212,21 @@ def test_checkpoints_are_models(model, tmp_path, caplog):
         load(loaded.source)
     with pytest.raises(ValueError, match="dtype='int4' is not known"):
         load(loaded.source, dtype="int4")
+
+
+def test_a_damaged_checkpoint_is_named(model, finished, tmp_path):
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    newest = run / "checkpoints" / "12"
+    for file in (newest / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"the checkpoint {newest} can't be read"):
+        load(newest)
+    with pytest.raises(ValueError, match="step 12 in .* can't be read: .* goes on from the one before"):
+        finetune(model, texts(), CONFIG, validation_texts=texts(3), output=run, resume=True, progress=False)
+    (newest / "run" / "metadata").write_text("{}")
+    with pytest.raises(ValueError, match="metadata is damaged: it has no finetune and no base_model"):
+        load(newest)
 
 
 def test_log_of_float16_steps_that_overflow(model, tmp_path, monkeypatch):
@@ -262,6 +288,26 @@ def test_what_cannot_be_trained_on_leaves_nothing(model, tmp_path, rows, setting
     with pytest.raises(ValueError, match=message):
         finetune(model, rows, config, output=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"model": "gpt2-mini"}, ValueError, "model='gpt2-mini' is no model; gpt2jax.load"),
+        ({"train_texts": None}, TypeError, "train_texts=None is no list of texts"),
+        ({"train_texts": {"text": ["a"]}}, TypeError, "train_texts={'text': .* is no list of texts"),
+        ({"validation_texts": "a text"}, TypeError, "validation_texts is one string"),
+        ({"config": {}}, ValueError, "config={} must be a FinetuneConfig, or None"),
+        ({"config": LoRAConfig()}, ValueError, r"config=LoRAConfig\(.* must be a FinetuneConfig"),
+        ({"source": "docs"}, ValueError, "source='docs' must be a dict, or None"),
+        ({"output": ""}, ValueError, "output='' must be a name or a path, and not empty"),
+        ({"output": 5}, ValueError, "output=5 must be a name or a path"),
+    ],
+)
+def test_what_is_given_in_the_wrong_place_is_named(model, given, error, message):
+    arguments = {"model": model, "train_texts": texts(), "config": CONFIG, "progress": False, **given}
+    with pytest.raises(error, match=message):
+        finetune(**arguments)
 
 
 def test_validation_texts_that_are_too_short_are_called_so(model):

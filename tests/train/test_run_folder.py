@@ -29,6 +29,11 @@ def path(model, tmp_path):
     return tmp_path / "run"
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/runs/one").path == tmp_path / "runs" / "one"
+
+
 def test_log_of_a_killed_run(path):
     folder = RunFolder(path, resume=True)
     for step in (2, 4, 6):
@@ -41,6 +46,31 @@ def test_log_of_a_killed_run(path):
     lines = (path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [*expected, {"step": 6, "loss": 1.0}]
     assert folder.read_metrics(up_to=0) == []
+
+
+def test_a_damaged_log_and_a_damaged_description(path, model):
+    folder = RunFolder(path, resume=True)
+    (path / "metrics.jsonl").write_text('[1]\n5\n{"loss": 1.0}\n{"step": "2"}\n{"step": 2, "loss": 1.0}\n')
+    assert folder.read_metrics(up_to=5) == [{"step": 2, "loss": 1.0}]
+    for content, message in (
+        ('{"finetune', "not JSON"),
+        ("", "not JSON"),
+        ("[]", "no finetune"),
+        ("{}", "no f"),
+    ):
+        (path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=f"run.json is damaged: .*{message}"):
+            folder.begin(model, CONFIG, DOCUMENTS)
+
+
+def test_two_runs_at_once(path):
+    with RunFolder(path, resume=True).alone():
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(FileExistsError, match="another run is going on in .*run"):
+                with RunFolder(path, **how).alone():
+                    pass
+    with RunFolder(path, resume=True).alone():
+        pass
 
 
 def test_the_same_again_and_what_may_differ(path, model):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,7 @@ def test_dora_in_some_blocks_leaves_the_others_as_they_are(tmp_path):
     lora = LoRAConfig(rank=2, use_dora=True)
     save_adapter(tmp_path / "a", TINY, lora, trained(lora))
     rewrite(tmp_path / "a", lambda t: [t.pop(name) for name in list(t) if ".h.1." in name])
+    edit_config(tmp_path / "a", layers_to_transform=[0, 2])
     with pytest.raises(ValueError, match="some blocks only"):
         load_adapter(tmp_path / "a", TINY)
     _, adapters = load_adapter(tmp_path / "a", TINY, BASE)
@@ -138,6 +140,43 @@ def test_dora_in_some_blocks_leaves_the_others_as_they_are(tmp_path):
     base = BASE["h"]["attn"]["c_attn"]["kernel"]
     np.testing.assert_allclose(merged[1], base[1], rtol=1e-6)
     assert np.abs(merged[2] - base[2]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"layers_to_transform": [0, 1]}, "h.2.attn.c_attn: has tensors, but is none of target_modules"),
+        ({"layers_to_transform": 1, "layers_pattern": "h"}, "h.0.mlp.c_proj: has tensors"),
+        ({"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, "h.0.attn.c_attn: has tensors"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform=['0'] must be the numbers of layers"),
+        ({"target_modules": ["c_attn"]}, "h.1.mlp.c_proj: has tensors"),
+        ({"target_modules": ["c_attn", "mlp.c_proj", "c_fc"]}, "h.0.mlp.c_fc: has no tensors"),
+        ({"target_modules": "all-linear"}, "h.2.attn.c_proj: has no tensors, but is one of"),
+        ({"target_modules": r"h\.\d\.attn\.c_attn"}, "h.0.mlp.c_proj: has tensors"),
+        ({"target_modules": "(c_attn"}, "target_modules='(c_attn' is not a regular expression"),
+        ({"target_modules": 5}, "target_modules=5 must be a text or a list of texts"),
+        ({"exclude_modules": ["h.0.mlp.c_proj"]}, "h.0.mlp.c_proj: has tensors"),
+    ],
+)
+def test_settings_that_contradict_the_tensors(saved, changes, named):
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        load_adapter(saved, TINY)
+
+
+@pytest.mark.parametrize(
+    "targets", [None, r".*(c_attn|mlp\.c_proj)", "((.*)*)*c_attn", ["transformer.h.0.attn.c_attn", "h.1.attn.c_attn",
+    "2.attn.c_attn", "mlp.c_proj"]]
+)  # fmt: skip
+def test_settings_that_agree_or_say_nothing(saved, targets):
+    edit_config(saved, target_modules=targets)
+    assert load_adapter(saved, TINY)[0].targets == LORA.targets
+
+
+def test_adapters_of_fewer_layers_than_the_model_has(saved):
+    deeper = dataclasses.replace(TINY, n_layer=5)
+    with pytest.raises(ValueError, match=r"h\.3\.attn\.c_attn: has no tensors, but is one of target_modules"):
+        load_adapter(saved, deeper)
 
 
 def test_tensors_that_the_kind_does_not_have(saved):
@@ -163,6 +202,7 @@ def test_blocks_without_adapters_get_zero_ones(saved):
             del tensors[name]
 
     rewrite(saved, change)
+    edit_config(saved, layers_to_transform=[0, 2])
     _, adapters = load_adapter(saved, TINY)
     kept = trained(LORA)["h"]["attn"]["c_attn"]["lora_b"]
     lora_b = adapters["h"]["attn"]["c_attn"]["lora_b"]
