@@ -209,6 +209,7 @@ def _train(
             state, unlogged = checkpoints.restore(state)
     length, devices = plan.batches.sequence_length, jax.device_count()
     if pays_apart(model.config, config, length, jax.default_backend(), devices):
+        del trainable  # or the stack would stay in memory beside the layers
         state = take_apart(state)
     best = None
     if config.keep_best or config.patience is not None:
