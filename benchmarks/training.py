@@ -4,6 +4,7 @@
     python benchmarks/training.py --dtype bfloat16 --steps 3
     python benchmarks/training.py --lora --size tiny             # adapters, beside PEFT
     python benchmarks/training.py --lora --only gpt2jax --base-dtype int8    # on a base of one byte a weight
+    python benchmarks/training.py --only gpt2jax dense-loss      # beside a loss that holds the logits of all tokens
 
 Each library runs in a process of its own, which stays idle while the others take their turn; what is not installed is
 named and left out. All start from random weights: how fast a step is does not depend on them. A step is forward,
@@ -100,6 +101,24 @@ def gpt2jax_step(
     return run
 
 
+def dense_loss_step(config: GPT2Config, *arguments) -> Step:
+    """gpt2jax's step with a plain loss in the place of its own."""
+    import jax.numpy as jnp
+    import optax
+
+    import gpt2jax.train.step
+
+    def dense(hidden, head, targets, weights, precision, **_):
+        narrow = precision.compute_dtype
+        logits = (hidden.astype(narrow) @ head.astype(narrow).T).astype(jnp.float32)
+        nll = (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
+        correct = ((logits.argmax(-1) == targets) * weights).sum()
+        return nll, {"nll": nll, "tokens": weights.sum(), "correct": correct}
+
+    gpt2jax.train.step.cross_entropy = dense
+    return gpt2jax_step(config, *arguments)
+
+
 def torch_step(config: GPT2Config, rows: int, length: int, dtype: str, lora: bool) -> Step:
     import torch
     import transformers
@@ -151,7 +170,14 @@ def keras_step(config: GPT2Config, rows: int, length: int, dtype: str, lora: boo
     return run
 
 
-MAKERS = {"gpt2jax": gpt2jax_step, "torch": torch_step, "keras-jax": keras_step, "keras-tf": keras_step}
+MAKERS = {
+    "gpt2jax": gpt2jax_step,
+    "torch": torch_step,
+    "keras-jax": keras_step,
+    "keras-tf": keras_step,
+    "dense-loss": dense_loss_step,
+}
+WHEN_NAMED = ("dense-loss",)  # in --only
 
 
 def contender(options: argparse.Namespace) -> tuple[Answer, Callable[[str], Answer]]:
@@ -178,9 +204,8 @@ def contender(options: argparse.Namespace) -> tuple[Answer, Callable[[str], Answ
 
 def compare(options: argparse.Namespace, arguments: list[str]) -> None:
     """Runs the libraries in turns and prints a table."""
-    names = [
-        name for name in (WITH_LORA if options.lora else MAKERS) if not options.only or name in options.only
-    ]
+    peers = WITH_LORA if options.lora else [name for name in MAKERS if name not in WHEN_NAMED]
+    names = [name for name in MAKERS if name in (options.only or peers)]
     contenders = {name: [*arguments, "--worker", name] for name in names}
     first, answers = start_and_take_turns(contenders, options.rounds, str(options.steps))
     tokens = options.rows * options.length
