@@ -191,7 +191,10 @@ def _train(
     show: bool,
 ) -> Run:
     optimizer = make_optimizer(config, plan.steps)
-    trainable, frozen, mask = _parts(model, config)
+    checkpoints = None
+    if folder is not None:
+        checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints, run=folder.description)
+    state, frozen, mask, unlogged = _starting_point(model, config, plan, optimizer, checkpoints)
     step_function = make_configured_step(
         with_dropout(model.config, config.dropout),
         config,
@@ -199,18 +202,6 @@ def _train(
         precision(config.compute_dtype),
         mask=mask,
     )
-    state = _fresh_state(trainable, config, optimizer)
-    if plan.mesh is not None:
-        state, frozen = shard(state, plan.mesh), None if frozen is None else shard(frozen, plan.mesh)
-    checkpoints, unlogged = None, []
-    if folder is not None:
-        checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints, run=folder.description)
-        if checkpoints.latest_step() is not None:
-            state, unlogged = checkpoints.restore(state)
-    length, devices = plan.batches.sequence_length, jax.device_count()
-    if pays_apart(model.config, config, length, jax.default_backend(), devices):
-        del trainable  # or the stack would stay in memory beside the layers
-        state = take_apart(state)
     best = None
     if config.keep_best or config.patience is not None:
         best = Best(None if folder is None else folder.best)
@@ -222,7 +213,7 @@ def _train(
             model=model,
             config=config,
             documents=validation,
-            length=length,
+            length=plan.batches.sequence_length,
             frozen=frozen,
             mesh=plan.mesh,
         )
@@ -274,17 +265,7 @@ def _train(
         except NotFinite as error:
             if log.unlogged:  # with the way there
                 log.flush({})
-            good = None if checkpoints is None else checkpoints.good_step(error.first)
-            where = "there is no checkpoint from before"
-            if folder is not None and good is not None:
-                where = (
-                    f"the last good checkpoint is step {good}, a model at {folder.checkpoints / str(good)}"
-                )
-            ids = plan.batches.documents_of(error.step - 1)
-            shown = ", ".join(map(str, ids[:20])) + (", ..." if len(ids) > 20 else "")
-            raise FloatingPointError(
-                f"{error}; its batch, number {error.step - 1}, holds documents {shown}; {where}"
-            ) from None
+            raise _explained(error, plan, checkpoints, folder) from None
     result = put_together(averaged(state))
     if best is not None:
         result = best.restore(result)
@@ -294,11 +275,42 @@ def _train(
     return Run(trained, log.history, None if folder is None else folder.path)
 
 
+def _explained(
+    error: NotFinite, plan: _Plan, checkpoints: Checkpoints | None, folder: RunFolder | None
+) -> FloatingPointError:
+    """The error with the documents of its batch and the last good checkpoint."""
+    good = None if checkpoints is None else checkpoints.good_step(error.first)
+    where = "there is no checkpoint from before"
+    if folder is not None and good is not None:
+        where = f"the last good checkpoint is step {good}, a model at {folder.checkpoints / str(good)}"
+    ids = plan.batches.documents_of(error.step - 1)
+    shown = ", ".join(map(str, ids[:20])) + (", ..." if len(ids) > 20 else "")
+    return FloatingPointError(
+        f"{error}; its batch, number {error.step - 1}, holds documents {shown}; {where}"
+    )
+
+
 def with_dropout(config: GPT2Config, rate: float | None) -> GPT2Config:
     """The configuration with all three dropout rates set to `rate`, or as it is for None."""
     if rate is None:
         return config
     return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
+
+
+def _starting_point(
+    model: LanguageModel, config: FinetuneConfig, plan: _Plan, optimizer: Any, checkpoints: Checkpoints | None
+) -> tuple[TrainState, Params | None, Params | None, list[dict[str, float]]]:
+    """(state, what is frozen, mask, unlogged metrics): of a new run, or as the newest checkpoint has them."""
+    trainable, frozen, mask = _parts(model, config)
+    state, unlogged = _fresh_state(trainable, config, optimizer), []
+    if plan.mesh is not None:
+        state, frozen = shard(state, plan.mesh), None if frozen is None else shard(frozen, plan.mesh)
+    if checkpoints is not None and checkpoints.latest_step() is not None:
+        state, unlogged = checkpoints.restore(state)
+    length, devices = plan.batches.sequence_length, jax.device_count()
+    if pays_apart(model.config, config, length, jax.default_backend(), devices):
+        state = take_apart(state)
+    return state, frozen, mask, unlogged
 
 
 def _parts(model: LanguageModel, config: FinetuneConfig) -> tuple[Params, Params | None, Params | None]:
