@@ -152,7 +152,7 @@ def measure_training(case: Case) -> tuple[str, ...]:
     estimate = estimate_memory(
         program, fsdp=train.fsdp, tensor=train.tensor_parallel, devices=case.devices
     ).total
-    compiled = compile_program(program, mesh, device.backend)
+    compiled = compile_program(program, mesh)
     memory, total = planned_memory(compiled)
     kernels = compiled.as_text().count('custom_call_target="__cudnn$fmha')
     return (

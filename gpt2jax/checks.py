@@ -12,6 +12,11 @@ LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 SEED_RANGE = 2**32
 
 
+def put(settings: Any, name: str, value: Any) -> None:
+    """Replaces a field of frozen settings by its checked value: Python's own kind, which JSON and jit take."""
+    object.__setattr__(settings, name, value)
+
+
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number, of Python or NumPy, which True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gpt2jax.checks import check_count, is_number, is_whole
+from gpt2jax.checks import check_count, is_number, is_whole, put
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh")
 
@@ -64,9 +64,9 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            self._set(name, check_count(name, getattr(self, name)))
+            put(self, name, check_count(name, getattr(self, name)))
         if self.n_inner is not None:
-            self._set("n_inner", check_count("n_inner", self.n_inner))
+            put(self, "n_inner", check_count("n_inner", self.n_inner))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.activation_function not in ACTIVATIONS:
@@ -77,12 +77,12 @@ class GPT2Config:
             rate = getattr(self, name)
             if not is_number(rate) or not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name}={rate!r} must be at least 0 and below 1")
-            self._set(name, float(rate))
+            put(self, name, float(rate))
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
                 raise ValueError(f"{name}={value!r} must be a positive number")
-            self._set(name, float(value))
+            put(self, name, float(value))
         for name in (
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",
@@ -98,11 +98,7 @@ class GPT2Config:
                 token_id = self.vocab_size - 1
             elif not is_whole(token_id) or not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"{name}={token_id!r} is outside the vocabulary of {self.vocab_size} ids")
-            self._set(name, int(token_id))
-
-    def _set(self, name: str, value: Any) -> None:
-        """A checked value as Python's own kind of number, which JSON and compiled programs take."""
-        object.__setattr__(self, name, value)
+            put(self, name, int(token_id))
 
     @property
     def head_dim(self) -> int:

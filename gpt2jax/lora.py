@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.bits import kernel_bits
-from gpt2jax.checks import check_count, is_number
+from gpt2jax.checks import check_count, is_number, put
 from gpt2jax.config import GPT2Config
 from gpt2jax.low_rank import column_lengths, merged_kernel, output_part, updated_kernel, with_scales
 from gpt2jax.model import Params, abstract_params
@@ -68,21 +68,17 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] | Pattern[float] = ()
 
     def __post_init__(self) -> None:
-        self._set("rank", _check_rank("rank", self.rank))
-        self._set("alpha", _check_alpha("alpha", self.alpha))
+        put(self, "rank", _check_rank("rank", self.rank))
+        put(self, "alpha", _check_alpha("alpha", self.alpha))
         if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout={self.dropout!r} must be at least 0 and below 1")
-        self._set("dropout", float(self.dropout))
+        put(self, "dropout", float(self.dropout))
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"LoRA {name}={getattr(self, name)!r:.100} must be True or False")
-        self._set("targets", _check_targets(self.targets))
+        put(self, "targets", _check_targets(self.targets))
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-            self._set(name, _check_pattern(name, getattr(self, name), check))
-
-    def _set(self, name: str, value: Any) -> None:
-        """A checked value as Python's own kind, which JSON takes."""
-        object.__setattr__(self, name, value)
+            put(self, name, _check_pattern(name, getattr(self, name), check))
 
     @property
     def scale(self) -> float:

@@ -40,7 +40,7 @@ def compare_with_compiled(settings, vocabulary=512):
     train = FinetuneConfig(batch_size=16, **settings)
     program = make_program(dataclasses.replace(SMALL, vocab_size=vocabulary), train, "cpu")
     mesh = make_mesh(fsdp=train.fsdp, devices=jax.devices()[: train.fsdp])
-    compiled = compile_program(program, mesh, "cpu").memory_analysis()
+    compiled = compile_program(program, mesh).memory_analysis()
     memory = estimate_memory(program, fsdp=train.fsdp, devices=train.fsdp)
     arguments = memory.parameters + memory.optimizer + memory.batch
     whole = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes

@@ -194,7 +194,7 @@ def _print_compiled(
         return
     mesh = make_mesh(fsdp=options.fsdp, tensor=options.tensor_parallel, devices=devices)
     with console.status(f"compiling for {options.devices} x {device.title}"):
-        compiled = compile_program(make_program(model, train, device.backend), mesh, device.backend)
+        compiled = compile_program(make_program(model, train, device.backend), mesh)
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -102,7 +102,7 @@ def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]
     return jax.grad(loss), (program.state["params"], program.frozen, batch)
 
 
-def compile_program(program: Program, mesh: Mesh, backend: str) -> Any:
+def compile_program(program: Program, mesh: Mesh) -> Any:
     """The step, compiled by XLA for the devices of `mesh`; its `memory_analysis()` is for one of them."""
     train = program.train
     optimizer = make_optimizer(train, train.steps or 1000)
@@ -112,13 +112,13 @@ def compile_program(program: Program, mesh: Mesh, backend: str) -> Any:
         return jax.tree.map(lambda s, cut: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=cut), tree, cuts)
 
     rows, state = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), program.state
-    if pays_apart(program.model, train, program.batch["tokens"].shape[1], backend, mesh.size):
+    if pays_apart(program.model, train, program.batch["tokens"].shape[1], program.backend, mesh.size):
         state = jax.eval_shape(take_apart, state)
     arguments = (
         placed(state, shardings(state, mesh)),
         None if program.frozen is None else placed(program.frozen, shardings(program.frozen, mesh)),
         placed(program.batch, {name: rows for name in program.batch}),
     )
-    platform = {"gpu": "cuda"}.get(backend, backend)
+    platform = {"gpu": "cuda"}.get(program.backend, program.backend)
     with on_mesh(mesh):
         return step.trace(*arguments).lower(lowering_platforms=(platform,)).compile()

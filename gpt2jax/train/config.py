@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-from gpt2jax.checks import check_count, check_path, check_seed, is_number
+from gpt2jax.checks import check_count, check_path, check_seed, is_number, put
 from gpt2jax.data.batches import LAYOUTS
 from gpt2jax.lora import BASE_DTYPES, LoRAConfig
 from gpt2jax.model import REMAT
@@ -128,7 +127,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "eval_every", "checkpoint_every", "patience"):
             if getattr(self, name) is not None:
-                self._set(name, check_count(name, getattr(self, name)))
+                put(self, name, check_count(name, getattr(self, name)))
         for name in (
             "batch_size",
             "accumulation",
@@ -137,9 +136,9 @@ class FinetuneConfig:
             "log_every",
             "keep_checkpoints",
         ):
-            self._set(name, check_count(name, getattr(self, name)))
-        self._set("warmup_steps", check_count("warmup_steps", self.warmup_steps, 0))
-        self._set("seed", check_seed(self.seed))
+            put(self, name, check_count(name, getattr(self, name)))
+        put(self, "warmup_steps", check_count("warmup_steps", self.warmup_steps, 0))
+        put(self, "seed", check_seed(self.seed))
         for name in ("epochs", "epsilon", "lora_plus_ratio"):
             self._check_number(name, lambda x: x > 0, "a positive number")
         for name in ("learning_rate", "max_grad_norm", "max_minutes"):
@@ -179,7 +178,7 @@ class FinetuneConfig:
         if not isinstance(self.keep_best, bool):
             raise ValueError(f"keep_best={self.keep_best!r:.60} must be True or False")
         if self.token_cache is not None:
-            self._set("token_cache", str(check_path("token_cache", self.token_cache)))
+            put(self, "token_cache", str(check_path("token_cache", self.token_cache)))
         if self.optimizer == "muon" and self.lora is not None:
             raise ValueError("optimizer='muon' does not train LoRA adapters; use 'adamw'")
         if self.freeze and self.lora is not None:
@@ -189,16 +188,12 @@ class FinetuneConfig:
         if self.lora_plus_ratio != 1 and self.lora is None:
             raise ValueError(f"lora_plus_ratio={self.lora_plus_ratio!r} is for LoRA only; expected 1")
 
-    def _set(self, name: str, value: Any) -> None:
-        """A checked value as Python's own kind, which JSON takes."""
-        object.__setattr__(self, name, value)
-
     def _set_names(self, name: str) -> None:
         value = getattr(self, name)
         names = (value,) if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(x, str) and x for x in names):
             raise ValueError(f"{name}={value!r:.60} must be a list of names, none of them empty")
-        self._set(name, tuple(names))
+        put(self, name, tuple(names))
 
     def _check_known(self, name: str, value: object, known: tuple[str, ...]) -> None:
         if not isinstance(value, str) or value not in known:
@@ -208,4 +203,4 @@ class FinetuneConfig:
         value = getattr(self, name)
         if not is_number(value) or not legal(value):
             raise ValueError(f"{name}={value!r:.60} must be {expected}")
-        self._set(name, float(value))
+        put(self, name, float(value))
