@@ -12,27 +12,29 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gpt2jax.bits import from_bits, to_bits
 from gpt2jax.distributed import cut_rows, rows_cut_in, whole
 from gpt2jax.model import output_logits
 from gpt2jax.precision import FLOAT32, Precision, product_over_rows
 
-# the most logits held at once: 32 Mi float32 values are 128 MiB, and one chunk for a small vocabulary or batch
-MAX_LOGITS = 1 << 25
+# the most logits held at once, float32: 100 MiB, and one chunk for a small vocabulary or batch
+MAX_LOGITS = 25 << 20
+# the most columns of the vocabulary that a chunk's gradient is computed for at once: small enough for a CPU's caches
+MAX_COLUMNS = 3200
+# on a CPU the exponentials of a chunk are held for this part of its rows at once
+ROW_BLOCKS = 8
 
 
-def chunk_size(rows: int, vocab_size: int, dtype: jax.typing.DTypeLike) -> int:
-    """Rows of one chunk so that its logits on each device stay within `MAX_LOGITS`: equal chunks, multiples of 8.
-
-    Narrow products (`dtype`) hold their operands once more: half as many logits then take as many bytes.
-    """
-    devices = rows_cut_in()
-    most = MAX_LOGITS if jnp.dtype(dtype).itemsize == 4 else MAX_LOGITS // 2
-    chunks = max(1, math.ceil(rows * vocab_size / (most * devices)))
-    if devices > 1:  # without filling up, so that every device keeps its rows
-        while rows % chunks:
-            chunks += 1
-        return rows // chunks
+def chunk_size(rows: int, vocab_size: int) -> int:
+    """Of the rows on one device those of one chunk, whose logits stay within `MAX_LOGITS`: equal, multiples of 8."""
+    chunks = max(1, math.ceil(rows * vocab_size / MAX_LOGITS))
     return min(rows, math.ceil(math.ceil(rows / chunks) / 8) * 8)
+
+
+def column_width(vocab_size: int) -> int:
+    """Columns of one slice of the vocabulary: equal slices, multiples of 64, the last of which may overlap."""
+    slices = math.ceil(vocab_size / MAX_COLUMNS)
+    return min(vocab_size, math.ceil(vocab_size / slices / 64) * 64)
 
 
 def token_losses(
@@ -50,12 +52,15 @@ def token_losses(
         (nll [...] float32 in nats, hit [...] bool: no token is more likely than the target).
     """
 
-    def chunk(rows):
-        nll, hit, _ = _softmax_loss(output_logits(rows[0], head, precision), rows[1])
-        return nll, hit
+    def chunk(_, rows):
+        hidden, targets = rows
+        _, nll, hit, _ = _losses(output_logits(hidden, head, precision), targets, (0.0, 0.0))
+        return (), (nll, hit)
 
-    flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    nll, hit = _map_chunks(chunk, flat, chunk_size(targets.size, head.shape[0], precision.compute_dtype))
+    def of_device(*rows):
+        return _scan_chunks(chunk, (), rows, head.shape[0])[1]
+
+    nll, hit = _on_each_device(of_device, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
     return nll.reshape(targets.shape), hit.reshape(targets.shape)
 
 
@@ -76,7 +81,8 @@ def cross_entropy(
     exponentials of the logits (Chowdhery et al. 2022).
 
     The gradient (softmax minus one-hot, through the head) is computed together with the loss, chunk by chunk, so the
-    logits are computed once and are gone when the loss is known.
+    logits are computed once and are gone when the loss is known. Within a chunk of rows it is computed for a slice of
+    the vocabulary after the other, so that no second array of the head's size is needed beside the gradient itself.
 
     Args:
         hidden: [..., D] hidden states after the last LayerNorm.
@@ -107,56 +113,59 @@ def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array,
 
     def chunk(sums, rows):
         h, target, weight = rows
-        logits = output_logits(h, head, precision)
-        losses = _losses(logits, target, extras)[:3]
-        return tuple(total + (x * weight).sum() for total, x in zip(sums, losses, strict=True)), None
+        losses = _losses(output_logits(h, head, precision), target, extras)[:3]
+        return _add_weighted(sums, losses, weight), None
 
-    size = chunk_size(targets.size, head.shape[0], precision.compute_dtype)
-    return _scan_chunks(chunk, (jnp.zeros(()),) * 3, (hidden, targets, weights), size)[0]
+    def of_device(*rows):
+        return _scan_chunks(chunk, (jnp.zeros(()),) * 3, rows, head.shape[0])[0]
 
-
-def _losses(logits, targets, extras) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Logits [C, V] -> (loss, nll, hit, log_z), each [C]."""
-    label_smoothing, z_loss = extras
-    nll, hit, log_z = _softmax_loss(logits, targets)
-    loss = nll
-    if label_smoothing:
-        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(axis=-1))
-    if z_loss:
-        loss = loss + z_loss * jnp.square(log_z)
-    return loss, nll, hit, log_z
+    return tuple(x.sum() for x in _on_each_device(of_device, hidden, targets, weights))
 
 
 def _sums_forward(hidden, head, targets, weights, precision, extras):
-    label_smoothing, z_loss = extras
-    dtype = precision.compute_dtype
-    narrow_head = whole(head.astype(dtype))
-    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    dtype, vocab_size = precision.compute_dtype, head.shape[0]
+    head_bits = to_bits(whole(head.astype(dtype)))
+    width = column_width(vocab_size)
+    # bfloat16 has float32's range: nothing is lost that the gradient, which is to be of this dtype, could hold
+    kept = jnp.bfloat16 if hidden.dtype == jnp.bfloat16 else jnp.float32
 
     def chunk(carry, rows):
         sums, d_head = carry
         h, target, weight = rows
         h = h.astype(dtype)
-        logits = product("cd,vd->cv", h, narrow_head)
+        logits = _logits(h, head_bits, dtype)
         *losses, log_z = _losses(logits, target, extras)
-        columns = jax.lax.broadcasted_iota(target.dtype, logits.shape, 1)
-        probabilities = jnp.exp(logits - log_z[:, None])
-        if z_loss:
-            probabilities = probabilities * (1.0 + 2.0 * z_loss * log_z[:, None])
-        wanted = jnp.where(columns == target[:, None], 1.0 - label_smoothing, 0.0)
-        if label_smoothing:
-            wanted = wanted + label_smoothing / head.shape[0]
-        d_logits = ((probabilities - wanted) * weight[:, None]).astype(dtype)
-        d_hidden = product("cv,vd->cd", d_logits, narrow_head)
-        d_head = d_head + product_over_rows(d_logits, h, dtype)
-        sums = tuple(total + (x * weight).sum() for total, x in zip(sums, losses, strict=True))
-        return (sums, d_head), d_hidden
 
-    start = ((jnp.zeros((), jnp.float32),) * 3, jnp.zeros(head.shape, jnp.float32))
-    size = chunk_size(targets.size, head.shape[0], precision.compute_dtype)
-    (sums, d_head), d_hidden = _scan_chunks(chunk, start, (hidden, targets, weights), size)
-    return sums, (d_hidden, d_head, jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
+        def columns(carry, first):
+            d_h, d_head = carry
+            start = jnp.minimum(first, vocab_size - width)
+            some = jax.lax.dynamic_slice_in_dim(logits, start, width, axis=1)
+            d_logits = _logits_gradient(some, log_z, target - start, weight, vocab_size, extras)
+            # the last slice begins early, so that it is as wide as the others: what it has twice counts once
+            new = start + jnp.arange(width) >= first
+            d_logits = jnp.where(new, d_logits, 0.0).astype(dtype)
+            kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
+            d_h = d_h + _product("cv,vd->cd", d_logits, kernel)
+            total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + product_over_rows(d_logits, h, dtype)
+            return (d_h, jax.lax.dynamic_update_slice_in_dim(d_head, total, start, axis=0)), None
+
+        start = (jnp.zeros(h.shape, jnp.float32), d_head)
+        (d_h, d_head), _ = jax.lax.scan(columns, start, jnp.arange(0, vocab_size, width))
+        return (_add_weighted(sums, losses, weight), d_head), d_h.astype(kept)
+
+    def of_device(*rows):
+        start = ((jnp.zeros(()),) * 3, jnp.zeros(head.shape, jnp.float32))
+        return _scan_chunks(chunk, start, rows, vocab_size)
+
+    (sums, d_head), d_hidden = _on_each_device(of_device, hidden, targets, weights)
+    sums, d_head = jax.tree.map(lambda x: x.sum(axis=0), (sums, d_head))
+    saved = (
+        d_hidden.reshape(hidden.shape),
+        d_head,
+        jnp.zeros((0,), hidden.dtype),
+        jnp.zeros((0,), head.dtype),
+    )
+    return sums, saved
 
 
 def _sums_backward(precision, extras, saved, cotangents):
@@ -170,37 +179,105 @@ _differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4, 5))
 _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _softmax_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits [C, V] float32, targets [C] -> (nll [C], hit [C], log of the softmax's denominator [C])."""
+def _logits(h: jax.Array, head_bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Hidden states [C, D] in `dtype`, head [V, D] as `to_bits` gives it -> logits [C, V] float32."""
+    if dtype.itemsize == 4:
+        return _product("cd,vd->cv", h, head_bits)
+    # by slices: all at once a CPU would keep a second head, of floats, and a GPU one filled up to whole tiles
+    vocab_size = len(head_bits)
+    width = column_width(vocab_size)
+
+    def columns(logits, first):
+        start = jnp.minimum(first, vocab_size - width)
+        kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
+        some = _product("cd,vd->cv", h, kernel)
+        return jax.lax.dynamic_update_slice_in_dim(logits, some, start, axis=1), None
+
+    logits = jnp.zeros((len(h), vocab_size), jnp.float32)
+    return jax.lax.scan(columns, logits, jnp.arange(0, vocab_size, width))[0]
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _logits_gradient(logits, log_z, targets, weights, vocab_size, extras) -> jax.Array:
+    """Gradient of the weighted loss by logits [C, W], some columns of them; `targets` [C] counts from the first."""
+    label_smoothing, z_loss = extras
+    probabilities = jnp.exp(logits - log_z[:, None])
+    if z_loss:
+        probabilities = probabilities * (1.0 + 2.0 * z_loss * log_z[:, None])
+    columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1)
+    wanted = jnp.where(columns == targets[:, None], 1.0 - label_smoothing, 0.0)
+    if label_smoothing:
+        wanted = wanted + label_smoothing / vocab_size
+    return (probabilities - wanted) * weights[:, None]
+
+
+def _losses(logits, targets, extras) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Logits [C, V] float32, targets [C] -> (loss, nll, hit, log of the softmax's denominator), each [C]."""
+
+    def plain(logits, targets):
+        return _losses_of_rows(logits, targets, extras, functools.partial(jnp.sum, axis=-1))
+
+    def in_blocks(logits, targets):
+        rows = len(targets)
+        blocks = ROW_BLOCKS if rows % ROW_BLOCKS == 0 else 1
+        parts = (logits.reshape(blocks, -1, logits.shape[1]), targets.reshape(blocks, -1))
+        outputs = jax.lax.map(lambda part: _losses_of_rows(*part, extras, _sum_as_product), parts)
+        return jax.tree.map(lambda x: x.reshape(rows), outputs)
+
+    return jax.lax.platform_dependent(logits, targets, cpu=in_blocks, default=plain)
+
+
+def _sum_as_product(x: jax.Array) -> jax.Array:
+    """[C, V] -> [C]: on a CPU XLA takes longer for sums over long rows, the longer the more is fused with them."""
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=jax.lax.Precision.HIGHEST)[:, 0]
+
+
+def _losses_of_rows(logits, targets, extras, sum_rows) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    label_smoothing, z_loss = extras
     highest = logits.max(axis=-1)
-    # the sum of each row as a product: on a CPU XLA's sums over long rows take ten times as long
-    ones = jnp.ones((logits.shape[-1], 1), jnp.float32)
-    total = jnp.matmul(jnp.exp(logits - highest[:, None]), ones, precision=jax.lax.Precision.HIGHEST)
-    log_z = jnp.log(total[:, 0]) + highest
+    log_z = jnp.log(sum_rows(jnp.exp(logits - highest[:, None]))) + highest
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return log_z - target_logits, target_logits >= highest, log_z
+    nll = log_z - target_logits
+    loss = nll
+    if label_smoothing:
+        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(axis=-1))
+    if z_loss:
+        loss = loss + z_loss * jnp.square(log_z)
+    return loss, nll, target_logits >= highest, log_z
 
 
-def _map_chunks(function, rows, size):
-    _, outputs = _scan_chunks(lambda carry, chunk: (carry, function(chunk)), (), rows, size)
-    return outputs
+def _add_weighted(sums, values, weights) -> tuple[jax.Array, ...]:
+    return tuple(total + (x * weights).sum() for total, x in zip(sums, values, strict=True))
 
 
-def _scan_chunks(function, carry, rows, size):
-    """`lax.scan` over chunks of `size` rows, the last one filled up with zeros (weight 0)."""
-    count = jax.tree.leaves(rows)[0].shape[0]
-    if size >= count:
+def _on_each_device(function, *rows):
+    """`function` of arrays [N, ...] of rows, for each device's rows by themselves: its results [devices, ...].
+
+    So a loop over chunks needs nothing from other devices: what they add up to is added once, after it.
+    """
+    devices = rows_cut_in()
+    if devices == 1 or len(rows[0]) % devices:
+        return jax.tree.map(lambda x: x[None], function(*rows))
+    cut = [cut_rows(x.reshape(devices, -1, *x.shape[1:])) for x in rows]
+    return jax.tree.map(cut_rows, jax.vmap(function)(*cut))
+
+
+def _scan_chunks(function, carry, rows, vocab_size):
+    """`lax.scan` over chunks of arrays [N, ...] of rows, the last one filled up with zeros (weight 0)."""
+    count = len(rows[0])
+    size = chunk_size(count, vocab_size)
+    if size == count:
         return function(carry, rows)
     chunks = -(-count // size)
 
     def cut(x):
-        padding = [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1)
-        # every chunk takes rows from all over the batch: where devices hold a part of it each, all work at once
-        x = jnp.pad(x, padding).reshape(size, chunks, *x.shape[1:])
-        return cut_rows(x.swapaxes(0, 1), axis=1)
+        if chunks * size > count:
+            x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, size, *x.shape[1:])
 
-    def join(y):
-        return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])[:count]
-
-    carry, outputs = jax.lax.scan(function, carry, jax.tree.map(cut, rows))
-    return carry, jax.tree.map(join, outputs)
+    carry, outputs = jax.lax.scan(function, carry, tuple(map(cut, rows)))
+    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], outputs)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gpt2jax.losses as losses
-from gpt2jax.losses import chunk_size, cross_entropy, token_losses
+from gpt2jax.losses import chunk_size, column_width, cross_entropy, token_losses
 from gpt2jax.precision import FLOAT32, precision
 
-ROWS, DIM, VOCAB = 50, 16, 64
+ROWS, DIM, VOCAB = 50, 16, 200
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,9 @@ def dense(hidden, head, targets, weights, label_smoothing=0.0, z_loss=0.0):
 def chunks(request, monkeypatch):
     if request.param == "many chunks":
         monkeypatch.setattr(losses, "MAX_LOGITS", 9 * VOCAB)
-        assert chunk_size(ROWS, VOCAB, jnp.float32) == 16 < ROWS
+        monkeypatch.setattr(losses, "MAX_COLUMNS", 64)
+        assert chunk_size(ROWS, VOCAB) == 16 and ROWS % 16  # the last chunk is filled up
+        assert column_width(VOCAB) == 64 and VOCAB % 64  # the last slice overlaps the one before
 
 
 @pytest.mark.parametrize(
@@ -109,11 +116,71 @@ def test_narrow_products(inputs):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_the_loss_at_full_size(dtype):
-    """16 rows of 1024 tokens, GPT-2's vocabulary: 200 MB beside the activations, their gradient and the head's."""
+    """16 rows of 1024 tokens, GPT-2's vocabulary: 200 MB beside the activations and the two gradients, its results."""
     rows, dim, vocab = 16 * 1024, 768, 50257
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, dim), "f4"), ((vocab, dim), "f4"))]
     shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
     step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m, precision(dtype))[0], argnums=(0, 1))
     memory = jax.jit(step).lower(*shapes).compile().memory_analysis()
-    gradients = 4 * (rows * dim + vocab * dim)
-    assert memory.temp_size_in_bytes - gradients < 200e6
+    assert memory.output_size_in_bytes >= 4 * (rows * dim + vocab * dim)  # so the temporaries hold neither
+    assert memory.temp_size_in_bytes < 200e6
+
+
+ON_DEVICES = """
+import json, re, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from gpt2jax import losses
+from gpt2jax.distributed import BATCH_AXES, make_mesh, on_mesh
+
+losses.MAX_LOGITS, losses.MAX_COLUMNS = 8 * 200, 64  # three chunks of each device's rows, four slices
+ROWS, DIM, VOCAB = 96, 16, 200
+generator = np.random.default_rng(0)
+hidden, head = (jnp.asarray(generator.normal(size=(n, DIM)), jnp.float32) for n in (ROWS, VOCAB))
+targets, weights = jnp.asarray(generator.integers(0, VOCAB, ROWS)), jnp.asarray(generator.integers(0, 3, ROWS) * 1.0)
+
+def loss(hidden, head, targets, weights):
+    return losses.cross_entropy(hidden, head, targets, weights)[0]
+
+def both(hidden, head, targets, weights):
+    return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head, targets, weights), losses.token_losses(
+        hidden, head, targets)
+
+alone = jax.jit(both)(hidden, head, targets, weights)
+plain = jax.jit(loss)(hidden, head, targets, weights)
+mesh = make_mesh(fsdp=2)
+rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+of_head = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+placed = [jax.device_put(x, rows) for x in (hidden, head, targets, weights)]
+placed[1] = jax.device_put(head, of_head)
+with on_mesh(mesh):
+    compiled = jax.jit(both).lower(*placed).compile()
+    shared, without = compiled(*placed), jax.jit(loss)(*placed)
+pairs = zip(jax.tree.leaves((alone, plain)), jax.tree.leaves((shared, without)), strict=True)
+apart = [float(jnp.abs(a * 1.0 - b).max() / jnp.abs(a).max()) for a, b in pairs]
+text = compiled.as_text()
+loops = text[: text.index("\\nENTRY")]
+names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+print(json.dumps({
+    "apart": apart,
+    "in_loops": re.findall(rf" = .* (?:{names})[(].*", loops),
+    "outside": len(re.findall(rf"(?:{names})[(]", text[len(loops):])),
+    "chunks": [f"f32[{n},200]" in text for n in (8, 24)],
+}))
+"""
+
+
+def test_devices_add_their_gradients_once():
+    """Four devices, as one alone to rounding; in the loops over chunks and slices none asks another for anything."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert max(found["apart"]) < 1e-6
+    assert found["in_loops"] == [] and found["outside"] > 0
+    assert found["chunks"] == [True, False]  # logits of one chunk and not of all rows of a device

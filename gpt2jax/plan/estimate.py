@@ -99,7 +99,7 @@ def _loss_workspace(program: Program, tokens: int, share: int) -> int:
     # around, a TPU has float32 in two layouts
     again = {"gpu": size, "cpu": 4 * (share > 1), "tpu": 4 * (size == 4)}[program.backend] * head
     gradient = 4 * head if program.train.lora is None else 0
-    chunk = chunk_size(tokens, model.vocab_size, program.precision.compute_dtype)
+    chunk = chunk_size(tokens, model.vocab_size)
     # a TPU computes them in its cores' own memory
     logits = 0 if program.backend == "tpu" else 4 * chunk * model.vocab_size
     if chunk == tokens:
