@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import math
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +31,7 @@ from gpt2jax.lora import LoRAConfig
 from gpt2jax.model import init_params
 from gpt2jax.plan.devices import described_devices, find_device
 from gpt2jax.plan.estimate import estimate_memory
-from gpt2jax.plan.program import compile_program, make_program
+from gpt2jax.plan.program import compile_program, make_program, planned_bytes
 from gpt2jax.prompts import Row
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.loop import with_dropout
@@ -153,7 +152,7 @@ def measure_training(case: Case) -> tuple[str, ...]:
         program, fsdp=train.fsdp, tensor=train.tensor_parallel, devices=case.devices
     ).total
     compiled = compile_program(program, mesh)
-    memory, total = planned_memory(compiled)
+    memory, total = compiled.memory_analysis(), planned_bytes(compiled, device.backend)
     kernels = compiled.as_text().count('custom_call_target="__cudnn$fmha')
     return (
         case.name,
@@ -187,7 +186,7 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
     traced = decode.trace(*arguments, config=config, precision=numbers)
     platform = {"gpu": "cuda"}.get(device.backend, device.backend)
     compiled = traced.lower(lowering_platforms=(platform,)).compile()
-    memory, total = planned_memory(compiled)
+    memory, total = compiled.memory_analysis(), planned_bytes(compiled, device.backend)
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     smallest = min(leaf.size for layer in params["h"] for leaf in jax.tree.leaves(layer) if leaf.ndim == 2)
     text = compiled.as_text()
@@ -203,16 +202,6 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
         f"{largest(text, 'convert'):,}",
         f"{smallest:,}",
     )
-
-
-def planned_memory(compiled: Any) -> tuple[Any, int]:
-    """XLA's analysis, and the bytes of all together.
-
-    That is arguments and temporaries on a GPU. On a TPU it is the buffers that XLA assigns (a dump of them has the
-    same total), while the analysis' temporaries are up to two thirds more than those.
-    """
-    memory = compiled.memory_analysis()
-    return memory, memory.peak_memory_in_bytes
 
 
 def largest(text: str, operation: str) -> int:

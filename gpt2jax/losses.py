@@ -26,15 +26,28 @@ ROW_BLOCKS = 8
 
 
 def chunk_size(rows: int, vocab_size: int) -> int:
-    """Of the rows on one device those of one chunk, whose logits stay within `MAX_LOGITS`: equal, multiples of 8."""
+    """Of the rows on one device those of one chunk, a multiple of 8 whose logits stay within `MAX_LOGITS`.
+
+    Where chunks that are not much smaller divide the rows evenly it is one of those: nothing has to be filled up.
+    """
     chunks = max(1, math.ceil(rows * vocab_size / MAX_LOGITS))
-    return min(rows, math.ceil(math.ceil(rows / chunks) / 8) * 8)
+    if chunks == 1:
+        return rows
+    size = math.ceil(rows / chunks / 8) * 8
+    even = (smaller for smaller in range(size, size * 3 // 4, -8) if rows % smaller == 0)
+    return next(even, size)
 
 
-def column_width(vocab_size: int) -> int:
-    """Columns of one slice of the vocabulary: equal slices, multiples of 64, the last of which may overlap."""
+def column_slices(vocab_size: int) -> tuple[int, jax.Array, jax.Array]:
+    """Slices of the vocabulary, equally wide: (columns of one, where each starts, how many of it the last one had).
+
+    The width is a multiple of 64, which GPUs need not fill up, so the last slice begins early.
+    """
     slices = math.ceil(vocab_size / MAX_COLUMNS)
-    return min(vocab_size, math.ceil(vocab_size / slices / 64) * 64)
+    width = min(vocab_size, math.ceil(vocab_size / slices / 64) * 64)
+    first = jnp.arange(0, vocab_size, width)
+    starts = jnp.minimum(first, vocab_size - width)
+    return width, starts, first - starts
 
 
 def token_losses(
@@ -123,9 +136,8 @@ def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array,
 
 
 def _sums_forward(hidden, head, targets, weights, precision, extras):
-    dtype, vocab_size = precision.compute_dtype, head.shape[0]
+    dtype = precision.compute_dtype
     head_bits = to_bits(whole(head.astype(dtype)))
-    width = column_width(vocab_size)
     # bfloat16 has float32's range: nothing is lost that the gradient, which is to be of this dtype, could hold
     kept = jnp.bfloat16 if hidden.dtype == jnp.bfloat16 else jnp.float32
 
@@ -135,37 +147,17 @@ def _sums_forward(hidden, head, targets, weights, precision, extras):
         h = h.astype(dtype)
         logits = _logits(h, head_bits, dtype)
         *losses, log_z = _losses(logits, target, extras)
-
-        def columns(carry, first):
-            d_h, d_head = carry
-            start = jnp.minimum(first, vocab_size - width)
-            some = jax.lax.dynamic_slice_in_dim(logits, start, width, axis=1)
-            d_logits = _logits_gradient(some, log_z, target - start, weight, vocab_size, extras)
-            # the last slice begins early, so that it is as wide as the others: what it has twice counts once
-            new = start + jnp.arange(width) >= first
-            d_logits = jnp.where(new, d_logits, 0.0).astype(dtype)
-            kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
-            d_h = d_h + _product("cv,vd->cd", d_logits, kernel)
-            total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + product_over_rows(d_logits, h, dtype)
-            return (d_h, jax.lax.dynamic_update_slice_in_dim(d_head, total, start, axis=0)), None
-
-        start = (jnp.zeros(h.shape, jnp.float32), d_head)
-        (d_h, d_head), _ = jax.lax.scan(columns, start, jnp.arange(0, vocab_size, width))
+        d_h, d_head = _gradients(logits, log_z, h, target, weight, head_bits, d_head, extras)
         return (_add_weighted(sums, losses, weight), d_head), d_h.astype(kept)
 
     def of_device(*rows):
         start = ((jnp.zeros(()),) * 3, jnp.zeros(head.shape, jnp.float32))
-        return _scan_chunks(chunk, start, rows, vocab_size)
+        return _scan_chunks(chunk, start, rows, head.shape[0])
 
     (sums, d_head), d_hidden = _on_each_device(of_device, hidden, targets, weights)
     sums, d_head = jax.tree.map(lambda x: x.sum(axis=0), (sums, d_head))
-    saved = (
-        d_hidden.reshape(hidden.shape),
-        d_head,
-        jnp.zeros((0,), hidden.dtype),
-        jnp.zeros((0,), head.dtype),
-    )
-    return sums, saved
+    likes = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
+    return sums, (d_hidden.reshape(hidden.shape), d_head, *likes)
 
 
 def _sums_backward(precision, extras, saved, cotangents):
@@ -184,17 +176,34 @@ def _logits(h: jax.Array, head_bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if dtype.itemsize == 4:
         return _product("cd,vd->cv", h, head_bits)
     # by slices: all at once a CPU would keep a second head, of floats, and a GPU one filled up to whole tiles
-    vocab_size = len(head_bits)
-    width = column_width(vocab_size)
+    width, starts, _ = column_slices(len(head_bits))
 
-    def columns(logits, first):
-        start = jnp.minimum(first, vocab_size - width)
+    def columns(logits, start):
         kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
         some = _product("cd,vd->cv", h, kernel)
         return jax.lax.dynamic_update_slice_in_dim(logits, some, start, axis=1), None
 
-    logits = jnp.zeros((len(h), vocab_size), jnp.float32)
-    return jax.lax.scan(columns, logits, jnp.arange(0, vocab_size, width))[0]
+    return jax.lax.scan(columns, jnp.zeros((len(h), len(head_bits)), jnp.float32), starts)[0]
+
+
+def _gradients(logits, log_z, h, targets, weights, head_bits, d_head, extras) -> tuple[jax.Array, jax.Array]:
+    """Of one chunk's weighted loss by its hidden states `h`, [C, D], and added to `d_head` [V, D] by the head."""
+    dtype, vocab_size = h.dtype, len(head_bits)
+    width, starts, repeated = column_slices(vocab_size)
+
+    def columns(carry, part):
+        d_h, d_head = carry
+        start, repeated = part
+        some = jax.lax.dynamic_slice_in_dim(logits, start, width, axis=1)
+        d_logits = _logits_gradient(some, log_z, targets - start, weights, vocab_size, extras)
+        d_logits = jnp.where(jnp.arange(width) >= repeated, d_logits, 0.0).astype(dtype)
+        kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
+        d_h = d_h + _product("cv,vd->cd", d_logits, kernel)
+        total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + product_over_rows(d_logits, h, dtype)
+        return (d_h, jax.lax.dynamic_update_slice_in_dim(d_head, total, start, axis=0)), None
+
+    start = (jnp.zeros(h.shape, jnp.float32), d_head)
+    return jax.lax.scan(columns, start, (starts, repeated))[0]
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -223,10 +232,13 @@ def _losses(logits, targets, extras) -> tuple[jax.Array, jax.Array, jax.Array, j
 
     def in_blocks(logits, targets):
         rows = len(targets)
-        blocks = ROW_BLOCKS if rows % ROW_BLOCKS == 0 else 1
-        parts = (logits.reshape(blocks, -1, logits.shape[1]), targets.reshape(blocks, -1))
-        outputs = jax.lax.map(lambda part: _losses_of_rows(*part, extras, _sum_as_product), parts)
-        return jax.tree.map(lambda x: x.reshape(rows), outputs)
+        size = rows // ROW_BLOCKS if rows % ROW_BLOCKS == 0 else rows
+
+        def block(start):
+            some, wanted = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (logits, targets))
+            return _losses_of_rows(some, wanted, extras, _sum_as_product)
+
+        return jax.tree.map(lambda x: x.reshape(rows), jax.lax.map(block, jnp.arange(0, rows, size)))
 
     return jax.lax.platform_dependent(logits, targets, cpu=in_blocks, default=plain)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpt2jax.losses as losses
-from gpt2jax.losses import chunk_size, column_width, cross_entropy, token_losses
+from gpt2jax.losses import chunk_size, column_slices, cross_entropy, token_losses
 from gpt2jax.precision import FLOAT32, precision
 
 ROWS, DIM, VOCAB = 50, 16, 200
@@ -43,7 +43,10 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(losses, "MAX_LOGITS", 9 * VOCAB)
         monkeypatch.setattr(losses, "MAX_COLUMNS", 64)
         assert chunk_size(ROWS, VOCAB) == 16 and ROWS % 16  # the last chunk is filled up
-        assert column_width(VOCAB) == 64 and VOCAB % 64  # the last slice overlaps the one before
+        width, starts, repeated = column_slices(VOCAB)
+        assert (
+            width == 64 and starts[-1] + width == VOCAB and repeated[-1] > 0
+        )  # the last overlaps the one before
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,14 @@ def test_narrow_products(inputs):
     exact = jax.grad(lambda h: cross_entropy(h, head, targets, weights, FLOAT32)[0])(hidden)
     narrow = jax.grad(lambda h: cross_entropy(h, head, targets, weights, precision("bfloat16"))[0])(hidden)
     assert 0 < float(jnp.abs(exact - narrow).max()) < 0.1
+
+
+def test_chunks_divide_the_rows_where_they_can():
+    vocab = losses.MAX_LOGITS // 512
+    assert chunk_size(512, vocab) == 512
+    assert chunk_size(16 * 1024, vocab) == 512
+    assert chunk_size(16 * 1023, vocab) == 496  # 33 of them
+    assert chunk_size(8 * 127, vocab) == 512  # 8 times a prime number: filled up
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -185,7 +185,7 @@ def _print_compiled(
 ) -> None:
     from gpt2jax.distributed import make_mesh
     from gpt2jax.plan.devices import described_devices
-    from gpt2jax.plan.program import compile_program, make_program
+    from gpt2jax.plan.program import compile_program, make_program, planned_bytes
 
     try:
         devices = described_devices(device, options.devices)
@@ -195,11 +195,10 @@ def _print_compiled(
     mesh = make_mesh(fsdp=options.fsdp, tensor=options.tensor_parallel, devices=devices)
     with console.status(f"compiling for {options.devices} x {device.title}"):
         compiled = compile_program(make_program(model, train, device.backend), mesh)
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = planned_bytes(compiled, device.backend)
+    arguments = compiled.memory_analysis().argument_size_in_bytes
     console.print(
-        f"[bold]compiled[/]  {total / 1e9:.2f} GB on each device: {memory.argument_size_in_bytes / 1e9:.2f} of "
-        f"arguments, {memory.temp_size_in_bytes / 1e9:.2f} while it runs (XLA's own plan; not run)",
+        f"[bold]compiled[/]  {total / 1e9:.2f} GB on each device: {arguments / 1e9:.2f} of arguments, "
+        f"{(total - arguments) / 1e9:.2f} while it runs (XLA's own plan; not run)",
         highlight=False,
     )

@@ -17,10 +17,11 @@ from jax.interpreters import partial_eval
 from gpt2jax.attention import lean_attention_takes, query_blocks
 from gpt2jax.config import GPT2Config
 from gpt2jax.lora import LoRAConfig
-from gpt2jax.losses import chunk_size
+from gpt2jax.losses import MAX_COLUMNS, chunk_size
 from gpt2jax.model import Params, count_parameters
 from gpt2jax.plan.program import Program, loss_gradient, make_program
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.layout import pays_apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,9 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
         wide = program.precision.activation_dtype != program.precision.compute_dtype
         rows_of_all, _ = _kept(program, "none", wide=wide)
     block = rows_of_all // program.model.n_layer // ways
+    length = program.batch["tokens"].shape[1]
+    if pays_apart(program.model, train, length, program.backend, devices):
+        rows_kept = int(rows_kept * _kept_beside_gradients(program, rows_kept))
     tokens = math.prod(program.batch["tokens"].shape) // train.accumulation // ways
     return Memory(
         parameters=parameters // share,
@@ -73,8 +77,20 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
         activations=rows_kept // ways + weights_kept // share,
         # the loss and its gradient are computed before the first block's backward pass begins
         workspace=_copied_kernels(program, share)
-        + max(_loss_workspace(program, tokens, share), _block_workspace(program, block, tokens, share)),
+        + max(
+            _loss_workspace(program, tokens, share, devices), _block_workspace(program, block, tokens, share)
+        ),
     )
+
+
+def _kept_beside_gradients(program: Program, kept: int) -> float:
+    """Which part of what the forward pass keeps lies beside the gradients, where no loop goes over the layers.
+
+    In the backward pass each layer's gradients then come where what it kept has gone: the more the gradients outweigh
+    that, the less of it is there at the same time. The line is fitted to compiled programs.
+    """
+    gradients = 4 * sum(leaf.size for leaf in jax.tree.leaves(program.state["params"]["h"]))
+    return min(1.0, max(0.0, kept / gradients - 0.3))
 
 
 def _copied_kernels(program: Program, share: int) -> int:
@@ -90,22 +106,24 @@ def _copied_kernels(program: Program, share: int) -> int:
     return 0
 
 
-def _loss_workspace(program: Program, tokens: int, share: int) -> int:
-    """Bytes for copies of the head, its gradient and logits; the head is whole on every device (losses.py)."""
+def _loss_workspace(program: Program, tokens: int, share: int, devices: int) -> int:
+    """Bytes for copies of the head, one device's part of its gradient, and logits (losses.py).
+
+    The head is whole on every device, and its gradient until those of all devices are added.
+    """
     model, size = program.model, program.precision.compute_dtype.itemsize
     head = model.vocab_size * model.n_embd
     copy = size * head if size < 4 or share > 1 else 0
-    # and once more: a GPU's products want it filled up to multiples of 64, a CPU gathers in float32 and turns that
-    # around, a TPU has float32 in two layouts
-    again = {"gpu": size, "cpu": 4 * (share > 1), "tpu": 4 * (size == 4)}[program.backend] * head
-    gradient = 4 * head if program.train.lora is None else 0
+    # and once more: a CPU gathers in float32 and turns that around, a TPU has float32 in two layouts
+    again = {"gpu": 0, "cpu": 4 * (share > 1), "tpu": 4 * (size == 4)}[program.backend] * head
+    part = 4 * head if devices > 1 and program.train.lora is None else 0
     chunk = chunk_size(tokens, model.vocab_size)
-    # a TPU computes them in its cores' own memory
-    logits = 0 if program.backend == "tpu" else 4 * chunk * model.vocab_size
-    if chunk == tokens:
-        return copy + max(again, gradient, logits)
-    # a loop holds its constants throughout, and the gradient of one chunk beside their sum
-    return copy + again + gradient + logits
+    width = min(MAX_COLUMNS, model.vocab_size)
+    logits, slices = 4 * chunk * model.vocab_size, size * chunk * width + 8 * width * model.n_embd
+    if again and size == 4 and program.backend == "cpu":
+        # what was gathered makes room: for slices, and for all logits where no loop over chunks holds it
+        return copy + part + (max(again, logits) if chunk == tokens else again + logits)
+    return copy + part + again + logits + slices
 
 
 def _block_workspace(program: Program, block: int, tokens: int, share: int) -> int:
