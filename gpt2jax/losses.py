@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from gpt2jax.bits import from_bits, to_bits
 from gpt2jax.distributed import cut_rows, rows_cut_in, whole
-from gpt2jax.model import output_logits
 from gpt2jax.precision import FLOAT32, Precision, product_over_rows
 
 # the most logits held at once, float32: 100 MiB, and one chunk for a small vocabulary or batch
@@ -65,9 +64,12 @@ def token_losses(
         (nll [...] float32 in nats, hit [...] bool: no token is more likely than the target).
     """
 
+    dtype = precision.compute_dtype
+    head_bits = to_bits(head.astype(dtype))
+
     def chunk(_, rows):
-        hidden, targets = rows
-        _, nll, hit, _ = _losses(output_logits(hidden, head, precision), targets, (0.0, 0.0))
+        h, target = rows
+        _, nll, hit, _ = _losses(_logits(h.astype(dtype), head_bits), target, (0.0, 0.0))
         return (), (nll, hit)
 
     def of_device(*rows):
@@ -123,10 +125,12 @@ def cross_entropy(
 
 def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array, ...]:
     """Weighted sums over all tokens of loss, cross-entropy and hits."""
+    dtype = precision.compute_dtype
+    head_bits = to_bits(head.astype(dtype))
 
     def chunk(sums, rows):
         h, target, weight = rows
-        losses = _losses(output_logits(h, head, precision), target, extras)[:3]
+        losses = _losses(_logits(h.astype(dtype), head_bits), target, extras)[:3]
         return _add_weighted(sums, losses, weight), None
 
     def of_device(*rows):
@@ -145,7 +149,7 @@ def _sums_forward(hidden, head, targets, weights, precision, extras):
         sums, d_head = carry
         h, target, weight = rows
         h = h.astype(dtype)
-        logits = _logits(h, head_bits, dtype)
+        logits = _logits(h, head_bits)
         *losses, log_z = _losses(logits, target, extras)
         d_h, d_head = _gradients(logits, log_z, h, target, weight, head_bits, d_head, extras)
         return (_add_weighted(sums, losses, weight), d_head), d_h.astype(kept)
@@ -171,15 +175,15 @@ _differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4, 5))
 _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _logits(h: jax.Array, head_bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Hidden states [C, D] in `dtype`, head [V, D] as `to_bits` gives it -> logits [C, V] float32."""
-    if dtype.itemsize == 4:
+def _logits(h: jax.Array, head_bits: jax.Array) -> jax.Array:
+    """Hidden states [C, D], and the head [V, D] of their dtype as `to_bits` gives it -> logits [C, V] float32."""
+    if h.dtype.itemsize == 4:
         return _product("cd,vd->cv", h, head_bits)
     # by slices: all at once a CPU would keep a second head, of floats, and a GPU one filled up to whole tiles
     width, starts, _ = column_slices(len(head_bits))
 
     def columns(logits, start):
-        kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
+        kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), h.dtype)
         some = _product("cd,vd->cv", h, kernel)
         return jax.lax.dynamic_update_slice_in_dim(logits, some, start, axis=1), None
 

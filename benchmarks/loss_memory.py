@@ -1,0 +1,91 @@
+"""Memory of the loss beside the activations: XLA's own plan, for this CPU and for accelerators that need not be here.
+
+    python benchmarks/loss_memory.py                  GPT-2's vocabulary and width, 16 rows of 1,024 tokens
+    python benchmarks/loss_memory.py --rows 8 --size gpt2-xl
+
+Compiles the loss alone, the loss with its gradients by the hidden states and the head, and the same of a dense loss,
+which holds all logits. "temporaries" are what is needed beside arguments and results; the gradients are results.
+Accelerators are left out where jax's plugin (`pip install -e ".[cuda]"`, `".[tpu]"`) is missing. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+from contenders import print_table
+from jax.sharding import SingleDeviceSharding
+
+from gpt2jax.config import PRESETS
+from gpt2jax.losses import cross_entropy
+from gpt2jax.plan.devices import described_devices, find_device
+from gpt2jax.precision import precision
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", default="gpt2", choices=PRESETS)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024)
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    rows = []
+    for name in ("cpu", "h100", "v5e"):
+        try:
+            place, backend = find_place(name)
+        except LookupError as error:
+            print(f"left out: {name}: {error}")
+            continue
+        for dtype in ("float32", "bfloat16"):
+            figures = [f"{size / 1e6:,.0f}" for size in temporaries(options, place, backend, dtype)]
+            rows.append((f"{name} {dtype}", *figures))
+    columns = ("device, dtype", "loss alone", "with both gradients", "dense, with both")
+    tokens = f"{options.rows} x {options.length} tokens"
+    title = f"temporaries of the loss, MB: {options.size}, {tokens}, jax {jax.__version__}"
+    print_table(title, columns, rows)
+
+
+def find_place(name: str) -> tuple[jax.Device, str]:
+    """The device to compile for, and its backend."""
+    if name == "cpu":
+        return jax.devices("cpu")[0], "cpu"
+    device = find_device(name)
+    [place] = described_devices(device, 1)
+    return place, device.backend
+
+
+def temporaries(options: argparse.Namespace, place: jax.Device, backend: str, dtype: str) -> list[int]:
+    """Bytes beside arguments and results of: the loss, it and both gradients, the dense loss and both gradients."""
+    numerics, config = precision(dtype, backend=backend), PRESETS[options.size]
+    shape = (options.rows, options.length)
+    here = SingleDeviceSharding(place)
+    arguments = [
+        jax.ShapeDtypeStruct(size, kind, sharding=here)
+        for size, kind in (
+            ((*shape, config.n_embd), numerics.activation_dtype),
+            ((config.vocab_size, config.n_embd), jnp.float32),
+            (shape, jnp.int32),
+            (shape, jnp.float32),
+        )
+    ]
+
+    def ours(hidden, head, targets, weights):
+        return cross_entropy(hidden, head, targets, weights, numerics)[0]
+
+    def dense(hidden, head, targets, weights):
+        narrow = (x.astype(numerics.compute_dtype) for x in (hidden, head))
+        logits = jnp.einsum("btd,vd->btv", *narrow, preferred_element_type=jnp.float32)
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        return (losses * weights).sum()
+
+    platform = {"gpu": "cuda"}.get(backend, backend)
+    found = []
+    for function in (ours, *(jax.value_and_grad(f, argnums=(0, 1)) for f in (ours, dense))):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+        found.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    return found
+
+
+if __name__ == "__main__":
+    main()
