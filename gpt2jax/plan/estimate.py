@@ -117,6 +117,8 @@ def _loss_workspace(program: Program, tokens: int, share: int, devices: int) -> 
     # and once more: a CPU gathers in float32 and turns that around, a TPU has float32 in two layouts
     again = {"gpu": 0, "cpu": 4 * (share > 1), "tpu": 4 * (size == 4)}[program.backend] * head
     part = 4 * head if devices > 1 and program.train.lora is None else 0
+    if program.backend == "tpu" and share > 1:
+        part *= 2  # the sum is made whole as well, and then cut
     chunk = chunk_size(tokens, model.vocab_size)
     width = min(MAX_COLUMNS, model.vocab_size)
     logits, slices = 4 * chunk * model.vocab_size, size * chunk * width + 8 * width * model.n_embd
