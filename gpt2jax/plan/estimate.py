@@ -75,12 +75,22 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
         batch=_bytes(program.batch) // ways,
         gradients=gradients // share,
         activations=rows_kept // ways + weights_kept // share,
-        # the loss and its gradient are computed before the first block's backward pass begins
-        workspace=_copied_kernels(program, share)
-        + max(
-            _loss_workspace(program, tokens, share, devices), _block_workspace(program, block, tokens, share)
-        ),
+        workspace=_copied_kernels(program, share) + _workspace(program, block, tokens, share, devices),
     )
+
+
+def _workspace(program: Program, block: int, tokens: int, share: int, devices: int) -> int:
+    """Bytes of the loss or of a block, whichever is more, and of this device's part of the head's gradient.
+
+    The loss and its gradient are computed before the first block's backward pass begins.
+    """
+    head = program.model.vocab_size * program.model.n_embd
+    part = 4 * head if devices > 1 and program.train.lora is None else 0
+    loss = _loss_workspace(program, tokens, share)
+    block = _block_workspace(program, block, tokens, share)
+    if program.backend == "tpu" and share > 1:  # the parts are added after the backward pass
+        return part + max(loss, block)
+    return max(part + loss, block)
 
 
 def _kept_beside_gradients(program: Program, kept: int) -> float:
@@ -106,26 +116,20 @@ def _copied_kernels(program: Program, share: int) -> int:
     return 0
 
 
-def _loss_workspace(program: Program, tokens: int, share: int, devices: int) -> int:
-    """Bytes for copies of the head, one device's part of its gradient, and logits (losses.py).
-
-    The head is whole on every device, and its gradient until those of all devices are added.
-    """
+def _loss_workspace(program: Program, tokens: int, share: int) -> int:
+    """Bytes for copies of the head, which is whole on every device, and logits (losses.py)."""
     model, size = program.model, program.precision.compute_dtype.itemsize
     head = model.vocab_size * model.n_embd
     copy = size * head if size < 4 or share > 1 else 0
     # and once more: a CPU gathers in float32 and turns that around, a TPU has float32 in two layouts
     again = {"gpu": 0, "cpu": 4 * (share > 1), "tpu": 4 * (size == 4)}[program.backend] * head
-    part = 4 * head if devices > 1 and program.train.lora is None else 0
-    if program.backend == "tpu" and share > 1:
-        part *= 2  # the sum is made whole as well, and then cut
     chunk = chunk_size(tokens, model.vocab_size)
     width = min(MAX_COLUMNS, model.vocab_size)
     logits, slices = 4 * chunk * model.vocab_size, size * chunk * width + 8 * width * model.n_embd
     if again and size == 4 and program.backend == "cpu":
         # what was gathered makes room: for slices, and for all logits where no loop over chunks holds it
-        return copy + part + (max(again, logits) if chunk == tokens else again + logits)
-    return copy + part + again + logits + slices
+        return copy + (max(again, logits) if chunk == tokens else again + logits)
+    return copy + again + logits + slices
 
 
 def _block_workspace(program: Program, block: int, tokens: int, share: int) -> int:
