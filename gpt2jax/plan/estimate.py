@@ -125,7 +125,9 @@ def _loss_workspace(program: Program, tokens: int, share: int) -> int:
     again = {"gpu": 0, "cpu": 4 * (share > 1), "tpu": 4 * (size == 4)}[program.backend] * head
     chunk = chunk_size(tokens, model.vocab_size)
     width = min(MAX_COLUMNS, model.vocab_size)
-    logits, slices = 4 * chunk * model.vocab_size, size * chunk * width + 8 * width * model.n_embd
+    # a TPU computes them in its cores' own memory
+    logits = 0 if program.backend == "tpu" else 4 * chunk * model.vocab_size
+    slices = size * chunk * width + 8 * width * model.n_embd
     if again and size == 4 and program.backend == "cpu":
         # what was gathered makes room: for slices, and for all logits where no loop over chunks holds it
         return copy + (max(again, logits) if chunk == tokens else again + logits)
