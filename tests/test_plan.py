@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
+from devices import on_four_devices
 from jax.sharding import AbstractMesh, AxisType
 
 from gpt2jax.cli.plan import main
@@ -64,28 +60,19 @@ def test_estimate_is_within_a_tenth_of_what_is_compiled(settings):
 
 # a vocabulary that makes the head's copies weigh, and logits of which few are held at once
 ON_DEVICES = """
-import json, sys
-sys.path.insert(0, {tests!r})
+import json
 from gpt2jax import losses
 from test_plan import EVERY, compare_with_compiled
 
 losses.MAX_LOGITS = 1 << 20
-print(json.dumps(compare_with_compiled({{"fsdp": 4, "lora": EVERY}}, 8192)))
+print(json.dumps(compare_with_compiled({"fsdp": 4, "lora": EVERY}, 8192)))
 """
 
 
 def test_estimate_counts_what_devices_hold_whole():
     """Under FSDP the head and a layer at a time."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    flags += " --xla_backend_optimization_level=0"  # which has no say in what buffers there are
-    done = subprocess.run(
-        [sys.executable, "-c", ON_DEVICES.format(tests=str(pathlib.Path(__file__).parent))],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
-    arguments, whole = json.loads(done.stdout)
+    # optimization has no say in what buffers there are
+    arguments, whole = on_four_devices(ON_DEVICES, "--xla_backend_optimization_level=0")
     assert arguments[0] == pytest.approx(arguments[1], rel=0.001)
     assert whole[0] == pytest.approx(whole[1], rel=0.1)
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from devices import on_four_devices
 
 PROGRAM = """
-import json, sys
-sys.path.insert(0, {tests!r})
+import json
 import jax
 from tiny_models import random_model
 from gpt2jax.evaluation import evaluate
 
-texts = ["", "a", "été and 🙂"] + [f"text {{i}} " + "word " * i for i in range(20)]
+texts = ["", "a", "été and 🙂"] + [f"text {i} " + "word " * i for i in range(20)]
 found = []
 for windows in ("first", "sliding"):
     for devices in (jax.devices()[:1], None):
@@ -30,16 +24,7 @@ print(json.dumps([jax.device_count(), found]))
 
 
 def test_four_devices_give_the_sums_of_one():
-    program = PROGRAM.format(tests=str(pathlib.Path(__file__).parents[1]))
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
-    count, results = json.loads(done.stdout)
+    count, results = on_four_devices(PROGRAM)
     assert count == 4
     for one, four in zip(results[::2], results[1::2], strict=True):
         for name in ("loss_sum", "text_loss_sum", "keras_loss", "calibration_error"):
