@@ -31,7 +31,7 @@ from gpt2jax.lora import LoRAConfig
 from gpt2jax.model import init_params
 from gpt2jax.plan.devices import described_devices, find_device
 from gpt2jax.plan.estimate import estimate_memory
-from gpt2jax.plan.program import compile_program, make_program, planned_bytes
+from gpt2jax.plan.program import compile_for, compile_program, make_program, planned_bytes
 from gpt2jax.prompts import Row
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.loop import with_dropout
@@ -183,9 +183,7 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=here),
         (params, cache, progress, request, np.int32(case.slots)),
     )
-    traced = decode.trace(*arguments, config=config, precision=numbers)
-    platform = {"gpu": "cuda"}.get(device.backend, device.backend)
-    compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    compiled = compile_for(device.backend, decode, *arguments, config=config, precision=numbers)
     memory, total = compiled.memory_analysis(), planned_bytes(compiled, device.backend)
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     smallest = min(leaf.size for layer in params["h"] for leaf in jax.tree.leaves(layer) if leaf.ndim == 2)

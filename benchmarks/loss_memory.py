@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from contenders import print_table
 from jax.sharding import SingleDeviceSharding
+from training import dense_loss
 
 from gpt2jax.config import PRESETS
 from gpt2jax.losses import cross_entropy
 from gpt2jax.plan.devices import described_devices, find_device
+from gpt2jax.plan.program import compile_for
 from gpt2jax.precision import precision
 
 
@@ -70,21 +72,15 @@ def temporaries(options: argparse.Namespace, place: jax.Device, backend: str, dt
         )
     ]
 
-    def ours(hidden, head, targets, weights):
-        return cross_entropy(hidden, head, targets, weights, numerics)[0]
+    def ours(*arrays):
+        return cross_entropy(*arrays, numerics)[0]
 
-    def dense(hidden, head, targets, weights):
-        narrow = (x.astype(numerics.compute_dtype) for x in (hidden, head))
-        logits = jnp.einsum("btd,vd->btv", *narrow, preferred_element_type=jnp.float32)
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        return (losses * weights).sum()
+    def dense(*arrays):
+        return dense_loss(*arrays, numerics)[0]
 
-    platform = {"gpu": "cuda"}.get(backend, backend)
-    found = []
-    for function in (ours, *(jax.value_and_grad(f, argnums=(0, 1)) for f in (ours, dense))):
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
-        found.append(lowered.compile().memory_analysis().temp_size_in_bytes)
-    return found
+    functions = (ours, *(jax.value_and_grad(f, argnums=(0, 1)) for f in (ours, dense)))
+    compiled = (compile_for(backend, jax.jit(function), *arguments) for function in functions)
+    return [program.memory_analysis().temp_size_in_bytes for program in compiled]
 
 
 if __name__ == "__main__":

@@ -103,20 +103,22 @@ def gpt2jax_step(
 
 def dense_loss_step(config: GPT2Config, *arguments) -> Step:
     """gpt2jax's step with a plain loss in the place of its own."""
+    import gpt2jax.train.step
+
+    gpt2jax.train.step.cross_entropy = dense_loss
+    return gpt2jax_step(config, *arguments)
+
+
+def dense_loss(hidden, head, targets, weights, precision, **_):
+    """What `gpt2jax.losses.cross_entropy` gives, from the logits of all tokens at once."""
     import jax.numpy as jnp
     import optax
 
-    import gpt2jax.train.step
-
-    def dense(hidden, head, targets, weights, precision, **_):
-        narrow = precision.compute_dtype
-        logits = (hidden.astype(narrow) @ head.astype(narrow).T).astype(jnp.float32)
-        nll = (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
-        correct = ((logits.argmax(-1) == targets) * weights).sum()
-        return nll, {"nll": nll, "tokens": weights.sum(), "correct": correct}
-
-    gpt2jax.train.step.cross_entropy = dense
-    return gpt2jax_step(config, *arguments)
+    narrow = precision.compute_dtype
+    logits = (hidden.astype(narrow) @ head.astype(narrow).T).astype(jnp.float32)
+    nll = (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
+    correct = ((logits.argmax(-1) == targets) * weights).sum()
+    return nll, {"nll": nll, "tokens": weights.sum(), "correct": correct}
 
 
 def torch_step(config: GPT2Config, rows: int, length: int, dtype: str, lora: bool) -> Step:

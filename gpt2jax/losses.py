@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt2jax.bits import from_bits, to_bits
 from gpt2jax.distributed import cut_rows, rows_cut_in, whole
@@ -37,15 +38,15 @@ def chunk_size(rows: int, vocab_size: int) -> int:
     return next(even, size)
 
 
-def column_slices(vocab_size: int) -> tuple[int, jax.Array, jax.Array]:
+def column_slices(vocab_size: int) -> tuple[int, np.ndarray, np.ndarray]:
     """Slices of the vocabulary, equally wide: (columns of one, where each starts, how many of it the last one had).
 
     The width is a multiple of 64, which GPUs need not fill up, so the last slice begins early.
     """
     slices = math.ceil(vocab_size / MAX_COLUMNS)
     width = min(vocab_size, math.ceil(vocab_size / slices / 64) * 64)
-    first = jnp.arange(0, vocab_size, width)
-    starts = jnp.minimum(first, vocab_size - width)
+    first = np.arange(0, vocab_size, width)
+    starts = np.minimum(first, vocab_size - width)
     return width, starts, first - starts
 
 
@@ -65,7 +66,7 @@ def token_losses(
     """
 
     dtype = precision.compute_dtype
-    head_bits = to_bits(head.astype(dtype))
+    head_bits = _head_bits(head, dtype)
 
     def chunk(_, rows):
         h, target = rows
@@ -126,7 +127,7 @@ def cross_entropy(
 def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array, ...]:
     """Weighted sums over all tokens of loss, cross-entropy and hits."""
     dtype = precision.compute_dtype
-    head_bits = to_bits(head.astype(dtype))
+    head_bits = _head_bits(head, dtype)
 
     def chunk(sums, rows):
         h, target, weight = rows
@@ -141,7 +142,7 @@ def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array,
 
 def _sums_forward(hidden, head, targets, weights, precision, extras):
     dtype = precision.compute_dtype
-    head_bits = to_bits(whole(head.astype(dtype)))
+    head_bits = _head_bits(head, dtype)
     # bfloat16 has float32's range: nothing is lost that the gradient, which is to be of this dtype, could hold
     kept = jnp.bfloat16 if hidden.dtype == jnp.bfloat16 else jnp.float32
 
@@ -173,6 +174,11 @@ def _sums_backward(precision, extras, saved, cotangents):
 
 _differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4, 5))
 _differentiable_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _head_bits(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The head [V, D] as products take it, in `to_bits`' form, which loops take slices of; whole on every device."""
+    return to_bits(whole(head.astype(dtype)))
 
 
 def _logits(h: jax.Array, head_bits: jax.Array) -> jax.Array:

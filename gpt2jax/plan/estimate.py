@@ -17,7 +17,7 @@ from jax.interpreters import partial_eval
 from gpt2jax.attention import lean_attention_takes, query_blocks
 from gpt2jax.config import GPT2Config
 from gpt2jax.lora import LoRAConfig
-from gpt2jax.losses import MAX_COLUMNS, chunk_size
+from gpt2jax.losses import chunk_size, column_slices
 from gpt2jax.model import Params, count_parameters
 from gpt2jax.plan.program import Program, loss_gradient, make_program
 from gpt2jax.train.config import FinetuneConfig
@@ -64,7 +64,7 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
         # computed again, narrow activations lie beside the wide ones that they were made from
         wide = program.precision.activation_dtype != program.precision.compute_dtype
         rows_of_all, _ = _kept(program, "none", wide=wide)
-    block = rows_of_all // program.model.n_layer // ways
+    rows_of_block = rows_of_all // program.model.n_layer // ways
     length = program.batch["tokens"].shape[1]
     if pays_apart(program.model, train, length, program.backend, devices):
         rows_kept = int(rows_kept * _kept_beside_gradients(program, rows_kept))
@@ -75,11 +75,12 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
         batch=_bytes(program.batch) // ways,
         gradients=gradients // share,
         activations=rows_kept // ways + weights_kept // share,
-        workspace=_copied_kernels(program, share) + _workspace(program, block, tokens, share, devices),
+        workspace=_copied_kernels(program, share)
+        + _workspace(program, rows_of_block, tokens, share, devices),
     )
 
 
-def _workspace(program: Program, block: int, tokens: int, share: int, devices: int) -> int:
+def _workspace(program: Program, rows_of_block: int, tokens: int, share: int, devices: int) -> int:
     """Bytes of the loss or of a block, whichever is more, and of this device's part of the head's gradient.
 
     The loss and its gradient are computed before the first block's backward pass begins.
@@ -87,7 +88,7 @@ def _workspace(program: Program, block: int, tokens: int, share: int, devices: i
     head = program.model.vocab_size * program.model.n_embd
     part = 4 * head if devices > 1 and program.train.lora is None else 0
     loss = _loss_workspace(program, tokens, share)
-    block = _block_workspace(program, block, tokens, share)
+    block = _block_workspace(program, rows_of_block, tokens, share)
     if program.backend == "tpu" and share > 1:  # the parts are added after the backward pass
         return part + max(loss, block)
     return max(part + loss, block)
@@ -124,7 +125,7 @@ def _loss_workspace(program: Program, tokens: int, share: int) -> int:
     # and once more: a CPU gathers in float32 and turns that around, a TPU has float32 in two layouts
     again = {"gpu": 0, "cpu": 4 * (share > 1), "tpu": 4 * (size == 4)}[program.backend] * head
     chunk = chunk_size(tokens, model.vocab_size)
-    width = min(MAX_COLUMNS, model.vocab_size)
+    width, _, _ = column_slices(model.vocab_size)
     # a TPU computes them in its cores' own memory
     logits = 0 if program.backend == "tpu" else 4 * chunk * model.vocab_size
     slices = size * chunk * width + 8 * width * model.n_embd

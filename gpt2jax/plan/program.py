@@ -119,9 +119,14 @@ def compile_program(program: Program, mesh: Mesh) -> Any:
         None if program.frozen is None else placed(program.frozen, shardings(program.frozen, mesh)),
         placed(program.batch, {name: rows for name in program.batch}),
     )
-    platform = {"gpu": "cuda"}.get(program.backend, program.backend)
     with on_mesh(mesh):
-        return step.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+        return compile_for(program.backend, step, *arguments)
+
+
+def compile_for(backend: str, function: Any, *arguments: Any, **static: Any) -> Any:
+    """A jitted function, compiled for shapes whose shardings name the devices of `backend`: "cpu", "gpu" or "tpu"."""
+    platform = {"gpu": "cuda"}.get(backend, backend)
+    return function.trace(*arguments, **static).lower(lowering_platforms=(platform,)).compile()
 
 
 def planned_bytes(compiled: Any, backend: str) -> int:
