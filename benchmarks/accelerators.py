@@ -21,18 +21,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gpt2jax.cache import init_cache
-from gpt2jax.config import PRESETS
-from gpt2jax.decoding import decode
-from gpt2jax.distributed import make_mesh
-from gpt2jax.generation_run import Job, initial_progress, make_request
-from gpt2jax.inference import derive_params, inference_precision, weight_dtype
-from gpt2jax.lora import LoRAConfig
-from gpt2jax.model import init_params
+from gpt2jax.generation.cached_model import derive_params, inference_precision, weight_dtype
+from gpt2jax.generation.decoding import decode
+from gpt2jax.generation.kv_cache import init_cache
+from gpt2jax.generation.requests import Row
+from gpt2jax.generation.runner import Job, initial_progress, make_request
+from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.model.config import PRESETS
+from gpt2jax.model.gpt2 import init_params
 from gpt2jax.plan.devices import described_devices, find_device
 from gpt2jax.plan.estimate import estimate_memory
 from gpt2jax.plan.program import compile_for, compile_program, make_program, planned_bytes
-from gpt2jax.prompts import Row
+from gpt2jax.sharding import make_mesh
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.loop import with_dropout
 

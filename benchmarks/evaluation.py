@@ -126,7 +126,7 @@ def make_torch(options: argparse.Namespace, what: str, dtype: str, ids: np.ndarr
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from gpt2jax.config import PRESETS
+    from gpt2jax.model.config import PRESETS
 
     torch.set_num_threads(options.threads)
     model = GPT2LMHeadModel(GPT2Config(**PRESETS[options.model].to_hf())).eval()
@@ -152,7 +152,7 @@ def make_keras(options: argparse.Namespace, what: str, dtype: str, ids: np.ndarr
     import keras
     import keras_hub
 
-    from gpt2jax.config import PRESETS
+    from gpt2jax.model.config import PRESETS
 
     config = PRESETS[options.model]
     model = keras_hub.models.GPT2CausalLM(

@@ -60,7 +60,7 @@ def main() -> None:
 
 def write_documents(path: Path, count: int) -> None:
     """Passages of 8 to 48 words of real prose, no two alike."""
-    from gpt2jax.data.builtin import builtin_texts
+    from gpt2jax.data.docs_corpus import builtin_texts
 
     words = re.findall(r"\S+\s*", " ".join(builtin_texts("python-docs")))
     with open(path, "w", encoding="utf-8") as file:

@@ -40,7 +40,7 @@ from contenders import (
 )
 from generation_makers import BYTES, CONTENDERS, LOADERS, write_folders
 
-from gpt2jax.config import PRESETS, GPT2Config
+from gpt2jax.model.config import PRESETS, GPT2Config
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from contenders import backbone
 
-from gpt2jax.config import PRESETS, GPT2Config
+from gpt2jax.model.config import PRESETS, GPT2Config
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts, int], Sequence[Sequence[int]]]

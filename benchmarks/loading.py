@@ -63,10 +63,10 @@ def write_random(folder: Path, model: str, dtype: str) -> tuple[int, int]:
 
     import numpy as np
 
-    from gpt2jax.config import PRESETS
+    from gpt2jax.model.config import PRESETS
     from gpt2jax.weights.hf import RULES
     from gpt2jax.weights.mapping import file_shapes
-    from gpt2jax.weights.safetensors_file import write_safetensors
+    from gpt2jax.weights.safetensors_io import write_safetensors
 
     shapes = file_shapes(PRESETS[model], RULES)
     rng = np.random.default_rng(0)

@@ -18,11 +18,11 @@ from contenders import print_table
 from jax.sharding import SingleDeviceSharding
 from training import dense_loss
 
-from gpt2jax.config import PRESETS
-from gpt2jax.losses import cross_entropy
+from gpt2jax.model.config import PRESETS
+from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.precision import precision
 from gpt2jax.plan.devices import described_devices, find_device
 from gpt2jax.plan.program import compile_for
-from gpt2jax.precision import precision
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from contenders import print_table
 
 import gpt2jax
-from gpt2jax.config import PRESETS
 from gpt2jax.data.documents import tokenize_documents
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.model.config import PRESETS
+from gpt2jax.tokenizer.bpe import Tokenizer
 
 WAYS = ("into memory", "into the cache", "from the cache")
 

@@ -33,7 +33,7 @@ from contenders import (
     start_and_take_turns,
 )
 
-from gpt2jax.config import PRESETS, GPT2Config
+from gpt2jax.model.config import PRESETS, GPT2Config
 
 Step = Callable[[], None]  # runs one step and waits for it
 
@@ -62,13 +62,13 @@ def gpt2jax_step(
     import jax.numpy as jnp
     import numpy as np
 
-    from gpt2jax.lora import LoRAConfig, base_params, init_adapters
-    from gpt2jax.model import init_params
-    from gpt2jax.precision import precision
+    from gpt2jax.lora.adapters import LoRAConfig, base_params, init_adapters
+    from gpt2jax.model.gpt2 import init_params
+    from gpt2jax.ops.precision import precision
     from gpt2jax.train.config import FinetuneConfig
-    from gpt2jax.train.layout import pays_apart, take_apart
     from gpt2jax.train.optimizer import make_optimizer
     from gpt2jax.train.step import init_state, make_train_step
+    from gpt2jax.train.unrolled import pays_apart, take_apart
 
     adapters = LoRAConfig(rank=RANK) if lora else None
     settings = FinetuneConfig(
@@ -110,7 +110,7 @@ def dense_loss_step(config: GPT2Config, *arguments) -> Step:
 
 
 def dense_loss(hidden, head, targets, weights, precision, **_):
-    """What `gpt2jax.losses.cross_entropy` gives, from the logits of all tokens at once."""
+    """What `gpt2jax.ops.cross_entropy.cross_entropy` gives, from the logits of all tokens at once."""
     import jax.numpy as jnp
     import optax
 

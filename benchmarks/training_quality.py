@@ -21,8 +21,8 @@ from contenders import print_table
 
 import gpt2jax
 from gpt2jax.cli.finetune import Options, finetune_config
-from gpt2jax.model import count_parameters
-from gpt2jax.precision import COMPUTE_DTYPES
+from gpt2jax.model.gpt2 import count_parameters
+from gpt2jax.ops.precision import COMPUTE_DTYPES
 
 REACHED = 0.90  # of the full gain, which --lora is to reach
 DEVIATION = 0.01  # of float32's loss, which narrow products are to stay within

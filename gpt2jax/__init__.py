@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gpt2jax.beams import Beam, beam_search
-    from gpt2jax.config import PRESETS, GPT2Config
+    from gpt2jax.comparison.compare import Comparison, compare
     from gpt2jax.data.sources import load_texts
-    from gpt2jax.evaluation.compare import Comparison, compare
-    from gpt2jax.evaluation.metrics import Evaluation, evaluate
-    from gpt2jax.generation import Generation, generate, stream
+    from gpt2jax.evaluation.evaluate import evaluate
+    from gpt2jax.evaluation.result import Evaluation
+    from gpt2jax.generation.beam_search import Beam, beam_search
+    from gpt2jax.generation.generate import Generation, generate, stream
     from gpt2jax.language_model import (
         LanguageModel,
         combine_adapters,
@@ -26,40 +26,41 @@ if TYPE_CHECKING:
         load_adapter,
         save_adapter,
     )
-    from gpt2jax.lora import LoRAConfig
-    from gpt2jax.tokenizer import Tokenizer
+    from gpt2jax.lora.adapters import LoRAConfig
+    from gpt2jax.model.config import PRESETS, GPT2Config
+    from gpt2jax.tokenizer.bpe import Tokenizer
     from gpt2jax.train.config import FinetuneConfig
     from gpt2jax.train.loop import Run, finetune
 
 _HOMES = {
     # models
-    "GPT2Config": "config",
-    "PRESETS": "config",
+    "GPT2Config": "model.config",
+    "PRESETS": "model.config",
     "LanguageModel": "language_model",
     "load": "language_model",
     "from_config": "language_model",
     "load_adapter": "language_model",
     "save_adapter": "language_model",
     "combine_adapters": "language_model",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "tokenizer.bpe",
     # generation
-    "generate": "generation",
-    "stream": "generation",
-    "Generation": "generation",
-    "beam_search": "beams",
-    "Beam": "beams",
+    "generate": "generation.generate",
+    "stream": "generation.generate",
+    "Generation": "generation.generate",
+    "beam_search": "generation.beam_search",
+    "Beam": "generation.beam_search",
     # training
     "finetune": "train.loop",
     "Run": "train.loop",
     "FinetuneConfig": "train.config",
-    "LoRAConfig": "lora",
+    "LoRAConfig": "lora.adapters",
     # data
     "load_texts": "data.sources",
     # evaluation
-    "evaluate": "evaluation.metrics",
-    "Evaluation": "evaluation.metrics",
-    "compare": "evaluation.compare",
-    "Comparison": "evaluation.compare",
+    "evaluate": "evaluation.evaluate",
+    "Evaluation": "evaluation.result",
+    "compare": "comparison.compare",
+    "Comparison": "comparison.compare",
 }
 
 __all__ = [

@@ -12,13 +12,20 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from gpt2jax.checks import check_model, check_path, check_seed, is_number
-from gpt2jax.config import PRESETS, GPT2Config
-from gpt2jax.files import read_object
-from gpt2jax.lora import LoRAConfig, merge_adapters, unmerge_adapters
-from gpt2jax.model import Params, count_parameters, head_kernel, hidden_states, init_params, output_logits
-from gpt2jax.precision import FLOAT32
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.lora.adapters import LoRAConfig, merge_adapters, unmerge_adapters
+from gpt2jax.model.config import PRESETS, GPT2Config
+from gpt2jax.model.gpt2 import (
+    Params,
+    count_parameters,
+    head_kernel,
+    hidden_states,
+    init_params,
+    output_logits,
+)
+from gpt2jax.ops.precision import FLOAT32
+from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.utils.atomic_io import read_object
+from gpt2jax.utils.validation import check_model, check_path, check_seed, is_number
 
 FORMATS = ("hf", "keras")
 
@@ -327,7 +334,7 @@ def combine_adapters(
     Raises:
         ValueError: a model without adapters or with DoRA, different bases, or weights that are not one number each.
     """
-    from gpt2jax.lora_sums import sum_adapters
+    from gpt2jax.lora.combine import sum_adapters
 
     if not isinstance(models, list | tuple):
         raise ValueError(f"models={models!r:.60} must be a list of models")

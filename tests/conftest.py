@@ -26,3 +26,19 @@ def drop_programs_when_many():
     """Frees the compiled programs of earlier files before the system refuses to map more."""
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def model():
+    """Return a tiny random model."""
+    from tiny_models import random_model
+
+    return random_model(0)
+
+
+@pytest.fixture(scope="session")
+def other_model():
+    """Return another tiny random model."""
+    from tiny_models import random_model
+
+    return random_model(1)

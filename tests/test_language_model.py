@@ -20,7 +20,7 @@ from gpt2jax.language_model import (
     load_adapter,
     save_adapter,
 )
-from gpt2jax.lora import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 
 LORA = LoRAConfig(rank=2, alpha=5.0, targets=("attn.c_attn", "mlp.c_fc"))
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel, from_config
-from gpt2jax.model import Params, init_params
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, init_params
+from gpt2jax.tokenizer.bpe import Tokenizer
 
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=128)
 # without dropout, for what must repeat exactly in training

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
-from gpt2jax.checks import check_path
+from gpt2jax.utils.validation import check_path
 
 T = TypeVar("T")
 

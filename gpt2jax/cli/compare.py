@@ -66,9 +66,9 @@ def run(options: Options) -> None:
     """Loads, compares, writes, and says where."""
     from rich.console import Console
 
-    from gpt2jax.evaluation.compare import compare
-    from gpt2jax.evaluation.report import print_comparison
+    from gpt2jax.comparison.compare import compare
     from gpt2jax.language_model import load
+    from gpt2jax.report.summary import print_comparison
 
     names = named_models(options.models)
     check_folder(options.out)

@@ -54,11 +54,11 @@ def run(options: Options) -> None:
     """Loads, evaluates, prints."""
     from rich.console import Console
 
-    from gpt2jax.evaluation.evaluation import SCHEMA, SCHEMA_VERSION
-    from gpt2jax.evaluation.metrics import evaluate
-    from gpt2jax.evaluation.provenance import describe_model, versions
-    from gpt2jax.files import atomic_write
+    from gpt2jax.comparison.provenance import describe_model, versions
+    from gpt2jax.evaluation.evaluate import evaluate
+    from gpt2jax.evaluation.result import SCHEMA, SCHEMA_VERSION
     from gpt2jax.language_model import load
+    from gpt2jax.utils.atomic_io import atomic_write
 
     file, state = output_files(options)
     source = options.source.pinned()

@@ -111,7 +111,7 @@ def run(options: Options) -> None:
     import jax
     from rich.console import Console
 
-    from gpt2jax.prompts import make_rows
+    from gpt2jax.generation.requests import make_rows
     from gpt2jax.train.loop import finetune
     from gpt2jax.train.run_folder import RunFolder
 
@@ -182,8 +182,8 @@ def _prompts(options: Options) -> Sequence[str]:
 def _compare(
     options: Options, model: Any, result: Any, texts: Any, training_texts: Any, console: Any
 ) -> None:
-    from gpt2jax.evaluation.compare import compare
-    from gpt2jax.evaluation.report import print_comparison
+    from gpt2jax.comparison.compare import compare
+    from gpt2jax.report.summary import print_comparison
 
     length = options.train.sequence_length or min(model.config.n_positions, 1024)
     comparison = compare(
@@ -249,7 +249,7 @@ def _rank(text: str) -> tuple[str, int]:
 def finetune_config(options: Options) -> FinetuneConfig:
     """The settings of the run, defaults that depend on the data filled in."""
     from gpt2jax.data.token_cache import default_cache
-    from gpt2jax.lora import LoRAConfig
+    from gpt2jax.lora.adapters import LoRAConfig
 
     lora = None
     if options.lora:
@@ -288,9 +288,9 @@ def default_output(options: Options) -> pathlib.Path:
 
 def starting_model(options: Options) -> Any:
     """The model that training begins with."""
-    from gpt2jax.config import PRESETS
     from gpt2jax.language_model import from_config, load
-    from gpt2jax.tokenizer import Tokenizer
+    from gpt2jax.model.config import PRESETS
+    from gpt2jax.tokenizer.bpe import Tokenizer
 
     if options.init == "pretrained":
         return load(options.model)
@@ -304,7 +304,7 @@ def starting_model(options: Options) -> Any:
 
 def default_prompts(data: str) -> tuple[str, ...]:
     """Prompts of the kind of text that the data holds."""
-    from gpt2jax.evaluation.compare import STUDY_PROMPTS
+    from gpt2jax.comparison.compare import STUDY_PROMPTS
 
     if data in ("numeric-docs", "python-docs"):
         return DOCUMENTATION_PROMPTS

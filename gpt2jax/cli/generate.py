@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from gpt2jax.cli.common import check_file, run_command
-from gpt2jax.terminal import redraws
+from gpt2jax.utils.progress import redraws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(options: Options) -> None:
     """Loads the model and continues the prompts."""
-    from gpt2jax.generation import stream
+    from gpt2jax.generation.generate import stream
     from gpt2jax.language_model import load
 
     check_search(options)
@@ -234,7 +234,7 @@ def _show(prompt: str, pieces: Any) -> None:
 
 
 def _converse(model: Any, settings: dict[str, Any], options: Options) -> None:
-    from gpt2jax.generation import stream
+    from gpt2jax.generation.generate import stream
 
     print("Type the beginning of a text; an empty line lets the model begin; Ctrl-D ends.", file=sys.stderr)
     index = 0
@@ -252,7 +252,7 @@ def _converse(model: Any, settings: dict[str, Any], options: Options) -> None:
 
 
 def _draw(model: Any, prompts: list[str], settings: dict[str, Any], options: Options) -> list[Any]:
-    from gpt2jax.generation import generate
+    from gpt2jax.generation.generate import generate
 
     return generate(
         model,
@@ -265,7 +265,7 @@ def _draw(model: Any, prompts: list[str], settings: dict[str, Any], options: Opt
 
 
 def _search(model: Any, prompts: list[str], options: Options) -> list[Any]:
-    from gpt2jax.beams import beam_search
+    from gpt2jax.generation.beam_search import beam_search
 
     settings = {name: getattr(options, name) for name in _FOR_BEAMS}
     found = beam_search(model, prompts, num_beams=options.beams, num_return=options.num_samples, **settings)
@@ -284,7 +284,7 @@ def _json_line(content: dict[str, Any]) -> str:
 
 def _write(make: Callable[[], list[Any]], options: Options) -> None:
     """Prints continuations, or writes them as JSON lines and says how fast they were made."""
-    from gpt2jax.files import atomic_write
+    from gpt2jax.utils.atomic_io import atomic_write
 
     began = time.perf_counter()
     outputs = make()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, run_command
 
 if TYPE_CHECKING:
-    from gpt2jax.config import GPT2Config
+    from gpt2jax.model.config import GPT2Config
     from gpt2jax.plan.devices import Device
     from gpt2jax.train.config import FinetuneConfig
 
@@ -102,9 +102,9 @@ def _check(options: Options) -> None:
 
 
 def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
-    from gpt2jax.config import PRESETS
     from gpt2jax.language_model import load
-    from gpt2jax.lora import LoRAConfig
+    from gpt2jax.lora.adapters import LoRAConfig
+    from gpt2jax.model.config import PRESETS
     from gpt2jax.train.config import FinetuneConfig
     from gpt2jax.train.loop import with_dropout
 
@@ -170,7 +170,7 @@ def _print_estimate(
 
 
 def _attention(program: Any) -> str:
-    from gpt2jax.attention import lean_attention_takes
+    from gpt2jax.ops.attention import lean_attention_takes
 
     kind = program.precision.attention
     return (
@@ -183,9 +183,9 @@ def _attention(program: Any) -> str:
 def _print_compiled(
     options: Options, device: Device, model: GPT2Config, train: FinetuneConfig, console: Any
 ) -> None:
-    from gpt2jax.distributed import make_mesh
     from gpt2jax.plan.devices import described_devices
     from gpt2jax.plan.program import compile_program, make_program, planned_bytes
+    from gpt2jax.sharding import make_mesh
 
     try:
         devices = described_devices(device, options.devices)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.checks import check_texts
+from gpt2jax.utils.validation import check_texts
 
 # texts are encoded in pieces of about so many characters: enough for every core, and little to hold
 PIECE = 1 << 22
@@ -116,7 +116,7 @@ def write_pieces(
     Raises:
         ValueError: as `tokenize_documents`.
     """
-    from gpt2jax.data.progress import tokenization_progress
+    from gpt2jax.utils.data_progress import tokenization_progress
 
     lengths: list[np.ndarray] = []
     prompts: list[np.ndarray] = []

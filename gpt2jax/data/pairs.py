@@ -6,9 +6,9 @@ import itertools
 import os
 from collections.abc import Iterator
 
-from gpt2jax.checks import check_path
 from gpt2jax.data.readers import list_files, read_texts
 from gpt2jax.data.sources import split_by_name, split_texts
+from gpt2jax.utils.validation import check_path
 
 # stands between the two parts of a pair while the pairs are split as texts; no text holds it
 _BETWEEN = "\x00\x1e\x00"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2jax.tokenizer import END_TOKEN
+from gpt2jax.tokenizer.bpe import END_TOKEN
 
 DOCUMENTS = ("file", "paragraph", "line")
 TEXT_COLUMNS = ("text", "article", "article_text", "content", "body", "document")

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from gpt2jax.checks import check_path, is_whole
-from gpt2jax.data.builtin import BUILTIN_NAMES, SPLITS, builtin_texts
+from gpt2jax.data.docs_corpus import BUILTIN_NAMES, SPLITS, builtin_texts
 from gpt2jax.data.hub import (
     DATA_VARIABLE,
     PAPERS,
@@ -33,6 +32,7 @@ from gpt2jax.data.readers import (
     row_texts,
     schema_columns,
 )
+from gpt2jax.utils.validation import check_path, is_whole
 
 # Data without splits of its own: 90 % train, 5 % validation, 5 % test.
 HELD_OUT = 0.05
@@ -82,7 +82,7 @@ def load_texts(
 
     `source` is one of
 
-    * `"python-docs"`, `"numeric-docs"`: documentation of what is installed (see `gpt2jax.data.builtin`);
+    * `"python-docs"`, `"numeric-docs"`: documentation of what is installed (see `gpt2jax.data.docs_corpus`);
     * a file: .jsonl, .json, .csv, .tsv, .parquet with a column of texts (strings, or lists of strings, which
     are
       joined by newlines), .txt; compressed (.gz, .bz2, .xz, .zst) or not. A .txt file with JSON lines in it

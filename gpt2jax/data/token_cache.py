@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.checks import check_path
 from gpt2jax.data.documents import Documents, prompt_and_completion, to_offsets, token_dtype, write_pieces
-from gpt2jax.files import atomic_write
+from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.validation import check_path
 
 CACHE_VARIABLE = "GPT2JAX_CACHE"
 VERSION = 1  # of reading, tokenizing and of the layout: another number makes all files new

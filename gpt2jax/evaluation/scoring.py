@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt2jax.attention import product
-from gpt2jax.bits import from_bits, kernel_bits, to_bits
-from gpt2jax.config import GPT2Config
 from gpt2jax.data.batches import Batch
 from gpt2jax.data.documents import Documents
-from gpt2jax.evaluation.sums import TokenScores
+from gpt2jax.evaluation.accumulators import TokenScores
 from gpt2jax.evaluation.windows import Windows, bucketed_batch_size, row_batches, study_batches
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.model import Params, head_kernel, hidden_states
-from gpt2jax.precision import Precision, precision
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
+from gpt2jax.ops.attention import product
+from gpt2jax.ops.bits import from_bits, kernel_bits, to_bits
+from gpt2jax.ops.precision import Precision, precision
 
 # logits held at once on each device: of so many ids for so many rows, 32 MiB at most. On a CPU blocks of the vocabulary
 # take half the time of blocks of rows, which read the whole head for each

@@ -22,10 +22,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gpt2jax.checks import is_whole
 from gpt2jax.data.batches import Batch, document_row, pad_row
 from gpt2jax.data.documents import Documents
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.utils.validation import is_whole
 
 LEAST_WIDTH = 16  # tokens of a batch's rows, unless T is less
 WINDOWS = ("first", "disjoint", "sliding", "rolling")

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from gpt2jax.attention import lean_attention_takes, query_blocks
-from gpt2jax.config import GPT2Config
-from gpt2jax.lora import LoRAConfig
-from gpt2jax.losses import chunk_size, column_slices
-from gpt2jax.model import Params, count_parameters
+from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, count_parameters
+from gpt2jax.ops.attention import lean_attention_takes, query_blocks
+from gpt2jax.ops.cross_entropy import chunk_size, column_slices
 from gpt2jax.plan.program import Program, loss_gradient, make_program
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.layout import pays_apart
+from gpt2jax.train.unrolled import pays_apart
 
 
 @dataclasses.dataclass(frozen=True)

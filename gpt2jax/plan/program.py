@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.distributed import BATCH_AXES, on_mesh, shardings
-from gpt2jax.lora import base_params, init_adapters
-from gpt2jax.losses import cross_entropy
-from gpt2jax.model import Params, abstract_params, head_kernel, hidden_states
-from gpt2jax.precision import Precision, precision
+from gpt2jax.lora.adapters import base_params, init_adapters
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, abstract_params, head_kernel, hidden_states
+from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.precision import Precision, precision
+from gpt2jax.sharding import BATCH_AXES, on_mesh, shardings
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.layout import pays_apart, take_apart
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.schedules import resolve_learning_rate
 from gpt2jax.train.step import init_state, make_configured_step
+from gpt2jax.train.unrolled import pays_apart, take_apart
 
 
 @dataclasses.dataclass(frozen=True)

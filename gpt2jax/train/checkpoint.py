@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.files import read_object
-from gpt2jax.model import Params
+from gpt2jax.model.gpt2 import Params
 from gpt2jax.train.step import TrainState, averaged
+from gpt2jax.utils.atomic_io import read_object
 
 
 class Checkpoints:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from gpt2jax.checks import check_count, check_path, check_seed, is_number, put
 from gpt2jax.data.batches import LAYOUTS
-from gpt2jax.lora import BASE_DTYPES, LoRAConfig
-from gpt2jax.model import REMAT
-from gpt2jax.precision import COMPUTE_DTYPES
+from gpt2jax.lora.adapters import BASE_DTYPES, LoRAConfig
+from gpt2jax.model.gpt2 import REMAT
+from gpt2jax.ops.precision import COMPUTE_DTYPES
+from gpt2jax.utils.validation import check_count, check_path, check_seed, is_number, put
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")

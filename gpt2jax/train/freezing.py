@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2jax.model import Params
+from gpt2jax.model.gpt2 import Params
 
 
 def cut_frozen(params: Params, patterns: Sequence[str]) -> tuple[Params, Params, Params | None]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel, load
-from gpt2jax.lora import LoRAConfig
-from gpt2jax.model import Params
+from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params
 from gpt2jax.train.checkpoint import read_run, restore_trained
 from gpt2jax.train.run_folder import params_sha256
 from gpt2jax.weights.mapping import check_parameter_dtype

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from gpt2jax.model import Params
+from gpt2jax.model.gpt2 import Params
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.schedules import make_schedule
 

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2jax.checks import check_path
 from gpt2jax.data.documents import Documents
-from gpt2jax.files import atomic_write, read_object
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.model import Params
+from gpt2jax.model.gpt2 import Params
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.utils.atomic_io import atomic_write, read_object
+from gpt2jax.utils.validation import check_path
 
 try:
     import fcntl

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.distributed import cut_by_role, cut_rows
-from gpt2jax.lora import LoRAConfig
-from gpt2jax.losses import cross_entropy
-from gpt2jax.model import Params, head_kernel, hidden_states
-from gpt2jax.precision import Precision
+from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
+from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.precision import Precision
+from gpt2jax.sharding import cut_by_role, cut_rows
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import join
 from gpt2jax.train.optimizer import clip_scale, global_norm

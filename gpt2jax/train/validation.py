@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from gpt2jax.data.batches import Batch, sequential_batches
 from gpt2jax.data.documents import Documents
-from gpt2jax.distributed import shard_batch
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.losses import token_losses
-from gpt2jax.model import Params, head_kernel, hidden_states
-from gpt2jax.precision import precision
+from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
+from gpt2jax.ops.cross_entropy import token_losses
+from gpt2jax.ops.precision import precision
+from gpt2jax.sharding import shard_batch
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import join
 

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt2jax.checks import check_path
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import Params
-from gpt2jax.tokenizer import Tokenizer
-from gpt2jax.tokenizer_files import VOCABULARY_FILES
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params
+from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.files import VOCABULARY_FILES
+from gpt2jax.utils.validation import check_path
 from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, open_hf
 from gpt2jax.weights.keras import is_keras, is_keras_checkpoint, open_keras, open_keras_checkpoint
 from gpt2jax.weights.mapping import Source

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.files import atomic_folder
-from gpt2jax.model import Params
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params
+from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.weights.mapping import Rule, Source, Tensor, numpy_dtype, spread
-from gpt2jax.weights.safetensors_file import read_safetensors, write_safetensors
-from gpt2jax.weights.torch_file import read_state_dict
+from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
+from gpt2jax.weights.torch_reader import read_state_dict
 
 RULES = (
     Rule("wte.weight", "wte.embedding"),

@@ -19,8 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import Params
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params
 from gpt2jax.weights.mapping import Rule, Source, Tensor
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.lora import SLICES, LoRAConfig, kernel_of
-from gpt2jax.model import Params, abstract_params
+from gpt2jax.lora.adapters import SLICES, LoRAConfig, kernel_of
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.weights.keras import read_h5
 from gpt2jax.weights.mapping import FLOAT_DTYPES, Tensor, is_finite, listed
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.files import atomic_folder
-from gpt2jax.model import Params, count_parameters
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, count_parameters
+from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.keras import PRESET_WEIGHTS, RULES
 from gpt2jax.weights.mapping import spread

@@ -16,8 +16,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import Params, abstract_params
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, abstract_params
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16")

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import Params
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params
 from gpt2jax.weights import hf
 from gpt2jax.weights.mapping import Source, Tensor
-from gpt2jax.weights.torch_file import read_torch
+from gpt2jax.weights.torch_reader import read_torch
 
 # the names are Hugging Face's; only the kernels lie the other way
 RULES = tuple(

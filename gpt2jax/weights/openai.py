@@ -9,8 +9,8 @@ import json
 import os
 from pathlib import Path
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import Params
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params
 from gpt2jax.weights.mapping import Rule, Source
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
 

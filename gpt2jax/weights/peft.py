@@ -17,17 +17,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.files import atomic_folder
-from gpt2jax.lora import SLICES, TARGETS, LoRAConfig, kernel_of
-from gpt2jax.lora_sums import fuse_slices
-from gpt2jax.low_rank import column_lengths
-from gpt2jax.model import Params, abstract_params
+from gpt2jax.lora.adapters import SLICES, TARGETS, LoRAConfig, kernel_of
+from gpt2jax.lora.combine import fuse_slices
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, abstract_params
+from gpt2jax.ops.low_rank import column_lengths
+from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.mapping import FLOAT_DTYPES, Tensor, is_finite, listed
 from gpt2jax.weights.peft_targets import declared_linears
-from gpt2jax.weights.safetensors_file import read_safetensors, write_safetensors
-from gpt2jax.weights.torch_file import read_state_dict
+from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
+from gpt2jax.weights.torch_reader import read_state_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 TORCH_FILE = "adapter_model.bin"  # of old versions, and of save_pretrained(safe_serialization=False)

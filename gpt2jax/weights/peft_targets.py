@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpt2jax.checks import is_whole
-from gpt2jax.lora import TARGETS, is_simple_pattern
+from gpt2jax.lora.adapters import TARGETS, is_simple_pattern
+from gpt2jax.utils.validation import is_whole
 
 ALL = "all-linear"  # of files that were written by hand: PEFT writes the names
 

@@ -7,7 +7,7 @@ import pytest
 
 from gpt2jax.data.batches import Batches, WindowRows, sequential_batches
 from gpt2jax.data.documents import Documents, tokenize_documents
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.tokenizer.bpe import Tokenizer
 
 END = 99
 

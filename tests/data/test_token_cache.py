@@ -13,7 +13,7 @@ import gpt2jax.data.documents as documents_module
 from gpt2jax.data.batches import Batches
 from gpt2jax.data.documents import tokenize_documents
 from gpt2jax.data.token_cache import default_cache, read_tokens
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.tokenizer.bpe import Tokenizer
 
 TEXTS = ["one text", "", "another\ud800 text", "ein dritter, länger"]
 

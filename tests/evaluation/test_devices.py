@@ -9,7 +9,7 @@ PROGRAM = """
 import json
 import jax
 from tiny_models import random_model
-from gpt2jax.evaluation import evaluate
+from gpt2jax.evaluation.evaluate import evaluate
 
 texts = ["", "a", "été and 🙂"] + [f"text {i} " + "word " * i for i in range(20)]
 found = []

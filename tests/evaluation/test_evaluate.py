@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from tiny_models import CONFIG, decode_bytes, encode, numpy_logits, numpy_losses, random_model, uniform_model
 
-from gpt2jax.evaluation import evaluate
-from gpt2jax.evaluation.evaluation import Evaluation
-from gpt2jax.evaluation.sums import TokenScores
-from gpt2jax.lora import LoRAConfig, init_adapters
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.evaluation.accumulators import TokenScores
+from gpt2jax.evaluation.evaluate import evaluate
+from gpt2jax.evaluation.result import Evaluation
+from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.tokenizer.bpe import Tokenizer
 
 LENGTH = 16
 TEXTS = [

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.evaluation import evaluate
+from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.model.config import GPT2Config
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 

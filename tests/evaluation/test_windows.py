@@ -12,7 +12,7 @@ from gpt2jax.evaluation.windows import (
     study_row,
     window_row,
 )
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.tokenizer.bpe import Tokenizer
 
 END = 99
 

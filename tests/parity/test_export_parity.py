@@ -10,11 +10,11 @@ import pytest
 from tiny_models import random_params
 
 import gpt2jax
-from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.weights.hf import save_hf
-from gpt2jax.weights.safetensors_file import read_safetensors
+from gpt2jax.weights.safetensors_io import read_safetensors
 
 # what these libraries say to each other
 pytestmark = [

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2jax.generation import generate
-from gpt2jax.penalties import Context, Penalties, penalised
-from gpt2jax.sampling import SamplingConfig, full_weights
+from gpt2jax.generation.generate import generate
+from gpt2jax.generation.logits_processors import Context, Penalties, penalised
+from gpt2jax.generation.sampling import SamplingConfig, full_weights
 from gpt2jax.weights.hf import load_hf
 
 torch = pytest.importorskip("torch")

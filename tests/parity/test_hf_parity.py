@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import gpt2jax
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import head_kernel, hidden_states, output_logits
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import head_kernel, hidden_states, output_logits
+from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.weights.hf import load_hf, save_hf
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gpt2jax
-from gpt2jax.evaluation import evaluate
+from gpt2jax.evaluation.evaluate import evaluate
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")

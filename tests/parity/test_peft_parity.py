@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import gpt2jax
-from gpt2jax.lora import init_adapters
-from gpt2jax.model import head_kernel, hidden_states, output_logits
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.model.gpt2 import head_kernel, hidden_states, output_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

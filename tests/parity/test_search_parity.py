@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2jax.beams import beam_search
+from gpt2jax.generation.beam_search import beam_search
 from gpt2jax.language_model import load
 
 torch = pytest.importorskip("torch")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from gpt2jax.tokenizer import END_TOKEN, Tokenizer
+from gpt2jax.tokenizer.bpe import END_TOKEN, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

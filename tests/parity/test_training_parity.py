@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.losses import cross_entropy
-from gpt2jax.model import Params, head_kernel, hidden_states, output_logits
-from gpt2jax.precision import FLOAT32
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states, output_logits
+from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.precision import FLOAT32
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.step import init_state, make_train_step

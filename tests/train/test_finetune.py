@@ -14,10 +14,10 @@ from tiny_models import TINY, random_params
 
 import gpt2jax.train.loop as loop
 import gpt2jax.train.step as training_step
-from gpt2jax.evaluation.metrics import evaluate
+from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.language_model import LanguageModel, load
-from gpt2jax.lora import LoRAConfig
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.log import NotFinite, TrainLog
 from gpt2jax.train.loop import finetune

@@ -14,9 +14,9 @@ import pytest
 from tiny_models import NO_DROPOUT, random_params
 
 import gpt2jax.train.loop as loop
-from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora import LoRAConfig
+from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.model.config import GPT2Config
 from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.loop import finetune

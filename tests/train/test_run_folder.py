@@ -10,7 +10,7 @@ from tiny_models import TINY, random_params
 
 from gpt2jax.data.documents import tokenize_documents
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.run_folder import RunFolder
 

@@ -16,10 +16,10 @@ from tiny_models import TINY, random_params
 
 from gpt2jax.data.batches import make_rows
 from gpt2jax.data.documents import tokenize_documents
-from gpt2jax.lora import LoRAConfig, init_adapters
-from gpt2jax.losses import token_losses
-from gpt2jax.model import REMAT, head_kernel, hidden_states
-from gpt2jax.precision import precision
+from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.model.gpt2 import REMAT, head_kernel, hidden_states
+from gpt2jax.ops.cross_entropy import token_losses
+from gpt2jax.ops.precision import precision
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import cut_frozen, join
 from gpt2jax.train.optimizer import clip_scale, decay_mask, make_optimizer, with_narrow_moments

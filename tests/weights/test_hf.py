@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import abstract_params
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import abstract_params
+from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.weights import load_weights
 from gpt2jax.weights.hf import load_hf, save_hf
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import init_params
-from gpt2jax.tokenizer import Tokenizer
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import init_params
+from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.weights import hub
 from gpt2jax.weights.hf import load_hf, save_hf
 

@@ -11,7 +11,7 @@ import pytest
 from tiny_models import TINY, random_params
 
 from gpt2jax.language_model import LanguageModel, load_adapter, save_adapter
-from gpt2jax.lora import merge_adapters
+from gpt2jax.lora.adapters import merge_adapters
 
 RANK, HEADS, WIDTH = 3, TINY.n_head, TINY.head_dim
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gpt2jax.config import GPT2Config
-from gpt2jax.model import abstract_params
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import abstract_params
 from gpt2jax.weights.hf import RULES, save_hf
 from gpt2jax.weights.keras_preset import save_keras
 from gpt2jax.weights.mapping import file_shapes

@@ -10,7 +10,7 @@ import pytest
 
 from gpt2jax.weights import load_weights, nanogpt
 from gpt2jax.weights.nanogpt import load_nanogpt
-from gpt2jax.weights.torch_file import read_torch
+from gpt2jax.weights.torch_reader import read_torch
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

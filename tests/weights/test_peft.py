@@ -12,9 +12,9 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 from tiny_models import random_params
 
-from gpt2jax.config import GPT2Config
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora import TARGETS, LoRAConfig, init_adapters, merge_adapters
+from gpt2jax.lora.adapters import TARGETS, LoRAConfig, init_adapters, merge_adapters
+from gpt2jax.model.config import GPT2Config
 from gpt2jax.weights.peft import load_adapter, save_adapter
 
 TINY = GPT2Config(vocab_size=300, n_positions=16, n_embd=24, n_layer=3, n_head=2)

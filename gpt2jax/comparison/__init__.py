@@ -1,0 +1,1 @@
+"""The comparison of several models on the same texts and prompts."""

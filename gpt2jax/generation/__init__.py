@@ -1,0 +1,1 @@
+"""Text generation: requests, compiled decoding, and the ways to choose tokens."""

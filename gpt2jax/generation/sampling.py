@@ -1,0 +1,276 @@
+"""From logits to a token: temperature, then top-k, top-p, min-p and typical-p, then one draw.
+
+Every setting is an array, so changing it compiles nothing. Where all rows have a top-k of at most `WINDOW` and no
+typical-p, only that many candidates are looked at; otherwise the whole vocabulary is, without sorting it.
+
+Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"
+(top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling" (min-p); Meister et al. 2022, "Locally Typical
+Sampling" (typical-p).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpt2jax.utils.validation import is_number, is_whole
+
+WINDOW = 64
+_BLOCK = 256
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # a temperature below it would become 0 in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a token of one row is chosen.
+
+    First the logits are changed by what the text holds already: `repetition_penalty`, `frequency_penalty` and
+    `presence_penalty`, then `no_repeat_ngram` and `min_new_tokens` forbid tokens. The filters follow in the order of
+    the fields: logits are divided by the temperature; the `top_k` most probable tokens stay (exactly that many: of
+    equal ones, the lowest ids), and share all probability; of these the most probable stay until their sum reaches
+    `top_p`, including the token that crosses it; of these, the ones with at least `min_p` times the probability of
+    the most probable; of these, the ones whose information is nearest to the entropy of what is left, until their sum
+    reaches `typical_p`. Before `typical_p` the most probable token always stays.
+
+    Attributes:
+        temperature: above 0 flattens (> 1) or sharpens (< 1); 0 is greedy.
+        top_k: number of tokens to choose among; None is all.
+        top_p: 0 to 1, 1 is off.
+        min_p: 0 to 1, 0 is off.
+        typical_p: 0 to 1, 1 is off.
+        do_sample: False always takes the most probable token (of equal ones, the lowest id).
+        repetition_penalty: logits of all tokens of prompt and continuation are divided by it where positive,
+            multiplied where negative; 1 is off.
+        presence_penalty: taken off the logits of tokens that the continuation holds; 0 is off.
+        frequency_penalty: the same, times how often it holds them.
+        no_repeat_ngram: no n-gram of this many tokens occurs twice in prompt and continuation; 0 is off.
+        min_new_tokens: no stop token before so many new ones.
+
+    Raises:
+        ValueError: a field has an impossible value.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = 5
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    do_sample: bool = True
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.temperature) or not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature!r} must be a finite number, 0 (greedy) or above")
+        if self.top_k is not None and (not is_whole(self.top_k) or self.top_k < 1):
+            raise ValueError(
+                f"top_k={self.top_k!r} must be a whole number of at least 1, or None for all tokens"
+            )
+        for name in ("top_p", "typical_p"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value <= 1:
+                raise ValueError(f"{name}={value!r} must be above 0 and at most 1 (1 is off)")
+        if not is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p!r} must be 0 (off) to 1")
+        if not isinstance(self.do_sample, bool):
+            raise ValueError(f"do_sample={self.do_sample!r} must be True or False")
+        if not is_number(self.repetition_penalty) or not self.repetition_penalty > 0:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty!r} must be a number above 0 (1 is off)"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number (0 is off)")
+        for name in ("no_repeat_ngram", "min_new_tokens"):
+            if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number, 0 (off) or above")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether there is no chance in it."""
+        return not self.do_sample or self.temperature == 0 or self.top_k == 1
+
+    def filters(self) -> Filters:
+        """The filters as numbers for a compiled program."""
+        if self.greedy:
+            return Filters(1.0, 1, 1.0, 0.0, 1.0)
+        top_k = min(self.top_k or 2**31 - 1, 2**31 - 1)
+        temperature = max(float(self.temperature), _SMALLEST)
+        return Filters(temperature, int(top_k), float(self.top_p), float(self.min_p), float(self.typical_p))
+
+
+class Filters(NamedTuple):
+    """The filters of `SamplingConfig` as a pytree of scalars or of arrays [B] (greedy is a top-k of 1)."""
+
+    temperature: jax.Array | float
+    top_k: jax.Array | int
+    top_p: jax.Array | float
+    min_p: jax.Array | float
+    typical_p: jax.Array | float
+
+
+def sample(logits: jax.Array, keys: jax.Array, filters: Filters) -> jax.Array:
+    """Draws one token a row.
+
+    Args:
+        logits: [B, V] float32.
+        keys: [B] random keys, one a row: what a row draws depends on its own logits, filters and key only.
+        filters: the settings, scalars or one a row.
+
+    Returns:
+        Token ids [B] int32.
+    """
+    top_k = jnp.broadcast_to(filters.top_k, logits.shape[:1])
+    in_window = (top_k <= WINDOW) & (jnp.asarray(filters.typical_p) >= 1.0)
+
+    def most_probable():
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn():
+        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
+        values, ids = jax.lax.top_k(logits, min(WINDOW, logits.shape[-1]))
+        tokens = _pick(ids, draw(window_weights(values, filters), uniforms[:, 0]))
+
+        def beyond_the_window():
+            # a row in the window draws as it does alone
+            return jnp.where(in_window, tokens, draw_from_all(full_weights(logits, filters), uniforms))
+
+        return jax.lax.cond(jnp.all(in_window), lambda: tokens, beyond_the_window)
+
+    return jax.lax.cond(jnp.all(top_k == 1), most_probable, drawn)
+
+
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """That of one token a row under softmax(logits): [B, V], [B] -> [B] float32."""
+    return _pick(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def window_weights(values: jax.Array, filters: Filters) -> jax.Array:
+    """As `full_weights` without typical-p, of candidates: descending logits [B, W] -> [B, W]."""
+    temperature, top_k, top_p, min_p, _ = _columns(filters)
+    weights = _tempered(values, temperature)
+    weights = jnp.where(jnp.arange(values.shape[-1]) < top_k, weights, 0.0)
+    before = jnp.cumsum(weights, axis=-1) - weights
+    # the token that crosses top_p stays: what counts is the sum before it
+    in_nucleus = (before < top_p * weights.sum(-1, keepdims=True)) | (top_p >= 1.0)
+    return jnp.where(in_nucleus & (weights >= min_p), weights, 0.0)
+
+
+def full_weights(logits: jax.Array, filters: Filters) -> jax.Array:
+    """Filtered probabilities, up to a factor a row, of the whole vocabulary: logits [B, V] -> [B, V]."""
+    temperature, top_k, top_p, min_p, _ = _columns(filters)
+    order = _ordered_bits(logits)
+    weights = _tempered(logits, temperature)
+
+    def keep_top_k(weights):
+        count = jnp.broadcast_to(filters.top_k, weights.shape[:1]).astype(jnp.float32)
+        kept = _largest(order, jnp.ones_like(weights), jnp.minimum(count, float(logits.shape[-1])))
+        return jnp.where(kept | (top_k >= logits.shape[-1]), weights, 0.0)
+
+    def keep_nucleus(weights):
+        kept = _largest(order, weights, filters.top_p * weights.sum(-1))
+        return jnp.where(kept | (top_p >= 1.0), weights, 0.0)
+
+    weights = jax.lax.cond(jnp.any(top_k < logits.shape[-1]), keep_top_k, lambda w: w, weights)
+    weights = jax.lax.cond(jnp.any(top_p < 1.0), keep_nucleus, lambda w: w, weights)
+    return _only_typical(jnp.where(weights >= min_p, weights, 0.0), filters.typical_p)
+
+
+def _only_typical(weights: jax.Array, typical_p: jax.Array | float) -> jax.Array:
+    """Of weights [B, V] those whose information is nearest to their entropy, up to the mass `typical_p`."""
+
+    def keep(weights):
+        total = weights.sum(-1, keepdims=True)
+        information = jnp.log(total) - jnp.log(jnp.where(weights > 0, weights, 1.0))
+        entropy = (weights * information).sum(-1, keepdims=True) / total
+        distance = jnp.where(weights > 0, jnp.abs(information - entropy), jnp.inf)
+        kept = _largest(~_ordered_bits(distance), weights, typical_p * total[..., 0])
+        return jnp.where(kept | (_column(typical_p) >= 1.0), weights, 0.0)
+
+    return jax.lax.cond(jnp.any(jnp.asarray(typical_p) < 1.0), keep, lambda w: w, weights)
+
+
+def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """Index [B] drawn in proportion to weights [B, W], by inversion: uniforms [B] in [0, 1)."""
+    sums = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)  # an index of weight 0 is never drawn
+    passed = sums > uniforms[:, None] * sums.max(-1, keepdims=True)
+    return jnp.argmax(passed, axis=-1).astype(jnp.int32)
+
+
+def draw_from_all(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """As `draw`, for weights [B, V] of a whole vocabulary: uniforms [B, 2], first for a block, then in it.
+
+    Two short cumulative sums in place of one long one, and twice the random bits: one uniform float has steps
+    of 1e-7, which is much in the tail of a vocabulary.
+    """
+    batch, vocab_size = weights.shape
+    blocks = -(-vocab_size // _BLOCK)
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * _BLOCK - vocab_size))).reshape(batch, blocks, _BLOCK)
+    block = draw(weights.sum(-1), uniforms[:, 0])
+    inside = draw(jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
+    return block * _BLOCK + inside
+
+
+def _largest(order: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
+    """Marks the smallest set of entries, largest `order` first, whose mass reaches `target`.
+
+    Of entries of equal order, the first ones.
+
+    The last one of them is found by bisection, over the bits of its order and then of its place: some fifty masked
+    sums, a fraction of the time of a sort.
+
+    Args:
+        order: [B, V] uint32.
+        mass: [B, V] float32, at least 0.
+        target: [B] float32, at most the sum of the masses.
+    """
+    vocab_size = order.shape[-1]
+    from_end = jnp.uint32(vocab_size - 1) - jnp.arange(vocab_size, dtype=jnp.uint32)
+    bits = vocab_size.bit_length()
+
+    def reach(border, place):
+        return (order > border[:, None]) | ((order == border[:, None]) & (from_end >= place[:, None]))
+
+    def narrow(step, last):
+        border, place = last
+        trial = (
+            jnp.where(step < 32, border | (jnp.uint32(1) << (31 - step).astype(jnp.uint32)), border),
+            jnp.where(step < 32, place, place | (jnp.uint32(1) << (31 + bits - step).astype(jnp.uint32))),
+        )
+        reached = jnp.where(reach(*trial), mass, 0.0).sum(-1) >= target
+        return tuple(jnp.where(reached, new, old) for new, old in zip(trial, last, strict=True))
+
+    nothing = jnp.zeros(order.shape[:1], jnp.uint32)
+    return reach(*jax.lax.fori_loop(0, 32 + bits, narrow, (nothing, nothing)))
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """float32 -> uint32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0.0 equals 0.0
+    negative = bits >> 31 == 1
+    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _tempered(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """exp((logits - max) / temperature): probabilities relative to the most probable token."""
+    return jnp.exp((logits - logits.max(-1, keepdims=True)) / temperature)
+
+
+def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [B, W], index [B] -> [B]."""
+    return jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]
+
+
+def _columns(filters: Filters) -> list[jax.Array]:
+    return [_column(value) for value in filters]
+
+
+def _column(value: jax.Array | float) -> jax.Array:
+    """A scalar or [B] that stands against [B, V]."""
+    return jnp.asarray(value)[..., None]

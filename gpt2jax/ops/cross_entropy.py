@@ -1,0 +1,305 @@
+"""Cross-entropy and accuracy as sums and counts, without ever holding float32 logits of a whole batch.
+
+Losses return sums: they are divided once, by the number of real tokens over all micro-batches, devices and batches, so
+that every token weighs the same however the batch is cut.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2jax.ops.bits import from_bits, to_bits
+from gpt2jax.ops.precision import FLOAT32, Precision, product_over_rows
+from gpt2jax.sharding import cut_rows, rows_cut_in, whole
+
+# the most logits held at once, float32: 100 MiB, and one chunk for a small vocabulary or batch
+MAX_LOGITS = 25 << 20
+# the most columns of the vocabulary that a chunk's gradient is computed for at once: small enough for a CPU's caches
+MAX_COLUMNS = 3200
+# on a CPU the exponentials of a chunk are held for this part of its rows at once
+ROW_BLOCKS = 8
+
+
+def chunk_size(rows: int, vocab_size: int) -> int:
+    """Of the rows on one device those of one chunk, a multiple of 8 whose logits stay within `MAX_LOGITS`.
+
+    Where chunks that are not much smaller divide the rows evenly it is one of those: nothing has to be filled up.
+    """
+    chunks = max(1, math.ceil(rows * vocab_size / MAX_LOGITS))
+    if chunks == 1:
+        return rows
+    size = math.ceil(rows / chunks / 8) * 8
+    even = (smaller for smaller in range(size, size * 3 // 4, -8) if rows % smaller == 0)
+    return next(even, size)
+
+
+def column_slices(vocab_size: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Slices of the vocabulary, equally wide: (columns of one, where each starts, how many of it the last one had).
+
+    The width is a multiple of 64, which GPUs need not fill up, so the last slice begins early.
+    """
+    slices = math.ceil(vocab_size / MAX_COLUMNS)
+    width = min(vocab_size, math.ceil(vocab_size / slices / 64) * 64)
+    first = np.arange(0, vocab_size, width)
+    starts = np.minimum(first, vocab_size - width)
+    return width, starts, first - starts
+
+
+def token_losses(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, precision: Precision = FLOAT32
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and hit of every token; for evaluation.
+
+    Args:
+        hidden: [..., D] hidden states after the last LayerNorm.
+        head: [V, D] output head.
+        targets: [...] int, the token that follows.
+        precision: dtypes of the product; softmax and loss are float32.
+
+    Returns:
+        (nll [...] float32 in nats, hit [...] bool: no token is more likely than the target).
+    """
+
+    dtype = precision.compute_dtype
+    head_bits = _head_bits(head, dtype)
+
+    def chunk(_, rows):
+        h, target = rows
+        _, nll, hit, _ = _losses(_logits(h.astype(dtype), head_bits), target, (0.0, 0.0))
+        return (), (nll, hit)
+
+    def of_device(*rows):
+        return _scan_chunks(chunk, (), rows, head.shape[0])[1]
+
+    nll, hit = _on_each_device(of_device, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    return nll.reshape(targets.shape), hit.reshape(targets.shape)
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    precision: Precision = FLOAT32,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of the loss of every token; differentiable in `hidden` and `head`.
+
+    A token's loss is its cross-entropy. With `label_smoothing` e it is that of (1 - e) times the label plus e times
+    the uniform distribution (Szegedy et al. 2016); `z_loss` adds that many times log(Z)^2, Z the sum of the
+    exponentials of the logits (Chowdhery et al. 2022).
+
+    The gradient (softmax minus one-hot, through the head) is computed together with the loss, chunk by chunk, so the
+    logits are computed once and are gone when the loss is known. Within a chunk of rows it is computed for a slice of
+    the vocabulary after the other, so that no second array of the head's size is needed beside the gradient itself.
+
+    Args:
+        hidden: [..., D] hidden states after the last LayerNorm.
+        head: [V, D] output head.
+        targets: [...] int, the token that follows.
+        weights: [...] float32, 0 for padding.
+        precision: dtypes of the products; softmax, loss and sums are float32.
+
+    Returns:
+        (loss sum, {"nll": sum of the plain cross-entropy, "tokens": sum of weights, "correct": weighted count of
+        hits}), float32 scalars. The three sums carry no gradient.
+    """
+    dim = hidden.shape[-1]
+    loss, nll, correct = _differentiable_sums(
+        hidden.reshape(-1, dim),
+        head,
+        targets.reshape(-1),
+        weights.reshape(-1),
+        precision,
+        (label_smoothing, z_loss),
+    )
+    nll, correct = jax.lax.stop_gradient((nll, correct))
+    return loss, {"nll": nll, "tokens": weights.sum(), "correct": correct}
+
+
+def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array, ...]:
+    """Weighted sums over all tokens of loss, cross-entropy and hits."""
+    dtype = precision.compute_dtype
+    head_bits = _head_bits(head, dtype)
+
+    def chunk(sums, rows):
+        h, target, weight = rows
+        losses = _losses(_logits(h.astype(dtype), head_bits), target, extras)[:3]
+        return _add_weighted(sums, losses, weight), None
+
+    def of_device(*rows):
+        return _scan_chunks(chunk, (jnp.zeros(()),) * 3, rows, head.shape[0])[0]
+
+    return tuple(x.sum() for x in _on_each_device(of_device, hidden, targets, weights))
+
+
+def _sums_forward(hidden, head, targets, weights, precision, extras):
+    dtype = precision.compute_dtype
+    head_bits = _head_bits(head, dtype)
+    # bfloat16 has float32's range: nothing is lost that the gradient, which is to be of this dtype, could hold
+    kept = jnp.bfloat16 if hidden.dtype == jnp.bfloat16 else jnp.float32
+
+    def chunk(carry, rows):
+        sums, d_head = carry
+        h, target, weight = rows
+        h = h.astype(dtype)
+        logits = _logits(h, head_bits)
+        *losses, log_z = _losses(logits, target, extras)
+        d_h, d_head = _gradients(logits, log_z, h, target, weight, head_bits, d_head, extras)
+        return (_add_weighted(sums, losses, weight), d_head), d_h.astype(kept)
+
+    def of_device(*rows):
+        start = ((jnp.zeros(()),) * 3, jnp.zeros(head.shape, jnp.float32))
+        return _scan_chunks(chunk, start, rows, head.shape[0])
+
+    (sums, d_head), d_hidden = _on_each_device(of_device, hidden, targets, weights)
+    sums, d_head = jax.tree.map(lambda x: x.sum(axis=0), (sums, d_head))
+    likes = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
+    return sums, (d_hidden.reshape(hidden.shape), d_head, *likes)
+
+
+def _sums_backward(precision, extras, saved, cotangents):
+    d_hidden, d_head, hidden_like, head_like = saved
+    scale = cotangents[0]  # the other two sums are for the log: no gradient
+    # scaled in float32 before the cast: under float16 that is what loss scaling is for
+    return (d_hidden * scale).astype(hidden_like.dtype), (d_head * scale).astype(head_like.dtype), None, None
+
+
+_differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4, 5))
+_differentiable_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _head_bits(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The head [V, D] as products take it, in `to_bits`' form, which loops take slices of; whole on every device."""
+    return to_bits(whole(head.astype(dtype)))
+
+
+def _logits(h: jax.Array, head_bits: jax.Array) -> jax.Array:
+    """Hidden states [C, D], and the head [V, D] of their dtype as `to_bits` gives it -> logits [C, V] float32."""
+    if h.dtype.itemsize == 4:
+        return _product("cd,vd->cv", h, head_bits)
+    # by slices: all at once a CPU would keep a second head, of floats, and a GPU one filled up to whole tiles
+    width, starts, _ = column_slices(len(head_bits))
+
+    def columns(logits, start):
+        kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), h.dtype)
+        some = _product("cd,vd->cv", h, kernel)
+        return jax.lax.dynamic_update_slice_in_dim(logits, some, start, axis=1), None
+
+    return jax.lax.scan(columns, jnp.zeros((len(h), len(head_bits)), jnp.float32), starts)[0]
+
+
+def _gradients(logits, log_z, h, targets, weights, head_bits, d_head, extras) -> tuple[jax.Array, jax.Array]:
+    """Of one chunk's weighted loss by its hidden states `h`, [C, D], and added to `d_head` [V, D] by the head."""
+    dtype, vocab_size = h.dtype, len(head_bits)
+    width, starts, repeated = column_slices(vocab_size)
+
+    def columns(carry, part):
+        d_h, d_head = carry
+        start, repeated = part
+        some = jax.lax.dynamic_slice_in_dim(logits, start, width, axis=1)
+        d_logits = _logits_gradient(some, log_z, targets - start, weights, vocab_size, extras)
+        d_logits = jnp.where(jnp.arange(width) >= repeated, d_logits, 0.0).astype(dtype)
+        kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
+        d_h = d_h + _product("cv,vd->cd", d_logits, kernel)
+        total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + product_over_rows(d_logits, h, dtype)
+        return (d_h, jax.lax.dynamic_update_slice_in_dim(d_head, total, start, axis=0)), None
+
+    start = (jnp.zeros(h.shape, jnp.float32), d_head)
+    return jax.lax.scan(columns, start, (starts, repeated))[0]
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _logits_gradient(logits, log_z, targets, weights, vocab_size, extras) -> jax.Array:
+    """Gradient of the weighted loss by logits [C, W], some columns of them; `targets` [C] counts from the first."""
+    label_smoothing, z_loss = extras
+    probabilities = jnp.exp(logits - log_z[:, None])
+    if z_loss:
+        probabilities = probabilities * (1.0 + 2.0 * z_loss * log_z[:, None])
+    columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1)
+    wanted = jnp.where(columns == targets[:, None], 1.0 - label_smoothing, 0.0)
+    if label_smoothing:
+        wanted = wanted + label_smoothing / vocab_size
+    return (probabilities - wanted) * weights[:, None]
+
+
+def _losses(logits, targets, extras) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Logits [C, V] float32, targets [C] -> (loss, nll, hit, log of the softmax's denominator), each [C]."""
+
+    def plain(logits, targets):
+        return _losses_of_rows(logits, targets, extras, functools.partial(jnp.sum, axis=-1))
+
+    def in_blocks(logits, targets):
+        rows = len(targets)
+        size = rows // ROW_BLOCKS if rows % ROW_BLOCKS == 0 else rows
+
+        def block(start):
+            some, wanted = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (logits, targets))
+            return _losses_of_rows(some, wanted, extras, _sum_as_product)
+
+        return jax.tree.map(lambda x: x.reshape(rows), jax.lax.map(block, jnp.arange(0, rows, size)))
+
+    return jax.lax.platform_dependent(logits, targets, cpu=in_blocks, default=plain)
+
+
+def _sum_as_product(x: jax.Array) -> jax.Array:
+    """[C, V] -> [C]: on a CPU XLA takes longer for sums over long rows, the longer the more is fused with them."""
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=jax.lax.Precision.HIGHEST)[:, 0]
+
+
+def _losses_of_rows(logits, targets, extras, sum_rows) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    label_smoothing, z_loss = extras
+    highest = logits.max(axis=-1)
+    log_z = jnp.log(sum_rows(jnp.exp(logits - highest[:, None]))) + highest
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    nll = log_z - target_logits
+    loss = nll
+    if label_smoothing:
+        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(axis=-1))
+    if z_loss:
+        loss = loss + z_loss * jnp.square(log_z)
+    return loss, nll, target_logits >= highest, log_z
+
+
+def _add_weighted(sums, values, weights) -> tuple[jax.Array, ...]:
+    return tuple(total + (x * weights).sum() for total, x in zip(sums, values, strict=True))
+
+
+def _on_each_device(function, *rows):
+    """`function` of arrays [N, ...] of rows, for each device's rows by themselves: its results [devices, ...].
+
+    So a loop over chunks needs nothing from other devices: what they add up to is added once, after it.
+    """
+    devices = rows_cut_in()
+    if devices == 1 or len(rows[0]) % devices:
+        return jax.tree.map(lambda x: x[None], function(*rows))
+    cut = [cut_rows(x.reshape(devices, -1, *x.shape[1:])) for x in rows]
+    return jax.tree.map(cut_rows, jax.vmap(function)(*cut))
+
+
+def _scan_chunks(function, carry, rows, vocab_size):
+    """`lax.scan` over chunks of arrays [N, ...] of rows, the last one filled up with zeros (weight 0)."""
+    count = len(rows[0])
+    size = chunk_size(count, vocab_size)
+    if size == count:
+        return function(carry, rows)
+    chunks = -(-count // size)
+
+    def cut(x):
+        if chunks * size > count:
+            x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, size, *x.shape[1:])
+
+    carry, outputs = jax.lax.scan(function, carry, tuple(map(cut, rows)))
+    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], outputs)

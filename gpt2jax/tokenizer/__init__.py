@@ -1,0 +1,1 @@
+"""Byte-level BPE, and the files in which tokenizers come."""

@@ -1,0 +1,326 @@
+"""GPT-2's byte-level byte-pair encoding, offline: the merges are part of the package, tiktoken does the work.
+
+A regular expression splits a text into pieces (words with their leading space, numbers, punctuation, runs of
+white space); the UTF-8 bytes of each piece are merged pair by pair, always the pair that was learned first.
+Every byte is a token of its own, so any text can be encoded and comes back byte for byte.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2, and the files
+`vocab.bpe` and `encoder.json` published with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+
+import tiktoken
+
+from gpt2jax.utils.validation import is_whole
+
+END_TOKEN = "<|endoftext|>"
+GPT2_VOCAB_SIZE = 50257
+# The digest that tiktoken publishes for OpenAI's file (tiktoken_ext/openai_public.py, vocab_bpe_hash).
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# OpenAI's pattern is  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+# This one matches the same pieces; its possessive repeats need no backtracking in long runs.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# Only \s+(?!\S) still backtracks, and runs out of stack in a run of a million spaces before a word. The
+# spaces are those of Unicode's White_Space, which is Rust's \s; Python's \s has U+001C to U+001F as well.
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LONG_RUN = 50_000
+_LONG_SPACE = re.compile(f"(?<![{_SPACE}])[{_SPACE}]{{{_LONG_RUN},}}+(?=[^{_SPACE}])")
+
+# Files write a byte as one printable character: itself where Latin-1 prints it, else one from U+0100 on. The
+# printable ones come first: that is the order of the 256 byte tokens, too.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_ORDER = bytes(_PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE])
+_BYTE_TO_CHAR = {
+    byte: chr(byte) if rank < len(_PRINTABLE) else chr(0x100 + rank - len(_PRINTABLE))
+    for rank, byte in enumerate(BYTE_ORDER)
+}
+_CHAR_TO_BYTE = {ord(char): byte for byte, char in _BYTE_TO_CHAR.items()}
+# What no byte is written as: no longer a byte when it is translated.
+_CHAR_TO_BYTE |= {code: 0xFFFD for code in range(256) if code not in _CHAR_TO_BYTE}
+
+Merge = tuple[bytes, bytes]
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `Tokenizer.gpt2()` is GPT-2's own; `Tokenizer.from_folder(path)` reads the files of any byte-level BPE
+    saved with a GPT-2 model. A tokenizer does not change once made; threads may share it.
+
+    Attributes:
+        vocab_size: number of ids: every id is below it.
+        end_token: text of the token that ends a document.
+        end_token_id: its id.
+        special_tokens: text to id of the tokens that a text gives only when it is asked for.
+        added_tokens: text to id of whole tokens that every text gives, before any merging.
+        roles: what the files call special tokens: "eos_token" and the like to text.
+        merges: the pairs of byte strings, in the order they were learned.
+    """
+
+    def __init__(
+        self,
+        merges: Sequence[Merge],
+        *,
+        token_ids: Sequence[int] | None = None,
+        special_tokens: Mapping[str, int] | None = None,
+        added_tokens: Mapping[str, int] | None = None,
+        unreachable_tokens: Mapping[int, bytes] | None = None,
+        end_token: str = END_TOKEN,
+        roles: Mapping[str, str] | None = None,
+        add_prefix_space: bool = False,
+    ):
+        """Build from the merges in the order they were learned.
+
+        Args:
+            merges: pairs of byte strings; the token of merge i is their concatenation and has rank 256 + i.
+            token_ids: id of each rank, for the 256 bytes (in `BYTE_ORDER`) and then the merges; -1 = a byte
+                that the vocabulary lacks, left out when encoding. None: the id is the rank.
+            special_tokens: text to id. None: the end token gets the id after the last one of the merges.
+            added_tokens: text to id of tokens looked for in every text.
+            unreachable_tokens: id to bytes of tokens that no merge makes: only ever decoded.
+            end_token: the special token that ends a document.
+            roles: names of special tokens for `save`. None: the end token begins, ends and stands for
+                unknown.
+            add_prefix_space: put a space before a text that does not begin with one.
+
+        Raises:
+            ValueError: two tokens have the same id or the same bytes, or `end_token` is not a special token.
+        """
+        ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_ORDER)}
+        for rank, (left, right) in enumerate(merges, start=256):
+            ranks[left + right] = rank
+        if len(ranks) != 256 + len(merges):
+            raise ValueError("two merges make the same token: a byte-pair encoding that was learned has none")
+        ids = list(range(len(ranks)) if token_ids is None else token_ids)
+        if len(ids) != len(ranks):
+            raise ValueError(f"{len(ids)} token ids for {len(ranks)} tokens: 256 bytes, {len(merges)} merges")
+        self.merges = tuple(merges)
+        self.special_tokens = dict({end_token: max(ids) + 1} if special_tokens is None else special_tokens)
+        self.added_tokens = dict(added_tokens or {})
+        self.add_prefix_space = add_prefix_space
+        if end_token not in self.special_tokens:
+            raise ValueError(f"end_token={end_token!r} is not a special token: {sorted(self.special_tokens)}")
+        self.end_token = end_token
+        self.end_token_id = self.special_tokens[end_token]
+        self.roles = dict(roles or {role: end_token for role in ("bos_token", "eos_token", "unk_token")})
+
+        # tiktoken has one number for rank and id: it works on ranks, with the whole tokens behind them, and
+        # where these are not the ids, a table follows.
+        whole = {**self.special_tokens, **self.added_tokens}
+        self._encoding = tiktoken.Encoding(
+            name="gpt2jax",
+            pat_str=PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={token: rank for rank, token in enumerate(whole, start=len(ranks))},
+        )
+        table = [*ids, *whole.values()]
+        self._id_of_rank = None if table == list(range(len(table))) else table
+        named = itertools.chain(
+            zip(ranks, ids, strict=True),
+            ((token.encode(), id_) for token, id_ in whole.items()),
+            ((token, id_) for id_, token in (unreachable_tokens or {}).items()),
+        )
+        self._token_of_id = _invert([(token, id_) for token, id_ in named if id_ >= 0])
+        self.vocab_size = len(self._token_of_id)
+
+    @staticmethod
+    @functools.cache
+    def gpt2(vocab_size: int = GPT2_VOCAB_SIZE) -> Tokenizer:
+        """GPT-2's tokenizer, or a smaller one made of its first merges.
+
+        Args:
+            vocab_size: 257 to 50257: the first `vocab_size - 1` tokens of GPT-2, and the end token as last
+                id. The 256 bytes are the first tokens, so every size encodes every text.
+
+        Raises:
+            ValueError: another size, or the packaged file of merges is damaged.
+        """
+        if not is_whole(vocab_size) or not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size={vocab_size!r:.60}: GPT-2's tokenizer has 257 (all bytes and the end token) to "
+                f"{GPT2_VOCAB_SIZE} tokens"
+            )
+        data = resources.files("gpt2jax").joinpath("assets", "vocab.bpe").read_bytes()
+        if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
+            raise ValueError(
+                "gpt2jax/assets/vocab.bpe is damaged: its SHA-256 is not that of OpenAI's file "
+                f"({VOCAB_BPE_SHA256}); install gpt2jax again"
+            )
+        return Tokenizer(parse_merges(data.decode())[: vocab_size - 257])
+
+    @staticmethod
+    def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer saved in a folder.
+
+        Reads `tokenizer.json`, or `vocab.json` with `merges.txt` (also under the names that OpenAI and Keras
+        give them), and the special tokens named beside them.
+
+        Raises:
+            FileNotFoundError: the folder has none of these; the message names them.
+            ValueError: the files do not describe a byte-level BPE with GPT-2's pattern.
+        """
+        from gpt2jax.tokenizer.files import read_tokenizer
+
+        return read_tokenizer(path)
+
+    def save(self, folder: str | os.PathLike[str], *, max_length: int | None = None) -> None:
+        """Write the files from which transformers, tokenizers and `from_folder` make the same tokenizer.
+
+        Args:
+            folder: made if absent; `vocab.json`, `merges.txt`, `tokenizer.json`, `tokenizer_config.json` and
+                `special_tokens_map.json` in it are replaced.
+            max_length: the model's context in tokens, for readers that warn above it.
+        """
+        from gpt2jax.tokenizer.files import write_tokenizer
+
+        write_tokenizer(self, folder, max_length)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Token ids of a text; no special token is put around them.
+
+        Args:
+            text: any string. A lone half of a surrogate pair, which UTF-8 cannot express, counts as U+FFFD.
+            allow_special: read "<|endoftext|>" and the like as the special token. False: as plain characters.
+
+        Raises:
+            TypeError: `text` is not a string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"a text must be a str, not {type(text).__name__}: {text!r:.60}")
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if self.add_prefix_space and text and text[0] != " ":
+            text = " " + text
+        allowed = {*self.added_tokens, *(self.special_tokens if allow_special else ())}
+        if len(text) <= _LONG_RUN:
+            ranks = self._encode_ranks(text, allowed)
+        else:  # a cut before the last space of a run is where the pattern cuts, too
+            cuts = [0, *(match.end() - 1 for match in _LONG_SPACE.finditer(text)), len(text)]
+            ranks = [
+                rank
+                for start, end in itertools.pairwise(cuts)
+                for rank in self._encode_ranks(text[start:end], allowed)
+            ]
+        table = self._id_of_rank
+        return ranks if table is None else [table[rank] for rank in ranks if table[rank] >= 0]
+
+    def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[list[int]]:
+        """Token ids of each text, as `encode(text)` gives them, on several cores.
+
+        Args:
+            texts: strings.
+            num_threads: None: one for each core.
+
+        Raises:
+            TypeError: an element is not a string.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode_batch takes several texts; for a single str use encode")
+        texts = list(texts)
+        size = 64  # texts for a thread at a time: handing over costs as much as encoding a short one
+        chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
+        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:  # tiktoken lets go of Python's lock
+            results = pool.map(lambda chunk: [self.encode(text) for text in chunk], chunks)
+            return list(itertools.chain.from_iterable(results))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are no UTF-8, as of a character cut in two, become U+FFFD.
+
+        Raises:
+            ValueError: an id that the vocabulary lacks, named.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of token ids: exact where `decode` has to replace.
+
+        Raises:
+            ValueError: an id that the vocabulary lacks, named.
+        """
+        table = self._token_of_id
+        pieces = []
+        for id_ in getattr(ids, "tolist", lambda: ids)():  # array scalars are slow to index with
+            token = table[id_] if 0 <= id_ < len(table) else None
+            if token is None:
+                raise ValueError(f"token id {id_} is not in the vocabulary: ids are 0 to {len(table) - 1}")
+            pieces.append(token)
+        return b"".join(pieces)
+
+    def tokens(self) -> list[tuple[int, bytes]]:
+        """(id, bytes) of all tokens, by id."""
+        return [(id_, token) for id_, token in enumerate(self._token_of_id) if token is not None]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what decides the ids: tokenizers of equal fingerprint encode every text alike."""
+        options = [PATTERN, self._id_of_rank, self.special_tokens, self.added_tokens]
+        digest = hashlib.sha256(json.dumps([*options, self.end_token, self.add_prefix_space]).encode())
+        for left, right in self.merges:
+            digest.update(b"%d %d " % (len(left), len(right)) + left + right)
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, end_token={self.end_token!r})"
+
+    def _encode_ranks(self, text: str, allowed: set[str]) -> list[int]:
+        if not allowed:
+            return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+
+def parse_merges(text: str) -> list[Merge]:
+    """The pairs of byte strings in a merges file: one pair a line, after a line "#version: ...".
+
+    Raises:
+        ValueError: a line that is no pair, with its number.
+    """
+    # All characters are put in their place at once, which is fast; what separates them moves out of the way.
+    lines = text.translate(_CHAR_TO_BYTE | {ord(" "): 0x100, ord("\n"): 0x101}).split(chr(0x101))
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        left, _, right = line.partition(chr(0x100))
+        try:
+            merges.append((left.encode("latin-1"), right.encode("latin-1")))
+        except UnicodeEncodeError:
+            right = ""
+        if not left or not right:
+            line = text.split("\n")[number - 1]
+            raise ValueError(f"line {number} of the merges is not a pair of byte-level tokens: {line!r}")
+    return merges
+
+
+def token_bytes(token: str) -> bytes | None:
+    """The bytes of a token as files write it; None when it is not written in the byte characters."""
+    try:
+        return token.translate(_CHAR_TO_BYTE).encode("latin-1")
+    except UnicodeEncodeError:
+        return None
+
+
+def token_chars(token: bytes) -> str:
+    """A token as files write it."""
+    return "".join(map(_BYTE_TO_CHAR.__getitem__, token))
+
+
+def _invert(tokens: list[tuple[bytes, int]]) -> list[bytes | None]:
+    """The token of each id; None where an id is not used."""
+    table: list[bytes | None] = [None] * (max(id_ for _, id_ in tokens) + 1)
+    for token, id_ in tokens:
+        if table[id_] is not None:
+            raise ValueError(f"token id {id_} is given to both {table[id_]!r} and {token!r}")
+        table[id_] = token
+    return table

@@ -1,0 +1,381 @@
+"""The commands as a user meets them: what they write, and one line for a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tyro
+from rich.console import Console
+
+import gpt2jax
+from gpt2jax.cli import compare, evaluate, finetune, main
+from gpt2jax.cli.common import DataOptions, run_command, say
+from gpt2jax.cli.finetune import Options, StreamedTexts, finetune_config
+from gpt2jax.data import sources
+from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.train.stopping import Interrupted
+
+WORDS = "the array of shape and dtype is returned when axis keepdims none".split()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file of a user's own, its text in a column named body."""
+    path = tmp_path_factory.mktemp("data") / "my.jsonl"
+    rows = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 30)) + f" {i}" for i in range(40)]
+    path.write_text("".join(json.dumps({"title": f"t{i}", "body": row}) + "\n" for i, row in enumerate(rows)))
+    return path
+
+
+SHORT = "--steps 2 --batch-size 4 --sequence-length 32 --max-new-tokens 8".split()
+
+
+@pytest.fixture(scope="module")
+def run(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    options = ["--data", str(texts), "--text-column", "body", "--prompts", "the array", "", *SHORT]
+    main(["finetune", *options, "--out", str(folder)])
+    return folder
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one line that a mistaken command prints."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(argv))
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_finetune_writes_a_run_and_a_report(run):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "run.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+        "report.html",
+        "report.md",
+        "comparison.json",
+    }
+    content = json.loads((run / "comparison.json").read_text())
+    assert [model["name"] for model in content["models"]] == ["generic", "specialised"]
+    assert content["models"][1]["loss"] < content["models"][0]["loss"]
+    assert {g["prompt"] for g in content["generations"]} == {"the array", ""}
+    assert gpt2jax.load(run).tokenizer is not None
+
+
+def test_finished_run_repeats_from_its_checkpoint(run, texts, capsys):
+    before = json.loads((run / "comparison.json").read_text())
+    options = ["--data", str(texts), "--text-column", "body", "--prompts", "the array", "", *SHORT]
+    assert "holds another run" in fails(capsys, "finetune", *options, "--out", str(run))
+    main(["finetune", *options, "--out", str(run), "--resume"])
+    after = json.loads((run / "comparison.json").read_text())
+    assert after["models"] == before["models"] and after["paired"] == before["paired"]
+    assert [g["text"] for g in after["generations"]] == [g["text"] for g in before["generations"]]
+
+
+def test_adapters_on_a_rounded_base(texts, tmp_path, monkeypatch):
+    """What is compared is the model in its own weights, back from the host, and the same with the adapters."""
+    compared = []
+    monkeypatch.setattr(
+        finetune, "_compare", lambda _, model, result, *rest: compared.append((model, result))
+    )
+    options = ["--data", str(texts), "--text-column", "body", *SHORT, "--lora", "--base-dtype", "int8"]
+    main(["finetune", *options, "--out", str(tmp_path / "run")])
+    ((model, result),) = compared
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.params))
+    base, trained = gpt2jax.load("gpt2-mini"), gpt2jax.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, model.params, base.params)
+    jax.tree.map(np.testing.assert_array_equal, result.model.params, trained.params)
+    jax.tree.map(np.testing.assert_array_equal, result.model.adapters, trained.adapters)
+    assert trained.adapters["h"]["attn"]["c_attn"]["lora_b"].any()
+
+
+def test_evaluate(run, texts, tmp_path, capsys):
+    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--split", "test"]
+    main(["evaluate", "--model", str(run), *data, "--out", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    compared = json.loads((run / "comparison.json").read_text())["models"][1]
+    assert figures["loss"] == compared["loss"] and figures["keras_accuracy"] == compared["keras_accuracy"]
+    assert figures["data"]["source"] == str(texts) and figures["data"]["revision"] is None
+    assert sum(entry["tokens"] for entry in figures["loss_by_position"]) == figures["tokens"] - 2
+    assert "there already" in fails(capsys, "evaluate", *data, "--out", str(tmp_path / "figures.json"))
+
+
+def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monkeypatch):
+    """A seeded repeat is the same file but for times, wherever it is written."""
+    models = ["gpt2-mini", f"mine={run}", f"copy={run / 'model'}"]
+    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--split", "test"]
+    arguments = ["compare", *models, *data, "--max-new-tokens", "4", "--prompts", "the", "", "--seed", "3"]
+    found = []
+    for name in ("one", "two"):
+        argv = [*arguments, "--out", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["gpt2jax", *argv])
+        main(argv)
+        text = (tmp_path / name / "comparison.json").read_text()
+        found.append(re.sub(r'"(seconds|tokens_per_second)": [\d.]+', "", text))
+        assert all((tmp_path / name / file).stat().st_size for file in ("report.html", "report.md"))
+    assert found[0] == found[1]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Scored: the first 31 tokens of each text and an end token" in shown
+    content = json.loads((tmp_path / "one" / "comparison.json").read_text())
+    assert [model["name"] for model in content["models"]] == ["gpt2-mini", "mine", "copy"]
+    assert content["models"][1]["loss"] == content["models"][2]["loss"]
+    assert content["paired"]["mine"] == content["paired"]["copy"] and len(content["generations"]) == 6
+    assert content["command"] == shlex.join(["gpt2jax", *arguments])
+    assert content["data"]["split"] == "test" and content["data"]["source"] == str(texts)
+    assert "holds a comparison" in fails(capsys, *arguments, "--out", str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["compare", "gpt2-mini"], "takes two models"),
+        (["compare", "a=", "gpt2-mini"], "'a=' names no model: write NAME=MODEL"),
+        (["compare", "=gpt2-mini", "gpt2-mini"], "'=gpt2-mini' names no model"),
+        (
+            ["compare", "gpt2-mini", "b=gpt2-mini", "--out", "FILE"],
+            "FILE is a file; give the name of a folder",
+        ),
+        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "sequence_length=0 must be"),
+        (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
+        (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
+        (["evaluate", "--sequence-length", "0"], "sequence_length=0 must be a whole number of at least 2"),
+        (["evaluate", "--model", "gpt2-minni"], "unknown model 'gpt2-minni'; known: gpt2,"),
+        (["evaluate", "--data-revision", "main"], "is not on the hub: it has no revision 'main'"),
+    ],
+)
+def test_mistakes_of_evaluate_and_compare(texts, tmp_path, capsys, options, message):
+    (tmp_path / "file").write_text("precious")
+    options = [option.replace("FILE", str(tmp_path / "file")) for option in options]
+    line = fails(capsys, *options, "--data", str(texts), "--text-column", "body")
+    assert message.replace("FILE", str(tmp_path / "file")) in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_all_splits_are_of_the_commit_that_a_name_has_at_first(monkeypatch):
+    asked = []
+
+    def pin_revision(source, revision):
+        asked.append((source, revision))
+        return "c" * 40
+
+    monkeypatch.setattr(sources, "pin_revision", pin_revision)
+    pinned = DataOptions(data="pubmed", data_revision="main").pinned()
+    assert asked == [("pubmed", "main")]
+    assert pinned.origin("test") == {"source": "pubmed", "split": "test", "revision": "c" * 40}
+    options = compare.Options(("a", "b"), source=pinned, training_data="pubmed")
+    read = []
+    monkeypatch.setattr(sources, "iterate_texts", lambda source, **o: read.append((source, o["revision"])))
+    compare.training_texts(options, pinned)
+    compare.training_texts(dataclasses.replace(options, training_data="other/data"), pinned)
+    assert read == [("pubmed", "c" * 40), ("other/data", None)]
+
+
+def test_evaluate_into_a_folder(texts, tmp_path, capsys):
+    out = tmp_path / "evaluation"
+    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--windows", "rolling"]
+    main(["evaluate", *data, "--out", str(out)])
+    assert "in rolling windows of 32" in capsys.readouterr().out
+    first = json.loads((out / "evaluation.json").read_text())
+    assert first["schema"] == "gpt2jax.evaluation" and first["word_perplexity"] > first["perplexity"] > 1
+    assert "holds an evaluation" in fails(capsys, "evaluate", *data, "--out", str(out))
+    main(["evaluate", *data, "--out", str(out), "--resume"])
+    again = json.loads((out / "evaluation.json").read_text())
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    other = fails(capsys, "evaluate", *data, "--limit", "1", "--out", str(out), "--resume")
+    assert "other texts" in other
+    assert "--out FOLDER" in fails(capsys, "evaluate", *data, "--resume")
+
+
+def test_adapters_of_every_kind():
+    words = "--lora --lora-rank 4 --lora-scaling rslora --dora --lora-targets attn.q mlp.* --lora-ranks h.3.mlp.c_fc=2"
+
+    def config(words: str) -> gpt2jax.FinetuneConfig:
+        options = tyro.cli(Options, args=words.split(), config=(tyro.conf.OmitArgPrefixes,))
+        return finetune_config(options)
+
+    every = config(f"{words} --lora-alpha 16 --base-dtype int8")
+    assert every.base_dtype == "int8" and every.lora == LoRAConfig(
+        4, 16, targets=("attn.q", "mlp.*"), use_rslora=True, use_dora=True, rank_pattern={"h.3.mlp.c_fc": 2}
+    )
+    assert config("").lora is None and config("--lora").lora == LoRAConfig(32, 32, targets=("*",))
+    for words in ("--lora --lora-rank 9", "--lora --lora-rank 9 --lora-scaling rslora"):
+        plain = config(words).lora
+        assert plain is not None and plain.rank == 9 and plain.scale == 1
+
+
+def test_generate(tmp_path, capsys, monkeypatch):
+    settings = ["--max-new-tokens", "8", "--seed", "3"]
+    main(["generate", "Return the", *settings])
+    shown = capsys.readouterr().out
+    expected = gpt2jax.generate(gpt2jax.load("gpt2-mini"), "Return the", max_new_tokens=8, seed=3)[0]
+    assert shown == str(expected) + "\n"
+    (tmp_path / "prompts.txt").write_text("Return the\nclass\n")
+    file, out = str(tmp_path / "prompts.txt"), tmp_path / "out.jsonl"
+    main(["generate", "--file", file, *settings, "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["text"] == expected.text and [row["prompt"] for row in rows] == ["Return the", "class"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Return the\n"))
+    capsys.readouterr()
+    main(["generate", *settings])
+    assert capsys.readouterr().out == str(expected) + "\n"
+
+
+def test_generate_by_search(capsys):
+    model, settings = gpt2jax.load("gpt2-mini"), ["--max-new-tokens", "8"]
+    main(["generate", "Return the", *settings, "--beams", "3", "--num-samples", "2"])
+    [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return=2, max_new_tokens=8)
+    assert capsys.readouterr().out == "".join(f"{beam}\n\n" for beam in beams)
+    main(["generate", "Return the", *settings, "--penalty-alpha", "0.6", "--top-k", "4"])
+    [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
+    assert capsys.readouterr().out == f"{output}\n"
+    assert "--beams 2" in fails(capsys, "generate", "a", "--beams", "2", "--num-samples", "3")
+
+
+def test_generate_without_standard_input_and_into_the_home_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert "there is no prompt" in fails(capsys, "generate")
+    assert "is a folder" in fails(capsys, "generate", "a", "--out", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    prompt = b"\xff".decode(errors="surrogateescape")  # as an argument that is no UTF-8 comes
+    main(["generate", prompt, "--max-new-tokens", "1", "--seed", "1", "--out=~/x.jsonl"])
+    assert json.loads((tmp_path / "x.jsonl").read_text())["prompt"] == prompt
+
+
+def test_what_standard_output_cannot_take(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert "No space left on device" in fails(capsys, "evaluate", "--help")
+    with io.TextIOWrapper(io.BytesIO(), "ascii") as narrow:
+        monkeypatch.setattr("sys.stdout", narrow)
+        run_command("evaluate", DataOptions, lambda options: print("é"), [])
+        assert narrow.buffer.getvalue() == b"\\xe9\n"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_brackets_in_names_are_no_markup():
+    console = Console(file=io.StringIO(), width=40)
+    say(console, "wrote", "runs/[/b] " + "x" * 40)
+    console.print(evaluate.figures_table(evaluate.Options(model="m[b]"), {"loss": 1.0}))
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert shown.startswith(f"wrote  runs/[/b] {'x' * 40}\nm[b] on numeric-docs")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--beams 2 --temperature 0.5 --top-k 7 --stop . --prompt-lookup 4 --no-repeat-ngram 2 --seed 1",
+            "--beams 2 does not go with --temperature, --top-k, --stop, --prompt-lookup",
+        ),
+        ("--beams 2 --penalty-alpha 0.6", "--beams 2 does not go with --penalty-alpha"),
+        (
+            "--penalty-alpha 0.6 --top-k 4 --greedy --num-samples 2 --stop .",
+            "--penalty-alpha 0.6 does not go with --greedy, --num-samples",
+        ),
+        ("--length-penalty 2", "sampling does not go with --length-penalty"),
+    ],
+)
+def test_generate_passes_over_no_option(capsys, options, message):
+    line = fails(capsys, "generate", "a", *options.split())
+    assert line == f"gpt2jax generate: error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--text-column", "nope"], "title"),
+        (["--sequence-length", "300"], "over the model's context of 256"),
+        (["--model", "gpt3"], "gpt2-medium"),
+        (["--model", "README.md"], "README.md"),
+        (["--lora", "--lora-targets", "c_attn"], "attn.c_attn"),
+        (["--lora", "--lora-ranks", "h.0=x"], "PATTERN=RANK"),
+        (["--lora-rank", "4", "--dora"], "--lora-rank, --dora is for adapters: give --lora as well"),
+        (["--eval-documents", "0"], "--eval-documents 0 must be at least 1"),
+        (["--max-new-tokens", "300"], "prompt 0 has"),
+        (["--process", "1"], "several processes need --coordinator HOST:PORT"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process 2 must be at least 0"),
+        (["--coordinator", "here", "--processes", "2", "--process", "0"], "'here' must be HOST:PORT"),
+        (["--steps", "0"], "steps=0"),
+        (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (["--steps", "many"], "--steps"),
+        (["--layout", "rows"], "'rows'"),
+        (["--freeze", "nothing"], "freeze=['nothing'] is the name of no parameter"),
+        (["--lora", "--lora-ranks", "h.9.attn.c_attn=4"], "is the name of no linear with an adapter"),
+        (["--out", "FILE/inside"], "is a file; give the name of a folder"),
+        (["--init", "random", "--model", "mine"], "--init random"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, options, message):
+    out = tmp_path / "out"
+    arguments = ["--data", str(texts), "--out", str(out)]
+    if "--text-column" not in options:
+        arguments += ["--text-column", "body"]
+    line = fails(capsys, "finetune", *arguments, *(word.replace("FILE", str(texts)) for word in options))
+    assert message in line and line.startswith("gpt2jax finetune: error: ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "empty"), ('{"text": ""}\n' * 30, "shorter than two tokens")]
+)
+def test_texts_without_anything_to_learn(tmp_path, capsys, content, message):
+    (tmp_path / "texts.jsonl").write_text(content)
+    line = fails(capsys, "finetune", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "out"))
+    assert message in line or "no text" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FloatingPointError("step 3: loss nan"), 1),
+        (Interrupted(signal.SIGINT, "stopped"), 130),
+        (Interrupted(signal.SIGTERM, "stopped"), 143),
+        (KeyboardInterrupt(), 130),
+        (ValueError("two\nlines"), 2),
+    ],
+)
+def test_a_run_that_ends_early_is_one_line_and_a_code(capsys, error, code):
+    def run(_):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run_command("finetune", Options, run, [])
+    assert exit_.value.code == code
+    said = " ".join(str(error).split()) or "interrupted"
+    assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"
+
+
+def test_streamed_texts_of_the_hub_say_what_they_follow_from():
+    here, hub = DataOptions(data="my.jsonl"), DataOptions(data="a/b", data_revision="c" * 40)
+    assert StreamedTexts(here, "train", None).fingerprint is None  # a file may change
+    names = [
+        StreamedTexts(hub, *rest).fingerprint for rest in (("train", None), ("test", None), ("train", 3))
+    ]
+    assert len(set(names)) == 3 and all("c" * 40 in str(name) for name in names)
+
+
+def test_launcher_help_and_unknown_command(capsys):
+    for name in ("finetune", "generate", "evaluate", "compare", "convert"):
+        shown = subprocess.run(
+            [sys.executable, f"scripts/{name}.py", "--help"], capture_output=True, text=True
+        )
+        assert shown.returncode == 0 and "--seed" in shown.stdout and "--out" in shown.stdout
+    assert "known: finetune, generate, evaluate, compare" in fails(capsys, "finetuen")
+    main(["--help"])
+    assert "finetune" in capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""Long evaluations: constant memory, a state file, and the same figures after a kill as without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import gpt2jax.evaluation.evaluate as metrics
+from gpt2jax.evaluation.evaluate import evaluate
+from gpt2jax.evaluation.resume import read_state
+
+LENGTH = 16
+TEXTS = [f"document number {i}, of {i % 7} or more " + "words " * (i % 11) for i in range(100)]
+
+PROGRAM = """
+import json, sys, time
+sys.path.insert(0, {tests!r})
+from tiny_models import random_model
+import gpt2jax.evaluation.evaluate as metrics
+from gpt2jax.evaluation.evaluate import evaluate
+from test_state import LENGTH, TEXTS
+
+metrics.PIECE = 16
+
+def texts():
+    for index, text in enumerate(TEXTS):
+        if index == 70:  # in the middle of a piece
+            print("killable", flush=True)
+            time.sleep(60)
+        yield text
+
+evaluate(random_model(0), texts(), sequence_length=LENGTH, batch_size=8, state={state!r})
+"""
+
+
+def figures(result) -> str:
+    return json.dumps(result.as_dict(per_document=True), sort_keys=True)
+
+
+def test_the_same_to_the_last_digit_after_a_kill(model, tmp_path, monkeypatch):
+    state = tmp_path / "state.npz"
+    tests = str(pathlib.Path(__file__).parents[1])
+    program = PROGRAM.format(tests=tests, state=str(state))
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"killable\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    monkeypatch.setattr(metrics, "PIECE", 16)
+    scored = []
+    score_piece = metrics._score_piece
+    monkeypatch.setattr(metrics, "_score_piece", lambda *a: scored.append(len(a[1])) or score_piece(*a))
+    settings = {"sequence_length": LENGTH, "batch_size": 8}
+    resumed = evaluate(model, iter(TEXTS), **settings, state=state, resume=True)
+    assert scored == [16, 16, 4]  # 64 were done
+    whole = evaluate(model, TEXTS, **settings)
+    assert figures(resumed) == figures(whole) and resumed.data_sha256 == whole.data_sha256
+    np.testing.assert_array_equal(resumed.breakdown.vocabulary_loss, whole.breakdown.vocabulary_loss)
+    assert resumed.seconds > 0
+    scored.clear()
+    again = evaluate(model, TEXTS, **settings, state=state, resume=True)
+    assert scored == [] and figures(again) == figures(whole)
+
+
+def test_pieces_change_no_figure(model, monkeypatch):
+    whole = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=8, per_token=True)
+    monkeypatch.setattr(metrics, "PIECE", 16)
+    pieces = evaluate(model, iter(TEXTS), sequence_length=LENGTH, batch_size=8, per_token=True)
+    assert whole.per_token is not None and pieces.per_token is not None
+    for name, values in vars(whole.per_token).items():
+        np.testing.assert_allclose(getattr(pieces.per_token, name), values, rtol=1e-5)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert pieces.keras_hits == whole.keras_hits and pieces.tokens == whole.tokens
+
+
+def test_memory_does_not_grow_with_the_texts(model, monkeypatch):
+    """100,000 documents: what is held is a few numbers a document, and the texts are never together."""
+    alive, most, rows = 0, 0, 100_000
+
+    class Text(list):
+        def __init__(self, ids):
+            nonlocal alive, most
+            super().__init__(ids)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def scorer(model, compute_dtype, devices):
+        def score(tokens, targets, mask):
+            loss = np.ones(tokens.shape, np.float32)
+            return loss, targets.astype(np.int32), loss
+
+        return score, 1
+
+    monkeypatch.setattr(metrics, "scorer", scorer)  # the device would take minutes
+    texts = (Text([i % 290, 5, 7]) for i in range(rows))
+    began = time.perf_counter()
+    result = evaluate(model, texts, sequence_length=4, batch_size=512)
+    assert result.documents == rows and result.tokens == 4 * rows and result.loss == 1.0
+    assert most <= 2 * metrics.PIECE and result.per_token is None
+    held = sum(value.nbytes for value in vars(result.sums).values())
+    assert held <= 90 * rows
+    assert time.perf_counter() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sequence_length": 8}, "its sequence_length is 16, not 8"),
+        ({"windows": "disjoint"}, "its windows is 'first', not 'disjoint'"),
+        ({"texts": ["other", *TEXTS[1:4]]}, "the state is of 4 other texts"),
+        ({"texts": TEXTS[:3]}, "the state is of 4 other texts than the first 3"),
+        ({"model": 1}, "its model is "),
+    ],
+)
+def test_a_state_of_something_else(model, other_model, tmp_path, change, message):
+    state = tmp_path / "state.npz"
+    evaluate(model, TEXTS[:4], sequence_length=LENGTH, state=state)
+    chosen = other_model if change.pop("model", 0) else model
+    texts = change.pop("texts", TEXTS[:4])
+    with pytest.raises(ValueError, match=message):
+        evaluate(chosen, texts, **{"sequence_length": LENGTH, **change}, state=state, resume=True)
+
+
+def test_damaged_states_and_wrong_arguments(model, tmp_path):
+    state = tmp_path / "state.npz"
+    for content in (b"", b"PK\x03\x04 no", b"x" * 100):
+        state.write_bytes(content)
+        with pytest.raises(ValueError, match="no state of an evaluation, or a damaged one"):
+            read_state(state, {})
+    with pytest.raises(ValueError, match="per_token=True"):
+        evaluate(model, TEXTS, sequence_length=LENGTH, state=state, per_token=True)
+    with pytest.raises(ValueError, match="resume=True needs"):
+        evaluate(model, TEXTS, sequence_length=LENGTH, resume=True)

@@ -1,0 +1,294 @@
+"""Decoding over a cache against the plain forward pass, the derived weights, and what XLA makes of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import re
+import types
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2jax.generation import cached_model
+from gpt2jax.generation.cached_model import (
+    derive_params,
+    inference_precision,
+    next_logits,
+    params_for_inference,
+    weight_dtype,
+)
+from gpt2jax.generation.decoding import Progress, decode
+from gpt2jax.generation.kv_cache import cache_bytes, grow_cache, init_cache
+from gpt2jax.generation.requests import Row
+from gpt2jax.generation.runner import Job, initial_progress, make_request
+from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.model.config import PRESETS, GPT2Config
+from gpt2jax.model.gpt2 import head_kernel, hidden_states, init_params, output_logits
+from gpt2jax.ops.precision import precision
+
+TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97, n_positions=24)
+ODD = GPT2Config(
+    n_layer=3,
+    n_head=3,
+    n_embd=24,
+    n_inner=40,
+    vocab_size=61,
+    n_positions=17,
+    tie_word_embeddings=False,
+    scale_attn_by_inverse_layer_idx=True,
+    activation_function="relu",
+)
+F32 = inference_precision("float32", backend="cpu")
+
+
+def params_of(config, seed=0):
+    """Random parameters in which no bias or scale is at its initial value, and attention is not flat."""
+    leaves, tree = jax.tree.flatten(init_params(config, seed))
+    rng = np.random.default_rng(seed)
+    noise = [jnp.asarray(rng.normal(0, 0.15, leaf.shape), jnp.float32) for leaf in leaves]
+    return jax.tree.unflatten(tree, [leaf * 3 + n for leaf, n in zip(leaves, noise, strict=True)])
+
+
+def ids_of(config, rows, length, seed=0) -> Any:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+
+
+def full_logits(params, config, ids):
+    return np.asarray(output_logits(hidden_states(params, config, ids), head_kernel(params)))
+
+
+step = jax.jit(
+    lambda params, config, ids, cache, slot, padding, precision: _logits_of(
+        params, cached_model.forward_cached(params, config, ids, cache, slot, padding, precision), precision
+    ),
+    static_argnums=(1, 6),
+)
+
+
+def _logits_of(params, outputs, precision):
+    hidden, cache = outputs
+    return next_logits(params, hidden, precision), cache
+
+
+def prefill(params, ids, padding, *, config, precision):
+    """Logits [B, V] behind prompts, and a cache as long as they are."""
+    cache = init_cache(config, *ids.shape, precision.activation_dtype)
+    logits, cache = step(params, config, ids, cache, 0, padding, precision)
+    return np.asarray(logits)[:, -1], cache
+
+
+@pytest.mark.parametrize("config", [TINY, ODD, PRESETS["gpt2"]], ids=["tiny", "odd", "gpt2"])
+def test_decoding_equals_the_forward_pass_at_every_split(config):
+    """A prompt of each length in one call, the rest token by token: each logit is that of the plain forward
+    pass.
+
+    The prompts are padded on the left to one width, so that two programs serve all splits.
+    """
+    # at gpt2's shape the weights are as they begin; noise on 12 layers of them would grow into the thousands
+    params, length = init_params(config) if config == PRESETS["gpt2"] else params_of(config), 9
+    ids = ids_of(config, 2, length)
+    want = full_logits(params, config, ids)
+    assert 1 < np.abs(want).max() < 100  # or agreement would say little
+    derived = derive_params(params, config, dtype="float32")
+    for split in range(1, length + 1):
+        padding = np.full(2, length - split, np.int32)
+        prompt = np.pad(ids[:, :split], ((0, 0), (length - split, 0)))
+        last, cache = prefill(derived, prompt, padding, config=config, precision=F32)
+        np.testing.assert_allclose(last, want[:, split - 1], atol=1e-5 * np.abs(want).max())
+        cache = grow_cache(cache, 2 * length)
+        for i in range(length - split):
+            token = ids[:, split + i : split + i + 1]
+            got, cache = step(derived, config, token, cache, length + i, padding, F32)
+            np.testing.assert_allclose(got[:, 0], want[:, split + i], atol=1e-5 * np.abs(want).max())
+
+
+def test_several_tokens_behind_a_cache():
+    """T tokens at once behind a prefix, as verifying drafts needs them."""
+    params, ids = params_of(TINY), ids_of(TINY, 2, 12)
+    want = full_logits(params, TINY, ids)
+    derived = derive_params(params, TINY, dtype="float32")
+    padding = np.zeros(2, np.int32)
+    _, cache = prefill(derived, ids[:, :5], padding, config=TINY, precision=F32)
+    got, _ = step(derived, TINY, ids[:, 5:], grow_cache(cache, 16), 5, padding, F32)
+    np.testing.assert_allclose(got, want[:, 5:], atol=1e-5 * np.abs(want).max())
+
+
+def test_what_is_in_the_padding_does_not_matter():
+    params, ids = params_of(TINY), ids_of(TINY, 3, 10)
+    derived = derive_params(params, TINY, dtype="float32")
+    padding = np.array([0, 4, 9], np.int32)
+    other = ids.copy()
+    for row, pad in enumerate(padding):
+        other[row, :pad] = (ids[row, :pad] + 1) % TINY.vocab_size
+    first, _ = prefill(derived, ids, padding, config=TINY, precision=F32)
+    second, _ = prefill(derived, other, padding, config=TINY, precision=F32)
+    np.testing.assert_array_equal(first, second)
+    for row, pad in enumerate(padding):
+        want = full_logits(params, TINY, ids[row : row + 1, pad:])[0, -1]
+        np.testing.assert_allclose(first[row], want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_stay_near(dtype):
+    params, ids = params_of(TINY), ids_of(TINY, 1, 10)
+    want = full_logits(params, TINY, ids)[:, -1]
+    narrow = precision(dtype)
+    derived = derive_params(params, TINY, dtype=narrow.compute_dtype)
+    assert derived["h"][0]["attn"]["c_attn"]["kernel"].values.dtype == jnp.dtype(dtype)
+    _, cache = prefill(derived, ids[:, :9], np.zeros(1, np.int32), config=TINY, precision=narrow)
+    got, _ = step(derived, TINY, ids[:, 9:], grow_cache(cache, 16), 9, np.zeros(1, np.int32), narrow)
+    error = np.abs(np.asarray(got)[:, 0] - want).max() / np.abs(want).max()
+    assert 0 < error < (0.1 if dtype == "bfloat16" else 0.02)
+
+
+def test_derived_weights_have_their_dtype_and_layout():
+    params = params_of(ODD)
+    derived = derive_params(params, ODD, dtype="bfloat16", vocab_size=50)
+    assert len(derived["h"]) == ODD.n_layer
+    np.testing.assert_array_equal(
+        derived["head"].values, params["lm_head"]["kernel"][:50].astype(jnp.bfloat16)
+    )
+    for layer, block in enumerate(derived["h"]):
+        kernel = params["h"]["mlp"]["c_fc"]["kernel"][layer]
+        np.testing.assert_array_equal(block["mlp"]["c_fc"]["kernel"].values, kernel.T.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(block["ln_1"]["scale"], params["h"]["ln_1"]["scale"][layer])
+        assert block["mlp"]["c_fc"]["bias"].dtype == jnp.float32
+    # nothing is copied that does not change
+    assert derived["wte"] is params["wte"]["embedding"]
+    assert derive_params(params, ODD, dtype="float32")["head"].values is params["lm_head"]["kernel"]
+
+
+def model_of(params, **fields):
+    fields = {"config": TINY, "tokenizer": None, "adapters": None, "lora": None, **fields}
+    return types.SimpleNamespace(params=params, **fields)
+
+
+def test_adapters_are_merged():
+    params, lora = params_of(TINY), LoRAConfig(rank=4, alpha=6.0, targets=("attn.c_attn", "mlp.c_proj"))
+    adapters = jax.tree.map(lambda x: x + 0.2, init_adapters(TINY, lora, 1))
+    ids = ids_of(TINY, 2, 8)
+    hidden = hidden_states(params, TINY, ids, adapters=adapters, lora_scale=lora.scale)
+    want = np.asarray(output_logits(hidden, head_kernel(params)))[:, -1]
+    assert np.abs(want - full_logits(params, TINY, ids)[:, -1]).max() > 0.1
+    derived = params_for_inference(model_of(params, adapters=adapters, lora=lora), "float32")
+    got, _ = prefill(derived, ids, np.zeros(2, np.int32), config=TINY, precision=F32)
+    np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+
+
+def test_derived_once_for_the_same_arrays_and_never_for_others():
+    params = params_of(TINY)
+    first = params_for_inference(model_of(params), "float32")
+    assert params_for_inference(model_of(dict(params)), "float32") is first  # the arrays count, not the dict
+    assert params_for_inference(model_of(params), "bfloat16") is not first
+    other = {**params, "ln_f": {**params["ln_f"], "bias": params["ln_f"]["bias"] + 1}}
+    changed = params_for_inference(model_of(other), "float32")
+    assert changed is not first
+    np.testing.assert_array_equal(changed["ln_f"]["bias"], params["ln_f"]["bias"] + 1)
+    narrower = params_for_inference(
+        model_of(params, tokenizer=types.SimpleNamespace(vocab_size=90)), "float32"
+    )
+    assert narrower["head"].values.shape == (90, 32)
+
+
+def test_derived_weights_go_with_the_model():
+    gc.collect()
+    before = len(cached_model._DERIVED)
+    params = params_of(TINY, seed=9)
+    derived = params_for_inference(model_of(params), "float32")
+    alive = weakref.ref(derived["h"][0]["mlp"]["c_fc"]["kernel"])
+    assert len(cached_model._DERIVED) == before + 1
+    del derived
+    assert alive() is not None
+    del params
+    gc.collect()
+    assert alive() is None
+    assert len(cached_model._DERIVED) == before
+
+
+def test_dtype_by_backend():
+    assert inference_precision(backend="cpu").compute_dtype == jnp.float32
+    assert inference_precision(backend="gpu").compute_dtype == jnp.bfloat16
+    assert inference_precision("bfloat16", backend="cpu").activation_dtype == jnp.float32
+    assert inference_precision("int8", backend="cpu").compute_dtype == jnp.float32
+    with pytest.raises(ValueError, match="dtype='int4' is not known; known: float32"):
+        inference_precision("int4")
+
+
+def test_cache_size_and_growth():
+    cache = init_cache(TINY, 3, 10, jnp.bfloat16)
+    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == cache_bytes(TINY, 3, 10, jnp.bfloat16)
+    filled = jax.tree.map(lambda x: x + 1, cache)
+    grown = grow_cache(filled, 12)
+    for small, large in zip(jax.tree.leaves(filled), jax.tree.leaves(grown), strict=True):
+        np.testing.assert_array_equal(large[:, :10], small)
+        assert not large[:, 10:].any()
+    with pytest.raises(ValueError, match="12 slots cannot be cut to 10"):
+        grow_cache(grown, 10)
+
+
+# ---- what the compiled step does ----
+
+WIDE = GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=1000, n_positions=256)
+
+
+def begun(batch: int, slots: int) -> tuple[Progress, Any]:
+    """Rows of one token that want five more."""
+    job = Job(model=None, stop_ids=[], bad_words=[], precision=F32, weights=F32.compute_dtype)
+    rows = [Row("", [1], 5, 0)] * batch
+    request = make_request(job, rows, np.zeros(batch, np.int32), [5] * batch, 1)
+    return initial_progress(np.ones((batch, slots), np.int32), request.limits, 1), request
+
+
+def compiled_decode(batch, dtype) -> tuple[Any, Any]:
+    config, narrow = WIDE, inference_precision(dtype, backend="cpu")
+    weights = weight_dtype(dtype, narrow)
+    params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=weights))
+    cache = jax.eval_shape(lambda: init_cache(config, batch, 128, narrow.activation_dtype))
+    progress, request = begun(batch, 128)
+    lowered = decode.lower(params, cache, progress, request, np.int32(9), config=config, precision=narrow)
+    return lowered.compile(), cache
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA:CPU compiles")
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(1, "float32"), (1, "bfloat16"), (1, "int8"), (4, "float32"), (4, "bfloat16"), (4, "int8")],
+)
+def test_a_step_copies_neither_weights_nor_cache(batch, dtype):
+    """The loop writes the cache in place and streams the weights as they are.
+
+    A batch of one is its own case: there XLA drops axes of size 1, which once cost six copies of each
+    cache array.
+    """
+    program, cache = compiled_decode(batch, dtype)
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert program.memory_analysis().alias_size_in_bytes >= nbytes  # the donated cache is the returned one
+    smallest = min(WIDE.n_embd**2, jax.tree.leaves(cache)[0].size)
+    found = []
+    pattern = r"= \w+\[([\d,]+)\]\S* (copy|convert|transpose|pad|concatenate)\((.*)"
+    for dims, operation, line in re.findall(pattern, program.as_text()):
+        found.append((int(np.prod([int(dim) for dim in dims.split(",")])), operation, line))
+    assert found  # small ones there are: the pattern reads this text
+    large = [item for item in found if item[0] >= smallest]
+    assert not large, large
+
+
+def test_the_cache_handed_in_is_used_up():
+    params = derive_params(params_of(TINY), TINY, dtype="float32")
+    cache = init_cache(TINY, 1, 32, jnp.float32)
+    progress, request = begun(1, 32)
+    pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}
+    new_cache, progress = decode(params, cache, progress, request, np.int32(16), config=TINY, precision=F32)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new_cache)} == pointers
+    assert progress.lengths.tolist() == [5] and progress.done.tolist() == [True] and int(progress.slot) == 6
+
+
+def test_configurations_are_static_arguments():
+    """A configuration is hashable and compares by value: equal ones share compiled programs."""
+    assert hash(dataclasses.replace(TINY)) == hash(TINY)

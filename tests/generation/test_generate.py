@@ -1,0 +1,709 @@
+"""Generation against naive loops over the plain forward pass, and everything a user can ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2jax.generation.beam_search import beam_search
+from gpt2jax.generation.generate import Generation, generate, stream
+from gpt2jax.generation.requests import end_token_id
+from gpt2jax.generation.runner import more_slots
+from gpt2jax.generation.sampling import SamplingConfig, log_probability, sample
+from gpt2jax.generation.text_stream import TextStream
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import head_kernel, hidden_states, init_params, output_logits
+from gpt2jax.tokenizer.bpe import Tokenizer
+
+TOKENIZER = Tokenizer.gpt2(300)
+END = TOKENIZER.end_token_id
+CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=64)
+# short ones run in a bucket of 16 slots when alone, and in one of 32 beside the long one
+LONG = "one, two, three, four, five, six"  # 23 tokens
+PROMPTS = ["a", "", "hello world", LONG]
+
+
+def model_of(config, params, tokenizer: Tokenizer | None = TOKENIZER):
+    return types.SimpleNamespace(config=config, params=params, tokenizer=tokenizer, adapters=None, lora=None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, large enough that distributions are neither flat nor single-valued."""
+    return model_of(CONFIG, jax.tree.map(lambda x: x * 6, init_params(CONFIG, 0)))
+
+
+def speller(continuation, prompt_length=1, *, vocab_size=300, tokenizer=TOKENIZER):
+    """A model that continues any prompt of `prompt_length` tokens with the given token ids.
+
+    Blocks and token embedding are zero, positions are one-hot, and the head of a token is the sum of the
+    positions that it follows.
+    """
+    config = dataclasses.replace(
+        CONFIG, n_layer=1, n_embd=64, vocab_size=vocab_size, tie_word_embeddings=False, eos_token_id=END
+    )
+    params = jax.tree.map(jnp.zeros_like, init_params(config))
+    head = np.zeros((vocab_size, 64), np.float32)
+    for i, token in enumerate(continuation):
+        head[token, prompt_length - 1 + i] = 10.0
+    params["wpe"]["embedding"] = jnp.eye(64)
+    params["ln_f"]["scale"] = jnp.ones(64)
+    params["lm_head"]["kernel"] = jnp.asarray(head)
+    return model_of(config, params, tokenizer)
+
+
+draw = jax.jit(sample)
+
+
+@jax.jit
+def all_logits(params, ids):
+    return output_logits(hidden_states(params, CONFIG, ids), head_kernel(params))
+
+
+def naive(model, prompt, *, seed=0, max_new_tokens=12, stop=(END,), **settings):
+    """One token at a time, each from the logits of the whole text, padded at the right."""
+    config = SamplingConfig(**settings)
+    ids = list(TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt) or [END]
+    tokens, logprobs = [], []
+    for step in range(max_new_tokens):
+        context = ids + tokens
+        padded = np.array([context + [0] * (64 - len(context))])
+        logits = all_logits(model.params, padded)[:, len(context) - 1]
+        key = jax.random.fold_in(jax.random.key(seed), step)[None]
+        token = draw(logits, key, config.filters())
+        logprob = log_probability(logits, token)
+        if int(token[0]) in stop:
+            break
+        tokens.append(int(token[0]))
+        logprobs.append(float(logprob[0]))
+    return tokens, logprobs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"top_k": 5},
+        {"top_k": 40, "temperature": 0.8, "top_p": 0.9},
+        {"top_k": None, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_ragged_batch_equals_naive_loops(model, settings):
+    """Rows of 0 to 23 tokens in one batch: tokens and log-probabilities of each are a naive loop's."""
+    outputs = generate(model, PROMPTS, max_new_tokens=12, seed=7, **settings)
+    for i, (prompt, output) in enumerate(zip(PROMPTS, outputs, strict=True)):
+        tokens, logprobs = naive(model, prompt, seed=7 + i, **settings)
+        assert output.token_ids == tokens
+        np.testing.assert_allclose(output.logprobs, logprobs, atol=1e-4)
+        assert output.prompt == prompt
+        assert output.text == TOKENIZER.decode(tokens)
+        assert str(output) == prompt + output.text
+        assert output.finish_reason == ("length" if len(tokens) == 12 else "stop")
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {}], ids=str)
+def test_a_row_equals_its_single_run(model, settings):
+    together = generate(model, PROMPTS, max_new_tokens=10, seed=3, **settings)
+    for i, prompt in enumerate(PROMPTS):
+        (alone,) = generate(model, prompt, max_new_tokens=10, seed=3 + i, **settings)
+        assert alone.token_ids == together[i].token_ids
+        np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
+        assert (alone.text, alone.finish_reason) == (together[i].text, together[i].finish_reason)
+
+
+def test_batch_size_changes_nothing(model):
+    together = generate(model, PROMPTS, max_new_tokens=10, seed=3)
+    in_parts = generate(model, PROMPTS, max_new_tokens=10, seed=3, batch_size=1)
+    assert [out.token_ids for out in in_parts] == [out.token_ids for out in together]
+
+
+def test_samples_of_a_prompt_follow_each_other_and_differ(model):
+    outputs = generate(model, [LONG, "hello"], max_new_tokens=10, num_samples=2, seed=5)
+    assert [out.prompt for out in outputs] == [LONG, LONG, "hello", "hello"]
+    assert outputs[0].token_ids != outputs[1].token_ids
+    for j in (0, 1):
+        (alone,) = generate(model, "hello", max_new_tokens=10, seed=5 + 2 + j)
+        assert outputs[2 + j].token_ids == alone.token_ids
+
+
+def test_seeds(model):
+    def run(seed):
+        outputs = generate(model, ["a", "a", "a", LONG], max_new_tokens=10, seed=seed)
+        return [out.token_ids for out in outputs]
+
+    first = run(1)
+    assert run(1) == first
+    assert first[0] != first[1]  # the same prompt twice is not the same sample twice
+    assert run(100)[:3] != first[:3]
+    assert run([3, 2, 1, 0])[:3] == first[2::-1]
+    assert run(np.array([1, 1, 5, 5]))[1] == first[0]
+    assert run(2**32 - 1)[1] == run(0)[0]  # seeds go round
+
+
+def test_ids_zero_and_end_are_ordinary_in_a_prompt(model):
+    for prompt in ([0], [0, 0, 5], [END, 0, END], [END, END], [7, END]):
+        (output,) = generate(model, [prompt], max_new_tokens=8, do_sample=False)
+        assert output.token_ids == naive(model, prompt, do_sample=False, max_new_tokens=8)[0]
+        assert output.prompt_ids == prompt
+        assert output.prompt == TOKENIZER.decode(prompt)
+
+
+def test_empty_prompt_begins_behind_the_end_token(model):
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    outputs = [generate(model, prompt, **settings)[0] for prompt in ("", [[]], [[END]])]
+    assert len({tuple(out.token_ids) for out in outputs}) == 1
+    assert outputs[0].prompt_ids == outputs[1].prompt_ids == [END]
+    assert outputs[0].prompt == outputs[1].prompt == ""
+    assert generate(model, []) == []
+
+
+def test_ways_to_give_prompts(model):
+    ids = TOKENIZER.encode("hello")
+    settings: dict[str, Any] = {"max_new_tokens": 4, "seed": 2}
+    lists = [ids, [ids], tuple(ids), np.array(ids), np.array([ids]), [jnp.array(ids)]]
+    ways = ["hello", ["hello"], ("hello",), *lists]
+    outputs = [generate(model, way, **settings) for way in ways]
+    assert all(out == outputs[0] for out in outputs)
+    assert isinstance(outputs[0], list) and isinstance(outputs[0][0], Generation)
+    assert all(type(token) is int for token in outputs[0][0].prompt_ids + outputs[0][0].token_ids)
+
+
+def test_without_a_tokenizer(model):
+    bare = model_of(CONFIG, model.params, None)
+    ids = TOKENIZER.encode("hello")
+    (output,) = generate(bare, [ids], max_new_tokens=6, seed=1)
+    (with_text,) = generate(model, "hello", max_new_tokens=6, seed=1)
+    assert output.token_ids == with_text.token_ids
+    assert (output.text, output.prompt, str(output)) == ("", "", "")
+    for call in (lambda: generate(bare, "hello"), lambda: stream(bare, ids)):
+        with pytest.raises(ValueError, match="no tokenizer"):
+            call()
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+        generate(bare, [ids], stop_strings="x")
+
+
+# ---- where it ends ----
+
+
+def test_lengths(model):
+    (one,) = generate(model, "hello", max_new_tokens=1, stop_token_ids=[])
+    assert len(one.token_ids) == len(one.logprobs) == 1 and one.finish_reason == "length"
+    outputs = generate(model, [LONG, [1] * 15, [2] * 20, [3] * 17], max_length=30, stop_token_ids=[])
+    assert [len(out.prompt_ids) + len(out.token_ids) for out in outputs] == [30] * 4
+    (default,) = generate(model, [[1] * 60], stop_token_ids=[])
+    assert len(default.token_ids) == 4  # as many as the context has left
+    (whole,) = generate(model, [[1] * 60], max_length=64, stop_token_ids=[])
+    assert whole.token_ids == default.token_ids
+    assert whole.token_ids == naive(model, [1] * 60, max_new_tokens=4, stop=())[0]
+
+
+def test_the_whole_context(model):
+    """From one token to the last position."""
+    (output,) = generate(model, [[5]], max_new_tokens=63, do_sample=False, stop_token_ids=[])
+    assert output.token_ids == naive(model, [5], max_new_tokens=63, do_sample=False, stop=())[0]
+
+
+def test_a_row_of_sixteen_is_its_single_run(model):
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(0, 300, length).tolist() for length in rng.integers(1, 40, 16)]
+    settings = {"max_new_tokens": 20, "do_sample": False, "stop_token_ids": []}
+    for prompt, row in zip(prompts, generate(model, prompts, **settings), strict=True):
+        [alone] = generate(model, prompt, **settings)
+        assert row.token_ids == alone.token_ids
+        np.testing.assert_allclose(row.logprobs, alone.logprobs, atol=1e-4)
+
+
+def test_a_batch_that_outgrows_its_cache_again_and_again():
+    """64, 128, 192 and 256 slots for several rows; 256 for one."""
+    config = dataclasses.replace(CONFIG, n_layer=1, n_positions=256)
+    model = model_of(config, jax.tree.map(lambda x: x * 6, init_params(config, 1)))
+    settings = {"max_new_tokens": 220, "do_sample": False, "stop_token_ids": []}
+    prompts = ["a", "hello world"]
+    for prompt, row in zip(prompts, generate(model, prompts, **settings), strict=True):
+        [alone] = generate(model, prompt, **settings)
+        assert row.token_ids == alone.token_ids
+    sizes = [64]
+    while sizes[-1] < 1024:
+        sizes.append(more_slots(sizes[-1], 2))
+    assert sizes == [64, 128, 192, 256, 384, 512, 768, 1024]
+    assert more_slots(256, 1) == 512
+
+
+def test_stop_token_ids():
+    text = [10, 11, END, 12, 13, 14]
+    model = speller(text)
+
+    def run(**settings):
+        return generate(model, [[1]], max_new_tokens=6, do_sample=False, **settings)[0]
+
+    default = run()
+    assert (default.token_ids, default.finish_reason) == ([10, 11], "stop")
+    assert default.text == TOKENIZER.decode([10, 11]) and len(default.logprobs) == 2
+    never = run(stop_token_ids=[])
+    assert (never.token_ids, never.finish_reason) == (text, "length")
+    assert never.text == TOKENIZER.decode(text)
+    assert run(stop_token_ids=[13, 200]).token_ids == [10, 11, END, 12]
+    assert run(stop_token_ids=[10]).token_ids == [] and run(stop_token_ids=[10]).text == ""
+    assert run(stop_token_ids=[14]).finish_reason == "stop"  # as the last token that was allowed
+    assert run(stop_token_ids=range(12, 40)).token_ids == [10, 11, END]
+
+
+def test_rows_of_a_batch_end_on_their_own():
+    """One row stops at its first token, one later, one never; the others' tokens are not touched by it."""
+    text = [10, 11, 12, END, 13, 14, 15, 16]
+    model = speller(text, prompt_length=4)  # shorter prompts enter the text later in their continuation
+    outputs = generate(model, [[1] * 7, [1] * 4, [1] * 8], max_new_tokens=4, do_sample=False)
+    assert [out.token_ids for out in outputs] == [[], [10, 11, 12], [13, 14, 15, 16]]
+    assert [out.finish_reason for out in outputs] == ["stop", "stop", "length"]
+
+
+TEXT = "naïve 日本語 text…\n\nend. 🙂🙂 done"
+
+
+@pytest.mark.parametrize(
+    ("stops", "want"),
+    [
+        ("end", "naïve 日本語 text…\n\n"),
+        (["本"], "naïve 日"),
+        (["🙂 d", "zzz"], "naïve 日本語 text…\n\nend. 🙂"),
+        (["\n\n", "ve 日"], "naï"),
+        (["n"], ""),
+        (["absent", "done!"], TEXT),
+        (["done"], TEXT[:-4]),
+        ([TEXT], ""),
+        (("…", "text…"), "naïve 日本語 "),
+        ([], TEXT),
+    ],
+    ids=str,
+)
+def test_stop_strings_cut_exactly(stops, want):
+    """Whatever the borders of tokens: each of these characters is several tokens, and the stops span them."""
+    ids = TOKENIZER.encode(TEXT)
+    assert len(ids) > 30
+    model = speller(ids)
+    settings = {"max_new_tokens": len(ids), "stop_strings": stops, "do_sample": False}
+    (output,) = generate(model, [[1]], **settings)
+    assert output.text == want
+    assert output.finish_reason == ("length" if want == TEXT else "stop")
+    assert len(output.logprobs) == len(output.token_ids)
+    # the tokens are as few as hold the text
+    assert TOKENIZER.decode_bytes(output.token_ids).startswith(want.encode())
+    assert not output.token_ids or len(TOKENIZER.decode_bytes(output.token_ids[:-1])) < len(want.encode())
+    pieces = list(stream(model, [1], **settings))
+    assert "".join(pieces) == want
+    assert all(pieces)
+
+
+def test_stop_strings_in_a_batch():
+    ids = TOKENIZER.encode("abc def ghi jkl mno pqr")
+    model = speller(ids, prompt_length=2)
+    outputs = generate(
+        model, [[1] * 2, [1] * 3, [1] * 6], max_new_tokens=12, do_sample=False, stop_strings=["f", "kl"]
+    )
+    for output, start in zip(outputs, (0, 1, 4), strict=True):
+        whole = TOKENIZER.decode(ids[start : start + 12])
+        ends = [whole.index(stop) for stop in ("f", "kl") if stop in whole]
+        assert output.text == whole[: min(ends, default=None)]
+        assert output.finish_reason == ("stop" if ends else "length")
+
+
+# ---- more settings ----
+
+
+def test_top_logprobs(model):
+    """Those of the model before penalties and filters, best first, of as many tokens as asked for."""
+    (output,) = generate(model, "hello", max_new_tokens=5, top_logprobs=3, temperature=3.0, seed=2)
+    assert output.top_logprobs is not None and len(output.top_logprobs) == 5
+    ids = TOKENIZER.encode("hello") + output.token_ids
+    logits = all_logits(model.params, np.array([ids + [0] * (64 - len(ids))]))[0]
+    want = np.asarray(jax.nn.log_softmax(logits))[len(ids) - 6 : len(ids) - 1]
+    for row, top, token, logprob in zip(
+        want, output.top_logprobs, output.token_ids, output.logprobs, strict=True
+    ):
+        assert [i for i, _ in top] == np.argsort(-row)[:3].tolist()
+        np.testing.assert_allclose([value for _, value in top], np.sort(row)[::-1][:3], atol=1e-4)
+        np.testing.assert_allclose(logprob, row[token], atol=1e-4)
+    assert generate(model, "hello", max_new_tokens=2)[0].top_logprobs is None
+
+
+def test_a_list_gives_each_row_its_settings(model):
+    settings: dict[str, Any] = {
+        "temperature": [0.0, 2.0, 1.0],
+        "top_k": [5, None, 40],
+        "no_repeat_ngram": [1, 0, 2],
+        "repetition_penalty": [1.0, 1.8, 1.0],
+        "min_new_tokens": [0, 10, 3],
+    }
+    together = generate(model, PROMPTS[:3], max_new_tokens=12, seed=3, **settings)
+    for i, prompt in enumerate(PROMPTS[:3]):
+        own: Any = {name: values[i] for name, values in settings.items()}
+        (alone,) = generate(model, prompt, max_new_tokens=12, seed=3 + i, **own)
+        assert alone.token_ids == together[i].token_ids
+
+
+def test_a_processor_changes_logits(model):
+    """It sees the text so far: here each token is one more than the one before."""
+
+    def successor(logits, context):
+        last = jnp.take_along_axis(context.token_ids, context.end[:, None] - 1, axis=1)
+        return jnp.where(jnp.arange(logits.shape[-1]) == last + 1, 0.0, -jnp.inf)
+
+    outputs = generate(model, [[7], [1, 40]], max_new_tokens=4, processor=successor)
+    assert [output.token_ids for output in outputs] == [[8, 9, 10, 11], [41, 42, 43, 44]]
+    for wrong, given in ((lambda logits, _: logits[:, :5], r"\(1, 5\)"), (lambda *_: None, "NoneType")):
+        with pytest.raises(ValueError, match=f"processor gave {given}; expected logits of shape"):
+            generate(model, [7], max_new_tokens=4, processor=wrong)
+
+
+def test_bad_words_and_least_length(model):
+    (plain,) = generate(model, LONG, max_new_tokens=12, do_sample=False, stop_token_ids=[])
+    first, second = plain.token_ids[:2]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    for bad in ([[first]], [[first, second]], [[9, 9, 9], plain.token_ids[:3]]):
+        (output,) = generate(model, LONG, bad_words=bad, stop_token_ids=[], **settings)
+        text = output.token_ids
+        assert text != plain.token_ids
+        assert not any(text[i : i + len(word)] == word for word in bad for i in range(len(text)))
+    (stopped,) = generate(model, LONG, stop_token_ids=[first, second], **settings)
+    assert stopped.token_ids == []
+    (longer,) = generate(model, LONG, stop_token_ids=[first, second], min_new_tokens=5, **settings)
+    assert len(longer.token_ids) >= 5 and not {first, second} & set(longer.token_ids[:5])
+    (worded,) = generate(model, LONG, bad_words=["a"], seed=1, max_new_tokens=30)
+    assert TOKENIZER.encode("a")[0] not in worded.token_ids
+
+
+def test_with_64_bits_allowed_the_text_is_the_same(model):
+    settings: dict[str, Any] = {"max_new_tokens": 6, "top_k": 50, "seed": 3, "prompt_lookup": 3}
+    (plain,) = generate(model, "abcabc", **settings)
+    with jax.enable_x64(True):
+        (output,) = generate(model, "abcabc", **settings)
+    assert output.token_ids == plain.token_ids
+
+
+def test_any_large_number_is_one_that_is_never_reached(model):
+    settings: dict[str, Any] = {"max_new_tokens": 3, "stop_token_ids": [], "top_k": 2**40}
+    (output,) = generate(model, LONG, no_repeat_ngram=2**40, min_new_tokens=2**40, **settings)
+    assert output.token_ids == generate(model, LONG, **settings)[0].token_ids
+
+
+def test_sliding_past_the_context(model):
+    """As generating in parts by hand, each from the last half of the text before it."""
+    (output,) = generate(
+        model, LONG, max_new_tokens=150, do_sample=False, stop_token_ids=[], past_context="slide"
+    )
+    text, want = TOKENIZER.encode(LONG), []
+    while len(want) < 150:
+        new = min(150 - len(want), 64 - len(text))
+        (part,) = generate(model, [text], max_new_tokens=new, do_sample=False, stop_token_ids=[])
+        want += part.token_ids
+        text = (text + part.token_ids)[-32:]
+    assert output.token_ids == want
+    settings: dict[str, Any] = {
+        "max_new_tokens": 90,
+        "stop_token_ids": [],
+        "past_context": "slide",
+        "seed": 4,
+    }
+    (sampled,) = generate(model, "hello", **settings)
+    assert len(set(sampled.token_ids[-40:])) > 5 and sampled.finish_reason == "length"
+    assert "".join(stream(model, "hello", **settings)) == sampled.text
+    together = generate(model, ["hello", LONG], **{**settings, "max_new_tokens": [90][0]})
+    assert together[0].token_ids == sampled.token_ids
+    with pytest.raises(ValueError, match="past_context='slide'"):
+        generate(model, LONG, max_new_tokens=150)
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 150])
+def test_a_prompt_of_the_context_and_more_slides_at_once(model, length):
+    prompt = np.random.default_rng(0).integers(0, 299, length).tolist()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "stop_token_ids": []}
+    (output,) = generate(model, prompt, past_context="slide", **settings)
+    before = [*prompt, *output.token_ids[: 64 - length]] if length < 64 else prompt
+    (rest,) = generate(model, before[-32:], **settings)
+    assert output.token_ids[len(before) - length :] == rest.token_ids[: 5 - (len(before) - length)]
+    assert output.prompt_ids == prompt and len(output.token_ids) == 5
+
+
+def test_a_context_of_one_token_cannot_slide():
+    config = dataclasses.replace(CONFIG, n_positions=1)
+    with pytest.raises(ValueError, match="context .n_positions. is 1"):
+        generate(model_of(config, init_params(config)), [1], max_new_tokens=3, past_context="slide")
+
+
+def test_a_shared_beginning_is_computed_once(model, monkeypatch):
+    """Rows that begin alike give what they give alone, and their beginning goes through the model for one row."""
+    from gpt2jax.generation import runner as generation_run
+
+    beginning = list(range(20, 45))
+    prompts = [beginning + [1, 2], beginning + [3], beginning + [4] * 9]
+    alone = [generate(model, [prompt], max_new_tokens=8, seed=i)[0] for i, prompt in enumerate(prompts)]
+    computed = []
+
+    def counted(params, token_ids, *args, **kwargs):
+        computed.append(token_ids.shape[0])
+        return prefill_chunk(params, token_ids, *args, **kwargs)
+
+    prefill_chunk = generation_run.prefill_chunk
+    monkeypatch.setattr(generation_run, "prefill_chunk", counted)
+    together = generate(model, prompts, max_new_tokens=8)
+    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    assert computed == [1, 1, 1, 1, 4]  # 25 tokens in chunks of 8, then what differs
+    computed.clear()
+    generate(model, [beginning], num_samples=4, max_new_tokens=2)
+    assert computed == [1, 1, 1]
+
+
+# ---- streams ----
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {}, {"top_k": None, "temperature": 1.5}], ids=str)
+def test_stream_gives_the_text_of_generate(model, settings):
+    """Random tokens of a byte-level vocabulary: much of it is no UTF-8 at all."""
+    settings = {"max_new_tokens": 40, "seed": 11, "stop_token_ids": [], **settings}
+    (output,) = generate(model, "hello", **settings)
+    pieces = stream(model, "hello", **settings)
+    assert pieces.generation is None
+    assert "".join(pieces) == output.text
+    assert pieces.generation == output
+
+
+def test_stream_cuts_between_characters():
+    ids = TOKENIZER.encode("日本語 🙂 é")
+    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids), do_sample=False))
+    assert pieces == ["日", "本", "語", " ", "🙂", " ", "é"]
+
+
+def test_stream_of_a_cut_character():
+    ids = TOKENIZER.encode("a🙂")
+    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids) - 1, do_sample=False))
+    assert "".join(pieces) == TOKENIZER.decode(ids[:-1]) == "a\ufffd"
+
+
+def test_stream_shows_no_beginning_of_a_stop_string():
+    ids = TOKENIZER.encode("one STO two STOP three")
+    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids), do_sample=False, stop_strings=["STOP"]))
+    assert "".join(pieces) == "one STO two "
+    shown = ["".join(pieces[: i + 1]) for i in range(len(pieces))]
+    assert not any(text.endswith(("S", "ST", "STO")) for text in shown)
+
+
+def test_stream_raises_at_the_call(model):
+    with pytest.raises(ValueError, match="^temperature"):
+        stream(model, "a", temperature=-1)
+    with pytest.raises(ValueError, match="one prompt, not 2"):
+        stream(model, ["a", "b"])  # type: ignore[arg-type]
+
+
+def test_text_stream_equals_one_shot_decoding():
+    """Any bytes in any pieces, valid UTF-8 or not."""
+    rng = np.random.default_rng(0)
+    alphabet = [
+        b"a",
+        b"\xe2",
+        b"\x82",
+        b"\xac",
+        b"\xf0",
+        b"\x9f",
+        b"\x99",
+        b"\xc3",
+        b"\xa9",
+        b"\xff",
+        "é".encode(),
+    ]
+    for _ in range(500):
+        tokens = [alphabet[i] for i in rng.integers(0, len(alphabet), rng.integers(0, 12))]
+        text, pieces = TextStream(), []
+        for token in tokens:
+            text.add(token)
+            pieces.append(text.take())
+        pieces.append(text.take(last=True))
+        assert "".join(pieces) == b"".join(tokens).decode("utf-8", errors="replace")
+        assert text.tokens == len(tokens)
+
+
+# ---- odd models ----
+
+
+def test_ids_without_text_are_never_drawn():
+    """A vocabulary that is padded beyond its tokenizer: the padding's logits are the highest here."""
+    model = speller([310, 10, 310], vocab_size=320)
+    model.params["lm_head"]["kernel"] = model.params["lm_head"]["kernel"].at[315].set(20.0)
+    (output,) = generate(model, [[1]], max_new_tokens=3, do_sample=False, stop_token_ids=[])
+    assert max(output.token_ids) < 300
+    assert output.token_ids[1] == 10
+
+
+def test_end_token_of_a_padded_vocabulary():
+    config = GPT2Config(vocab_size=320)
+    assert config.eos_token_id == 319
+    assert end_token_id(model_of(config, None)) == END
+    assert end_token_id(model_of(config, None, tokenizer=None)) == 319
+    assert end_token_id(model_of(GPT2Config(vocab_size=300, eos_token_id=7), None)) == 7
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights(model, dtype):
+    exact, narrow = (
+        generate(model, "hello", max_new_tokens=4, do_sample=False, dtype=d)[0] for d in (None, dtype)
+    )
+    assert exact.token_ids[0] == narrow.token_ids[0]
+    assert exact.logprobs[0] != narrow.logprobs[0]
+    assert abs(exact.logprobs[0] - narrow.logprobs[0]) < 0.1
+
+
+# ---- what compiles ----
+
+
+def compiled_in(caplog, calls) -> list[str]:
+    """What jax compiles while `calls` run."""
+    caplog.clear()
+    with jax.log_compiles():
+        calls()
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling ")]
+
+
+def test_settings_compile_nothing_anew(model, caplog):
+    prompts = [LONG, "hello world", ""]
+    generate(model, prompts, max_new_tokens=16)
+    list(stream(model, "a", max_new_tokens=16))
+    variants: list[Any] = [
+        {"temperature": [0.3, 0, 1]},
+        {"do_sample": False},
+        {"top_k": 64},
+        {"top_k": None, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9},
+        {"seed": [5, 2**31, 7]},
+        {"stop_token_ids": [1, 2, 3, 4]},
+        {"stop_strings": ["a", "bcd"]},
+        {"repetition_penalty": 1.5, "presence_penalty": [0, 1, 0], "frequency_penalty": 0.5},
+        {"no_repeat_ngram": 2, "min_new_tokens": 4, "bad_words": [[1, 2, 3], [4]]},
+        {"max_new_tokens": 3},
+    ]
+
+    def calls():
+        for settings in variants:
+            generate(model, ["xyz", [1] * 20, "one"], **{"max_new_tokens": 16, **settings})
+        generate(model, [[1] * 32, [2], [3] * 9, [4]], max_new_tokens=11)  # three rows were padded to four
+        list(stream(model, "b", max_new_tokens=9, seed=4))
+        generate(model, "b", max_new_tokens=40)  # the programs of a stream
+
+    assert compiled_in(caplog, calls) == []
+    # another processor is another program
+    assert compiled_in(caplog, lambda: generate(model, "b", processor=lambda logits, context: logits))
+
+
+def test_two_hundred_calls_compile_twelve_programs(caplog):
+    """Prompts of 1 to 900 tokens, any settings, seeds and lengths, at GPT-2's context."""
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300)
+    model = model_of(config, init_params(config, 0))
+    rng = np.random.default_rng(0)
+
+    def calls():
+        for _ in range(200):
+            length = int(rng.integers(1, 901))
+            generate(
+                model,
+                [rng.integers(0, 300, length).tolist()],
+                max_new_tokens=int(rng.integers(1, min(300, 1025 - length))),
+                temperature=float(rng.uniform(0, 2)),
+                top_k=[None, 1, 5, 100][rng.integers(4)],
+                top_p=float(rng.uniform(0.1, 1)),
+                typical_p=float(rng.choice([0.5, 1.0])),
+                repetition_penalty=float(rng.choice([1.0, 1.2])),
+                no_repeat_ngram=int(rng.choice([0, 3])),
+                seed=int(rng.integers(2**32)),
+            )
+
+    assert 0 < len(compiled_in(caplog, calls)) <= 12
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a positive whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"max_length": -1}, "max_length=-1"),
+        ({"max_new_tokens": 4, "max_length": 9}, "max_new_tokens=4 and max_length=9: give one"),
+        ({"max_length": 5}, "prompt 1 has 5 tokens.*max_length=5"),
+        (
+            {"max_new_tokens": 60},
+            r"prompt 1 has 5 tokens; with 60 new ones that makes 65.*64: ask for at most 59",
+        ),
+        ({"max_length": 65}, "65.*context"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": [1]}, "2 of them"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"seed": None}, "seed=None"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"stop_token_ids": [300]}, "stop_token_ids: token id 300 is outside the vocabulary of 300"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids: 'x' is not a token id"),
+        ({"stop_strings": ["a", ""]}, "stop_strings.*empty"),
+        ({"dtype": "int4"}, "dtype='int4' is not known; known: float32, bfloat16, float16, int8"),
+        ({"temperature": [1.0]}, "temperature has 1 values; expected one, or 2"),
+        ({"bad_words": [[]]}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": [[300]]}, "bad_words: token id 300"),
+        ({"top_logprobs": 21}, "top_logprobs=21"),
+        ({"prompt_lookup": -1}, "prompt_lookup=-1"),
+        ({"stop_token_ids": 5}, "stop_token_ids: 5 is not a list of token ids"),
+        ({"stop_strings": 5}, "stop_strings=5 must be texts"),
+        ({"bad_words": 5}, "bad_words: 5 is not"),
+        ({"bad_words": [1, 2]}, "bad_words: 1 is not a list of token ids"),
+        ({"draft": "gpt2"}, "draft='gpt2' is no model"),
+        ({"draft_tokens": 0}, "draft_tokens=0"),
+        ({"processor": 5}, "processor=5 must be a function"),
+        ({"temperature": 1e300}, r"temperature=1e\+300 must be a finite number"),
+        ({"past_context": "drop"}, "past_context='drop' must be one of refuse, slide"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1], [1, 2, 3, 4, 5]], **settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], [300]], "prompt 1: token id 300 is outside the vocabulary of 300"),
+        ([[-1]], "prompt 0: token id -1"),
+        ([[1.5]], "prompt 0: 1.5 is not a token id"),
+        ([[True]], "prompt 0: True is not a token id"),
+        ([["a", 1]], "prompt 0: 'a' is not a token id"),
+        (["a", None], "prompt 1 is None"),
+        (None, "prompts=None must be"),
+        (3, "prompts=3 must be"),
+        (b"ab", "prompts=b'ab' must be"),
+        (["a", b"ab"], "prompt 1 is b'ab'"),
+        ([[1] * 64], "prompt 0 has 64 tokens.*shorten the prompt below 64 tokens"),
+        ([[1] * 200], "prompt 0 has 200 tokens"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_impossible_prompts_are_named(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts)
+
+
+@pytest.mark.parametrize("call", [generate, stream, beam_search])
+def test_a_name_is_no_model(call):
+    with pytest.raises(ValueError, match="model='gpt2-mini' is no model; gpt2jax.load"):
+        call("gpt2-mini", "a")

@@ -1,0 +1,184 @@
+"""Chunked cross-entropy beside the plain formula, its gradient beside autodiff's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from devices import on_four_devices
+
+import gpt2jax.ops.cross_entropy as losses
+from gpt2jax.ops.cross_entropy import chunk_size, column_slices, cross_entropy, token_losses
+from gpt2jax.ops.precision import FLOAT32, precision
+
+ROWS, DIM, VOCAB = 50, 16, 200
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = np.random.default_rng(0)
+    return (
+        jnp.asarray(generator.normal(size=(ROWS, DIM)), jnp.float32),
+        jnp.asarray(generator.normal(size=(VOCAB, DIM)), jnp.float32),
+        jnp.asarray(generator.integers(0, VOCAB, ROWS), jnp.int32),
+        jnp.asarray(generator.integers(0, 3, ROWS), jnp.float32),
+    )
+
+
+def dense(hidden, head, targets, weights, label_smoothing=0.0, z_loss=0.0):
+    logits = hidden @ head.T
+    labels = jax.nn.one_hot(targets, VOCAB) * (1 - label_smoothing) + label_smoothing / VOCAB
+    losses = -(labels * jax.nn.log_softmax(logits)).sum(-1)
+    return ((losses + z_loss * jax.nn.logsumexp(logits, -1) ** 2) * weights).sum()
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    if request.param == "many chunks":
+        monkeypatch.setattr(losses, "MAX_LOGITS", 9 * VOCAB)
+        monkeypatch.setattr(losses, "MAX_COLUMNS", 64)
+        assert chunk_size(ROWS, VOCAB) == 16 and ROWS % 16  # the last chunk is filled up
+        width, starts, repeated = column_slices(VOCAB)
+        assert width == 64 and starts[-1] + width == VOCAB
+        assert repeated[-1] > 0  # the last slice overlaps the one before
+
+
+@pytest.mark.parametrize(
+    "extras", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.3, "z_loss": 0.1}]
+)
+def test_loss_gradient_and_counts(inputs, chunks, extras):
+    hidden, head, targets, weights = inputs
+
+    def ours(hidden, head):
+        total, sums = cross_entropy(hidden, head, targets, weights, **extras)
+        return 3.0 * total, sums
+
+    (total, counts), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
+    expected, expected_gradients = jax.value_and_grad(dense, argnums=(0, 1))(
+        hidden, head, targets, weights, **extras
+    )
+    np.testing.assert_allclose(total, 3 * expected, rtol=3e-6)
+    np.testing.assert_allclose(ours(hidden, head)[0], 3 * expected, rtol=3e-6)  # without a gradient
+    np.testing.assert_allclose(counts["nll"], dense(hidden, head, targets, weights), rtol=1e-6)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, 3 * reference, rtol=1e-5, atol=1e-5)
+    hits = jnp.argmax(hidden @ head.T, -1) == targets
+    assert counts["correct"] == (hits * weights).sum()
+    assert counts["tokens"] == weights.sum()
+
+
+def test_token_losses(inputs, chunks):
+    hidden, head, targets, _ = inputs
+    nll, hit = token_losses(hidden.reshape(5, 10, DIM), head, targets.reshape(5, 10))
+    for index in range(ROWS):
+        one = jax.nn.one_hot(index, ROWS)
+        np.testing.assert_allclose(nll.reshape(-1)[index], dense(hidden, head, targets, one), rtol=1e-5)
+    np.testing.assert_array_equal(hit.reshape(-1), jnp.argmax(hidden @ head.T, -1) == targets)
+
+
+def test_tokens_of_weight_zero_have_no_say(inputs):
+    hidden, head, targets, weights = inputs
+    weights = weights.at[:10].set(0)
+    changed = hidden.at[:10].set(100.0)
+    gradient = jax.grad(lambda h: cross_entropy(h, head, targets, weights)[0])
+    np.testing.assert_allclose(
+        cross_entropy(hidden, head, targets, weights)[0], cross_entropy(changed, head, targets, weights)[0]
+    )
+    assert not gradient(changed)[:10].any()
+
+
+def test_logits_of_all_rows_are_never_held(monkeypatch):
+    monkeypatch.setattr(losses, "MAX_LOGITS", 1 << 14)
+    rows, vocab = 512, 512
+
+    def compiled(rows_at_once):
+        monkeypatch.setattr(losses, "MAX_LOGITS", rows_at_once * vocab)
+        shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, DIM), "f4"), ((vocab, DIM), "f4"))]
+        shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
+        step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m)[0], argnums=(0, 1))
+        return jax.jit(step).lower(*shapes).compile()
+
+    whole, cut = compiled(rows), compiled(32)
+    assert f"f32[{rows},{vocab}]" in whole.as_text()
+    assert f"f32[{rows},{vocab}]" not in cut.as_text()
+    assert cut.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
+
+
+def test_narrow_products(inputs):
+    hidden, head, targets, weights = inputs
+    exact = jax.grad(lambda h: cross_entropy(h, head, targets, weights, FLOAT32)[0])(hidden)
+    narrow = jax.grad(lambda h: cross_entropy(h, head, targets, weights, precision("bfloat16"))[0])(hidden)
+    assert 0 < float(jnp.abs(exact - narrow).max()) < 0.1
+
+
+def test_chunks_divide_the_rows_where_they_can():
+    vocab = losses.MAX_LOGITS // 512
+    assert chunk_size(512, vocab) == 512
+    assert chunk_size(16 * 1024, vocab) == 512
+    assert chunk_size(16 * 1023, vocab) == 496  # 33 of them
+    assert chunk_size(8 * 127, vocab) == 512  # 8 times a prime number: filled up
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_the_loss_at_full_size(dtype):
+    """16 rows of 1024 tokens, GPT-2's vocabulary: 200 MB beside the activations and the two gradients, its results."""
+    rows, dim, vocab = 16 * 1024, 768, 50257
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, dim), "f4"), ((vocab, dim), "f4"))]
+    shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
+    step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m, precision(dtype))[0], argnums=(0, 1))
+    memory = jax.jit(step).lower(*shapes).compile().memory_analysis()
+    assert memory.output_size_in_bytes >= 4 * (rows * dim + vocab * dim)  # so the temporaries hold neither
+    assert memory.temp_size_in_bytes < 200e6
+
+
+ON_DEVICES = """
+import json, re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from gpt2jax.ops import cross_entropy as losses
+from gpt2jax.sharding import BATCH_AXES, make_mesh, on_mesh
+
+losses.MAX_LOGITS, losses.MAX_COLUMNS = 8 * 200, 64  # three chunks of each device's rows, four slices
+ROWS, DIM, VOCAB = 96, 16, 200
+generator = np.random.default_rng(0)
+hidden, head = (jnp.asarray(generator.normal(size=(n, DIM)), jnp.float32) for n in (ROWS, VOCAB))
+targets, weights = jnp.asarray(generator.integers(0, VOCAB, ROWS)), jnp.asarray(generator.integers(0, 3, ROWS) * 1.0)
+
+def loss(hidden, head, targets, weights):
+    return losses.cross_entropy(hidden, head, targets, weights)[0]
+
+def both(hidden, head, targets, weights):
+    return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head, targets, weights), losses.token_losses(
+        hidden, head, targets)
+
+alone = jax.jit(both)(hidden, head, targets, weights)
+plain = jax.jit(loss)(hidden, head, targets, weights)
+mesh = make_mesh(fsdp=2)
+rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+of_head = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+placed = [jax.device_put(x, rows) for x in (hidden, head, targets, weights)]
+placed[1] = jax.device_put(head, of_head)
+with on_mesh(mesh):
+    compiled = jax.jit(both).lower(*placed).compile()
+    shared, without = compiled(*placed), jax.jit(loss)(*placed)
+pairs = zip(jax.tree.leaves((alone, plain)), jax.tree.leaves((shared, without)), strict=True)
+apart = [float(jnp.abs(a * 1.0 - b).max() / jnp.abs(a).max()) for a, b in pairs]
+text = compiled.as_text()
+loops = text[: text.index("\\nENTRY")]
+names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+print(json.dumps({
+    "apart": apart,
+    "in_loops": re.findall(rf" = .* (?:{names})[(].*", loops),
+    "outside": len(re.findall(rf"(?:{names})[(]", text[len(loops):])),
+    "chunks": [f"f32[{n},200]" in text for n in (8, 24)],
+}))
+"""
+
+
+def test_devices_add_their_gradients_once():
+    """Four devices, as one alone to rounding; in the loops over chunks and slices none asks another for anything."""
+    found = on_four_devices(ON_DEVICES)
+    assert max(found["apart"]) < 1e-6
+    assert found["in_loops"] == [] and found["outside"] > 0
+    assert found["chunks"] == [True, False]  # logits of one chunk and not of all rows of a device

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2jax.tokenizer.bpe import BYTE_ORDER, END_TOKEN, Tokenizer
+
+TEXTS = ["Hello world", "  def f(x):\n    return x\n", "naïve 日本 😀", f"a{END_TOKEN}b", "", "it's 1234"]
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    Tokenizer.gpt2(1000).save(tmp_path)
+    return tmp_path
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_same(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    assert tokenizer.fingerprint == other.fingerprint
+    for text in TEXTS:
+        assert tokenizer.encode(text) == other.encode(text)
+        assert tokenizer.encode(text, allow_special=True) == other.encode(text, allow_special=True)
+
+
+@pytest.mark.parametrize("vocab_size", [257, 4096, 50257])
+def test_round_trip(tmp_path, vocab_size):
+    Tokenizer.gpt2(vocab_size).save(tmp_path)
+    assert_same(Tokenizer.from_folder(tmp_path), Tokenizer.gpt2(vocab_size))
+    (tmp_path / "tokenizer.json").unlink()
+    assert_same(Tokenizer.from_folder(tmp_path), Tokenizer.gpt2(vocab_size))
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").unlink()
+    assert_same(Tokenizer.from_folder(str(tmp_path)), Tokenizer.gpt2(vocab_size))
+
+
+def test_reads_tokenizer_json_alone(saved):
+    for file in saved.iterdir():
+        if file.name != "tokenizer.json":
+            file.unlink()
+    assert_same(Tokenizer.from_folder(saved), Tokenizer.gpt2(1000))
+
+
+def test_reads_merges_as_pairs(saved):
+    fast = json.loads((saved / "tokenizer.json").read_text())
+    fast["model"]["merges"] = [merge.split(" ") for merge in fast["model"]["merges"]]
+    (saved / "tokenizer.json").write_text(json.dumps(fast))
+    assert_same(Tokenizer.from_folder(saved), Tokenizer.gpt2(1000))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "merges"),
+    [
+        ("encoder.json", "vocab.bpe"),
+        ("vocabulary.json", "merges.txt"),
+        ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt"),
+    ],
+)
+def test_reads_the_names_of_openai_and_keras(saved, tmp_path_factory, vocabulary, merges):
+    folder = tmp_path_factory.mktemp("other")
+    (folder / vocabulary).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(saved / "vocab.json", folder / vocabulary)
+    shutil.copy(saved / "merges.txt", folder / merges)
+    # Keras has a file of this name that is something else.
+    (folder / "tokenizer.json").write_text('{"class_name": "GPT2Tokenizer", "config": {}}')
+    assert_same(Tokenizer.from_folder(folder), Tokenizer.gpt2(1000))
+
+
+def test_windows_line_ends(saved):
+    (saved / "tokenizer.json").unlink()
+    merges = saved / "merges.txt"
+    merges.write_bytes(merges.read_bytes().replace(b"\n", b"\r\n"))
+    assert_same(Tokenizer.from_folder(saved), Tokenizer.gpt2(1000))
+
+
+def test_missing_files_are_named(saved, tmp_path_factory):
+    (saved / "tokenizer.json").unlink()
+    (saved / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="has vocab.json but no merges.txt"):
+        Tokenizer.from_folder(saved)
+    with pytest.raises(
+        FileNotFoundError, match=r"neither tokenizer.json nor one of vocab.json \+ merges.txt"
+    ):
+        Tokenizer.from_folder(tmp_path_factory.mktemp("empty"))
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        Tokenizer.from_folder(saved / "absent")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "normalizer is .*NFC"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer.type is 'Whitespace'"),
+        ({"pre_tokenizer": None}, "pre_tokenizer.type is None"),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "model.type is 'WordPiece'"),
+    ],
+)
+def test_other_kinds_of_tokenizer_are_refused(saved, change, message):
+    edit(saved / "tokenizer.json", **change)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(saved)
+
+
+def test_json_that_is_none_is_named(saved):
+    (saved / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json is not JSON"):
+        Tokenizer.from_folder(saved)
+
+
+def test_end_token_without_id(saved):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit(saved / name, eos_token="<stop>")
+    with pytest.raises(ValueError, match="'<stop>' has no id"):
+        Tokenizer.from_folder(saved)
+
+
+def test_special_and_added_tokens_survive(saved, tmp_path_factory):
+    fast = json.loads((saved / "tokenizer.json").read_text())
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    fast["added_tokens"] += [
+        {"id": 1000, "content": "<pad>", "special": True, **flags},
+        {"id": 1001, "content": "newword", "special": False, **flags},
+    ]
+    (saved / "tokenizer.json").write_text(json.dumps(fast))
+    edit(saved / "tokenizer_config.json", pad_token={"content": "<pad>"})
+    tokenizer = Tokenizer.from_folder(saved)
+    assert tokenizer.vocab_size == 1002
+    assert tokenizer.roles["pad_token"] == "<pad>"
+    assert tokenizer.special_tokens == {END_TOKEN: 999, "<pad>": 1000}
+    assert tokenizer.encode("<pad>", allow_special=True) == [1000]
+    assert 1000 not in tokenizer.encode("<pad>")
+    assert 1001 in tokenizer.encode("a newword!")
+    again = tmp_path_factory.mktemp("again")
+    tokenizer.save(again)
+    assert_same(Tokenizer.from_folder(again), tokenizer)
+    assert Tokenizer.from_folder(again).roles == tokenizer.roles
+    (again / "tokenizer.json").unlink()
+    assert_same(Tokenizer.from_folder(again), tokenizer)
+
+
+def write_pair(folder: Path, vocabulary: dict[str, int], merges: list[str]) -> Path:
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return folder
+
+
+def test_ids_that_are_not_ranks(saved):
+    """Vocabularies made by others begin with the special tokens, or are in another order."""
+    (saved / "tokenizer.json").unlink()
+    vocabulary = json.loads((saved / "vocab.json").read_text())
+    order = list(range(1000))
+    random.Random(0).shuffle(order)
+    edit(saved / "tokenizer_config.json", added_tokens_decoder={})
+    (saved / "vocab.json").write_text(json.dumps({token: order[id_] for token, id_ in vocabulary.items()}))
+    shuffled, plain = Tokenizer.from_folder(saved), Tokenizer.gpt2(1000)
+    for text in TEXTS:
+        assert shuffled.encode(text) == [order[id_] for id_ in plain.encode(text)]
+        assert shuffled.encode(text, True) == [order[id_] for id_ in plain.encode(text, True)]
+        assert shuffled.decode(shuffled.encode(text)) == text
+    assert shuffled.end_token_id == order[999]
+
+
+def test_bytes_that_the_vocabulary_lacks_are_left_out(tmp_path):
+    vocabulary = {"<s>": 0, "a": 1, "b": 2, "ab": 3, "unreachable": 4, "名": 5, END_TOKEN: 6}
+    tokenizer = Tokenizer.from_folder(write_pair(tmp_path, vocabulary, ["a b"]))
+    assert tokenizer.encode("abcba") == [3, 2, 1]
+    assert tokenizer.decode([4, 5, 3]) == "unreachable名ab"
+    assert tokenizer.vocab_size == 7
+
+
+def test_merges_that_tiktoken_would_read_otherwise_are_refused(tmp_path):
+    vocabulary = {token: id_ for id_, token in enumerate(["a", "b", "c", "ab", "bc", "abc", END_TOKEN])}
+    # "abc" comes down to a + bc by the earlier merges: the pair listed for it never meets.
+    write_pair(tmp_path, vocabulary, ["b c", "a b", "ab c"])
+    with pytest.raises(ValueError, match="not those of a learned byte-pair encoding: b'abc'"):
+        Tokenizer.from_folder(tmp_path)
+    write_pair(tmp_path, vocabulary, ["b c", "a b", "a bc"])
+    assert Tokenizer.from_folder(tmp_path).encode("abc") == [5]
+
+
+def test_merge_without_id(tmp_path):
+    write_pair(tmp_path, {"a": 0, "b": 1, END_TOKEN: 2}, ["a b"])
+    with pytest.raises(ValueError, match="1 merges make tokens without an id, first b'ab'"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_prefix_space(saved):
+    fast = json.loads((saved / "tokenizer.json").read_text())
+    fast["pre_tokenizer"]["add_prefix_space"] = True
+    (saved / "tokenizer.json").write_text(json.dumps(fast))
+    tokenizer, plain = Tokenizer.from_folder(saved), Tokenizer.gpt2(1000)
+    assert tokenizer.encode("the end") == plain.encode(" the end")
+    assert tokenizer.encode(" the end") == plain.encode(" the end")
+    assert tokenizer.encode("\nthe") == plain.encode(" \nthe")
+    assert tokenizer.fingerprint != plain.fingerprint
+
+
+def test_clashing_definitions():
+    with pytest.raises(ValueError, match="token id 5 is given to both"):
+        Tokenizer([], special_tokens={END_TOKEN: 5})
+    with pytest.raises(ValueError, match="two merges make the same token"):
+        Tokenizer([(b"a", b"b"), (b"ab", b"c"), (b"b", b"c"), (b"a", b"bc")])
+    with pytest.raises(ValueError, match="3 token ids for 256 tokens"):
+        Tokenizer([], token_ids=[1, 2, 3])
+    with pytest.raises(ValueError, match="'<x>' is not a special token"):
+        Tokenizer([], special_tokens={END_TOKEN: 256}, end_token="<x>")
+    assert Tokenizer([]).encode("!") == [BYTE_ORDER.index(b"!")]
+
+
+def test_max_length_is_written(tmp_path):
+    Tokenizer.gpt2(300).save(tmp_path, max_length=64)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 64
