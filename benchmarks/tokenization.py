@@ -18,7 +18,7 @@ from pathlib import Path
 from contenders import print_table
 
 import gpt2jax
-from gpt2jax.data.documents import tokenize_documents
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.model.config import PRESETS
 from gpt2jax.tokenizer.bpe import Tokenizer
 

@@ -18,17 +18,12 @@ if TYPE_CHECKING:
     from gpt2jax.evaluation.result import Evaluation
     from gpt2jax.generation.beam_search import Beam, beam_search
     from gpt2jax.generation.generate import Generation, generate, stream
-    from gpt2jax.language_model import (
-        LanguageModel,
-        combine_adapters,
-        from_config,
-        load,
-        load_adapter,
-        save_adapter,
-    )
+    from gpt2jax.language_model import LanguageModel, combine_adapters, from_config
+    from gpt2jax.loading import load, load_adapter, save_adapter
     from gpt2jax.lora.adapters import LoRAConfig
     from gpt2jax.model.config import PRESETS, GPT2Config
     from gpt2jax.tokenizer.bpe import Tokenizer
+    from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
     from gpt2jax.train.config import FinetuneConfig
     from gpt2jax.train.loop import Run, finetune
 
@@ -37,12 +32,14 @@ _HOMES = {
     "GPT2Config": "model.config",
     "PRESETS": "model.config",
     "LanguageModel": "language_model",
-    "load": "language_model",
+    "load": "loading",
     "from_config": "language_model",
-    "load_adapter": "language_model",
-    "save_adapter": "language_model",
+    "load_adapter": "loading",
+    "save_adapter": "loading",
     "combine_adapters": "language_model",
     "Tokenizer": "tokenizer.bpe",
+    "load_tokenizer": "tokenizer.files",
+    "save_tokenizer": "tokenizer.files",
     # generation
     "generate": "generation.generate",
     "stream": "generation.generate",
@@ -85,7 +82,9 @@ __all__ = [
     "load",
     "load_adapter",
     "load_texts",
+    "load_tokenizer",
     "save_adapter",
+    "save_tokenizer",
     "stream",
 ]
 

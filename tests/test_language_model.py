@@ -13,13 +13,8 @@ import pytest
 from tiny_models import CONFIG, TINY, random_model, random_params
 
 import gpt2jax
-from gpt2jax.language_model import (
-    LanguageModel,
-    combine_adapters,
-    from_config,
-    load_adapter,
-    save_adapter,
-)
+from gpt2jax.language_model import LanguageModel, combine_adapters, from_config
+from gpt2jax.loading import load_adapter, save_adapter
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 
 LORA = LoRAConfig(rank=2, alpha=5.0, targets=("attn.c_attn", "mlp.c_fc"))

@@ -67,7 +67,7 @@ def run(options: Options) -> None:
     from rich.console import Console
 
     from gpt2jax.comparison.compare import compare
-    from gpt2jax.language_model import load
+    from gpt2jax.loading import load
     from gpt2jax.report.summary import print_comparison
 
     names = named_models(options.models)

@@ -60,8 +60,9 @@ def run(options: Options) -> None:
     """Loads, tells what was read, writes, compares."""
     from rich.console import Console
 
-    from gpt2jax.language_model import LanguageModel, load_adapter, locate, save_adapter
-    from gpt2jax.weights import open_weights, read_tokenizer_beside
+    from gpt2jax.language_model import LanguageModel
+    from gpt2jax.loading import load_adapter, locate, save_adapter
+    from gpt2jax.weights.formats import open_weights, read_tokenizer_beside
 
     if options.out.is_dir() and any(options.out.iterdir()) and not options.overwrite:
         raise FileExistsError(f"{options.out} is not empty; choose another folder with --out, or --overwrite")
@@ -137,7 +138,7 @@ def _verify(options: Options, model: LanguageModel, dtype: str) -> dict[str, str
     """Loads what was written; ends the program with exit code 1 where it is not the model."""
     import numpy as np
 
-    from gpt2jax.language_model import load, load_adapter
+    from gpt2jax.loading import load, load_adapter
 
     if options.format == "peft":
         base = dataclasses.replace(model, adapters=None, lora=None)

@@ -57,7 +57,7 @@ def run(options: Options) -> None:
     from gpt2jax.comparison.provenance import describe_model, versions
     from gpt2jax.evaluation.evaluate import evaluate
     from gpt2jax.evaluation.result import SCHEMA, SCHEMA_VERSION
-    from gpt2jax.language_model import load
+    from gpt2jax.loading import load
     from gpt2jax.utils.atomic_io import atomic_write
 
     file, state = output_files(options)

@@ -288,7 +288,8 @@ def default_output(options: Options) -> pathlib.Path:
 
 def starting_model(options: Options) -> Any:
     """The model that training begins with."""
-    from gpt2jax.language_model import from_config, load
+    from gpt2jax.language_model import from_config
+    from gpt2jax.loading import load
     from gpt2jax.model.config import PRESETS
     from gpt2jax.tokenizer.bpe import Tokenizer
 

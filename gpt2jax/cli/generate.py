@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(options: Options) -> None:
     """Loads the model and continues the prompts."""
     from gpt2jax.generation.generate import stream
-    from gpt2jax.language_model import load
+    from gpt2jax.loading import load
 
     check_search(options)
     prompts = read_prompts(options)

@@ -102,7 +102,7 @@ def _check(options: Options) -> None:
 
 
 def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
-    from gpt2jax.language_model import load
+    from gpt2jax.loading import load
     from gpt2jax.lora.adapters import LoRAConfig
     from gpt2jax.model.config import PRESETS
     from gpt2jax.train.config import FinetuneConfig
@@ -175,7 +175,7 @@ def _attention(program: Any) -> str:
     kind = program.precision.attention
     return (
         kind
-        if lean_attention_takes(kind, program.model, drops=program.model.attn_pdrop > 0)
+        if lean_attention_takes(kind, program.model.head_dim, drops=program.model.attn_pdrop > 0)
         else "xla (all scores are kept)"
     )
 

@@ -12,7 +12,7 @@ from gpt2jax.comparison.excerpts import Excerpt, excerpts
 from gpt2jax.comparison.generations import generate_texts, repetition_by_model
 from gpt2jax.comparison.overlap import text_overlap
 from gpt2jax.comparison.paired import loss_standard_error, paired_difference, where_gain_lies
-from gpt2jax.comparison.provenance import data_fingerprint, describe_model, versions
+from gpt2jax.comparison.provenance import describe_model, versions
 from gpt2jax.comparison.statistics import PairedDifference
 from gpt2jax.evaluation.evaluate import check_scorable, check_settings, evaluate
 from gpt2jax.evaluation.result import Evaluation
@@ -20,6 +20,7 @@ from gpt2jax.generation.requests import Prompt, as_prompts
 from gpt2jax.generation.sampling import SamplingConfig
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.fingerprint import data_fingerprint
 from gpt2jax.utils.validation import check_count, check_path, check_seed, check_texts
 
 SCHEMA = "gpt2jax.comparison"

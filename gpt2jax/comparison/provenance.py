@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import os
 import pathlib
 import platform
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-import gpt2jax
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.utils.fingerprint import params_fingerprint
 
 
 def describe_model(model: LanguageModel) -> dict[str, Any]:
@@ -29,40 +26,12 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def params_fingerprint(params: Any) -> str:
-    """SHA-256 (hex) of all arrays of a tree with their places, dtypes and shapes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)  # bytes, whatever the dtype
-    return digest.hexdigest()
-
-
-def data_fingerprint(texts: Sequence[Any]) -> str:
-    """SHA-256 (hex) of the texts, each behind its length, so that where one ends counts too."""
-    digest = hashlib.sha256()
-    for text in texts:
-        add_text(digest, text)
-    return digest.hexdigest()
-
-
-def add_text(digest: Any, text: Any) -> None:
-    """Feeds one text, a string or token ids, to the hash of `data_fingerprint`."""
-    if isinstance(text, str):
-        data = text.encode("utf-8", "surrogatepass")
-    else:
-        data = np.asarray(text, "<i8").tobytes()
-    digest.update(f"{isinstance(text, str):d} {len(data)}\n".encode())
-    digest.update(data)
-
-
 def versions() -> dict[str, str]:
     """Of Python and the packages that compute, and the machine."""
     device = jax.devices()[0]
     packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return {
-        "gpt2jax": gpt2jax.__version__,
+        "gpt2jax": importlib.metadata.version("gpt2jax"),
         "python": platform.python_version(),
         **packages,
         "platform": f"{platform.system()} {platform.machine()}",

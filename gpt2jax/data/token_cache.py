@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.data.documents import Documents, prompt_and_completion, to_offsets, token_dtype, write_pieces
+from gpt2jax.data.documents import Documents, to_offsets, token_dtype
+from gpt2jax.data.encoding import prompt_and_completion, write_pieces
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.validation import check_path
 

@@ -6,7 +6,6 @@ document. Every figure is a sum over documents in float64 in the order of the te
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -17,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.comparison.provenance import add_text, params_fingerprint
 from gpt2jax.data.batches import check_long_enough
-from gpt2jax.data.documents import Documents, tokenize_documents
+from gpt2jax.data.documents import Documents
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.evaluation.accumulators import (
     Breakdown,
     DocumentSums,
@@ -40,7 +39,8 @@ from gpt2jax.evaluation.windows import (
 )
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.ops.precision import precision
-from gpt2jax.utils.progress import redraws
+from gpt2jax.utils.fingerprint import add_text, params_fingerprint
+from gpt2jax.utils.progress import evaluation_progress
 from gpt2jax.utils.validation import check_count, check_model, check_path, check_texts
 
 # documents that are read, scored and summed up at once
@@ -107,7 +107,7 @@ def evaluate(
     earlier, scores = found.seconds, []
     score, count = scorer(model, compute_dtype, devices)
     size = len(texts) if hasattr(texts, "__len__") else None  # type: ignore[arg-type]
-    with _progress(size, found.documents, progress) as advance:
+    with evaluation_progress(size, found.documents, progress) as advance:
         while piece := list(itertools.islice(iterator, PIECE)):
             try:
                 part, breakdown, tokens, longest = _score_piece(model, piece, settings, score, count, advance)
@@ -247,17 +247,3 @@ def _score_piece(
     )
     breakdown = break_down(scores, end_token_id=end, sequence_length=length, vocab_size=vocab_size)
     return sums, breakdown, scores, int(documents.lengths.max())
-
-
-@contextlib.contextmanager
-def _progress(total: int | None, done: int, show: bool) -> Iterator[Callable[[float], None]]:
-    """Yields `advance(documents)`: a bar on stderr where that is a terminal, or nothing."""
-    if not (show and redraws()):
-        yield lambda documents: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("evaluating", total=total, completed=done)
-        yield lambda documents: progress.advance(task, documents)

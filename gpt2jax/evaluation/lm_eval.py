@@ -22,12 +22,14 @@ import numpy as np
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
-from gpt2jax.data.documents import Documents, tokenize_documents
+from gpt2jax.data.documents import Documents
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.evaluation.accumulators import TokenScores, sum_by_document
 from gpt2jax.evaluation.scoring import score_windows, scorer
 from gpt2jax.evaluation.windows import Windows, plan_rolling_windows
 from gpt2jax.generation.generate import generate
-from gpt2jax.language_model import LanguageModel, load
+from gpt2jax.language_model import LanguageModel
+from gpt2jax.loading import load
 from gpt2jax.tokenizer.bpe import END_TOKEN, Tokenizer
 from gpt2jax.utils.validation import check_count, check_seed
 

@@ -147,7 +147,7 @@ class Attention(nnx.Module):
             cache = (k, v)
         kind = call.precision.attention
         drops = keys[1] is not None and self.config.attn_pdrop > 0
-        if mask is None and cache is None and lean_attention_takes(kind, self.config, drops=drops):
+        if mask is None and cache is None and lean_attention_takes(kind, self.config.head_dim, drops=drops):
             y = lean_attention(q, k, v, call.causal, dtype, kind)
         else:
             mask = call.causal if mask is None else mask

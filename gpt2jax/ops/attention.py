@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.model.config import GPT2Config
 from gpt2jax.ops.bits import Dtype, from_bits, to_bits
 
 # a finite value: a row that is masked throughout must stay finite, and -inf makes NaN in a softmax's gradient
@@ -28,10 +27,10 @@ def product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.
     return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
-def lean_attention_takes(kind: str, config: GPT2Config, *, drops: bool) -> bool:
-    """Whether `lean_attention` computes this model's attention: no dropout of probabilities, a head size it knows."""
+def lean_attention_takes(kind: str, head_dim: int, *, drops: bool) -> bool:
+    """Whether `lean_attention` computes it: no dropout of probabilities, a head size that it knows."""
     if kind == "cudnn":
-        return not drops and config.head_dim % 8 == 0 and config.head_dim <= 128
+        return not drops and head_dim % 8 == 0 and head_dim <= 128
     return kind == "recompute" and not drops
 
 

@@ -159,7 +159,9 @@ def _block_workspace(program: Program, block: int, tokens: int, share: int) -> i
 def _lean(program: Program, kind: str) -> bool:
     """Whether attention is computed in this way (attention.py) and not with scores that are kept."""
     drops = program.model.attn_pdrop > 0
-    return program.precision.attention == kind and lean_attention_takes(kind, program.model, drops=drops)
+    return program.precision.attention == kind and lean_attention_takes(
+        kind, program.model.head_dim, drops=drops
+    )
 
 
 def _base(program: Program) -> Params:

@@ -56,7 +56,7 @@ Merge = tuple[bytes, bytes]
 class Tokenizer:
     """Text to token ids and back.
 
-    `Tokenizer.gpt2()` is GPT-2's own; `Tokenizer.from_folder(path)` reads the files of any byte-level BPE
+    `Tokenizer.gpt2()` is GPT-2's own; `load_tokenizer(path)` reads the files of any byte-level BPE
     saved with a GPT-2 model. A tokenizer does not change once made; threads may share it.
 
     Attributes:
@@ -159,33 +159,6 @@ class Tokenizer:
                 f"({VOCAB_BPE_SHA256}); install gpt2jax again"
             )
         return Tokenizer(parse_merges(data.decode())[: vocab_size - 257])
-
-    @staticmethod
-    def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer saved in a folder.
-
-        Reads `tokenizer.json`, or `vocab.json` with `merges.txt` (also under the names that OpenAI and Keras
-        give them), and the special tokens named beside them.
-
-        Raises:
-            FileNotFoundError: the folder has none of these; the message names them.
-            ValueError: the files do not describe a byte-level BPE with GPT-2's pattern.
-        """
-        from gpt2jax.tokenizer.files import read_tokenizer
-
-        return read_tokenizer(path)
-
-    def save(self, folder: str | os.PathLike[str], *, max_length: int | None = None) -> None:
-        """Write the files from which transformers, tokenizers and `from_folder` make the same tokenizer.
-
-        Args:
-            folder: made if absent; `vocab.json`, `merges.txt`, `tokenizer.json`, `tokenizer_config.json` and
-                `special_tokens_map.json` in it are replaced.
-            max_length: the model's context in tokens, for readers that warn above it.
-        """
-        from gpt2jax.tokenizer.files import write_tokenizer
-
-        write_tokenizer(self, folder, max_length)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids of a text; no special token is put around them.

@@ -29,8 +29,16 @@ VOCABULARY_FILES = (
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer saved in a folder; see `Tokenizer.from_folder`."""
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load the tokenizer saved in a folder.
+
+    Reads `tokenizer.json`, or `vocab.json` with `merges.txt` (also under the names that OpenAI and Keras
+    give them), and the special tokens named beside them.
+
+    Raises:
+        FileNotFoundError: the folder has none of these; the message names them.
+        ValueError: the files do not describe a byte-level BPE with GPT-2's pattern.
+    """
     folder = Path(path)
     config = _read_json(folder / "tokenizer_config.json")
     roles = _read_roles(folder, config)
@@ -49,8 +57,17 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return _build(folder, vocabulary, merges, special, added, end_token, roles, prefix_space)
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str], max_length: int | None) -> None:
-    """Write Hugging Face's files; see `Tokenizer.save`."""
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: str | os.PathLike[str], *, max_length: int | None = None
+) -> None:
+    """Write the files from which transformers, tokenizers and `load_tokenizer` make the same tokenizer.
+
+    Args:
+        tokenizer: what to write.
+        folder: made if absent; `vocab.json`, `merges.txt`, `tokenizer.json`, `tokenizer_config.json` and
+            `special_tokens_map.json` in it are replaced.
+        max_length: the model's context in tokens, for readers that warn above it.
+    """
     whole = {
         token: (id_, token in tokenizer.special_tokens)
         for token, id_ in {**tokenizer.special_tokens, **tokenizer.added_tokens}.items()

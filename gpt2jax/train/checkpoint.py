@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gpt2jax.model.gpt2 import Params
-from gpt2jax.train.step import TrainState, averaged
-from gpt2jax.utils.atomic_io import read_object
+from gpt2jax.train.step import TrainState
+from gpt2jax.weights.orbax import readable_checkpoint
 
 
 class Checkpoints:
@@ -64,7 +63,7 @@ class Checkpoints:
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, template)
         items = {"state": args.StandardRestore(abstract), "unlogged": args.JsonRestore()}
         step = self.latest_step()
-        with _readable(
+        with readable_checkpoint(
             f"step {step} in {self._manager.directory}", "; without it the run goes on from the one before"
         ):
             restored = self._manager.restore(step, args=args.Composite(**items))
@@ -74,40 +73,6 @@ class Checkpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def is_checkpoint(folder: pathlib.Path) -> bool:
-    """Whether a folder looks like a whole checkpoint of a run."""
-    return (folder / "state").is_dir() and (folder / "run" / "metadata").is_file()
-
-
-def read_run(folder: pathlib.Path) -> dict[str, Any]:
-    """The description of the run that a checkpoint is of."""
-    return read_object(folder / "run" / "metadata", "finetune", "base_model")
-
-
-@contextlib.contextmanager
-def _readable(name: str, advice: str = "") -> Iterator[None]:
-    """Names the checkpoint that is read in the block, where orbax finds a fault in its files, of whatever kind."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"the checkpoint {name} can't be read: {error!s:.300}{advice}") from error
-
-
-def restore_trained(folder: pathlib.Path) -> Params:
-    """Parameters or adapters of one checkpoint, or their moving average; bound to no device."""
-    import orbax.checkpoint as ocp
-
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    path = folder.absolute() / "state"
-    # the handler and no checkpointer, which would miss metadata of its own that a manager does not write here
-    handler: Any = ocp.StandardCheckpointHandler()
-    with contextlib.closing(handler), _readable(str(folder)):
-        tree = handler.metadata(path).tree
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
-        state = handler.restore(path, args=ocp.args.StandardRestore(shapes))
-    return jax.tree.map(lambda leaf: jnp.array(jax.device_get(leaf)), averaged(state))
 
 
 class Best:

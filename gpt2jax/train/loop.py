@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt2jax.data.batches import Batches, check_long_enough
-from gpt2jax.data.documents import Documents, tokenize_documents
+from gpt2jax.data.documents import Documents
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import base_params, check_patterns, init_adapters
 from gpt2jax.model.config import GPT2Config
@@ -33,13 +34,14 @@ from gpt2jax.train.log import NotFinite, TrainLog
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.schedules import resolve_learning_rate
-from gpt2jax.train.step import TrainState, averaged, init_state, make_configured_step
+from gpt2jax.train.step import TrainState, init_state, make_configured_step
 from gpt2jax.train.stopping import Limits, stopped
 from gpt2jax.train.trackers import check_trackers, close_trackers, open_trackers
 from gpt2jax.train.unrolled import pays_apart, put_together, take_apart
 from gpt2jax.train.validation import place, validation_loss
-from gpt2jax.utils.training_progress import training_progress
+from gpt2jax.utils.progress import training_progress
 from gpt2jax.utils.validation import check_model, check_texts
+from gpt2jax.weights.orbax import averaged
 
 
 @dataclasses.dataclass(frozen=True)

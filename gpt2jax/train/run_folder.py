@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -13,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from gpt2jax.data.documents import Documents
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.model.gpt2 import Params
+from gpt2jax.loading import save_adapter
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.utils.atomic_io import atomic_write, read_object
+from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.validation import check_path
 
 try:
@@ -191,8 +190,6 @@ class RunFolder:
         if model.adapters is None:
             model.save(self.path / "model")
             return
-        from gpt2jax.language_model import save_adapter
-
         save_adapter(model, self.path / "adapter")
         if model.source is None:
             dataclasses.replace(model, adapters=None, lora=None).save(self.path / "base")
@@ -227,14 +224,6 @@ def _remove(path: pathlib.Path) -> None:
 
 def _finetune_fields(config: FinetuneConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def params_sha256(params: Params) -> str:
-    """Digest (hex) of all numbers, leaf by leaf."""
-    digest = hashlib.sha256()
-    for array in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # whatever the dtype
-    return digest.hexdigest()
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

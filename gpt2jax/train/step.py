@@ -48,11 +48,6 @@ def init_state(
     return state
 
 
-def averaged(state: TrainState) -> Params:
-    """What is validated and returned: the moving average where there is one."""
-    return state["ema"] if "ema" in state else state["params"]
-
-
 def make_configured_step(
     model: GPT2Config,
     train: FinetuneConfig,

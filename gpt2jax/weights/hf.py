@@ -17,6 +17,7 @@ import numpy as np
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.files import save_tokenizer
 from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.weights.mapping import Rule, Source, Tensor, numpy_dtype, spread
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
@@ -122,7 +123,7 @@ def save_hf(
         _write_json(aside / "generation_config.json", {"_from_model_config": True, **tokens})
         _write_weights(aside, arrays, dtype, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save(aside, max_length=config.n_positions)
+            save_tokenizer(tokenizer, aside, max_length=config.n_positions)
 
 
 def read_config(folder: Path) -> GPT2Config:

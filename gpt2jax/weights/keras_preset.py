@@ -18,6 +18,7 @@ import numpy as np
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, count_parameters
 from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.files import save_tokenizer
 from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.keras import PRESET_WEIGHTS, RULES
@@ -126,7 +127,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     assets = folder / "assets" / "tokenizer"
     assets.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as saved:
-        tokenizer.save(saved)
+        save_tokenizer(tokenizer, saved)
         shutil.copy(Path(saved) / "vocab.json", assets / "vocabulary.json")
         shutil.copy(Path(saved) / "merges.txt", assets / "merges.txt")
 

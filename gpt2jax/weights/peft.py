@@ -67,7 +67,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def load_adapter(
+def read_adapter(
     folder: str | os.PathLike[str], config: GPT2Config, params: Params | None = None
 ) -> tuple[LoRAConfig, Params]:
     """Reads the adapters of a PEFT folder.
@@ -107,7 +107,7 @@ def load_adapter(
     return lora, _fill(config, lora, tensors, file, params, problems)
 
 
-def save_adapter(
+def write_adapter(
     folder: str | os.PathLike[str],
     config: GPT2Config,
     lora: LoRAConfig,

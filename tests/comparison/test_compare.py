@@ -17,13 +17,13 @@ from gpt2jax.comparison import generations
 from gpt2jax.comparison.compare import STUDY_PROMPTS, compare
 from gpt2jax.comparison.generations import repetition, repetition_by_model
 from gpt2jax.comparison.paired import paired_difference, where_gain_lies
-from gpt2jax.comparison.provenance import params_fingerprint
 from gpt2jax.evaluation.accumulators import DocumentSums, TokenScores, break_down, sum_by_document
 from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.evaluation.result import Evaluation, Settings
 from gpt2jax.generation.generate import generate
 from gpt2jax.report.summary import print_comparison
 from gpt2jax.report.svg import short
+from gpt2jax.utils.fingerprint import params_fingerprint
 
 LENGTH = 16
 NASTY = '<script src="https://example.org/x.js">alert("&amp;")</script> `code` | cell\n# head \x00 \u202e'

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gpt2jax.data.batches import Batches, WindowRows, sequential_batches
-from gpt2jax.data.documents import Documents, tokenize_documents
+from gpt2jax.data.documents import Documents
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.tokenizer.bpe import Tokenizer
 
 END = 99

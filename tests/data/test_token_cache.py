@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-import gpt2jax.data.documents as documents_module
+import gpt2jax.data.encoding as documents_module
 from gpt2jax.data.batches import Batches
-from gpt2jax.data.documents import tokenize_documents
 from gpt2jax.data.token_cache import default_cache, read_tokens
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.tokenizer.bpe import Tokenizer
 
 TEXTS = ["one text", "", "another\ud800 text", "ein dritter, länger"]

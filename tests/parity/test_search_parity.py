@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2jax.generation.beam_search import beam_search
-from gpt2jax.language_model import load
+from gpt2jax.loading import load
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -18,7 +18,7 @@ from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.step import init_state, make_train_step
 from gpt2jax.weights.hf import load_hf
-from gpt2jax.weights.peft import load_adapter
+from gpt2jax.weights.peft import read_adapter
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -206,7 +206,7 @@ def test_gradient_of_adapters(tmp_path):
     batch = batches()[0]
     torch_loss(model, batch).backward()
     model.save_pretrained(tmp_path / "adapter")
-    lora, adapters = load_adapter(tmp_path / "adapter", config)
+    lora, adapters = read_adapter(tmp_path / "adapter", config)
     assert len(lora.targets) == 4
 
     def loss(adapters):
@@ -217,7 +217,7 @@ def test_gradient_of_adapters(tmp_path):
     np.testing.assert_allclose(output_logits(hidden, head_kernel(params)), logits, atol=2e-5)
     gradient = jax.jit(jax.grad(loss))(adapters)
     with_gradients(model).save_pretrained(tmp_path / "gradient")
-    assert_close(gradient, load_adapter(tmp_path / "gradient", config)[1])
+    assert_close(gradient, read_adapter(tmp_path / "gradient", config)[1])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -239,7 +239,7 @@ def test_ten_steps_of_adapters(tmp_path, kind):
 
     def saved(name: str):
         model.save_pretrained(tmp_path / name)
-        return load_adapter(tmp_path / name, config, params)
+        return read_adapter(tmp_path / name, config, params)
 
     lora, adapters = saved("before")
     optimizer = make_optimizer(SETTINGS, STEPS)

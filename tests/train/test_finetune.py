@@ -15,7 +15,8 @@ from tiny_models import TINY, random_params
 import gpt2jax.train.loop as loop
 import gpt2jax.train.step as training_step
 from gpt2jax.evaluation.evaluate import evaluate
-from gpt2jax.language_model import LanguageModel, load
+from gpt2jax.language_model import LanguageModel
+from gpt2jax.loading import load
 from gpt2jax.lora.adapters import LoRAConfig
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.train.config import FinetuneConfig

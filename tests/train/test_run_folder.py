@@ -8,7 +8,7 @@ import json
 import pytest
 from tiny_models import TINY, random_params
 
-from gpt2jax.data.documents import tokenize_documents
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 from gpt2jax.train.config import FinetuneConfig

@@ -15,7 +15,7 @@ import pytest
 from tiny_models import TINY, random_params
 
 from gpt2jax.data.batches import make_rows
-from gpt2jax.data.documents import tokenize_documents
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 from gpt2jax.model.gpt2 import REMAT, head_kernel, hidden_states
 from gpt2jax.ops.cross_entropy import token_losses

@@ -17,6 +17,7 @@ import pytest
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import init_params
 from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.files import load_tokenizer
 from gpt2jax.weights import hub
 from gpt2jax.weights.hf import load_hf, save_hf
 
@@ -146,7 +147,7 @@ def test_fetches_what_is_needed_once_and_works_offline_after(server, tmp_path):
     assert set(server.fetched) == {
         name for name in server.revisions[HEAD] if "model" not in name or "safe" in name
     } - {"README.md"}
-    assert Tokenizer.from_folder(folder).vocab_size == 300
+    assert load_tokenizer(folder).vocab_size == 300
     server.fetched.clear()
     assert download(tmp_path, server.url) == folder
     assert download(tmp_path, server.url, HF_HUB_OFFLINE="1") == folder

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2jax.weights import load_weights
+from gpt2jax.weights.formats import load_weights
 from gpt2jax.weights.keras import load_keras, load_keras_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tiny_models import TINY, random_params
 
-from gpt2jax.language_model import LanguageModel, load_adapter, save_adapter
+from gpt2jax.language_model import LanguageModel
+from gpt2jax.loading import load_adapter, save_adapter
 from gpt2jax.lora.adapters import merge_adapters
 
 RANK, HEADS, WIDTH = 3, TINY.n_head, TINY.head_dim

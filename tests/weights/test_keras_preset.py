@@ -12,7 +12,7 @@ import pytest
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import abstract_params
 from gpt2jax.tokenizer.bpe import Tokenizer
-from gpt2jax.weights import load_weights
+from gpt2jax.weights.formats import load_weights
 from gpt2jax.weights.keras_preset import save_keras
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2jax.weights import load_weights, nanogpt
+from gpt2jax.weights import nanogpt
+from gpt2jax.weights.formats import load_weights
 from gpt2jax.weights.nanogpt import load_nanogpt
 from gpt2jax.weights.torch_reader import read_torch
 

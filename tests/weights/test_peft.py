@@ -15,7 +15,7 @@ from tiny_models import random_params
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import TARGETS, LoRAConfig, init_adapters, merge_adapters
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.weights.peft import load_adapter, save_adapter
+from gpt2jax.weights.peft import read_adapter, write_adapter
 
 TINY = GPT2Config(vocab_size=300, n_positions=16, n_embd=24, n_layer=3, n_head=2)
 LORA = LoRAConfig(rank=4, alpha=6.0, dropout=0.1, targets=("attn.c_attn", "mlp.c_proj"))
@@ -32,7 +32,7 @@ def trained(lora: LoRAConfig) -> dict:
 
 @pytest.fixture
 def saved(tmp_path):
-    save_adapter(tmp_path / "adapter", TINY, LORA, trained(LORA))
+    write_adapter(tmp_path / "adapter", TINY, LORA, trained(LORA))
     return tmp_path / "adapter"
 
 
@@ -53,8 +53,8 @@ def rewrite(folder, change) -> None:
 def test_round_trip_is_exact(tmp_path, targets, alpha):
     lora = LoRAConfig(rank=3, alpha=alpha, dropout=0.05, targets=targets)
     adapters = trained(lora)
-    save_adapter(tmp_path / "a", TINY, lora, adapters)
-    read, loaded = load_adapter(tmp_path / "a", TINY)
+    write_adapter(tmp_path / "a", TINY, lora, adapters)
+    read, loaded = read_adapter(tmp_path / "a", TINY)
     assert read.scale == lora.scale and (read.rank, read.dropout) == (3, 0.05)
     assert set(read.targets) == set(targets)
     assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
@@ -74,7 +74,7 @@ def test_files_are_laid_out_as_peft_lays_them_out(saved):
 
 def test_rank_stabilised_scale(saved):
     edit_config(saved, use_rslora=True)
-    lora, _ = load_adapter(saved, TINY)
+    lora, _ = read_adapter(saved, TINY)
     assert lora.scale == pytest.approx(6.0 / 2.0, rel=1e-12)
 
 
@@ -96,8 +96,8 @@ def test_round_trip_of_its_kin_is_exact(tmp_path, lora):
     # where a block's rank is less than the largest, the factors are zero and stay so
     adapters = jax.tree.map(lambda new, noise: jnp.where(new == 0, 0, noise), fresh, trained(lora))
     adapters = jax.tree.map(lambda x: x + 0.5 * (x != 0), adapters)
-    save_adapter(tmp_path / "a", TINY, lora, adapters)
-    read, loaded = load_adapter(tmp_path / "a", TINY)
+    write_adapter(tmp_path / "a", TINY, lora, adapters)
+    read, loaded = read_adapter(tmp_path / "a", TINY)
     assert read == lora
     jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
     assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
@@ -114,28 +114,28 @@ def test_slices_become_an_adapter_of_the_whole(tmp_path):
         rank=2, targets=("attn.q", "attn.v", "mlp.c_fc"), rank_pattern={"attn.v": 3}, use_dora=True
     )
     model = LanguageModel(TINY, BASE, adapters=trained(lora), lora=lora)
-    save_adapter(tmp_path / "a", TINY, lora, model.adapters, params=BASE)
+    write_adapter(tmp_path / "a", TINY, lora, model.adapters, params=BASE)
     tensors = safetensors_numpy.load_file(tmp_path / "a" / FILE)
     lora_b = tensors[f"{ROOT}.h.1.attn.c_attn.lora_B.weight"]
     assert tensors[f"{ROOT}.h.1.attn.c_attn.lora_A.weight"].shape == (5, 24) and lora_b.shape == (72, 5)
     assert not lora_b[24:48].any() and not lora_b[:24, 2:].any() and not lora_b[48:, :2].any()
-    read, adapters = load_adapter(tmp_path / "a", TINY)
+    read, adapters = read_adapter(tmp_path / "a", TINY)
     assert read.targets == ("attn.c_attn", "mlp.c_fc")
     again = dataclasses.replace(model, adapters=adapters, lora=read)
     ids = np.arange(14)[None]
     np.testing.assert_allclose(again.logits(ids), model.logits(ids), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="DoRA of slices"):
-        save_adapter(tmp_path / "b", TINY, lora, model.adapters)
+        write_adapter(tmp_path / "b", TINY, lora, model.adapters)
 
 
 def test_dora_in_some_blocks_leaves_the_others_as_they_are(tmp_path):
     lora = LoRAConfig(rank=2, use_dora=True)
-    save_adapter(tmp_path / "a", TINY, lora, trained(lora))
+    write_adapter(tmp_path / "a", TINY, lora, trained(lora))
     rewrite(tmp_path / "a", lambda t: [t.pop(name) for name in list(t) if ".h.1." in name])
     edit_config(tmp_path / "a", layers_to_transform=[0, 2])
     with pytest.raises(ValueError, match="some blocks only"):
-        load_adapter(tmp_path / "a", TINY)
-    _, adapters = load_adapter(tmp_path / "a", TINY, BASE)
+        read_adapter(tmp_path / "a", TINY)
+    _, adapters = read_adapter(tmp_path / "a", TINY, BASE)
     merged = merge_adapters(BASE, adapters, lora)["h"]["attn"]["c_attn"]["kernel"]
     base = BASE["h"]["attn"]["c_attn"]["kernel"]
     np.testing.assert_allclose(merged[1], base[1], rtol=1e-6)
@@ -161,7 +161,7 @@ def test_dora_in_some_blocks_leaves_the_others_as_they_are(tmp_path):
 def test_settings_that_contradict_the_tensors(saved, changes, named):
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match=re.escape(named)):
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)
 
 
 @pytest.mark.parametrize(
@@ -170,30 +170,30 @@ def test_settings_that_contradict_the_tensors(saved, changes, named):
 )  # fmt: skip
 def test_settings_that_agree_or_say_nothing(saved, targets):
     edit_config(saved, target_modules=targets)
-    assert load_adapter(saved, TINY)[0].targets == LORA.targets
+    assert read_adapter(saved, TINY)[0].targets == LORA.targets
 
 
 def test_adapters_of_fewer_layers_than_the_model_has(saved):
     deeper = dataclasses.replace(TINY, n_layer=5)
     with pytest.raises(ValueError, match=r"h\.3\.attn\.c_attn: has no tensors, but is one of target_modules"):
-        load_adapter(saved, deeper)
+        read_adapter(saved, deeper)
 
 
 def test_tensors_that_the_kind_does_not_have(saved):
     edit_config(saved, use_dora=True)
     with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn\.lora_magnitude_vector: missing"):
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)
     edit_config(saved, use_dora=False, rank_pattern={"h.2.attn.c_attn": 9})
     with pytest.raises(
         ValueError, match=r"h\.2\.attn\.c_attn\.lora_A\.weight: has shape \[4, 24\], expected \[9"
     ):
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)
     edit_config(saved, rank_pattern={"c_attn": 10**9})
     with pytest.raises(ValueError, match="rank of 1000000000"):
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)
     edit_config(saved, rank_pattern={"(x+x+)+y": 3})
     with pytest.raises(ValueError, match="not a simple expression"):
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)
 
 
 def test_blocks_without_adapters_get_zero_ones(saved):
@@ -203,7 +203,7 @@ def test_blocks_without_adapters_get_zero_ones(saved):
 
     rewrite(saved, change)
     edit_config(saved, layers_to_transform=[0, 2])
-    _, adapters = load_adapter(saved, TINY)
+    _, adapters = read_adapter(saved, TINY)
     kept = trained(LORA)["h"]["attn"]["c_attn"]["lora_b"]
     lora_b = adapters["h"]["attn"]["c_attn"]["lora_b"]
     np.testing.assert_array_equal(lora_b[1], 0)
@@ -231,7 +231,7 @@ def test_blocks_without_adapters_get_zero_ones(saved):
 def test_what_is_not_supported_is_refused_by_name(saved, changes):
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match="adapter_config.json") as info:
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)
     assert f"{next(iter(changes)).removeprefix('lora_')}=" in str(info.value)
 
 
@@ -245,7 +245,7 @@ def test_all_problems_come_together(saved):
 
     rewrite(saved, change)
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors") as info:
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)
     for problem in (
         "h.0.attn.c_attn.lora_B.weight: missing",
         "h.0.attn.c_attn.lora_A.weight: has shape [5, 24], expected [4, 24]",
@@ -261,27 +261,27 @@ def test_cut_short_anywhere(saved):
         for length in [0, len(whole) - 2, *(rng.randrange(len(whole) - 1) for _ in range(200))]:
             (saved / name).write_bytes(whole[:length])
             with pytest.raises(ValueError, match=name):
-                load_adapter(saved, TINY)
+                read_adapter(saved, TINY)
         (saved / name).write_bytes(whole)
 
 
 def test_a_model_of_another_size(saved):
     small = GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=3, n_head=2)
     with pytest.raises(ValueError, match=r"c_attn\.lora_A\.weight: has shape \[4, 24\], expected \[4, 16\]"):
-        load_adapter(saved, small)
+        read_adapter(saved, small)
 
 
 def test_paths_that_hold_no_adapter(tmp_path, saved):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_adapter(tmp_path / "nowhere", TINY)
+        read_adapter(tmp_path / "nowhere", TINY)
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        load_adapter(tmp_path, TINY)
+        read_adapter(tmp_path, TINY)
     (saved / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)
     (saved / "other.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"other\.txt"):
-        save_adapter(saved, TINY, LORA, trained(LORA))
+        write_adapter(saved, TINY, LORA, trained(LORA))
 
 
 def test_values_that_are_no_numbers(saved):
@@ -290,4 +290,4 @@ def test_values_that_are_no_numbers(saved):
 
     rewrite(saved, change)
     with pytest.raises(ValueError, match=r"h\.2\.mlp\.c_proj\.lora_A\.weight.*not finite"):
-        load_adapter(saved, TINY)
+        read_adapter(saved, TINY)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2jax.weights import load_weights
+from gpt2jax.weights.formats import load_weights
 from gpt2jax.weights.hf import load_hf
 from gpt2jax.weights.torch_reader import LEGACY_START, read_state_dict, read_torch
 

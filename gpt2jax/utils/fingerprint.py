@@ -1,0 +1,46 @@
+"""Digests that tell whether parameters or texts are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def params_sha256(params: Any) -> str:
+    """Digest (hex) of all numbers, leaf by leaf."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # whatever the dtype
+    return digest.hexdigest()
+
+
+def params_fingerprint(params: Any) -> str:
+    """SHA-256 (hex) of all arrays of a tree with their places, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)  # bytes, whatever the dtype
+    return digest.hexdigest()
+
+
+def data_fingerprint(texts: Sequence[Any]) -> str:
+    """SHA-256 (hex) of the texts, each behind its length, so that where one ends counts too."""
+    digest = hashlib.sha256()
+    for text in texts:
+        add_text(digest, text)
+    return digest.hexdigest()
+
+
+def add_text(digest: Any, text: Any) -> None:
+    """Feeds one text, a string or token ids, to the hash of `data_fingerprint`."""
+    if isinstance(text, str):
+        data = text.encode("utf-8", "surrogatepass")
+    else:
+        data = np.asarray(text, "<i8").tobytes()
+    digest.update(f"{isinstance(text, str):d} {len(data)}\n".encode())
+    digest.update(data)

@@ -1,0 +1,106 @@
+"""The formats of weights that can be read: one entry each in `FORMATS`, told by what lies at a path."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt2jax.model.config import GPT2Config
+from gpt2jax.model.gpt2 import Params
+from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.files import VOCABULARY_FILES, load_tokenizer
+from gpt2jax.utils.validation import check_path
+from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, open_hf
+from gpt2jax.weights.keras import is_keras, is_keras_checkpoint, open_keras, open_keras_checkpoint
+from gpt2jax.weights.mapping import Source
+from gpt2jax.weights.nanogpt import is_nanogpt, open_nanogpt
+from gpt2jax.weights.openai import is_openai, open_openai
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A kind of weights that can be read.
+
+    Attributes:
+        name: for messages.
+        expects: what lies at a path of this kind, for messages.
+        matches: whether a path looks like it.
+        open: what is in it, nothing of it read yet.
+    """
+
+    name: str
+    expects: str
+    matches: Callable[[Path], bool]
+    open: Callable[[Path], Source]
+
+
+def _is_hf(path: Path) -> bool:
+    if path.is_dir():
+        return any((path / name).is_file() for name in WEIGHT_FILES)
+    return path.suffix in (".safetensors", ".bin") or path.name.endswith(INDEX)
+
+
+# the first that matches reads
+FORMATS = (
+    Format(
+        "Hugging Face",
+        "a folder with config.json and model.safetensors or pytorch_model.bin, in one file or as an index "
+        "and its shards, or such a file",
+        _is_hf,
+        open_hf,
+    ),
+    Format("OpenAI", "a folder with hparams.json and model.ckpt.*", is_openai, open_openai),
+    Format("Keras", "a preset folder with model.weights.h5, or a *.weights.h5 file", is_keras, open_keras),
+    Format("nanoGPT", "a ckpt.pt, or a folder with one", is_nanogpt, open_nanogpt),
+    Format(
+        "Keras TensorFlow checkpoint",
+        "its prefix, for which PREFIX.index and PREFIX.data-* exist, or its folder",
+        is_keras_checkpoint,
+        open_keras_checkpoint,
+    ),
+)
+
+
+def load_weights(
+    path: str | os.PathLike[str], dtype: str = "float32"
+) -> tuple[GPT2Config, Params, Tokenizer | None]:
+    """Reads weights of any known format, told by what lies at the path, and the tokenizer beside them.
+
+    Args:
+        path: folder, file or prefix.
+        dtype: of the parameters: "float32", "bfloat16" or "float16".
+
+    Returns:
+        (config, params, tokenizer); the tokenizer is None where no file of one is there.
+
+    Raises:
+        FileNotFoundError: nothing lies at the path.
+        ValueError: what lies there is of no known format, or damaged.
+    """
+    path = check_path("path", path)
+    config, params = open_weights(path)[1].load(dtype)
+    return config, params, read_tokenizer_beside(path if path.is_dir() else path.parent)
+
+
+def open_weights(path: str | os.PathLike[str]) -> tuple[str, Source]:
+    """The name of the format of what lies at a path, and the weights in it, not read; raises as `load_weights`."""
+    path = check_path("path", path)
+    if not path.exists() and not is_keras_checkpoint(path):  # a checkpoint's prefix is not a file
+        raise FileNotFoundError(f"there are no weights at {path}")
+    kind = next((kind for kind in FORMATS if kind.matches(path)), None)
+    if kind is None and ((path / "adapter_config.json").is_file() or path.name.endswith(".lora.h5")):
+        raise ValueError(
+            f"{path} holds adapters: load the model that they are for, and load_adapter(model, path)"
+        )
+    if kind is None:
+        expected = "; or ".join(f"{kind.expects} ({kind.name})" for kind in FORMATS)
+        raise ValueError(f"{path} holds no weights of a known format: expected {expected}")
+    return kind.name, kind.open(path)
+
+
+def read_tokenizer_beside(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder, or None where no file of one is there."""
+    names = ["tokenizer.json", *(name for pair in VOCABULARY_FILES for name in pair)]
+    return load_tokenizer(folder) if any((folder / name).is_file() for name in names) else None

@@ -1,0 +1,53 @@
+"""Read the checkpoints of training runs, which Orbax wrote: a weight format like any other."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gpt2jax.model.gpt2 import Params
+from gpt2jax.utils.atomic_io import read_object
+
+
+def averaged(state: Mapping[str, Any]) -> Params:
+    """What is validated and returned: the moving average where there is one."""
+    return state["ema"] if "ema" in state else state["params"]
+
+
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether a folder looks like a whole checkpoint of a run."""
+    return (folder / "state").is_dir() and (folder / "run" / "metadata").is_file()
+
+
+def read_run(folder: pathlib.Path) -> dict[str, Any]:
+    """The description of the run that a checkpoint is of."""
+    return read_object(folder / "run" / "metadata", "finetune", "base_model")
+
+
+@contextlib.contextmanager
+def readable_checkpoint(name: str, advice: str = "") -> Iterator[None]:
+    """Names the checkpoint that is read in the block, where orbax finds a fault in its files, of whatever kind."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"the checkpoint {name} can't be read: {error!s:.300}{advice}") from error
+
+
+def restore_trained(folder: pathlib.Path) -> Params:
+    """Parameters or adapters of one checkpoint, or their moving average; bound to no device."""
+    import orbax.checkpoint as ocp
+
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    path = folder.absolute() / "state"
+    # the handler and no checkpointer, which would miss metadata of its own that a manager does not write here
+    handler: Any = ocp.StandardCheckpointHandler()
+    with contextlib.closing(handler), readable_checkpoint(str(folder)):
+        tree = handler.metadata(path).tree
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
+        state = handler.restore(path, args=ocp.args.StandardRestore(shapes))
+    return jax.tree.map(lambda leaf: jnp.array(jax.device_get(leaf)), averaged(state))
