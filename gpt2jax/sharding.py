@@ -23,8 +23,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # the last axes of an array by its role; leading axes (layers) are never cut
-Cut = str | tuple[str, ...] | None
-_ROLES: dict[str, tuple[Cut, ...]] = {
+AxisSpec = str | tuple[str, ...] | None
+PARTITION_RULES: dict[str, tuple[AxisSpec, ...]] = {
     "embedding": (None, "fsdp"),  # [V or positions, D]
     "lm_head.kernel": (None, "fsdp"),  # [V, D]
     "c_attn.kernel": ("fsdp", "tensor"),  # [D, 3D]
@@ -64,7 +64,7 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None =
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def batch_ways(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """In how many parts the rows of a batch are cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -88,8 +88,8 @@ def shard(tree: Any, mesh: Mesh) -> Any:
     def place(leaf, sharding):
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+        replicate = np.asarray(leaf)
+        return jax.make_array_from_callback(replicate.shape, sharding, lambda index: replicate[index])
 
     return jax.tree.map(place, tree, shardings(tree, mesh))
 
@@ -100,7 +100,7 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     Raises:
         ValueError: the rows can't be divided among the devices.
     """
-    ways, sharding = batch_ways(mesh), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    ways, sharding = num_batch_shards(mesh), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     rows = next(iter(batch.values())).shape[0]
     if rows % ways:
         raise ValueError(f"a batch of {rows} rows can't be divided among {ways} devices")
@@ -124,7 +124,7 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(whole_array, tree)
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
     """Of several processes: goes on when all have come here, each with the same name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -132,27 +132,27 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which `cut_rows` and `whole` know the mesh; none for one device."""
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which `constrain_batch` and `replicate` know the mesh; none for one device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def rows_cut_in() -> int:
-    """Inside `on_mesh`: in how many parts the rows of a batch are cut; 1 outside."""
+def num_batch_shards_in_scope() -> int:
+    """Inside `use_mesh`: in how many parts the rows of a batch are cut; 1 outside."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def cut_rows(x: jax.Array, axis: int = 0) -> jax.Array:
-    """Inside `on_mesh`: keeps activations cut along their rows, whatever the parameters' cuts suggest.
+def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Inside `use_mesh`: keeps activations cut along their rows, whatever the parameters' cuts suggest.
 
     Without this XLA may as well cut activations along D and gather the rows of all devices.
     """
     return _constrain(x, (*(None,) * axis, BATCH_AXES))
 
 
-def cut_rows_and_width(x: jax.Array) -> jax.Array:
-    """Inside `on_mesh`: what an embedding table gives, [B, T, D], its rows cut over `data` and D over `fsdp`.
+def constrain_embedding(x: jax.Array) -> jax.Array:
+    """Inside `use_mesh`: what an embedding table gives, [B, T, D], its rows cut over `data` and D over `fsdp`.
 
     The step between a table that is cut along D and activations that are cut along rows: XLA changes one cut at a
     time well, and both at once by gathering the whole.
@@ -162,8 +162,8 @@ def cut_rows_and_width(x: jax.Array) -> jax.Array:
     return _constrain(x, ("data", *(None,) * (x.ndim - 2), "fsdp")) if even else x
 
 
-def cut_by_role(tree: Any) -> Any:
-    """Inside `on_mesh`: parameters, gradients or a training state cut as `shardings` says."""
+def constrain_params(tree: Any) -> Any:
+    """Inside `use_mesh`: parameters, gradients or a training state cut as `shardings` says."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
@@ -174,8 +174,8 @@ def cut_by_role(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cut, tree)
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """Inside `on_mesh`: a parameter fetched from all devices once, ahead of a loop that reads it often."""
+def replicate(x: jax.Array) -> jax.Array:
+    """Inside `use_mesh`: a parameter fetched from all devices once, ahead of a loop that reads it often."""
     return _constrain(x, ())
 
 
@@ -191,13 +191,13 @@ def _spec(
 ) -> PartitionSpec:
     """How the array of this shape at this place of a tree is cut."""
     names = _names(path)
-    role = _ROLES.get(".".join(names[-2:])) or _ROLES.get(names[-1] if names else "")
+    role = PARTITION_RULES.get(".".join(names[-2:])) or PARTITION_RULES.get(names[-1] if names else "")
     if role is not None and path[-1] == jax.tree_util.GetAttrKey("scale"):
         role = role[-1:]  # of a rounded kernel, whose values are cut as a plain one: a number for each output
     if role is None or len(shape) < len(role):
         return PartitionSpec()
     leading = (None,) * (len(shape) - len(role))
-    cuts: list[Cut] = [*leading]
+    cuts: list[AxisSpec] = [*leading]
     for cut, size in zip(role, shape[len(leading) :], strict=True):
         named = (cut,) if isinstance(cut, str) else cut or ()
         axes = tuple(axis for axis in named if mesh.shape[axis] > 1)

@@ -25,7 +25,7 @@ from gpt2jax.ops.attention import MASKED, causal_mask, lean_attention, lean_atte
 from gpt2jax.ops.fused import gelu_tanh, layer_norm
 from gpt2jax.ops.low_rank import adapted, with_scales
 from gpt2jax.ops.precision import FLOAT32, Precision, matmul
-from gpt2jax.sharding import cut_rows, cut_rows_and_width
+from gpt2jax.sharding import constrain_batch, constrain_embedding
 
 Params = dict[str, Any]
 
@@ -264,7 +264,7 @@ class GPT2(nnx.Module):
     def embed(self, tokens: jax.Array, positions: jax.Array, call: Call, key=None) -> jax.Array:
         """Ids [B, T] or their embeddings [B, T, D], positions [B, T] -> [B, T, D]."""
         x = self.wte(tokens) if tokens.ndim == 2 else tokens
-        x = cut_rows_and_width(x + self.wpe(positions))
+        x = constrain_embedding(x + self.wpe(positions))
         return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
 
     def __call__(self, tokens, positions, mask, call: Call, *, adapters=None, key=None) -> jax.Array:
@@ -273,7 +273,7 @@ class GPT2(nnx.Module):
         They are [B, T, D], after the last LayerNorm.
         """
         embed_key, blocks_key = split_or_none(key, 2)
-        x = cut_rows(self.embed(tokens, positions, call, embed_key))
+        x = constrain_batch(self.embed(tokens, positions, call, embed_key))
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
         apart = list(self.h) if isinstance(self.h, nnx.List) else None
         structure, params = nnx.split(apart[0] if apart else self.h)
@@ -282,7 +282,7 @@ class GPT2(nnx.Module):
             params, adapters, key, index = layer
             module = nnx.merge(structure, params)
             x, cache = module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
-            return cut_rows(x), cache
+            return constrain_batch(x), cache
 
         if call.remat != "none":
             # a scan needs no guard against common subexpressions: its body is not merged with the backward pass

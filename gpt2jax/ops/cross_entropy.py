@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt2jax.ops.bits import from_bits, to_bits
 from gpt2jax.ops.precision import FLOAT32, Precision, product_over_rows
-from gpt2jax.sharding import cut_rows, rows_cut_in, whole
+from gpt2jax.sharding import constrain_batch, num_batch_shards_in_scope, replicate
 
 # the most logits held at once, float32: 100 MiB, and one chunk for a small vocabulary or batch
 MAX_LOGITS = 25 << 20
@@ -178,7 +178,7 @@ _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 def _head_bits(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The head [V, D] as products take it, in `to_bits`' form, which loops take slices of; whole on every device."""
-    return to_bits(whole(head.astype(dtype)))
+    return to_bits(replicate(head.astype(dtype)))
 
 
 def _logits(h: jax.Array, head_bits: jax.Array) -> jax.Array:
@@ -281,11 +281,11 @@ def _on_each_device(function, *rows):
 
     So a loop over chunks needs nothing from other devices: what they add up to is added once, after it.
     """
-    devices = rows_cut_in()
+    devices = num_batch_shards_in_scope()
     if devices == 1 or len(rows[0]) % devices:
         return jax.tree.map(lambda x: x[None], function(*rows))
-    cut = [cut_rows(x.reshape(devices, -1, *x.shape[1:])) for x in rows]
-    return jax.tree.map(cut_rows, jax.vmap(function)(*cut))
+    cut = [constrain_batch(x.reshape(devices, -1, *x.shape[1:])) for x in rows]
+    return jax.tree.map(constrain_batch, jax.vmap(function)(*cut))
 
 
 def _scan_chunks(function, carry, rows, vocab_size):

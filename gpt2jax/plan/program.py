@@ -15,7 +15,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params, head_kernel, hidden_states
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import Precision, precision
-from gpt2jax.sharding import BATCH_AXES, on_mesh, shardings
+from gpt2jax.sharding import BATCH_AXES, shardings, use_mesh
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.schedules import resolve_learning_rate
@@ -119,7 +119,7 @@ def compile_program(program: Program, mesh: Mesh) -> Any:
         None if program.frozen is None else placed(program.frozen, shardings(program.frozen, mesh)),
         placed(program.batch, {name: rows for name in program.batch}),
     )
-    with on_mesh(mesh):
+    with use_mesh(mesh):
         return compile_for(program.backend, step, *arguments)
 
 

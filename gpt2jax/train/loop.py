@@ -26,7 +26,7 @@ from gpt2jax.lora.adapters import base_params, check_patterns, init_adapters
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.ops.precision import precision
-from gpt2jax.sharding import batch_ways, gather, make_mesh, on_mesh, shard, wait_for_all
+from gpt2jax.sharding import barrier, gather, make_mesh, num_batch_shards, shard, use_mesh
 from gpt2jax.train.checkpoint import Best, Checkpoints
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import cut_frozen, join
@@ -136,7 +136,7 @@ def finetune(
             folder = RunFolder(output, resume=resume, overwrite=overwrite)
             stack.enter_context(folder.alone())
             folder.begin(model, config, documents, source)
-            wait_for_all("the run folder")
+            barrier("the run folder")
         return _train(model, config, plan, validation, folder, show=progress)
 
 
@@ -176,7 +176,7 @@ def _mesh(config: FinetuneConfig) -> Mesh | None:
     if jax.device_count() == config.fsdp == config.tensor_parallel == 1:
         return None
     mesh = make_mesh(fsdp=config.fsdp, tensor=config.tensor_parallel)
-    rows, ways = config.batch_size // config.accumulation, batch_ways(mesh)
+    rows, ways = config.batch_size // config.accumulation, num_batch_shards(mesh)
     if rows % ways:
         parts = "" if config.accumulation == 1 else f" / accumulation={config.accumulation}"
         raise ValueError(f"batch_size={config.batch_size}{parts} can't be divided among {ways} devices")
@@ -228,7 +228,7 @@ def _train(
             if resource is not None:
                 stack.callback(resource.close)
         report = stack.enter_context(training_progress(plan.steps, start, show=show))
-        stack.enter_context(on_mesh(plan.mesh))
+        stack.enter_context(use_mesh(plan.mesh))
         try:
             for step in range(start, plan.steps + 1):
                 if step > start:

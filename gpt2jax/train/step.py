@@ -15,7 +15,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import Precision
-from gpt2jax.sharding import cut_by_role, cut_rows
+from gpt2jax.sharding import constrain_batch, constrain_params
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import join
 from gpt2jax.train.optimizer import clip_scale, global_norm
@@ -155,7 +155,7 @@ def make_train_step(
             return gradient(trainable, frozen, batch, key, scale)
         # every part takes rows from all over the batch: where devices hold some rows each, all work on each part
         parts = jax.tree.map(
-            lambda x: cut_rows(x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), axis=1), batch
+            lambda x: constrain_batch(x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), axis=1), batch
         )
 
         def add(total, part):
@@ -178,7 +178,7 @@ def make_train_step(
         # one division by the whole batch's tokens, inside the scaled loss so that float16 sums stay in range
         gradients, sums = summed_gradient(state["params"], frozen, batch, key, scale / tokens)
         gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradients)
-        gradients = cut_by_role(_masked(gradients, mask))
+        gradients = constrain_params(_masked(gradients, mask))
         norm = global_norm(gradients)
         clip = clip_scale(norm, max_grad_norm)
         gradients = jax.tree.map(lambda g: g * clip, gradients)
@@ -192,7 +192,7 @@ def make_train_step(
             # a young average follows closely, or the first parameters would weigh in it for long
             decay = jnp.minimum(ema_decay, (1.0 + state["step"]) / (10.0 + state["step"]))
             new["ema"] = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state["ema"], new["params"])
-        new = cut_by_role(new)  # as it came in, for the next step to take
+        new = constrain_params(new)  # as it came in, for the next step to take
         metrics = {
             "loss": sums["nll"] / tokens,
             "accuracy": sums["correct"] / tokens,
