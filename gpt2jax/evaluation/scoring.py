@@ -24,7 +24,7 @@ from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
 from gpt2jax.ops.attention import product
-from gpt2jax.ops.bits import from_bits, kernel_bits, to_bits
+from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_kernel, bitcast_to_uint16
 from gpt2jax.ops.precision import Precision, precision
 
 # logits held at once on each device: of so many ids for so many rows, 32 MiB at most. On a CPU blocks of the vocabulary
@@ -72,7 +72,7 @@ def _scoring_params(params: Params, dtype: jnp.dtype) -> Params:
     """Kernels in the compute dtype, and the head apart from the embedding, in blocks."""
 
     def cast(path, x):
-        return kernel_bits(x.astype(dtype)) if path[-1].key == "kernel" else x
+        return bitcast_kernel(x.astype(dtype)) if path[-1].key == "kernel" else x
 
     body = {name: leaf for name, leaf in params.items() if name != "lm_head"}
     return {
@@ -143,14 +143,16 @@ def _row_scores(x, labels, head, numerics: Precision, vocab_size: int):
     block = head.shape[1]
     x = x.astype(numerics.compute_dtype)
     # the label's own logit first: the others are counted against it
-    own_rows = from_bits(head.reshape(-1, head.shape[2])[labels], numerics.compute_dtype)
+    own_rows = bitcast_from_uint16(head.reshape(-1, head.shape[2])[labels], numerics.compute_dtype)
     own = (x.astype(jnp.float32) * own_rows.astype(jnp.float32)).sum(-1)
 
     def step(carry, part):
         top, total, rank = carry
         rows, start = part
         ids = start + jnp.arange(block)
-        logits = product("cd,vd->cv", x, from_bits(rows, numerics.compute_dtype), numerics.compute_dtype)
+        logits = product(
+            "cd,vd->cv", x, bitcast_from_uint16(rows, numerics.compute_dtype), numerics.compute_dtype
+        )
         logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
         higher = jnp.maximum(top, logits.max(axis=-1))
         total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[:, None]).sum(axis=-1)
@@ -167,12 +169,12 @@ def _row_scores(x, labels, head, numerics: Precision, vocab_size: int):
 
 
 def head_blocks(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[V, D] -> [blocks, block, D] in `dtype` (`to_bits`), filled up with zeros."""
+    """[V, D] -> [blocks, block, D] in `dtype` (`bitcast_to_uint16`), filled up with zeros."""
     vocab_size, dim = head.shape
     block = min(VOCABULARY_BLOCK, vocab_size)
     blocks = math.ceil(vocab_size / block)
     filled = jnp.pad(head.astype(dtype), ((0, blocks * block - vocab_size), (0, 0)))
-    return to_bits(filled.reshape(blocks, block, dim))
+    return bitcast_to_uint16(filled.reshape(blocks, block, dim))
 
 
 def score_windows(

@@ -24,7 +24,7 @@ import numpy as np
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
-from gpt2jax.ops.bits import kernel_bits
+from gpt2jax.ops.bits import bitcast_kernel
 from gpt2jax.ops.low_rank import column_lengths, merged_kernel, output_part, updated_kernel, with_scales
 from gpt2jax.ops.quantized import quantized
 from gpt2jax.utils.validation import check_count, is_number, put
@@ -178,7 +178,7 @@ def base_params(params: Params, dtype: str | None) -> Params:
                 return quantized(leaf)
             leaf = jnp.asarray(leaf, "bfloat16" if dtype == "int8" else dtype)
         narrow = leaf.dtype.itemsize == 2
-        return kernel_bits(leaf) if narrow and of_block and name == "kernel" else leaf
+        return bitcast_kernel(leaf) if narrow and of_block and name == "kernel" else leaf
 
     return jax.tree_util.tree_map_with_path(convert, params)
 

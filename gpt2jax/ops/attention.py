@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.ops.bits import Dtype, from_bits, to_bits
+from gpt2jax.ops.bits import Dtype, bitcast_from_uint16, bitcast_to_uint16
 
 # a finite value: a row that is masked throughout must stay finite, and -inf makes NaN in a softmax's gradient
 MASKED = -1e30
@@ -73,13 +73,13 @@ def _attend(q, k, v, causal, dtype):
 
 def _attend_forward(q, k, v, causal, dtype):
     y = _attend(q, k, v, causal, dtype)
-    kept = tuple(to_bits(x.astype(dtype)) for x in (q, k, v))
+    kept = tuple(bitcast_to_uint16(x.astype(dtype)) for x in (q, k, v))
     return y, (*kept, causal, *(Dtype(x.dtype) for x in (q, k, v)))
 
 
 def _attend_backward(dtype, kept, g):
     *operands, causal, q_dtype, k_dtype, v_dtype = kept
-    q, k, v = (from_bits(x, dtype) for x in operands)
+    q, k, v = (bitcast_from_uint16(x, dtype) for x in operands)
     # what a softmax's gradient takes off: the sum over keys of probability times its gradient, got without either
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for begin, end in query_blocks(q.shape[2]):

@@ -14,24 +14,24 @@ import jax
 import jax.numpy as jnp
 
 
-def to_bits(x: jax.Array) -> jax.Array:
+def bitcast_to_uint16(x: jax.Array) -> jax.Array:
     """A 16-bit float as uint16, anything else as it is. Nothing can be differentiated through it."""
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
 
 
-def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The array of `dtype` that `to_bits` was given."""
+def bitcast_from_uint16(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The array of `dtype` that `bitcast_to_uint16` was given."""
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["bits"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
-class KernelBits:
+class BitcastKernel:
     """A kernel [..., in, out] that nobody differentiates by; the leading axes are layers.
 
     Attributes:
-        bits: [..., in, out], from `to_bits`.
+        bits: [..., in, out], from `bitcast_to_uint16`.
         dtype: of the kernel.
     """
 
@@ -40,12 +40,12 @@ class KernelBits:
 
     def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The plain kernel [..., in, out] in `dtype`."""
-        return from_bits(self.bits, self.dtype).astype(dtype)
+        return bitcast_from_uint16(self.bits, self.dtype).astype(dtype)
 
 
-def kernel_bits(kernel: jax.Array) -> KernelBits:
+def bitcast_kernel(kernel: jax.Array) -> BitcastKernel:
     """A kernel of any dtype as its bits."""
-    return KernelBits(to_bits(kernel), kernel.dtype)
+    return BitcastKernel(bitcast_to_uint16(kernel), kernel.dtype)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["dtype"])

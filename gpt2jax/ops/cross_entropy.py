@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2jax.ops.bits import from_bits, to_bits
+from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_to_uint16
 from gpt2jax.ops.precision import FLOAT32, Precision, product_over_rows
 from gpt2jax.sharding import constrain_batch, num_batch_shards_in_scope, replicate
 
@@ -177,19 +177,19 @@ _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _head_bits(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The head [V, D] as products take it, in `to_bits`' form, which loops take slices of; whole on every device."""
-    return to_bits(replicate(head.astype(dtype)))
+    """The head [V, D] as products take it, in `bitcast_to_uint16`' form, which loops take slices of; whole on every device."""
+    return bitcast_to_uint16(replicate(head.astype(dtype)))
 
 
 def _logits(h: jax.Array, head_bits: jax.Array) -> jax.Array:
-    """Hidden states [C, D], and the head [V, D] of their dtype as `to_bits` gives it -> logits [C, V] float32."""
+    """Hidden states [C, D], and the head [V, D] of their dtype as `bitcast_to_uint16` gives it -> logits [C, V] float32."""
     if h.dtype.itemsize == 4:
         return _product("cd,vd->cv", h, head_bits)
     # by slices: all at once a CPU would keep a second head, of floats, and a GPU one filled up to whole tiles
     width, starts, _ = column_slices(len(head_bits))
 
     def columns(logits, start):
-        kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), h.dtype)
+        kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bits, start, width), h.dtype)
         some = _product("cd,vd->cv", h, kernel)
         return jax.lax.dynamic_update_slice_in_dim(logits, some, start, axis=1), None
 
@@ -207,7 +207,7 @@ def _gradients(logits, log_z, h, targets, weights, head_bits, d_head, extras) ->
         some = jax.lax.dynamic_slice_in_dim(logits, start, width, axis=1)
         d_logits = _logits_gradient(some, log_z, targets - start, weights, vocab_size, extras)
         d_logits = jnp.where(jnp.arange(width) >= repeated, d_logits, 0.0).astype(dtype)
-        kernel = from_bits(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
+        kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
         d_h = d_h + _product("cv,vd->cd", d_logits, kernel)
         total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + product_over_rows(d_logits, h, dtype)
         return (d_h, jax.lax.dynamic_update_slice_in_dim(d_head, total, start, axis=0)), None

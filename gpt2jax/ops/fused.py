@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.ops.bits import from_bits, to_bits
+from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_to_uint16
 
 _SLOPE, _CUBE = math.sqrt(2.0 / math.pi), 0.044715
 
@@ -35,11 +35,11 @@ def _gelu_forward(x, kept_dtype):
     tanh = _inner_tanh(wide)
     inner_slope = _SLOPE * (1.0 + 3.0 * _CUBE * wide * wide)
     derivative = 0.5 * (1.0 + tanh) + 0.5 * wide * (1.0 - tanh * tanh) * inner_slope
-    return (0.5 * wide * (1.0 + tanh)).astype(x.dtype), to_bits(derivative.astype(kept_dtype))
+    return (0.5 * wide * (1.0 + tanh)).astype(x.dtype), bitcast_to_uint16(derivative.astype(kept_dtype))
 
 
 def _gelu_backward(kept_dtype, derivative, g):
-    derivative = from_bits(derivative, kept_dtype).astype(jnp.float32)
+    derivative = bitcast_from_uint16(derivative, kept_dtype).astype(jnp.float32)
     return ((g.astype(jnp.float32) * derivative).astype(g.dtype),)
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.ops.bits import KernelBits
+from gpt2jax.ops.bits import BitcastKernel
 from gpt2jax.ops.precision import matmul
 from gpt2jax.ops.quantized import QuantizedKernel
 
 Adapter = dict[str, jax.Array]
-Kernel = jax.Array | QuantizedKernel | KernelBits
+Kernel = jax.Array | QuantizedKernel | BitcastKernel
 
 
 def adapted(

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.ops.bits import Dtype, KernelBits, from_bits, to_bits
+from gpt2jax.ops.bits import BitcastKernel, Dtype, bitcast_from_uint16, bitcast_to_uint16
 from gpt2jax.ops.quantized import QuantizedKernel, quantized_matmul
 from gpt2jax.ops.streamed import StreamedKernel, streamed_matmul
 
@@ -57,7 +57,7 @@ FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
 
 
 def matmul(
-    x: jax.Array, w: jax.Array | StreamedKernel | QuantizedKernel | KernelBits, compute_dtype: jnp.dtype
+    x: jax.Array, w: jax.Array | StreamedKernel | QuantizedKernel | BitcastKernel, compute_dtype: jnp.dtype
 ) -> jax.Array:
     """x [..., K] @ w [K, M] -> [..., M] float32, with both operands in `compute_dtype` and float32 sums.
 
@@ -74,11 +74,11 @@ def matmul(
     return _matmul(x, w, compute_dtype)
 
 
-def _plain_matmul(x: jax.Array, w: jax.Array | KernelBits, compute_dtype: jnp.dtype) -> jax.Array:
+def _plain_matmul(x: jax.Array, w: jax.Array | BitcastKernel, compute_dtype: jnp.dtype) -> jax.Array:
     return _product(x, w, (((x.ndim - 1,), (0,)), ((), ())), compute_dtype)
 
 
-def _product(a: jax.Array, b: jax.Array | KernelBits, dimensions, compute_dtype: jnp.dtype) -> jax.Array:
+def _product(a: jax.Array, b: jax.Array | BitcastKernel, dimensions, compute_dtype: jnp.dtype) -> jax.Array:
     highest = jax.lax.Precision.HIGHEST if compute_dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a.astype(compute_dtype),
@@ -91,15 +91,15 @@ def _product(a: jax.Array, b: jax.Array | KernelBits, dimensions, compute_dtype:
 
 def _matmul_forward(x, w, compute_dtype):
     # the weight as it came: narrow copies of all layers would be kept from one pass to the other
-    saved = (to_bits(x.astype(compute_dtype)), w, Dtype(x.dtype))
+    saved = (bitcast_to_uint16(x.astype(compute_dtype)), w, Dtype(x.dtype))
     return _plain_matmul(x, w, compute_dtype), saved
 
 
 def _matmul_backward(compute_dtype, saved, g):
     x, w, x_dtype = saved
-    x, g = from_bits(x, compute_dtype), g.astype(compute_dtype)
+    x, g = bitcast_from_uint16(x, compute_dtype), g.astype(compute_dtype)
     dx = _product(g, w, (((g.ndim - 1,), (1,)), ((), ())), compute_dtype)
-    dw = None if isinstance(w, KernelBits) else product_over_rows(x, g, compute_dtype).astype(w.dtype)
+    dw = None if isinstance(w, BitcastKernel) else product_over_rows(x, g, compute_dtype).astype(w.dtype)
     return dx.astype(x_dtype.dtype), dw
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2jax.ops.bits import from_bits, kernel_bits, to_bits
+from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_kernel, bitcast_to_uint16
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import matmul, precision
 
@@ -33,9 +33,9 @@ def wide_copies(compiled: str, shape: tuple[int, ...]) -> list[str]:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_bits_are_read_as_what_they_were(dtype):
     x = jnp.asarray([0.0, -0.0, 1.5, -3e-5, jnp.inf], dtype)
-    assert to_bits(x).dtype == ("float32" if dtype == "float32" else "uint16")
-    np.testing.assert_array_equal(from_bits(to_bits(x), x.dtype), x)
-    np.testing.assert_array_equal(kernel_bits(x).astype("float32"), x.astype(jnp.float32))
+    assert bitcast_to_uint16(x).dtype == ("float32" if dtype == "float32" else "uint16")
+    np.testing.assert_array_equal(bitcast_from_uint16(bitcast_to_uint16(x), x.dtype), x)
+    np.testing.assert_array_equal(bitcast_kernel(x).astype("float32"), x.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -46,12 +46,12 @@ def test_products_and_their_gradients_are_the_plain_ones(kernels, dtype):
         return (through(x, kernels, dtype) ** 2).sum()
 
     for take in (lambda f: f, jax.grad):
-        plain, bits = (jax.jit(take(value))(x, k) for k in (kernels, kernel_bits(kernels)))
+        plain, bits = (jax.jit(take(value))(x, k) for k in (kernels, bitcast_kernel(kernels)))
         np.testing.assert_allclose(bits, plain, rtol=1e-5)
 
 
 def test_a_loop_over_bits_widens_nothing(kernels):
-    compiled = jax.jit(through).lower(jnp.ones((ROWS, DIM)), kernel_bits(kernels)).compile().as_text()
+    compiled = jax.jit(through).lower(jnp.ones((ROWS, DIM)), bitcast_kernel(kernels)).compile().as_text()
     assert f"f32[{LAYERS},{DIM},{DIM}]" not in compiled
 
 
