@@ -22,7 +22,7 @@ from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Call, Params, block_structure, final_norm_structure, head_kernel
 from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul, precision
-from gpt2jax.ops.streamed import StreamedKernel, streamed
+from gpt2jax.ops.streamed import TransposedKernel, transpose_kernel
 
 InferenceParams = dict[str, Any]
 
@@ -77,7 +77,7 @@ def derive_params(
 
     Returns:
         {"wte": [V, D], "wpe": [P, D], "h": [L blocks as `Block` has them], "ln_f": ..., "head": ...}, where the
-        kernels of the blocks and the head are `StreamedKernel`. Arrays that do not change are shared with `params`.
+        kernels of the blocks and the head are `TransposedKernel`. Arrays that do not change are shared with `params`.
     """
     if adapters is not None and lora is not None:
         from gpt2jax.lora.adapters import merge_adapters
@@ -89,7 +89,7 @@ def derive_params(
     head = head_kernel(params)
     vocab_size = vocab_size or config.vocab_size
     if head.dtype == dtype and len(head) == vocab_size:
-        head = StreamedKernel(head)
+        head = TransposedKernel(head)
     else:
         head = _head(head, dtype=dtype, vocab_size=vocab_size)
     return {**embeddings, "h": blocks, "ln_f": params["ln_f"], "head": head}
@@ -102,14 +102,14 @@ def _block(blocks: Params, layer: jax.Array | int, *, dtype: jnp.dtype) -> Param
 
     def take(path, x):
         own = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-        return streamed(own.T, dtype) if path[-1].key == "kernel" else own
+        return transpose_kernel(own.T, dtype) if path[-1].key == "kernel" else own
 
     return jax.tree_util.tree_map_with_path(take, blocks)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "vocab_size"))
-def _head(head: jax.Array, *, dtype: jnp.dtype, vocab_size: int) -> StreamedKernel:
-    return streamed(head[:vocab_size], dtype)
+def _head(head: jax.Array, *, dtype: jnp.dtype, vocab_size: int) -> TransposedKernel:
+    return transpose_kernel(head[:vocab_size], dtype)
 
 
 _DERIVED: dict[tuple, tuple[InferenceParams, list[weakref.ref]]] = {}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gpt2jax.ops.bits import BitcastKernel, Dtype, bitcast_from_uint16, bitcast_to_uint16
 from gpt2jax.ops.quantized import QuantizedKernel, quantized_matmul
-from gpt2jax.ops.streamed import StreamedKernel, streamed_matmul
+from gpt2jax.ops.streamed import TransposedKernel, transposed_matmul
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -57,7 +57,7 @@ FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
 
 
 def matmul(
-    x: jax.Array, w: jax.Array | StreamedKernel | QuantizedKernel | BitcastKernel, compute_dtype: jnp.dtype
+    x: jax.Array, w: jax.Array | TransposedKernel | QuantizedKernel | BitcastKernel, compute_dtype: jnp.dtype
 ) -> jax.Array:
     """x [..., K] @ w [K, M] -> [..., M] float32, with both operands in `compute_dtype` and float32 sums.
 
@@ -67,8 +67,8 @@ def matmul(
     The gradient casts the incoming cotangent to `compute_dtype` before both backward products: without its own rule
     they would run in float32.
     """
-    if isinstance(w, StreamedKernel):
-        return streamed_matmul(x, w)
+    if isinstance(w, TransposedKernel):
+        return transposed_matmul(x, w)
     if isinstance(w, QuantizedKernel):
         return quantized_matmul(x, w, compute_dtype)
     return _matmul(x, w, compute_dtype)

@@ -23,7 +23,7 @@ from gpt2jax.ops.quantized import rounded
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class StreamedKernel:
+class TransposedKernel:
     """A weight [K, M] of a matrix product.
 
     Attributes:
@@ -35,15 +35,15 @@ class StreamedKernel:
     scale: jax.Array | None = None
 
 
-def streamed(rows: jax.Array, dtype: jnp.dtype) -> StreamedKernel:
+def transpose_kernel(rows: jax.Array, dtype: jnp.dtype) -> TransposedKernel:
     """A weight given as [M, K], stored as `dtype`; a channel of zeros stays one."""
     if dtype == jnp.int8:
         values, scale = rounded(rows, axis=-1)
-        return StreamedKernel(values, scale[:, 0])
-    return StreamedKernel(rows.astype(dtype))
+        return TransposedKernel(values, scale[:, 0])
+    return TransposedKernel(rows.astype(dtype))
 
 
-def streamed_matmul(x: jax.Array, kernel: StreamedKernel) -> jax.Array:
+def transposed_matmul(x: jax.Array, kernel: TransposedKernel) -> jax.Array:
     """x [..., K] times a kernel [K, M] -> [..., M] float32; operands in the kernel's dtype."""
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]

@@ -10,12 +10,12 @@ import pytest
 import gpt2jax
 from gpt2jax.generation.cached_model import derive_params, forward_cached, inference_precision, next_logits
 from gpt2jax.generation.kv_cache import init_cache
-from gpt2jax.ops.streamed import streamed, streamed_matmul
+from gpt2jax.ops.streamed import transpose_kernel, transposed_matmul
 
 
 def test_a_channel_keeps_its_largest_number_and_the_rest_within_half_a_step():
     kernel = np.random.default_rng(0).normal(0, [[0.01, 1.0, 30.0, 0.0]], (50, 4)).astype(np.float32)
-    found = streamed(jnp.asarray(kernel.T), jnp.dtype("int8"))
+    found = transpose_kernel(jnp.asarray(kernel.T), jnp.dtype("int8"))
     assert found.scale is not None
     assert found.values.dtype == jnp.int8 and found.scale.shape == (4,)
     back = np.asarray(found.values, np.float64).T * np.asarray(found.scale)
@@ -27,13 +27,13 @@ def test_a_channel_keeps_its_largest_number_and_the_rest_within_half_a_step():
 def test_products_are_exact_but_for_the_roundings(shape):
     rng = np.random.default_rng(1)
     x, kernel = rng.normal(0, 3, shape).astype(np.float32), rng.normal(0, 0.1, (64, 40)).astype(np.float32)
-    found = streamed(jnp.asarray(kernel.T), jnp.dtype("int8"))
+    found = transpose_kernel(jnp.asarray(kernel.T), jnp.dtype("int8"))
     scale = np.abs(x).max(-1, keepdims=True).astype(np.float64) / 127
     want = np.rint(x / scale) * scale @ (np.asarray(found.values, np.float64).T * np.asarray(found.scale))
-    got = jax.jit(streamed_matmul)(x, found)
+    got = jax.jit(transposed_matmul)(x, found)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     assert np.abs(got - x @ kernel).max() < 0.03 * np.abs(x @ kernel).max()
-    assert not np.asarray(streamed_matmul(jnp.zeros(shape), found)).any()
+    assert not np.asarray(transposed_matmul(jnp.zeros(shape), found)).any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -41,7 +41,7 @@ def test_products_are_exact_but_for_the_roundings(shape):
 def test_products_of_rounded_operands(shape, dtype):
     rng = np.random.default_rng(2)
     x, kernel = rng.normal(0, 3, shape).astype(np.float32), rng.normal(0, 0.1, (64, 40)).astype(np.float32)
-    got = jax.jit(streamed_matmul)(x, streamed(jnp.asarray(kernel.T), jnp.dtype(dtype)))
+    got = jax.jit(transposed_matmul)(x, transpose_kernel(jnp.asarray(kernel.T), jnp.dtype(dtype)))
     operands = (np.asarray(jnp.asarray(each).astype(dtype), np.float64) for each in (x, kernel))
     want = np.matmul(*operands)
     assert got.dtype == jnp.float32
