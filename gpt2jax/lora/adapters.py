@@ -26,7 +26,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.bits import bitcast_kernel
 from gpt2jax.ops.low_rank import column_lengths, merged_kernel, output_part, updated_kernel, with_scales
-from gpt2jax.ops.quantized import quantized
+from gpt2jax.ops.quantized import quantize_kernel
 from gpt2jax.utils.validation import check_count, is_number, put
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -166,7 +166,7 @@ def base_params(params: Params, dtype: str | None) -> Params:
     Args:
         params: plain parameters, which stay as they are; what need not change is shared.
         dtype: one of `BASE_DTYPES`, of all matrices; biases and LayerNorms are float32. "int8" rounds the kernels of
-            the blocks to `QuantizedKernel`, and embeddings and the head to bfloat16. None: as the parameters are.
+            the blocks to `Int8Kernel`, and embeddings and the head to bfloat16. None: as the parameters are.
     """
 
     def convert(path, leaf):
@@ -175,7 +175,7 @@ def base_params(params: Params, dtype: str | None) -> Params:
             if name not in ("kernel", "embedding"):
                 return jnp.asarray(leaf, "float32")
             if dtype == "int8" and of_block:
-                return quantized(leaf)
+                return quantize_kernel(leaf)
             leaf = jnp.asarray(leaf, "bfloat16" if dtype == "int8" else dtype)
         narrow = leaf.dtype.itemsize == 2
         return bitcast_kernel(leaf) if narrow and of_block and name == "kernel" else leaf

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from gpt2jax.ops.bits import BitcastKernel
 from gpt2jax.ops.precision import matmul
-from gpt2jax.ops.quantized import QuantizedKernel
+from gpt2jax.ops.quantized import Int8Kernel
 
 Adapter = dict[str, jax.Array]
-Kernel = jax.Array | QuantizedKernel | BitcastKernel
+Kernel = jax.Array | Int8Kernel | BitcastKernel
 
 
 def adapted(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2jax.ops.bits import BitcastKernel, Dtype, bitcast_from_uint16, bitcast_to_uint16
-from gpt2jax.ops.quantized import QuantizedKernel, quantized_matmul
+from gpt2jax.ops.quantized import Int8Kernel, int8_matmul
 from gpt2jax.ops.streamed import TransposedKernel, transposed_matmul
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -57,7 +57,7 @@ FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
 
 
 def matmul(
-    x: jax.Array, w: jax.Array | TransposedKernel | QuantizedKernel | BitcastKernel, compute_dtype: jnp.dtype
+    x: jax.Array, w: jax.Array | TransposedKernel | Int8Kernel | BitcastKernel, compute_dtype: jnp.dtype
 ) -> jax.Array:
     """x [..., K] @ w [K, M] -> [..., M] float32, with both operands in `compute_dtype` and float32 sums.
 
@@ -69,8 +69,8 @@ def matmul(
     """
     if isinstance(w, TransposedKernel):
         return transposed_matmul(x, w)
-    if isinstance(w, QuantizedKernel):
-        return quantized_matmul(x, w, compute_dtype)
+    if isinstance(w, Int8Kernel):
+        return int8_matmul(x, w, compute_dtype)
     return _matmul(x, w, compute_dtype)
 
 

@@ -23,7 +23,7 @@ _UNIT = 128.0
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class QuantizedKernel:
+class Int8Kernel:
     """A kernel [..., in, out], which is `values * scale[..., None, :]`; the leading axes are layers.
 
     Attributes:
@@ -39,7 +39,7 @@ class QuantizedKernel:
         return (self.values.astype(jnp.float32) * self.scale[..., None, :]).astype(dtype)
 
 
-def rounded(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def quantize_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """x as int8, and the float32 scale that all numbers along `axis` share; the scale keeps the axis, of length 1.
 
     A number comes back within half a scale. Where all are zero they stay so.
@@ -51,13 +51,13 @@ def rounded(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit  # one program: the steps between would be float32 arrays of all layers
-def quantized(kernel: jax.Array) -> QuantizedKernel:
+def quantize_kernel(kernel: jax.Array) -> Int8Kernel:
     """A kernel [..., in, out], rounded."""
-    values, scale = rounded(kernel, axis=-2)
-    return QuantizedKernel(values, scale.squeeze(-2))
+    values, scale = quantize_int8(kernel, axis=-2)
+    return Int8Kernel(values, scale.squeeze(-2))
 
 
-def quantized_matmul(x: jax.Array, kernel: QuantizedKernel, compute_dtype: jnp.dtype) -> jax.Array:
+def int8_matmul(x: jax.Array, kernel: Int8Kernel, compute_dtype: jnp.dtype) -> jax.Array:
     """x [..., K] times a kernel [K, M] -> [..., M] float32; operands in `compute_dtype`, sums in float32.
 
     For the backward pass nothing is kept but the kernel as it is; the kernel has no gradient.

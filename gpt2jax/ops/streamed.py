@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.ops.quantized import rounded
+from gpt2jax.ops.quantized import quantize_int8
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
@@ -38,7 +38,7 @@ class TransposedKernel:
 def transpose_kernel(rows: jax.Array, dtype: jnp.dtype) -> TransposedKernel:
     """A weight given as [M, K], stored as `dtype`; a channel of zeros stays one."""
     if dtype == jnp.int8:
-        values, scale = rounded(rows, axis=-1)
+        values, scale = quantize_int8(rows, axis=-1)
         return TransposedKernel(values, scale[:, 0])
     return TransposedKernel(rows.astype(dtype))
 
@@ -53,7 +53,7 @@ def transposed_matmul(x: jax.Array, kernel: TransposedKernel) -> jax.Array:
     if kernel.scale is None:
         y = _product(rows.astype(kernel.values.dtype), kernel.values, jnp.float32)[:count]
     else:
-        values, scale = rounded(rows, axis=-1)
+        values, scale = quantize_int8(rows, axis=-1)
         y = _product(values, kernel.values, jnp.int32)[:count].astype(jnp.float32)
         y = y * (scale[:count] * kernel.scale)
     return y.reshape(*x.shape[:-1], y.shape[-1])

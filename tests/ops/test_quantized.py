@@ -17,7 +17,7 @@ from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import BASE_DTYPES, LoRAConfig, base_params, init_adapters, kernel_of
 from gpt2jax.model.gpt2 import hidden_states, init_params
 from gpt2jax.ops.precision import COMPUTE_DTYPES, matmul, precision
-from gpt2jax.ops.quantized import QuantizedKernel, quantized
+from gpt2jax.ops.quantized import Int8Kernel, quantize_kernel
 from gpt2jax.sharding import AXES, shardings
 
 KINDS = {
@@ -33,7 +33,7 @@ def params():
 
 def plain(tree):
     """Rounded kernels as float32 ones, and all else in float32."""
-    is_kernel = lambda leaf: isinstance(leaf, QuantizedKernel)  # noqa: E731
+    is_kernel = lambda leaf: isinstance(leaf, Int8Kernel)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree, is_leaf=is_kernel)
 
 
@@ -47,7 +47,7 @@ def noisy(adapters):
 def test_every_channel_of_every_layer_is_rounded_within_half_a_step():
     generator = np.random.default_rng(0)
     kernel = generator.normal(0, [[0.01, 1.0, 30.0, 0.0]], (3, 50, 4)).astype(np.float32)
-    found = quantized(jnp.asarray(kernel))
+    found = quantize_kernel(jnp.asarray(kernel))
     assert found.values.dtype == jnp.int8 and found.scale.shape == (3, 4)
     back = np.asarray(found.astype(jnp.float32), np.float64)
     assert (np.abs(back - kernel) <= np.asarray(found.scale)[:, None] * 0.5001).all()
@@ -62,7 +62,7 @@ def test_products_and_their_gradient_round_operands_and_nothing_else(dtype):
         jnp.asarray(generator.normal(0, size, shape), jnp.float32)
         for size, shape in ((3, (2, 5, 64)), (0.1, (64, 40)), (1e-4, (2, 5, 40)))
     )
-    weight, operand = quantized(kernel), jnp.dtype(dtype)
+    weight, operand = quantize_kernel(kernel), jnp.dtype(dtype)
     y, pull = jax.vjp(lambda x: matmul(x, weight, operand), x)
     (dx,) = jax.jit(pull)(g)
     wide = np.asarray(weight.values, np.float64) * np.asarray(weight.scale)
