@@ -170,12 +170,14 @@ def _print_estimate(
 
 
 def _attention(program: Any) -> str:
-    from gpt2jax.ops.attention import lean_attention_takes
+    from gpt2jax.ops.attention import supports_memory_efficient_attention
 
     kind = program.precision.attention
     return (
         kind
-        if lean_attention_takes(kind, program.model.head_dim, drops=program.model.attn_pdrop > 0)
+        if supports_memory_efficient_attention(
+            kind, program.model.head_dim, drops=program.model.attn_pdrop > 0
+        )
         else "xla (all scores are kept)"
     )
 

@@ -23,7 +23,7 @@ from gpt2jax.evaluation.windows import Windows, bucketed_batch_size, row_batches
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
-from gpt2jax.ops.attention import product
+from gpt2jax.ops.attention import einsum_f32
 from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_kernel, bitcast_to_uint16
 from gpt2jax.ops.precision import Precision, precision
 
@@ -150,7 +150,7 @@ def _row_scores(x, labels, head, numerics: Precision, vocab_size: int):
         top, total, rank = carry
         rows, start = part
         ids = start + jnp.arange(block)
-        logits = product(
+        logits = einsum_f32(
             "cd,vd->cv", x, bitcast_from_uint16(rows, numerics.compute_dtype), numerics.compute_dtype
         )
         logits = jnp.where(ids < vocab_size, logits, -jnp.inf)

@@ -21,7 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.ops.attention import MASKED, causal_mask, lean_attention, lean_attention_takes, product
+from gpt2jax.ops.attention import (
+    MASKED,
+    causal_mask,
+    einsum_f32,
+    memory_efficient_attention,
+    supports_memory_efficient_attention,
+)
 from gpt2jax.ops.fused import gelu_tanh, layer_norm
 from gpt2jax.ops.low_rank import adapted, with_scales
 from gpt2jax.ops.precision import FLOAT32, Precision, matmul
@@ -147,16 +153,20 @@ class Attention(nnx.Module):
             cache = (k, v)
         kind = call.precision.attention
         drops = keys[1] is not None and self.config.attn_pdrop > 0
-        if mask is None and cache is None and lean_attention_takes(kind, self.config.head_dim, drops=drops):
-            y = lean_attention(q, k, v, call.causal, dtype, kind)
+        if (
+            mask is None
+            and cache is None
+            and supports_memory_efficient_attention(kind, self.config.head_dim, drops=drops)
+        ):
+            y = memory_efficient_attention(q, k, v, call.causal, dtype, kind)
         else:
             mask = call.causal if mask is None else mask
-            scores = product("...th,...sh->...ts", q, k, dtype)
+            scores = einsum_f32("...th,...sh->...ts", q, k, dtype)
             scores = scores.reshape(*heads, *scores.shape[-2:])
             probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
             probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
             probabilities = probabilities.reshape(*k.shape[:-2], *scores.shape[-2:])
-            y = product("...ts,...sh->...th", probabilities, v, dtype)
+            y = einsum_f32("...ts,...sh->...th", probabilities, v, dtype)
         y = y.reshape(*heads, *y.shape[-2:]).swapaxes(1, 2).reshape(x.shape)
         y = self.c_proj(y.astype(call.precision.activation_dtype), call, adapters.get("c_proj"), keys[2])
         return dropout(y, self.config.resid_pdrop, keys[3]), cache

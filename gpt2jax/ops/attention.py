@@ -19,7 +19,7 @@ def causal_mask(length: int) -> jax.Array:
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
-def product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def einsum_f32(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The einsum of two operands in `dtype`, float32 sums and result."""
     # no TF32 where float32 is asked for
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -27,14 +27,14 @@ def product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.
     return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
-def lean_attention_takes(kind: str, head_dim: int, *, drops: bool) -> bool:
-    """Whether `lean_attention` computes it: no dropout of probabilities, a head size that it knows."""
+def supports_memory_efficient_attention(kind: str, head_dim: int, *, drops: bool) -> bool:
+    """Whether `memory_efficient_attention` computes it: no dropout of probabilities, a head size that it knows."""
     if kind == "cudnn":
         return not drops and head_dim % 8 == 0 and head_dim <= 128
     return kind == "recompute" and not drops
 
 
-def lean_attention(
+def memory_efficient_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: jax.Array, dtype: jnp.dtype, kind: str
 ) -> jax.Array:
     """q (scaled already), k, v [B, N, T, H] -> [B, N, T, H]; nothing of size T * T is kept for the backward pass.
@@ -59,13 +59,15 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
 
 def _probabilities(q, k, causal, dtype, begin, end):
     """Of the queries from `begin` to `end`: [B, N, end - begin, end] float32."""
-    scores = product("...th,...sh->...ts", q[:, :, begin:end], k[:, :, :end], dtype)
+    scores = einsum_f32("...th,...sh->...ts", q[:, :, begin:end], k[:, :, :end], dtype)
     return jax.nn.softmax(jnp.where(causal[:, :, begin:end, :end], scores, MASKED), axis=-1)
 
 
 def _attend(q, k, v, causal, dtype):
     outputs = [
-        product("...ts,...sh->...th", _probabilities(q, k, causal, dtype, *block), v[:, :, : block[1]], dtype)
+        einsum_f32(
+            "...ts,...sh->...th", _probabilities(q, k, causal, dtype, *block), v[:, :, : block[1]], dtype
+        )
         for block in query_blocks(q.shape[2])
     ]
     return jnp.concatenate(outputs, axis=2)
@@ -85,11 +87,11 @@ def _attend_backward(dtype, kept, g):
     for begin, end in query_blocks(q.shape[2]):
         rows, keys = (slice(None), slice(None), slice(begin, end)), (slice(None), slice(None), slice(0, end))
         p = _probabilities(q, k, causal, dtype, begin, end)
-        dp = product("...th,...sh->...ts", g[rows], v[keys], dtype)
+        dp = einsum_f32("...th,...sh->...ts", g[rows], v[keys], dtype)
         ds = p * (dp - (dp * p).sum(-1, keepdims=True))
-        dq.append(product("...ts,...sh->...th", ds, k[keys], dtype))
-        dk = dk.at[keys].add(product("...ts,...th->...sh", ds, q[rows], dtype))
-        dv = dv.at[keys].add(product("...ts,...th->...sh", p, g[rows], dtype))
+        dq.append(einsum_f32("...ts,...sh->...th", ds, k[keys], dtype))
+        dk = dk.at[keys].add(einsum_f32("...ts,...th->...sh", ds, q[rows], dtype))
+        dv = dv.at[keys].add(einsum_f32("...ts,...th->...sh", p, g[rows], dtype))
     dq = jnp.concatenate(dq, axis=2)
     return dq.astype(q_dtype.dtype), dk.astype(k_dtype.dtype), dv.astype(v_dtype.dtype), None
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_to_uint16
-from gpt2jax.ops.precision import FLOAT32, Precision, product_over_rows
+from gpt2jax.ops.precision import FLOAT32, Precision, outer_product_sum
 from gpt2jax.sharding import constrain_batch, num_batch_shards_in_scope, replicate
 
 # the most logits held at once, float32: 100 MiB, and one chunk for a small vocabulary or batch
@@ -209,7 +209,7 @@ def _gradients(logits, log_z, h, targets, weights, head_bits, d_head, extras) ->
         d_logits = jnp.where(jnp.arange(width) >= repeated, d_logits, 0.0).astype(dtype)
         kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
         d_h = d_h + _product("cv,vd->cd", d_logits, kernel)
-        total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + product_over_rows(d_logits, h, dtype)
+        total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + outer_product_sum(d_logits, h, dtype)
         return (d_h, jax.lax.dynamic_update_slice_in_dim(d_head, total, start, axis=0)), None
 
     start = (jnp.zeros(h.shape, jnp.float32), d_head)

@@ -99,11 +99,11 @@ def _matmul_backward(compute_dtype, saved, g):
     x, w, x_dtype = saved
     x, g = bitcast_from_uint16(x, compute_dtype), g.astype(compute_dtype)
     dx = _product(g, w, (((g.ndim - 1,), (1,)), ((), ())), compute_dtype)
-    dw = None if isinstance(w, BitcastKernel) else product_over_rows(x, g, compute_dtype).astype(w.dtype)
+    dw = None if isinstance(w, BitcastKernel) else outer_product_sum(x, g, compute_dtype).astype(w.dtype)
     return dx.astype(x_dtype.dtype), dw
 
 
-def product_over_rows(a: jax.Array, b: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
+def outer_product_sum(a: jax.Array, b: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
     """a [..., K], b [..., M] -> [K, M] float32: the sum over all rows of their outer products.
 
     XLA:CPU takes 16-bit operands for this only where the rows have two axes (of one it makes float32 copies of both

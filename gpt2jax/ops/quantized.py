@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.ops.attention import product
+from gpt2jax.ops.attention import einsum_f32
 
 _LARGEST = 127
 # brings values near 1 without rounding them
@@ -67,7 +67,7 @@ def int8_matmul(x: jax.Array, kernel: Int8Kernel, compute_dtype: jnp.dtype) -> j
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _matmul(x, kernel, compute_dtype, x_dtype):
-    return product("...k,km->...m", x, kernel.values, compute_dtype) * kernel.scale
+    return einsum_f32("...k,km->...m", x, kernel.values, compute_dtype) * kernel.scale
 
 
 def _matmul_forward(x, kernel, compute_dtype, x_dtype):
@@ -77,7 +77,7 @@ def _matmul_forward(x, kernel, compute_dtype, x_dtype):
 def _matmul_backward(compute_dtype, x_dtype, kernel, g):
     # in units of the largest weights the cotangent stays as large as it is: in float16 g * scale would vanish
     g = g * (kernel.scale * _UNIT)
-    dx = product("...m,km->...k", g, kernel.values.astype(compute_dtype) / _UNIT, compute_dtype)
+    dx = einsum_f32("...m,km->...k", g, kernel.values.astype(compute_dtype) / _UNIT, compute_dtype)
     return dx.astype(x_dtype), None
 
 

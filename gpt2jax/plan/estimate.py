@@ -17,7 +17,7 @@ from jax.interpreters import partial_eval
 from gpt2jax.lora.adapters import LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, count_parameters
-from gpt2jax.ops.attention import lean_attention_takes, query_blocks
+from gpt2jax.ops.attention import query_blocks, supports_memory_efficient_attention
 from gpt2jax.ops.cross_entropy import chunk_size, column_slices
 from gpt2jax.plan.program import Program, loss_gradient, make_program
 from gpt2jax.train.config import FinetuneConfig
@@ -159,7 +159,7 @@ def _block_workspace(program: Program, block: int, tokens: int, share: int) -> i
 def _lean(program: Program, kind: str) -> bool:
     """Whether attention is computed in this way (attention.py) and not with scores that are kept."""
     drops = program.model.attn_pdrop > 0
-    return program.precision.attention == kind and lean_attention_takes(
+    return program.precision.attention == kind and supports_memory_efficient_attention(
         kind, program.model.head_dim, drops=drops
     )
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2jax.ops.attention import MASKED, QUERY_BLOCK, causal_mask, lean_attention
+from gpt2jax.ops.attention import MASKED, QUERY_BLOCK, causal_mask, memory_efficient_attention
 
 
 def plain(q, k, v, causal):
@@ -26,7 +26,9 @@ def plain(q, k, v, causal):
 def test_blocks_of_queries_are_the_whole(length, dtype, tolerance):
     q, k, v, g = (jax.random.normal(key, (2, 2, length, 8)) for key in jax.random.split(jax.random.key(0), 4))
     causal = causal_mask(length)
-    lean, pull = jax.vjp(lambda *x: lean_attention(*x, causal, jnp.dtype(dtype), "recompute"), q, k, v)
+    lean, pull = jax.vjp(
+        lambda *x: memory_efficient_attention(*x, causal, jnp.dtype(dtype), "recompute"), q, k, v
+    )
     whole, pull_whole = jax.vjp(lambda *x: plain(*x, causal), q, k, v)
     np.testing.assert_allclose(lean, whole, atol=tolerance)
     for mine, theirs in zip(pull(g), pull_whole(g), strict=True):
@@ -39,7 +41,10 @@ def test_nothing_of_length_times_length_is_kept():
 
     def kept(q, k, v):
         return jax.vjp(
-            lambda *x: lean_attention(*x, causal_mask(300), jnp.dtype("float32"), "recompute"), q, k, v
+            lambda *x: memory_efficient_attention(*x, causal_mask(300), jnp.dtype("float32"), "recompute"),
+            q,
+            k,
+            v,
         )[1]
 
     shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(kept, x, x, x))]
