@@ -62,7 +62,7 @@ def gpt2jax_step(
     import jax.numpy as jnp
     import numpy as np
 
-    from gpt2jax.lora.adapters import LoRAConfig, base_params, init_adapters
+    from gpt2jax.lora.adapters import LoRAConfig, cast_base, init_adapters
     from gpt2jax.model.gpt2 import init_params
     from gpt2jax.ops.precision import precision
     from gpt2jax.train.config import FinetuneConfig
@@ -89,7 +89,7 @@ def gpt2jax_step(
         "weights": np.ones((rows, length), np.float32),
     }
     inputs = jax.tree.map(jnp.asarray, inputs)
-    frozen = base_params(params, base_dtype) if lora else None
+    frozen = cast_base(params, base_dtype) if lora else None
     # what is made is made: it is no part of the first step's time and memory
     jax.block_until_ready((state, frozen))
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gpt2jax.lora.adapters import LoRAConfig, merge_adapters, unmerge_adapters
-from gpt2jax.lora.combine import sum_adapters
+from gpt2jax.lora.combine import concat_adapters
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import (
     Params,
@@ -223,7 +223,7 @@ def combine_adapters(
     base = models[0]
     if any(not _same_base(base, other) for other in models[1:]):
         raise ValueError("the adapters are on different models: load them all on the same base")
-    lora, adapters = sum_adapters(base.config, parts, weights)
+    lora, adapters = concat_adapters(base.config, parts, weights)
     # the name of a run leads to the base with that run's adapters
     source = base.source if all(model.source == base.source for model in models) else None
     return dataclasses.replace(base, adapters=adapters, lora=lora, source=source)

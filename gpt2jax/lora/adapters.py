@@ -25,13 +25,13 @@ import numpy as np
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.bits import bitcast_kernel
-from gpt2jax.ops.low_rank import column_lengths, merged_kernel, output_part, updated_kernel, with_scales
+from gpt2jax.ops.low_rank import add_lora_delta, attach_scales, column_norms, merge_kernel, slice_outputs
 from gpt2jax.ops.quantized import quantize_kernel
 from gpt2jax.utils.validation import check_count, is_number, put
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 # the three parts of attn.c_attn's output, each as a linear of its own
-SLICES = ("attn.q", "attn.k", "attn.v")
+QKV_TARGETS = ("attn.q", "attn.k", "attn.v")
 BASE_DTYPES = ("float32", "bfloat16", "int8")
 
 Number = TypeVar("Number", int, float)
@@ -46,7 +46,7 @@ class LoRAConfig:
         rank: r, width of the low-rank branch.
         alpha: its output is scaled by alpha / rank.
         dropout: of the branch's input, in training.
-        targets: linears of every block, out of `TARGETS` and `SLICES`; "*" and "?" stand for any characters of a
+        targets: linears of every block, out of `TARGETS` and `QKV_TARGETS`; "*" and "?" stand for any characters of a
             name in `TARGETS`: "mlp.*", "*.c_proj", "*".
         use_rslora: scale by alpha / sqrt(rank) (rsLoRA).
         use_dora: learn the length of each column of the weights beside its direction (DoRA).
@@ -126,7 +126,7 @@ def init_adapters(
     blocks = abstract_params(config)["h"]
     key = jax.random.key(seed)
     adapters: Params = {}
-    for index, target in enumerate((*TARGETS, *SLICES)):
+    for index, target in enumerate((*TARGETS, *QKV_TARGETS)):
         if target not in lora.targets:
             continue
         layers, in_dim, out_dim = kernel_of(blocks, target).shape
@@ -142,7 +142,7 @@ def init_adapters(
         if lora.use_dora:
             if params is None:
                 raise ValueError("DoRA's adapters begin at the lengths of the model's weights: give params")
-            adapter["magnitude"] = column_lengths(kernel_of(params["h"], target))
+            adapter["magnitude"] = column_norms(kernel_of(params["h"], target))
         module, linear = target.split(".")
         adapters.setdefault(module, {})[linear] = adapter
     return {"h": adapters}
@@ -160,7 +160,7 @@ def check_patterns(lora: LoRAConfig, layers: int) -> None:
                 )
 
 
-def base_params(params: Params, dtype: str | None) -> Params:
+def cast_base(params: Params, dtype: str | None) -> Params:
     """The frozen parameters that adapters are trained on.
 
     Args:
@@ -188,7 +188,7 @@ def merge_adapters(params: Params, adapters: Params, lora: LoRAConfig) -> Params
 
     The product of the two factors is summed in float32 and added to the kernel in float32.
     """
-    return _change_kernels(params, adapters, lora, merged_kernel)
+    return _change_kernels(params, adapters, lora, merge_kernel)
 
 
 def unmerge_adapters(params: Params, adapters: Params, lora: LoRAConfig) -> Params:
@@ -201,7 +201,7 @@ def unmerge_adapters(params: Params, adapters: Params, lora: LoRAConfig) -> Para
         raise ValueError("merged DoRA adapters cannot be taken out again: keep the parameters from before")
 
     def take_out(kernel, adapter):
-        return updated_kernel(kernel, adapter, sign=-1.0).astype(kernel.dtype)
+        return add_lora_delta(kernel, adapter, sign=-1.0).astype(kernel.dtype)
 
     return _change_kernels(params, adapters, lora, take_out)
 
@@ -209,12 +209,12 @@ def unmerge_adapters(params: Params, adapters: Params, lora: LoRAConfig) -> Para
 def kernel_of(blocks: Params, target: str) -> Any:
     """The kernel [L, in, out] of a target; of a slice, that part of attn.c_attn's."""
     module, linear = target.split(".")
-    if target not in SLICES:
+    if target not in QKV_TARGETS:
         return blocks[module][linear]["kernel"]
     kernel = blocks["attn"]["c_attn"]["kernel"]
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((*kernel.shape[:-1], kernel.shape[-1] // 3), kernel.dtype)
-    return output_part(kernel, SLICES.index(target), len(SLICES))
+    return slice_outputs(kernel, QKV_TARGETS.index(target), len(QKV_TARGETS))
 
 
 def _change_kernels(
@@ -223,13 +223,13 @@ def _change_kernels(
     """`params` with `change(kernel, adapter)` in place of each kernel that has an adapter."""
     blocks = {module: dict(linears) for module, linears in params["h"].items()}
     layers = len(jax.tree.leaves(params["h"])[0])
-    for module, linears in with_scales(adapters, lora.scales(layers), layers)["h"].items():
+    for module, linears in attach_scales(adapters, lora.scales(layers), layers)["h"].items():
         for linear, adapter in linears.items():
             target = f"{module}.{linear}"
-            home = "c_attn" if target in SLICES else linear
+            home = "c_attn" if target in QKV_TARGETS else linear
             kernel = change(kernel_of(blocks, target), adapter)
-            if target in SLICES:
-                start = SLICES.index(target) * kernel.shape[-1]
+            if target in QKV_TARGETS:
+                start = QKV_TARGETS.index(target) * kernel.shape[-1]
                 whole = blocks[module][home]["kernel"]
                 kernel = jax.lax.dynamic_update_slice_in_dim(whole, kernel, start, axis=-1)
             blocks[module][home] = {**blocks[module][home], "kernel": kernel}
@@ -264,12 +264,12 @@ def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
     """The names that the targets stand for, each once."""
     patterns = list(targets) if isinstance(targets, Iterable) else []
     matches = [
-        [pattern] if pattern in SLICES else fnmatch.filter(TARGETS, str(pattern)) for pattern in patterns
+        [pattern] if pattern in QKV_TARGETS else fnmatch.filter(TARGETS, str(pattern)) for pattern in patterns
     ]
     if not matches or not all(matches):
         raise ValueError(f"LoRA targets={targets!r:.100} must be some of: {', '.join((*TARGETS, *SLICES))}")
     found = [name for names in matches for name in names]
-    both = set(SLICES) & set(found)
+    both = set(QKV_TARGETS) & set(found)
     if both and "attn.c_attn" in found:
         raise ValueError(
             f"LoRA targets={targets!r}: {min(both)} is a part of attn.c_attn, give one of the two"

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2jax.lora.adapters import SLICES, LoRAConfig, kernel_of, pattern_matches
+from gpt2jax.lora.adapters import QKV_TARGETS, LoRAConfig, kernel_of, pattern_matches
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
-from gpt2jax.ops.low_rank import column_lengths
+from gpt2jax.ops.low_rank import column_norms
 
-FUSED = "attn.c_attn"  # what `SLICES` are the parts of
+FUSED = "attn.c_attn"  # what `QKV_TARGETS` are the parts of
 
 
-def sum_adapters(
+def concat_adapters(
     config: GPT2Config, parts: Sequence[tuple[LoRAConfig, Params]], weights: Sequence[float]
 ) -> tuple[LoRAConfig, Params]:
     """Adapters that add to each linear what all of `parts` add to it, each times its weight.
@@ -39,8 +39,10 @@ def sum_adapters(
     if any(lora.use_dora for lora, _ in parts):
         raise ValueError("DoRA adapters can't be summed up: each rescales the weights that it is added to")
     targets = {target for lora, _ in parts for target in lora.targets}
-    if FUSED in targets and targets & set(SLICES):
-        parts = [fuse_slices(config, *part) if set(part[0].targets) & set(SLICES) else part for part in parts]
+    if FUSED in targets and targets & set(QKV_TARGETS):
+        parts = [
+            fuse_qkv(config, *part) if set(part[0].targets) & set(QKV_TARGETS) else part for part in parts
+        ]
     adapters: Params = {}
     ranks: dict[str, int] = {}
     for target in dict.fromkeys(target for lora, _ in parts for target in lora.targets):
@@ -62,7 +64,7 @@ def sum_adapters(
     return lora, {"h": adapters}
 
 
-def fuse_slices(
+def fuse_qkv(
     config: GPT2Config, lora: LoRAConfig, adapters: Params, params: Params | None = None
 ) -> tuple[LoRAConfig, Params]:
     """Settings and adapters with attn.c_attn in place of its slices, in NumPy.
@@ -70,7 +72,7 @@ def fuse_slices(
     Raises:
         ValueError: DoRA, which needs the model's parameters, and no `params`.
     """
-    present = [target for target in SLICES if target in lora.targets]
+    present = [target for target in QKV_TARGETS if target in lora.targets]
     attention = dict(adapters["h"]["attn"])
     parts = {target: attention.pop(target.partition(".")[2]) for target in present}
     layers, dim = config.n_layer, config.n_embd
@@ -81,7 +83,7 @@ def fuse_slices(
     scales = {target: np.asarray([lora.scale_of(i, target) for i in range(layers)]) for target in present}
     row = 0
     for target, part in parts.items():
-        column, rank = SLICES.index(target) * dim, part["lora_a"].shape[-1]
+        column, rank = QKV_TARGETS.index(target) * dim, part["lora_a"].shape[-1]
         relative = (scales[target] / scales[present[0]])[:, None, None]
         fused["lora_b"][:, row : row + rank, column : column + dim] = np.asarray(part["lora_b"]) * relative
         row += rank
@@ -89,15 +91,15 @@ def fuse_slices(
         if params is None:
             raise ValueError("DoRA of slices fits a PEFT folder only together with the model's parameters")
         lengths = [
-            parts[target]["magnitude"] if target in parts else column_lengths(kernel_of(params["h"], target))
-            for target in SLICES
+            parts[target]["magnitude"] if target in parts else column_norms(kernel_of(params["h"], target))
+            for target in QKV_TARGETS
         ]
         fused["magnitude"] = np.concatenate([np.asarray(length) for length in lengths], -1)
     divisor = total**0.5 if lora.use_rslora else total
     alphas = [float(scale * divisor) for scale in scales[present[0]]]
     own = [(f"h.{layer}.{FUSED}", alpha) for layer, alpha in enumerate(alphas)]
     own = [(FUSED, alphas[0])] if len(set(alphas)) == 1 else own
-    targets = (FUSED, *(target for target in lora.targets if target not in SLICES))
+    targets = (FUSED, *(target for target in lora.targets if target not in QKV_TARGETS))
 
     def used(pattern):  # PEFT warns of keys that match nothing, as those of slices do
         places = [(layer, target) for layer in range(layers) for target in targets[1:]]

@@ -29,7 +29,7 @@ from gpt2jax.ops.attention import (
     supports_memory_efficient_attention,
 )
 from gpt2jax.ops.fused import gelu_tanh, layer_norm
-from gpt2jax.ops.low_rank import adapted, with_scales
+from gpt2jax.ops.low_rank import apply_lora, attach_scales
 from gpt2jax.ops.precision import FLOAT32, Precision, matmul
 from gpt2jax.sharding import constrain_batch, constrain_embedding
 
@@ -79,11 +79,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*layers, out_dim), jnp.float32))
 
     def __call__(self, x: jax.Array, call: Call, adapter: Any = None, key: jax.Array | None = None):
-        """x [B, T, in] -> [B, T, out]; `adapter` as `low_rank.adapted` takes it."""
+        """x [B, T, in] -> [B, T, out]; `adapter` as `low_rank.apply_lora` takes it."""
         dtype, kernel = call.precision.compute_dtype, self.kernel.get_value()
         y = matmul(x, kernel, dtype)
         if adapter is not None:
-            y = adapted(y, x, dropout(x, call.lora_dropout, key), kernel, adapter, dtype)
+            y = apply_lora(y, x, dropout(x, call.lora_dropout, key), kernel, adapter, dtype)
         return (y + self.bias[...]).astype(call.precision.activation_dtype)
 
 
@@ -426,7 +426,7 @@ def hidden_states(
         )
     call = Call(precision, causal=causal, lora_dropout=lora_dropout, remat=remat)
     if adapters is not None:
-        adapters = with_scales(adapters, lora_scale, config.n_layer)
+        adapters = attach_scales(adapters, lora_scale, config.n_layer)
     module = nnx.merge(structure(config, apart=0 in params["h"]), params)
     tokens = token_ids if token_embeddings is None else token_embeddings
     return module(tokens, positions, mask, call, adapters=adapters, key=dropout_key)

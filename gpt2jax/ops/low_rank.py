@@ -24,7 +24,7 @@ Adapter = dict[str, jax.Array]
 Kernel = jax.Array | Int8Kernel | BitcastKernel
 
 
-def adapted(
+def apply_lora(
     y: jax.Array,
     x: jax.Array,
     dropped: jax.Array,
@@ -47,20 +47,20 @@ def adapted(
         outputs = jnp.split(y, count, axis=-1)
         for index, own in enumerate(adapter):
             if own is not None:
-                part = output_part(kernel, index, count)
-                outputs[index] = adapted(outputs[index], x, dropped, part, own, dtype)
+                part = slice_outputs(kernel, index, count)
+                outputs[index] = apply_lora(outputs[index], x, dropped, part, own, dtype)
         return jnp.concatenate(outputs, axis=-1)
     update = matmul(matmul(dropped, adapter["lora_a"], dtype), adapter["lora_b"], dtype) * adapter["scale"]
     if "magnitude" not in adapter:
         return y + update
     # a constant in the gradient, as the paper proposes in 4.3: it saves memory and costs no accuracy
-    lengths = jax.lax.stop_gradient(column_lengths(updated_kernel(kernel, adapter)))
+    lengths = jax.lax.stop_gradient(column_norms(add_lora_delta(kernel, adapter)))
     ratio = adapter["magnitude"] / lengths
     plain = y if dropped is x else matmul(dropped, kernel, dtype)
     return y + (ratio - 1.0) * plain + ratio * update
 
 
-def output_part(kernel: Kernel, index: int, count: int) -> Any:
+def slice_outputs(kernel: Kernel, index: int, count: int) -> Any:
     """Of a kernel [..., in, out] the columns of one of `count` equal parts of the output."""
 
     def columns(z):
@@ -70,27 +70,27 @@ def output_part(kernel: Kernel, index: int, count: int) -> Any:
     return jax.tree.map(columns, kernel)  # every array of a kernel ends in the outputs
 
 
-def merged_kernel(kernel: jax.Array, adapter: Adapter) -> jax.Array:
+def merge_kernel(kernel: jax.Array, adapter: Adapter) -> jax.Array:
     """The kernel that computes what `kernel` with its adapter computes; summed in float32, in the kernel's dtype."""
-    total = updated_kernel(kernel, adapter)
+    total = add_lora_delta(kernel, adapter)
     if "magnitude" in adapter:
-        total = total * (adapter["magnitude"] / column_lengths(total))[..., None, :]
+        total = total * (adapter["magnitude"] / column_norms(total))[..., None, :]
     return total.astype(kernel.dtype)
 
 
-def updated_kernel(kernel: Kernel, adapter: Adapter, sign: float = 1.0) -> jax.Array:
+def add_lora_delta(kernel: Kernel, adapter: Adapter, sign: float = 1.0) -> jax.Array:
     """kernel + scale * lora_a @ lora_b in float32."""
     factors = (adapter[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
     update = jnp.einsum("...ir,...ro->...io", *factors, precision=jax.lax.Precision.HIGHEST)
     return kernel.astype(jnp.float32) + sign * adapter["scale"][..., None, None] * update
 
 
-def column_lengths(kernel: Kernel) -> jax.Array:
+def column_norms(kernel: Kernel) -> jax.Array:
     """[..., in, out] -> [..., out] float32: the Euclidean length of each output's weights."""
     return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(axis=-2))
 
 
-def with_scales(adapters: Mapping[str, Any], scale: Any, layers: int) -> dict[str, Any]:
+def attach_scales(adapters: Mapping[str, Any], scale: Any, layers: int) -> dict[str, Any]:
     """Adapters, however deeply nested, with "scale" [L] in each.
 
     Args:
@@ -101,6 +101,6 @@ def with_scales(adapters: Mapping[str, Any], scale: Any, layers: int) -> dict[st
     if "lora_a" in adapters:
         return {**adapters, "scale": jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (layers,))}
     return {
-        name: with_scales(part, scale[name] if isinstance(scale, Mapping) else scale, layers)
+        name: attach_scales(part, scale[name] if isinstance(scale, Mapping) else scale, layers)
         for name, part in adapters.items()
     }

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt2jax.lora.adapters import base_params, init_adapters
+from gpt2jax.lora.adapters import cast_base, init_adapters
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params, head_kernel, hidden_states
 from gpt2jax.ops.cross_entropy import cross_entropy
@@ -57,7 +57,7 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     trainable, frozen = params, None
     if train.lora is not None:
         lora = train.lora
-        frozen = jax.eval_shape(lambda p: base_params(p, train.base_dtype), params)
+        frozen = jax.eval_shape(lambda p: cast_base(p, train.base_dtype), params)
         trainable = jax.eval_shape(lambda p: init_adapters(model, lora, 0, params=p), frozen)
     optimizer = make_optimizer(train, train.steps or 1000)
 

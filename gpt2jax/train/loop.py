@@ -22,7 +22,7 @@ from gpt2jax.data.batches import Batches, check_long_enough
 from gpt2jax.data.documents import Documents
 from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import base_params, check_patterns, init_adapters
+from gpt2jax.lora.adapters import cast_base, check_patterns, init_adapters
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.ops.precision import precision
@@ -318,7 +318,7 @@ def _starting_point(
 def _parts(model: LanguageModel, config: FinetuneConfig) -> tuple[Params, Params | None, Params | None]:
     """(trained parameters or adapters, what is frozen, mask of the former), as the training step takes them."""
     if config.lora is not None:
-        base = base_params(model.params, config.base_dtype)
+        base = cast_base(model.params, config.base_dtype)
         return init_adapters(model.config, config.lora, config.seed, params=base), base, None
     if not config.freeze:
         trained, frozen, mask = model.params, None, None

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gpt2jax.lora.adapters import SLICES, LoRAConfig, kernel_of
+from gpt2jax.lora.adapters import QKV_TARGETS, LoRAConfig, kernel_of
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.weights.keras import read_h5
@@ -74,7 +74,7 @@ def _shapes(config: GPT2Config, rank: int) -> dict[str, tuple[int, ...]]:
         "attn.c_proj": (*heads, dim),
         "mlp.c_fc": (dim, config.mlp_dim),
         "mlp.c_proj": (config.mlp_dim, dim),
-        **dict.fromkeys(SLICES, (dim, *heads)),
+        **dict.fromkeys(QKV_TARGETS, (dim, *heads)),
     }
     shapes = {}
     for layer in range(config.n_layer):
@@ -94,7 +94,7 @@ def _fill(config: GPT2Config, rank: int, tensors: dict[str, Tensor]) -> tuple[Lo
         layer, number = divmod(int(match[1]) - FIRST_BLOCK, LAYERS_OF_A_BLOCK)
         target = LINEARS[number]
         layers, in_dim, out_dim = kernel_of(blocks, target).shape
-        heads = config.n_head if target in SLICES else 1
+        heads = config.n_head if target in QKV_TARGETS else 1
         if target not in factors:
             factors[target] = {
                 "lora_a": np.zeros((layers, in_dim, heads * rank), np.float32),
@@ -111,6 +111,6 @@ def _fill(config: GPT2Config, rank: int, tensors: dict[str, Tensor]) -> tuple[Lo
     for target, pair in factors.items():
         module, linear = target.split(".")
         adapters.setdefault(module, {})[linear] = jax.tree.map(jax.device_put, pair)
-    wide = dict.fromkeys((target for target in factors if target in SLICES), config.n_head * rank)
+    wide = dict.fromkeys((target for target in factors if target in QKV_TARGETS), config.n_head * rank)
     lora = LoRAConfig(rank, float(rank), targets=tuple(factors), rank_pattern=wide, alpha_pattern=wide)
     return lora, {"h": adapters}

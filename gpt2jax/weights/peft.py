@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2jax.lora.adapters import SLICES, TARGETS, LoRAConfig, kernel_of
-from gpt2jax.lora.combine import fuse_slices
+from gpt2jax.lora.adapters import QKV_TARGETS, TARGETS, LoRAConfig, kernel_of
+from gpt2jax.lora.combine import fuse_qkv
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
-from gpt2jax.ops.low_rank import column_lengths
+from gpt2jax.ops.low_rank import column_norms
 from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.mapping import FLOAT_DTYPES, Tensor, is_finite, listed
@@ -133,8 +133,8 @@ def write_adapter(
         ValueError: DoRA of slices, and no `params`.
         FileExistsError: the folder holds other files.
     """
-    if any(target in SLICES for target in lora.targets):
-        lora, adapters = fuse_slices(config, lora, adapters, params)
+    if any(target in QKV_TARGETS for target in lora.targets):
+        lora, adapters = fuse_qkv(config, lora, adapters, params)
     arrays = [
         (f"base_model.model.transformer.{name}", values.T)
         for name, values in _parts(config, lora, jax.tree.map(np.asarray, adapters))
@@ -236,7 +236,7 @@ def _fill(
                     f"{file} has DoRA in some blocks only: give the model's parameters to read it"
                 )
             module, linear = target.split(".")
-            lengths = np.asarray(column_lengths(kernel_of(params["h"], target)))
+            lengths = np.asarray(column_norms(kernel_of(params["h"], target)))
             adapters["h"][module][linear]["magnitude"][absent] = lengths[absent]
     return jax.tree.map(jax.device_put, adapters)
 

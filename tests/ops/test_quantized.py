@@ -14,7 +14,7 @@ from tiny_models import TINY, random_params
 
 import gpt2jax
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import BASE_DTYPES, LoRAConfig, base_params, init_adapters, kernel_of
+from gpt2jax.lora.adapters import BASE_DTYPES, LoRAConfig, cast_base, init_adapters, kernel_of
 from gpt2jax.model.gpt2 import hidden_states, init_params
 from gpt2jax.ops.precision import COMPUTE_DTYPES, matmul, precision
 from gpt2jax.ops.quantized import Int8Kernel, quantize_kernel
@@ -77,7 +77,7 @@ def test_products_and_their_gradient_round_operands_and_nothing_else(dtype):
 
 @pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS.keys())
 def test_hidden_states_and_gradients_are_those_of_the_same_weights_in_float32(params, lora):
-    base = base_params(params, "int8")
+    base = cast_base(params, "int8")
     ids = np.arange(40).reshape(2, 20) % TINY.vocab_size
 
     @jax.jit
@@ -106,16 +106,16 @@ def test_hidden_states_and_gradients_are_those_of_the_same_weights_in_float32(pa
 
 @pytest.mark.parametrize("dtype", BASE_DTYPES)
 def test_what_is_rounded_and_what_is_not(params, dtype):
-    base = base_params(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), dtype)
+    base = cast_base(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), dtype)
     block = base["h"]["mlp"]["c_fc"]
     assert (
         base["ln_f"]["scale"].dtype == base["h"]["ln_1"]["bias"].dtype == block["bias"].dtype == jnp.float32
     )
     assert base["wte"]["embedding"].dtype == ("float32" if dtype == "float32" else "bfloat16")
     assert block["kernel"].values.dtype == "int8" if dtype == "int8" else block["kernel"].dtype == dtype
-    wide = base_params(params, "float32")
+    wide = cast_base(params, "float32")
     assert all(a is b for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(params), strict=True))
-    as_it_is = jax.tree.leaves(base_params(params, None))
+    as_it_is = jax.tree.leaves(cast_base(params, None))
     assert all(a is b for a, b in zip(as_it_is, jax.tree.leaves(params), strict=True))
 
 
@@ -136,7 +136,7 @@ def test_no_wide_copy_of_all_layers_is_ever_made():
     config = dataclasses.replace(TINY, n_layer=3)  # so that no other array has the shapes of the kernels
     numerics, ids = precision("bfloat16"), np.zeros((2, 10), np.int32)
     params = jax.eval_shape(lambda: init_params(config))
-    base = jax.eval_shape(lambda p: base_params(p, "int8"), params)
+    base = jax.eval_shape(lambda p: cast_base(p, "int8"), params)
     lora = LoRAConfig(rank=4, targets=("mlp.*",), use_dora=True)
     adapters = jax.eval_shape(lambda p: init_adapters(config, lora, params=p), base)
 
@@ -160,7 +160,7 @@ def test_a_rounded_kernel_is_cut_as_a_plain_one(params):
     mesh = AbstractMesh((2, 2, 2), AXES)
     ours, expected = (
         jax.tree_util.tree_map(lambda cut: cut.spec, shardings(base, mesh))
-        for base in (base_params(params, "int8"), params)
+        for base in (cast_base(params, "int8"), params)
     )
     for module, linear in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
         cut, whole = ours["h"][module][linear], expected["h"][module][linear]
@@ -188,7 +188,7 @@ def test_a_run_learns_on_it_what_it_learns_on_float32():
         run = gpt2jax.finetune(model, texts, config, validation_texts=texts[:4], progress=False)
         assert run.model.params is model.params
         gains[dtype] = loss_of(model, texts[:4]) - loss_of(run.model, texts[:4])
-        trained = dataclasses.replace(run.model, params=base_params(model.params, dtype))
+        trained = dataclasses.replace(run.model, params=cast_base(model.params, dtype))
         assert run.history[-1]["validation_loss"] == pytest.approx(loss_of(trained, texts[:4]), abs=1e-4)
     assert gains[None] > 1 and gains["int8"] == pytest.approx(gains[None], rel=0.05)
 
