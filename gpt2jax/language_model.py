@@ -21,9 +21,9 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import (
     Params,
     count_parameters,
-    head_kernel,
     hidden_states,
     init_params,
+    lm_head_weight,
     output_logits,
 )
 from gpt2jax.ops.precision import FLOAT32
@@ -178,7 +178,7 @@ def _logits(params, adapters, token_ids, mask, config, lora_scale):
         lora_scale=lora_scale,
         precision=FLOAT32,
     )
-    return output_logits(hidden, head_kernel(params), FLOAT32)
+    return output_logits(hidden, lm_head_weight(params), FLOAT32)
 
 
 def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> LanguageModel:

@@ -22,7 +22,7 @@ from gpt2jax.evaluation.accumulators import TokenScores
 from gpt2jax.evaluation.windows import Windows, bucketed_batch_size, row_batches, study_batches
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
+from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
 from gpt2jax.ops.attention import einsum_f32
 from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_kernel, bitcast_to_uint16
 from gpt2jax.ops.precision import Precision, precision
@@ -77,7 +77,7 @@ def _scoring_params(params: Params, dtype: jnp.dtype) -> Params:
     body = {name: leaf for name, leaf in params.items() if name != "lm_head"}
     return {
         "body": jax.tree_util.tree_map_with_path(cast, body),
-        "head": head_blocks(head_kernel(params), dtype),
+        "head": head_blocks(lm_head_weight(params), dtype),
     }
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import Call, Params, block_structure, final_norm_structure, head_kernel
+from gpt2jax.model.gpt2 import ForwardContext, Params, block_graphdef, final_norm_graphdef, lm_head_weight
 from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul, precision
 from gpt2jax.ops.streamed import TransposedKernel, transpose_kernel
 
@@ -86,7 +86,7 @@ def derive_params(
     dtype = jnp.dtype(dtype)
     embeddings = {name: params[name]["embedding"] for name in ("wte", "wpe")}
     blocks = [_block(params["h"], layer, dtype=dtype) for layer in range(config.n_layer)]
-    head = head_kernel(params)
+    head = lm_head_weight(params)
     vocab_size = vocab_size or config.vocab_size
     if head.dtype == dtype and len(head) == vocab_size:
         head = TransposedKernel(head)
@@ -186,8 +186,8 @@ def forward_cached(
             layer, layer_cache, x, index, mask[:, None], slot, config=config, precision=precision
         )
         new_cache.append(layer_cache)
-    norm = nnx.merge(final_norm_structure(config), params["ln_f"])
-    return norm(x, Call(precision)), tuple(new_cache)
+    norm = nnx.merge(final_norm_graphdef(config), params["ln_f"])
+    return norm(x, ForwardContext(precision)), tuple(new_cache)
 
 
 # a function of its own is traced once for all layers; in the compiled program nothing is left of it
@@ -203,8 +203,8 @@ def _apply_block(
     config: GPT2Config,
     precision: Precision,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    block = nnx.merge(block_structure(config), layer)
-    return block(x, Call(precision), layer_index=index, mask=mask, cache=cache, cache_index=slot)
+    block = nnx.merge(block_graphdef(config), layer)
+    return block(x, ForwardContext(precision), layer_index=index, mask=mask, cache=cache, cache_index=slot)
 
 
 def next_logits(params: InferenceParams, hidden: jax.Array, precision: Precision) -> jax.Array:

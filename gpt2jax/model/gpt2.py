@@ -54,7 +54,7 @@ _OTHER_ACTIVATIONS = {
 }
 
 
-def activation(name: str, x: jax.Array, call: Call) -> jax.Array:
+def activation(name: str, x: jax.Array, call: ForwardContext) -> jax.Array:
     """The nonlinearity between the mlp's two products."""
     return gelu_tanh(x, call.precision.compute_dtype) if name in _TANH_GELUS else _OTHER_ACTIVATIONS[name](x)
 
@@ -78,7 +78,7 @@ class Linear(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros((*layers, out_dim), jnp.float32))
 
-    def __call__(self, x: jax.Array, call: Call, adapter: Any = None, key: jax.Array | None = None):
+    def __call__(self, x: jax.Array, call: ForwardContext, adapter: Any = None, key: jax.Array | None = None):
         """x [B, T, in] -> [B, T, out]; `adapter` as `low_rank.apply_lora` takes it."""
         dtype, kernel = call.precision.compute_dtype, self.kernel.get_value()
         y = matmul(x, kernel, dtype)
@@ -95,7 +95,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((*layers, dim), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((*layers, dim), jnp.float32))
 
-    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
+    def __call__(self, x: jax.Array, call: ForwardContext) -> jax.Array:
         y: jax.Array = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
         return y.astype(call.precision.activation_dtype)
 
@@ -123,7 +123,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x,
-        call: Call,
+        call: ForwardContext,
         *,
         layer_index,
         mask,
@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         attention reads the whole of it in its dtype: casting it each step would cost more than narrow products save.
         """
         adapters = adapters or {}
-        keys = split_or_none(key, 4)
+        keys = split_key(key, 4)
         slices = tuple(adapters.get(name) for name in "qkv")
         qkv = self.c_attn(x, call, slices if any(slices) else adapters.get("c_attn"), keys[0])
         q, k, v = (self._split_heads(part) for part in jnp.split(qkv, 3, axis=-1))  # each [B, N, T, H]
@@ -191,9 +191,9 @@ class MLP(nnx.Module):
             config.mlp_dim, dim, layers=layers, std=std / math.sqrt(2 * config.n_layer), rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, call: Call, *, adapters=None, key=None) -> jax.Array:
+    def __call__(self, x: jax.Array, call: ForwardContext, *, adapters=None, key=None) -> jax.Array:
         adapters = adapters or {}
-        keys = split_or_none(key, 3)
+        keys = split_key(key, 3)
         x = self.c_fc(x, call, adapters.get("c_fc"), keys[0])
         x = activation(self.config.activation_function, x, call)
         x = self.c_proj(x, call, adapters.get("c_proj"), keys[1])
@@ -216,7 +216,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x,
-        call: Call,
+        call: ForwardContext,
         *,
         layer_index,
         mask,
@@ -227,7 +227,7 @@ class Block(nnx.Module):
     ):
         """x [B, T, D] -> ([B, T, D], cache); see `Attention`."""
         adapters = adapters or {}
-        keys = split_or_none(key, 2)
+        keys = split_key(key, 2)
         y, cache = self.attn(
             self.ln_1(x, call),
             call,
@@ -242,7 +242,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.ln_2(x, call), call, adapters=adapters.get("mlp"), key=keys[1]), cache
 
 
-class Head(nnx.Module):
+class LMHead(nnx.Module):
     """The output head of a model whose head is not the token embedding."""
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
@@ -269,28 +269,30 @@ class GPT2(nnx.Module):
             self.h = Block(config, layers=(config.n_layer,), rngs=rngs)
         self.ln_f = LayerNorm(config.n_embd, layers=(), epsilon=config.layer_norm_epsilon)
         if not config.tie_word_embeddings:
-            self.lm_head = Head(config, rngs=rngs)
+            self.lm_head = LMHead(config, rngs=rngs)
 
-    def embed(self, tokens: jax.Array, positions: jax.Array, call: Call, key=None) -> jax.Array:
+    def embed(self, tokens: jax.Array, positions: jax.Array, call: ForwardContext, key=None) -> jax.Array:
         """Ids [B, T] or their embeddings [B, T, D], positions [B, T] -> [B, T, D]."""
         x = self.wte(tokens) if tokens.ndim == 2 else tokens
         x = constrain_embedding(x + self.wpe(positions))
         return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
 
-    def __call__(self, tokens, positions, mask, call: Call, *, adapters=None, key=None) -> jax.Array:
+    def __call__(
+        self, tokens, positions, mask, call: ForwardContext, *, adapters=None, key=None
+    ) -> jax.Array:
         """Ids [B, T] or embeddings [B, T, D], positions [B, T], mask [B or 1, 1, T, T] or None -> hidden states.
 
         They are [B, T, D], after the last LayerNorm.
         """
-        embed_key, blocks_key = split_or_none(key, 2)
+        embed_key, blocks_key = split_key(key, 2)
         x = constrain_batch(self.embed(tokens, positions, call, embed_key))
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
         apart = list(self.h) if isinstance(self.h, nnx.List) else None
-        structure, params = nnx.split(apart[0] if apart else self.h)
+        graphdef, params = nnx.split(apart[0] if apart else self.h)
 
         def block(x, layer):
             params, adapters, key, index = layer
-            module = nnx.merge(structure, params)
+            module = nnx.merge(graphdef, params)
             x, cache = module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
             return constrain_batch(x), cache
 
@@ -306,7 +308,7 @@ class GPT2(nnx.Module):
         return self.ln_f(x, call)
 
 
-class Call:
+class ForwardContext:
     """What is the same for every layer of one call; modules take it, whoever walks the layers makes it."""
 
     def __init__(
@@ -318,7 +320,7 @@ class Call:
         self.remat = remat
 
 
-def split_or_none(key: jax.Array | None, n: int):
+def split_key(key: jax.Array | None, n: int):
     """n keys out of one, or n times None where there is none."""
     return [None] * n if key is None else list(jax.random.split(key, n))
 
@@ -327,19 +329,19 @@ def split_or_none(key: jax.Array | None, n: int):
 
 
 @functools.lru_cache(maxsize=64)
-def structure(config: GPT2Config, apart: bool = False) -> nnx.GraphDef:
+def graphdef(config: GPT2Config, apart: bool = False) -> nnx.GraphDef:
     """The module structure of a configuration; with parameters it makes a `GPT2` by `nnx.merge`."""
     return nnx.split(nnx.eval_shape(lambda: GPT2(config, apart=apart, rngs=nnx.Rngs(0))))[0]
 
 
 @functools.lru_cache(maxsize=64)
-def block_structure(config: GPT2Config) -> nnx.GraphDef:
+def block_graphdef(config: GPT2Config) -> nnx.GraphDef:
     """The module structure of one block, for callers that walk the layers themselves."""
     return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
 
 
 @functools.lru_cache(maxsize=64)
-def final_norm_structure(config: GPT2Config) -> nnx.GraphDef:
+def final_norm_graphdef(config: GPT2Config) -> nnx.GraphDef:
     """The module structure of the last LayerNorm, for the same callers."""
     epsilon = config.layer_norm_epsilon
     return nnx.split(nnx.eval_shape(lambda: LayerNorm(config.n_embd, layers=(), epsilon=epsilon)))[0]
@@ -424,10 +426,10 @@ def hidden_states(
         mask = (causal if mask is None else mask) & (
             segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         )
-    call = Call(precision, causal=causal, lora_dropout=lora_dropout, remat=remat)
+    call = ForwardContext(precision, causal=causal, lora_dropout=lora_dropout, remat=remat)
     if adapters is not None:
         adapters = attach_scales(adapters, lora_scale, config.n_layer)
-    module = nnx.merge(structure(config, apart=0 in params["h"]), params)
+    module = nnx.merge(graphdef(config, apart=0 in params["h"]), params)
     tokens = token_ids if token_embeddings is None else token_embeddings
     return module(tokens, positions, mask, call, adapters=adapters, key=dropout_key)
 
@@ -442,7 +444,7 @@ def _default_positions(shape, attention_mask, segment_ids) -> jax.Array:
     return before
 
 
-def head_kernel(params: Params) -> jax.Array:
+def lm_head_weight(params: Params) -> jax.Array:
     """The output head [V, D]: the token embedding unless the model has a head of its own."""
     return params["lm_head"]["kernel"] if "lm_head" in params else params["wte"]["embedding"]
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2jax.lora.adapters import cast_base, init_adapters
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import Params, abstract_params, head_kernel, hidden_states
+from gpt2jax.model.gpt2 import Params, abstract_params, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import Precision, precision
 from gpt2jax.sharding import BATCH_AXES, shardings, use_mesh
@@ -97,7 +97,7 @@ def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]
             lora_dropout=lora.dropout if lora else 0.0,
             remat=train.remat,
         )
-        return cross_entropy(hidden, head_kernel(params), batch["targets"], batch["weights"], numerics)[0]
+        return cross_entropy(hidden, lm_head_weight(params), batch["targets"], batch["weights"], numerics)[0]
 
     return jax.grad(loss), (program.state["params"], program.frozen, batch)
 

@@ -12,7 +12,7 @@ import optax
 
 from gpt2jax.lora.adapters import LoRAConfig
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
+from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import constrain_batch, constrain_params
@@ -126,7 +126,7 @@ def make_train_step(
         )
         total, sums = cross_entropy(
             hidden,
-            head_kernel(params),
+            lm_head_weight(params),
             batch["targets"],
             batch["weights"],
             precision,

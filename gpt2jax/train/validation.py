@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from gpt2jax.data.batches import Batch, sequential_batches
 from gpt2jax.data.documents import Documents
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states
+from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import token_losses
 from gpt2jax.ops.precision import precision
 from gpt2jax.sharding import shard_batch
@@ -78,6 +78,6 @@ def _batch_sums(params, adapters, batch, config, numerics, lora_scale):
         adapters=adapters,
         lora_scale=lora_scale,
     )
-    nll, hit = token_losses(hidden, head_kernel(params), batch["targets"], numerics)
+    nll, hit = token_losses(hidden, lm_head_weight(params), batch["targets"], numerics)
     weights = batch["weights"]
     return jnp.stack([(nll * weights).sum(), (hit * weights).sum(), weights.sum()])

@@ -16,7 +16,7 @@ from gpt2jax.generation.beam_search import beam_search, search
 from gpt2jax.generation.generate import generate
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import head_kernel, hidden_states, output_logits
+from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
 
 VOCAB, LENGTH = 6, 3
 SMALL = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=VOCAB, n_positions=16)
@@ -37,7 +37,7 @@ def small():
 @jax.jit
 def log_probabilities(params, token_ids):
     hidden = hidden_states(params, SMALL, token_ids)
-    return jax.nn.log_softmax(output_logits(hidden, head_kernel(params)))
+    return jax.nn.log_softmax(output_logits(hidden, lm_head_weight(params)))
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from gpt2jax.generation.requests import Row
 from gpt2jax.generation.runner import Job, initial_progress, make_request
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 from gpt2jax.model.config import PRESETS, GPT2Config
-from gpt2jax.model.gpt2 import head_kernel, hidden_states, init_params, output_logits
+from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
 from gpt2jax.ops.precision import precision
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97, n_positions=24)
@@ -59,7 +59,7 @@ def ids_of(config, rows, length, seed=0) -> Any:
 
 
 def full_logits(params, config, ids):
-    return np.asarray(output_logits(hidden_states(params, config, ids), head_kernel(params)))
+    return np.asarray(output_logits(hidden_states(params, config, ids), lm_head_weight(params)))
 
 
 step = jax.jit(
@@ -173,7 +173,7 @@ def test_adapters_are_merged():
     adapters = jax.tree.map(lambda x: x + 0.2, init_adapters(TINY, lora, 1))
     ids = ids_of(TINY, 2, 8)
     hidden = hidden_states(params, TINY, ids, adapters=adapters, lora_scale=lora.scale)
-    want = np.asarray(output_logits(hidden, head_kernel(params)))[:, -1]
+    want = np.asarray(output_logits(hidden, lm_head_weight(params)))[:, -1]
     assert np.abs(want - full_logits(params, TINY, ids)[:, -1]).max() > 0.1
     derived = params_for_inference(model_of(params, adapters=adapters, lora=lora), "float32")
     got, _ = prefill(derived, ids, np.zeros(2, np.int32), config=TINY, precision=F32)

@@ -11,7 +11,7 @@ import pytest
 from tiny_models import CONFIG, encode, random_model
 
 from gpt2jax.generation.generate import generate, stream
-from gpt2jax.model.gpt2 import head_kernel, hidden_states, output_logits
+from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
 
 PROMPTS = ["one two three one two three", "", "a", [7, 7, 7, 8]]
 
@@ -25,7 +25,7 @@ def model():
 def run(params, config, token_ids):
     """Hidden states [T, D] and logits [T, V] of one text."""
     hidden = hidden_states(params, config, token_ids[None])
-    return hidden[0], output_logits(hidden, head_kernel(params))[0]
+    return hidden[0], output_logits(hidden, lm_head_weight(params))[0]
 
 
 def naive(model, ids: list[int], count: int, top_k: int, alpha: float) -> tuple[list[int], list[float]]:

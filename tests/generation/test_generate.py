@@ -18,7 +18,7 @@ from gpt2jax.generation.runner import more_slots
 from gpt2jax.generation.sampling import SamplingConfig, log_probability, sample
 from gpt2jax.generation.text_stream import TextStream
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import head_kernel, hidden_states, init_params, output_logits
+from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
 from gpt2jax.tokenizer.bpe import Tokenizer
 
 TOKENIZER = Tokenizer.gpt2(300)
@@ -63,7 +63,7 @@ draw = jax.jit(sample)
 
 @jax.jit
 def all_logits(params, ids):
-    return output_logits(hidden_states(params, CONFIG, ids), head_kernel(params))
+    return output_logits(hidden_states(params, CONFIG, ids), lm_head_weight(params))
 
 
 def naive(model, prompt, *, seed=0, max_new_tokens=12, stop=(END,), **settings):

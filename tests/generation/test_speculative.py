@@ -14,7 +14,7 @@ from tiny_models import CONFIG, encode, random_model
 from gpt2jax.generation import speculative
 from gpt2jax.generation.generate import generate, stream
 from gpt2jax.generation.logits_processors import Context
-from gpt2jax.model.gpt2 import head_kernel, hidden_states, output_logits
+from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
 
 TEXT = "one two three one two three one two"
 GUESSES: list[dict[str, Any]] = [
@@ -91,7 +91,9 @@ def test_frequencies_are_those_of_the_model(models):
     model, draft = models
     ids = encode(model, "hello")
     logits = jax.jit(
-        lambda ids: output_logits(hidden_states(model.params, CONFIG, ids)[:, -1], head_kernel(model.params))
+        lambda ids: output_logits(
+            hidden_states(model.params, CONFIG, ids)[:, -1], lm_head_weight(model.params)
+        )
     )
 
     def filtered(text):

@@ -19,9 +19,9 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import (
     abstract_params,
     dropout,
-    head_kernel,
     hidden_states,
     init_params,
+    lm_head_weight,
     output_logits,
 )
 from gpt2jax.ops.cross_entropy import cross_entropy
@@ -110,7 +110,7 @@ def test_narrow_products_stay_close(model, name):
     tokens = ids(2, 16)
     numerics = precision(name)
     narrow = output_logits(
-        hidden_states(model.params, TINY, tokens, precision=numerics), head_kernel(model.params), numerics
+        hidden_states(model.params, TINY, tokens, precision=numerics), lm_head_weight(model.params), numerics
     )
     exact = model.logits(tokens)
     assert narrow.dtype == jnp.float32
@@ -169,7 +169,7 @@ def test_logits_and_gradient_beside_float64():
 
     def loss(params):
         hidden = hidden_states(params, config, inputs)
-        return cross_entropy(hidden, head_kernel(params), targets, jnp.ones(targets.shape))[0]
+        return cross_entropy(hidden, lm_head_weight(params), targets, jnp.ones(targets.shape))[0]
 
     def exact_loss(params):
         total = 0.0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import TINY, random_params
 
-from gpt2jax.model.gpt2 import head_kernel, hidden_states
+from gpt2jax.model.gpt2 import hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import COMPUTE_DTYPES, FLOAT32, matmul, precision
 
@@ -98,7 +98,9 @@ def test_model_and_gradient_with_narrow_activations(name, tolerance):
     def loss(params, numerics):
         hidden = hidden_states(params, TINY, inputs, precision=numerics)
         assert hidden.dtype == numerics.activation_dtype
-        return cross_entropy(hidden, head_kernel(params), targets, jnp.ones(targets.shape), numerics)[0] / 64
+        return (
+            cross_entropy(hidden, lm_head_weight(params), targets, jnp.ones(targets.shape), numerics)[0] / 64
+        )
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     value, narrow = gradient(

@@ -13,7 +13,7 @@ import pytest
 
 import gpt2jax
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import head_kernel, hidden_states, output_logits
+from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.weights.hf import load_hf, save_hf
 
@@ -67,7 +67,7 @@ def torch_logits(model, ids: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _head(hidden, params):
-    return output_logits(hidden, head_kernel(params))
+    return output_logits(hidden, lm_head_weight(params))
 
 
 def our_logits(config: GPT2Config, params: Any, ids: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 import gpt2jax
 from gpt2jax.lora.adapters import init_adapters
-from gpt2jax.model.gpt2 import head_kernel, hidden_states, output_logits
+from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -168,7 +168,7 @@ def test_gradient_of_dora(tmp_path, base):
 
     def loss(adapters):
         hidden = hidden_states(model.params, model.config, IDS, adapters=adapters, lora_scale=scale)
-        return (output_logits(hidden, head_kernel(model.params)) ** 2).mean()
+        return (output_logits(hidden, lm_head_weight(model.params)) ** 2).mean()
 
     gradient = jax.jit(jax.grad(loss))(model.adapters)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states, output_logits
+from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight, output_logits
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import FLOAT32
 from gpt2jax.train.config import FinetuneConfig
@@ -99,7 +99,7 @@ def torch_loss(model, batch):
 
 def our_loss(params, config, batch, **options):
     hidden = hidden_states(params, config, batch["tokens"], **options)
-    total, counts = cross_entropy(hidden, head_kernel(params), batch["targets"], batch["weights"])
+    total, counts = cross_entropy(hidden, lm_head_weight(params), batch["targets"], batch["weights"])
     return total / counts["tokens"]
 
 
@@ -214,7 +214,7 @@ def test_gradient_of_adapters(tmp_path):
 
     hidden = hidden_states(params, config, batch["tokens"], adapters=adapters, lora_scale=lora.scale)
     logits = model(torch.tensor(batch["tokens"], dtype=torch.long)).logits.detach().numpy()
-    np.testing.assert_allclose(output_logits(hidden, head_kernel(params)), logits, atol=2e-5)
+    np.testing.assert_allclose(output_logits(hidden, lm_head_weight(params)), logits, atol=2e-5)
     gradient = jax.jit(jax.grad(loss))(adapters)
     with_gradients(model).save_pretrained(tmp_path / "gradient")
     assert_close(gradient, read_adapter(tmp_path / "gradient", config)[1])

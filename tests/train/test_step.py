@@ -17,7 +17,7 @@ from tiny_models import TINY, random_params
 from gpt2jax.data.batches import make_rows
 from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
-from gpt2jax.model.gpt2 import REMAT, head_kernel, hidden_states
+from gpt2jax.model.gpt2 import REMAT, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import token_losses
 from gpt2jax.ops.precision import precision
 from gpt2jax.train.config import FinetuneConfig
@@ -382,7 +382,7 @@ def test_remat_changes_memory_and_nothing_else():
 
     def loss(params, remat):
         hidden = hidden_states(params, model, ids, remat=remat)
-        return token_losses(hidden, head_kernel(params), ids)[0].sum()
+        return token_losses(hidden, lm_head_weight(params), ids)[0].sum()
 
     params = random_params(model)
     gradients, memory = {}, {}
@@ -427,7 +427,7 @@ def test_a_packed_document_has_the_loss_it_has_alone():
     @jax.jit
     def loss(params, batch):
         hidden = hidden_states(params, TINY, batch["tokens"], segment_ids=batch["segment_ids"])
-        return token_losses(hidden, head_kernel(params), batch["targets"])[0]
+        return token_losses(hidden, lm_head_weight(params), batch["targets"])[0]
 
     losses = np.asarray(loss(params, whole))
     compared = 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import Params, head_kernel, hidden_states, output_logits
+from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight, output_logits
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import FLOAT32
 from gpt2jax.train.config import FinetuneConfig
@@ -86,7 +86,7 @@ def assert_close(ours: Params, expected: Params, tolerance: float = 1e-5) -> Non
 def test_logits(golden, config):
     params = stacked(golden, "before")
     hidden = hidden_states(params, config, jnp.asarray(golden["tokens"][0]))
-    np.testing.assert_allclose(output_logits(hidden, head_kernel(params)), golden["logits"], atol=1e-5)
+    np.testing.assert_allclose(output_logits(hidden, lm_head_weight(params)), golden["logits"], atol=1e-5)
 
 
 def test_gradient_of_every_leaf(golden, config):
@@ -94,7 +94,7 @@ def test_gradient_of_every_leaf(golden, config):
 
     def loss(params):
         hidden = hidden_states(params, config, tokens)
-        return cross_entropy(hidden, head_kernel(params), targets, weights)[0] / weights.sum()
+        return cross_entropy(hidden, lm_head_weight(params), targets, weights)[0] / weights.sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(stacked(golden, "before"))
     np.testing.assert_allclose(value, golden["losses"][0], rtol=1e-6)
