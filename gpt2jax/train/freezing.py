@@ -15,7 +15,7 @@ import numpy as np
 from gpt2jax.model.gpt2 import Params
 
 
-def cut_frozen(params: Params, patterns: Sequence[str]) -> tuple[Params, Params, Params | None]:
+def partition_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Params, Params | None]:
     """Parts parameters that stay as they are from those that are trained.
 
     Args:
@@ -69,13 +69,13 @@ def leaf_names(path: Sequence[str], leaf: Any) -> list[str]:
     return [".".join(["h", str(layer), *path[1:]]) for layer in range(leaf.shape[0])]
 
 
-def join(trained: Params, frozen: Params | None) -> Params:
+def merge_params(trained: Params, frozen: Params | None) -> Params:
     """The whole parameter dict out of its two parts."""
     if not frozen:
         return trained
     joined = dict(frozen)
     for name, value in trained.items():
-        joined[name] = join(value, frozen[name]) if name in frozen else value
+        joined[name] = merge_params(value, frozen[name]) if name in frozen else value
     return joined
 
 

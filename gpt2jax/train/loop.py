@@ -29,7 +29,7 @@ from gpt2jax.ops.precision import precision
 from gpt2jax.sharding import barrier, gather, make_mesh, num_batch_shards, shard, use_mesh
 from gpt2jax.train.checkpoint import Best, Checkpoints
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.freezing import cut_frozen, join
+from gpt2jax.train.freezing import merge_params, partition_params
 from gpt2jax.train.log import NotFinite, TrainLog
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.run_folder import RunFolder
@@ -143,7 +143,7 @@ def finetune(
 def _check_names(model: LanguageModel, config: FinetuneConfig) -> None:
     """Refuses names of parameters that are none, before anything is written."""
     if config.freeze:
-        cut_frozen(model.params, config.freeze)
+        partition_params(model.params, config.freeze)
     if config.lora is not None:
         check_patterns(config.lora, model.config.n_layer)
 
@@ -323,7 +323,7 @@ def _parts(model: LanguageModel, config: FinetuneConfig) -> tuple[Params, Params
     if not config.freeze:
         trained, frozen, mask = model.params, None, None
     else:
-        trained, frozen, mask = cut_frozen(model.params, config.freeze)
+        trained, frozen, mask = partition_params(model.params, config.freeze)
     # the step donates its state; the model stays as it is, and training is in float32 wherever it was loaded in
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trained), frozen or None, mask
 
@@ -340,7 +340,7 @@ def _trained_model(
 ) -> LanguageModel:
     if config.lora is not None:
         return dataclasses.replace(model, adapters=_whole(result, mesh), lora=config.lora)
-    params = join(result, frozen)
+    params = merge_params(result, frozen)
     # the order of the leaves is part of a file's bytes
     ordered = jax.tree.unflatten(jax.tree.structure(model.params), jax.tree.leaves(params))
     return dataclasses.replace(model, params=_whole(ordered, mesh), source=None)

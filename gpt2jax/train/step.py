@@ -17,7 +17,7 @@ from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import constrain_batch, constrain_params
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.freezing import join
+from gpt2jax.train.freezing import merge_params
 from gpt2jax.train.optimizer import clip_scale, global_norm
 
 TrainState = dict[str, Any]
@@ -110,7 +110,7 @@ def make_train_step(
     """
 
     def loss_sum(trainable, token_embeddings, frozen, batch, key, scale):
-        params, adapters = (join(trainable, frozen), None) if lora is None else (frozen, trainable)
+        params, adapters = (merge_params(trainable, frozen), None) if lora is None else (frozen, trainable)
         hidden = hidden_states(
             params,
             config,

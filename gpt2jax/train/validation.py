@@ -19,7 +19,7 @@ from gpt2jax.ops.cross_entropy import token_losses
 from gpt2jax.ops.precision import precision
 from gpt2jax.sharding import shard_batch
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.freezing import join
+from gpt2jax.train.freezing import merge_params
 
 
 def place(batch: Batch, mesh: Mesh | None) -> Any:
@@ -41,7 +41,7 @@ def validation_loss(
 
     `trainable` and `frozen` are those of the training step.
     """
-    params, adapters = (join(trainable, frozen), None) if config.lora is None else (frozen, trainable)
+    params, adapters = (merge_params(trainable, frozen), None) if config.lora is None else (frozen, trainable)
     sums = np.zeros(3)
     batches = _validation_batches(model, config, documents, length)
     for batch in batches:

@@ -21,7 +21,7 @@ from gpt2jax.model.gpt2 import REMAT, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import token_losses
 from gpt2jax.ops.precision import precision
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.freezing import cut_frozen, join
+from gpt2jax.train.freezing import merge_params, partition_params
 from gpt2jax.train.optimizer import clip_scale, decay_mask, make_optimizer, with_narrow_moments
 from gpt2jax.train.schedules import make_schedule, resolve_learning_rate
 from gpt2jax.train.step import GROWTH_INTERVAL, INITIAL_SCALE, init_state, make_train_step, next_loss_scale
@@ -333,8 +333,8 @@ def test_narrow_moments_keep_what_small_changes_add_up_to():
 
 def test_frozen_parameters_stay():
     params = random_params()
-    trained, frozen, mask = cut_frozen(params, ["wte", "h.0", "h.*.mlp.c_fc.bias"])
-    jax.tree.map(np.testing.assert_array_equal, join(trained, frozen), params)
+    trained, frozen, mask = partition_params(params, ["wte", "h.0", "h.*.mlp.c_fc.bias"])
+    jax.tree.map(np.testing.assert_array_equal, merge_params(trained, frozen), params)
     assert "wte" not in trained and "bias" not in trained["h"]["mlp"]["c_fc"] and mask is not None
     before = jax.tree.map(np.array, params)
     optimizer = make_optimizer(CONFIG, 10)
@@ -342,7 +342,7 @@ def test_frozen_parameters_stay():
     step = make_train_step(TINY, optimizer, precision("float32"), mask=mask)
     for index in range(2):
         state, metrics = step(state, frozen, batch(index))
-    after = jax.tree.map(np.array, join(state["params"], frozen))
+    after = jax.tree.map(np.array, merge_params(state["params"], frozen))
     np.testing.assert_array_equal(after["wte"]["embedding"], before["wte"]["embedding"])
     for a, b in zip(jax.tree.leaves(after["h"]), jax.tree.leaves(before["h"]), strict=True):
         np.testing.assert_array_equal(a[0], b[0])
@@ -353,7 +353,7 @@ def test_frozen_parameters_stay():
         (["*"], "leaves nothing to train"),
     ):
         with pytest.raises(ValueError, match=message):
-            cut_frozen(params, wrong)
+            partition_params(params, wrong)
 
 
 def test_moving_average_and_lora_plus():
