@@ -68,7 +68,7 @@ def gpt2jax_step(
     from gpt2jax.train.config import FinetuneConfig
     from gpt2jax.train.optimizer import make_optimizer
     from gpt2jax.train.step import init_state, make_train_step
-    from gpt2jax.train.unrolled import pays_apart, take_apart
+    from gpt2jax.train.unrolled import should_unroll, unstack_layers
 
     adapters = LoRAConfig(rank=RANK) if lora else None
     settings = FinetuneConfig(
@@ -79,8 +79,8 @@ def gpt2jax_step(
     state = init_state(
         init_adapters(config, adapters) if adapters else params, optimizer, loss_scaling=dtype == "float16"
     )
-    if pays_apart(config, settings, length, jax.default_backend(), 1):
-        state = take_apart(state)
+    if should_unroll(config, settings, length, jax.default_backend(), 1):
+        state = unstack_layers(state)
     step = make_train_step(config, optimizer, precision(dtype), lora=adapters)
     ids = batch(config, rows, length).astype(np.int32)
     inputs = {

@@ -21,7 +21,7 @@ from gpt2jax.ops.attention import query_blocks, supports_memory_efficient_attent
 from gpt2jax.ops.cross_entropy import chunk_size, column_slices
 from gpt2jax.plan.program import Program, loss_gradient, make_program
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.unrolled import pays_apart
+from gpt2jax.train.unrolled import should_unroll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
         rows_of_all, _ = _kept(program, "none", wide=wide)
     rows_of_block = rows_of_all // program.model.n_layer // ways
     length = program.batch["tokens"].shape[1]
-    if pays_apart(program.model, train, length, program.backend, devices):
+    if should_unroll(program.model, train, length, program.backend, devices):
         rows_kept = int(rows_kept * _kept_beside_gradients(program, rows_kept))
     tokens = math.prod(program.batch["tokens"].shape) // train.accumulation // ways
     return Memory(

@@ -20,7 +20,7 @@ from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.schedules import resolve_learning_rate
 from gpt2jax.train.step import init_state, make_configured_step
-from gpt2jax.train.unrolled import pays_apart, take_apart
+from gpt2jax.train.unrolled import should_unroll, unstack_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,8 @@ def compile_program(program: Program, mesh: Mesh) -> Any:
         return jax.tree.map(lambda s, cut: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=cut), tree, cuts)
 
     rows, state = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), program.state
-    if pays_apart(program.model, train, program.batch["tokens"].shape[1], program.backend, mesh.size):
-        state = jax.eval_shape(take_apart, state)
+    if should_unroll(program.model, train, program.batch["tokens"].shape[1], program.backend, mesh.size):
+        state = jax.eval_shape(unstack_layers, state)
     arguments = (
         placed(state, shardings(state, mesh)),
         None if program.frozen is None else placed(program.frozen, shardings(program.frozen, mesh)),

@@ -37,7 +37,7 @@ from gpt2jax.train.schedules import resolve_learning_rate
 from gpt2jax.train.step import TrainState, init_state, make_configured_step
 from gpt2jax.train.stopping import Limits, stopped
 from gpt2jax.train.trackers import check_trackers, close_trackers, open_trackers
-from gpt2jax.train.unrolled import pays_apart, put_together, take_apart
+from gpt2jax.train.unrolled import should_unroll, stack_layers, unstack_layers
 from gpt2jax.train.validation import place, validation_loss
 from gpt2jax.utils.progress import training_progress
 from gpt2jax.utils.validation import check_model, check_texts
@@ -247,13 +247,13 @@ def _train(
                     log.pause()
                     extra = validate(averaged(state))
                     if best is not None and limits.is_best(extra["validation_loss"]):
-                        best.save(step, put_together(averaged(state)))
+                        best.save(step, stack_layers(averaged(state)))
                 if extra or at_end or step % config.log_every == 0:
                     report(step, log.flush(extra))
                 at_end = at_end or limits.patience_is_over()
                 if checkpoints is not None and (step % plan.checkpoint_every == 0 or at_end):
                     log.fetch()
-                    checkpoints.save(step, put_together(state), log.unlogged)
+                    checkpoints.save(step, stack_layers(state), log.unlogged)
                 limits.stop_if_asked()
                 if at_end:
                     break
@@ -262,13 +262,13 @@ def _train(
             if checkpoints is not None and log.step > start and not state["step"].is_deleted():
                 log.fetch()
                 if log.step == int(state["step"]):
-                    checkpoints.save(log.step, put_together(state), log.unlogged)
+                    checkpoints.save(log.step, stack_layers(state), log.unlogged)
             raise stopped(interrupt, checkpoints, folder) from None
         except NotFinite as error:
             if log.unlogged:  # with the way there
                 log.flush({})
             raise _explained(error, plan, checkpoints, folder) from None
-    result = put_together(averaged(state))
+    result = stack_layers(averaged(state))
     if best is not None:
         result = best.restore(result)
     trained = _trained_model(model, config, result, frozen, plan.mesh)
@@ -310,8 +310,8 @@ def _starting_point(
     if checkpoints is not None and checkpoints.latest_step() is not None:
         state, unlogged = checkpoints.restore(state)
     length, devices = plan.batches.sequence_length, jax.device_count()
-    if pays_apart(model.config, config, length, jax.default_backend(), devices):
-        state = take_apart(state)
+    if should_unroll(model.config, config, length, jax.default_backend(), devices):
+        state = unstack_layers(state)
     return state, frozen, mask, unlogged
 
 

@@ -22,7 +22,7 @@ _ELEMENTWISE = ("adamw", "lion", "sgd")
 _LONGEST = 128
 
 
-def pays_apart(model: GPT2Config, train: FinetuneConfig, length: int, backend: str, devices: int) -> bool:
+def should_unroll(model: GPT2Config, train: FinetuneConfig, length: int, backend: str, devices: int) -> bool:
     """Whether training is faster with the layers apart, in about the same memory.
 
     It is for all parameters in float32 on one CPU device and for small batches. Elsewhere these copies take little of
@@ -41,7 +41,7 @@ def pays_apart(model: GPT2Config, train: FinetuneConfig, length: int, backend: s
     return everything and in_float32 and few and backend == "cpu" and devices == 1
 
 
-def take_apart(tree: Any) -> Any:
+def unstack_layers(tree: Any) -> Any:
     """A training state or parameters with the layers apart."""
 
     def layers(blocks):
@@ -51,8 +51,8 @@ def take_apart(tree: Any) -> Any:
     return _map_blocks(layers, tree)
 
 
-def put_together(tree: Any) -> Any:
-    """The same stacked: undoes `take_apart`, and leaves alone what is stacked."""
+def stack_layers(tree: Any) -> Any:
+    """The same stacked: undoes `unstack_layers`, and leaves alone what is stacked."""
 
     def stack(blocks):
         if 0 not in blocks:

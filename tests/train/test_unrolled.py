@@ -19,7 +19,7 @@ from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.step import init_state, make_train_step
-from gpt2jax.train.unrolled import pays_apart, put_together, take_apart
+from gpt2jax.train.unrolled import should_unroll, stack_layers, unstack_layers
 
 CONFIG = FinetuneConfig(steps=6, batch_size=2, sequence_length=16, learning_rate=1e-2, ema_decay=0.9)
 
@@ -38,19 +38,19 @@ def batch() -> dict[str, np.ndarray]:
 def test_a_step_apart_is_the_step():
     config = dataclasses.replace(CONFIG, optimizer="sgd")
     (state, step), (other, _) = state_and_step(config), state_and_step(config)
-    apart = take_apart(other)
+    apart = unstack_layers(other)
     assert list(apart["params"]["h"]) == list(range(TINY.n_layer))
     for _ in range(2):
         state, metrics = step(state, None, batch())
         apart, of_apart = step(apart, None, batch())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, of_apart)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, put_together(apart))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, stack_layers(apart))
 
 
 def test_put_together_undoes_take_apart():
     state, _ = state_and_step(CONFIG)
-    again = put_together(take_apart(state))
-    assert jax.tree.structure(again) == jax.tree.structure(state) == jax.tree.structure(put_together(state))
+    again = stack_layers(unstack_layers(state))
+    assert jax.tree.structure(again) == jax.tree.structure(state) == jax.tree.structure(stack_layers(state))
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
@@ -69,7 +69,7 @@ def test_dropout_adapters_and_remat_with_layers_apart():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
         gradient(params),
-        gradient(take_apart(params)),
+        gradient(unstack_layers(params)),
     )
 
 
@@ -95,13 +95,13 @@ def test_a_run_with_layers_apart_is_seen_stacked(tmp_path, monkeypatch):
 
 def test_where_it_pays():
     model, study = PRESETS["gpt2"], FinetuneConfig(batch_size=8)
-    assert pays_apart(model, study, 128, "cpu", 1)
-    assert not pays_apart(model, study, 1024, "cpu", 1)
-    assert not pays_apart(model, study, 128, "gpu", 1)
-    assert not pays_apart(model, study, 128, "cpu", 8)
+    assert should_unroll(model, study, 128, "cpu", 1)
+    assert not should_unroll(model, study, 1024, "cpu", 1)
+    assert not should_unroll(model, study, 128, "gpu", 1)
+    assert not should_unroll(model, study, 128, "cpu", 8)
     many = dataclasses.replace(study, batch_size=64)
-    assert not pays_apart(model, many, 128, "cpu", 1)
-    assert pays_apart(model, dataclasses.replace(many, accumulation=8), 128, "cpu", 1)
+    assert not should_unroll(model, many, 128, "cpu", 1)
+    assert should_unroll(model, dataclasses.replace(many, accumulation=8), 128, "cpu", 1)
     for change in (
         {"lora": LoRAConfig()},
         {"freeze": ("wte",)},
@@ -110,4 +110,4 @@ def test_where_it_pays():
         {"optimizer": "muon"},
         {"optimizer": "adafactor"},
     ):
-        assert not pays_apart(model, dataclasses.replace(study, **change), 128, "cpu", 1)
+        assert not should_unroll(model, dataclasses.replace(study, **change), 128, "cpu", 1)
