@@ -75,7 +75,7 @@ class Checkpoints:
         self._manager.close()
 
 
-class Best:
+class BestCheckpoint:
     """The parameters of the best validation: in a folder, or in memory where there is none."""
 
     def __init__(self, folder: pathlib.Path | None):

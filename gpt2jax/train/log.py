@@ -18,7 +18,7 @@ from gpt2jax.train.step import MIN_SCALE
 Tracker = Callable[[dict[str, float]], None]
 
 
-class NotFinite(FloatingPointError):
+class NonFiniteError(FloatingPointError):
     """A step whose loss or gradient is not finite.
 
     Attributes:
@@ -125,14 +125,14 @@ class TrainLog:
             if math.isfinite(values["grad_norm"]):
                 self._finite = step
             elif values["loss_scale"] <= MIN_SCALE:
-                raise NotFinite(
+                raise NonFiniteError(
                     step,
                     f"loss {values['loss']}, its gradient overflows at the smallest loss scale too, {MIN_SCALE}; "
                     "bfloat16 and float32 don't overflow so soon, and a lower learning_rate may help",
                     first=self._finite + 1,
                 )
         elif not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise NotFinite(
+            raise NonFiniteError(
                 step,
                 f"loss {values['loss']}, gradient norm {values['grad_norm']}; "
                 "a lower learning_rate or a longer warmup_steps helps as a rule",

@@ -27,21 +27,21 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.ops.precision import precision
 from gpt2jax.sharding import barrier, gather, make_mesh, num_batch_shards, shard, use_mesh
-from gpt2jax.train.checkpoint import Best, Checkpoints
+from gpt2jax.train.checkpoint import BestCheckpoint, Checkpoints
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params, partition_params
-from gpt2jax.train.log import NotFinite, TrainLog
+from gpt2jax.train.log import NonFiniteError, TrainLog
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.schedules import resolve_learning_rate
 from gpt2jax.train.step import TrainState, init_state, make_configured_step
-from gpt2jax.train.stopping import Limits, stopped
+from gpt2jax.train.stopping import StopController, stopped
 from gpt2jax.train.trackers import check_trackers, close_trackers, open_trackers
 from gpt2jax.train.unrolled import should_unroll, stack_layers, unstack_layers
 from gpt2jax.train.validation import place, validation_loss
 from gpt2jax.utils.progress import training_progress
 from gpt2jax.utils.validation import check_model, check_texts
-from gpt2jax.weights.orbax import averaged
+from gpt2jax.weights.orbax import eval_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _train(
     )
     best = None
     if config.keep_best or config.patience is not None:
-        best = Best(None if folder is None else folder.best)
+        best = BestCheckpoint(None if folder is None else folder.best)
     start = int(state["step"])
     validate = None
     if validation is not None:
@@ -223,7 +223,7 @@ def _train(
         trackers = open_trackers(config, folder, start)
         stack.callback(close_trackers, trackers)
         log = TrainLog(config, plan.steps, folder, start, unlogged, [tracker.write for tracker in trackers])
-        limits = stack.enter_context(Limits(config, log.history))
+        limits = stack.enter_context(StopController(config, log.history))
         for resource in (best, checkpoints):
             if resource is not None:
                 stack.callback(resource.close)
@@ -245,9 +245,9 @@ def _train(
                 extra = {}
                 if validate is not None and (step % plan.eval_every == 0 or at_end):
                     log.pause()
-                    extra = validate(averaged(state))
+                    extra = validate(eval_params(state))
                     if best is not None and limits.is_best(extra["validation_loss"]):
-                        best.save(step, stack_layers(averaged(state)))
+                        best.save(step, stack_layers(eval_params(state)))
                 if extra or at_end or step % config.log_every == 0:
                     report(step, log.flush(extra))
                 at_end = at_end or limits.patience_is_over()
@@ -264,11 +264,11 @@ def _train(
                 if log.step == int(state["step"]):
                     checkpoints.save(log.step, stack_layers(state), log.unlogged)
             raise stopped(interrupt, checkpoints, folder) from None
-        except NotFinite as error:
+        except NonFiniteError as error:
             if log.unlogged:  # with the way there
                 log.flush({})
             raise _explained(error, plan, checkpoints, folder) from None
-    result = stack_layers(averaged(state))
+    result = stack_layers(eval_params(state))
     if best is not None:
         result = best.restore(result)
     trained = _trained_model(model, config, result, frozen, plan.mesh)
@@ -278,7 +278,7 @@ def _train(
 
 
 def _explained(
-    error: NotFinite, plan: _Plan, checkpoints: Checkpoints | None, folder: RunFolder | None
+    error: NonFiniteError, plan: _Plan, checkpoints: Checkpoints | None, folder: RunFolder | None
 ) -> FloatingPointError:
     """The error with the documents of its batch and the last good checkpoint."""
     good = None if checkpoints is None else checkpoints.good_step(error.first)

@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
 
-class Limits:
+class StopController:
     """Early stopping, the limit of time, and SIGINT and SIGTERM, which wait for the end of a step.
 
     As a context it takes the two signals; a second one of them acts at once, as without it. In a thread other than
@@ -49,7 +49,7 @@ class Limits:
         self._agreed: tuple[int, bool] | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Limits:
+    def __enter__(self) -> StopController:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._ask)

@@ -14,7 +14,7 @@ from gpt2jax.model.gpt2 import Params
 from gpt2jax.utils.atomic_io import read_object
 
 
-def averaged(state: Mapping[str, Any]) -> Params:
+def eval_params(state: Mapping[str, Any]) -> Params:
     """What is validated and returned: the moving average where there is one."""
     return state["ema"] if "ema" in state else state["params"]
 
@@ -50,4 +50,4 @@ def restore_trained(folder: pathlib.Path) -> Params:
         tree = handler.metadata(path).tree
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
         state = handler.restore(path, args=ocp.args.StandardRestore(shapes))
-    return jax.tree.map(lambda leaf: jnp.array(jax.device_get(leaf)), averaged(state))
+    return jax.tree.map(lambda leaf: jnp.array(jax.device_get(leaf)), eval_params(state))

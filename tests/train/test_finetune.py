@@ -20,7 +20,7 @@ from gpt2jax.loading import load
 from gpt2jax.lora.adapters import LoRAConfig
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.log import NotFinite, TrainLog
+from gpt2jax.train.log import NonFiniteError, TrainLog
 from gpt2jax.train.loop import finetune
 
 CONFIG = FinetuneConfig(
@@ -271,7 +271,7 @@ def test_a_checkpoint_from_which_all_steps_overflow_is_not_good():
     for step, norm, scale in ((1, 2.0, 4), (2, np.inf, 4), (3, 2.0, 2), (4, np.inf, 2), (5, np.nan, 1)):
         metrics = {"loss": 1.0, "accuracy": 0.0, "tokens": 8.0, "grad_norm": norm, "loss_scale": scale}
         log.add(step, {name: jnp.float32(value) for name, value in metrics.items()})
-    with pytest.raises(NotFinite, match="step 5: ") as error:
+    with pytest.raises(NonFiniteError, match="step 5: ") as error:
         log.fetch()
     assert (error.value.step, error.value.first) == (5, 4)
 

@@ -22,7 +22,7 @@ import gpt2jax.train.loop as loop
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.loop import finetune
-from gpt2jax.train.stopping import Interrupted, Limits
+from gpt2jax.train.stopping import Interrupted, StopController
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_signals_save_first(model, tmp_path, monkeypatch, number):
 
 def test_a_second_signal_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
-    with Limits(CONFIG, []) as limits:
+    with StopController(CONFIG, []) as limits:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)  # the first one waits for the end of the step
         with pytest.raises(KeyboardInterrupt):
@@ -132,7 +132,7 @@ def test_other_threads_leave_signals_alone():
     before = signal.getsignal(signal.SIGTERM)
 
     def check():
-        with Limits(CONFIG, []):
+        with StopController(CONFIG, []):
             assert signal.getsignal(signal.SIGTERM) == before
 
     thread = threading.Thread(target=check)
