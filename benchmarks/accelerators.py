@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gpt2jax.generation.cached_model import derive_params, inference_precision, weight_dtype
+from gpt2jax.generation.cached_model import decoding_precision, prepare_decoding_params, weight_dtype
 from gpt2jax.generation.decoding import decode
 from gpt2jax.generation.kv_cache import init_cache
 from gpt2jax.generation.requests import Row
@@ -171,9 +171,9 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
     [place] = described_devices(device, 1)
     here = jax.sharding.SingleDeviceSharding(place)
     config = PRESETS[case.model]
-    numbers = inference_precision(case.dtype, backend=device.backend)
+    numbers = decoding_precision(case.dtype, backend=device.backend)
     weights = weight_dtype(case.dtype, numbers)
-    params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=weights))
+    params = jax.eval_shape(lambda: prepare_decoding_params(init_params(config), config, dtype=weights))
     cache = jax.eval_shape(lambda: init_cache(config, case.rows, case.slots, numbers.activation_dtype))
     job = Job(model=None, stop_ids=[config.eos_token_id], bad_words=[], precision=numbers, weights=weights)
     rows = [Row("", [0], case.slots - 1, 0)] * case.rows

@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.generation.cached_model import (
-    InferenceParams,
-    forward_cached,
-    next_logits,
-    params_for_inference,
+    DecodingParams,
+    forward_with_cache,
+    lm_head,
+    params_for_decoding,
 )
-from gpt2jax.generation.decoding import Request, repeat_request, repeat_rows
+from gpt2jax.generation.decoding import DecodeParams, repeat_decode_params, repeat_rows
 from gpt2jax.generation.kv_cache import Cache
-from gpt2jax.generation.logits_processors import Context, penalised
+from gpt2jax.generation.logits_processors import TokenHistory, apply_penalties
 from gpt2jax.generation.requests import Prompt, Row, as_prompts, make_rows
 from gpt2jax.generation.runner import (
     Job,
@@ -153,7 +153,7 @@ def _run(job: Job, rows: list[Row], num_beams: int, rules: Rules) -> list[list[B
     slots = cache_slots(config, length + max(row.limit for row in rows), len(rows) * num_beams)
     token_ids, padding = left_padded(rows, length, bucket(len(rows), 1), slots)
     request = make_request(job, rows, padding, [row.limit for row in rows], length)
-    params = params_for_inference(job.model, job.weights)
+    params = params_for_decoding(job.model, job.weights)
     static = {"config": config, "precision": job.precision}
     cache = fill_cache(params, token_ids, padding, 0, length - 1, **static)
     kept = max(2, 1 + len(job.stop_ids)) * num_beams
@@ -223,10 +223,10 @@ class Search(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("num_beams", "kept", "config", "precision"))
 def search(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
     token_ids: jax.Array,
-    request: Request,
+    request: DecodeParams,
     rules: Rules,
     *,
     num_beams: int,
@@ -237,7 +237,7 @@ def search(
     """Searches until each row is done.
 
     Args:
-        params: from `inference.derive_params`.
+        params: from `inference.prepare_decoding_params`.
         cache: B rows, filled with all tokens of the prompts but the last.
         token_ids: [B, S] int32, the prompts.
         request: its limits and stop ids end texts; of its penalties, what is asked for.
@@ -259,7 +259,7 @@ def search(
         done=request.limits <= 0,
         slot=jnp.asarray(request.prompt_end, jnp.int32),
     )
-    every = repeat_request(request, num_beams)
+    every = repeat_decode_params(request, num_beams)
 
     def body(carry):
         cache, state = carry
@@ -272,10 +272,10 @@ def search(
 
 
 def _read(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
     state: Search,
-    every: Request,
+    every: DecodeParams,
     *,
     config: GPT2Config,
     precision: Precision,
@@ -284,17 +284,19 @@ def _read(
     batch, num_beams, slots = state.open.token_ids.shape
     texts = state.open.token_ids.reshape(-1, slots)
     newest = jax.lax.dynamic_slice_in_dim(texts, state.slot - 1, 1, axis=1)
-    hidden, cache = forward_cached(params, config, newest, cache, state.slot - 1, every.padding, precision)
-    logprobs = jax.nn.log_softmax(next_logits(params, hidden[:, 0], precision))
+    hidden, cache = forward_with_cache(
+        params, config, newest, cache, state.slot - 1, every.padding, precision
+    )
+    logprobs = jax.nn.log_softmax(lm_head(params, hidden[:, 0], precision))
     ends = jnp.broadcast_to(state.slot, every.padding.shape)
     begins = jnp.broadcast_to(every.prompt_end, every.padding.shape)
-    context = Context(texts, every.padding, begins, ends)
-    logprobs = penalised(logprobs, context, every.penalties, ends - begins, every.stop_ids)
+    context = TokenHistory(texts, every.padding, begins, ends)
+    logprobs = apply_penalties(logprobs, context, every.penalties, ends - begins, every.stop_ids)
     return cache, logprobs.reshape(batch, num_beams, -1)
 
 
 def _extend(
-    state: Search, logprobs: jax.Array, request: Request, rules: Rules, kept: int
+    state: Search, logprobs: jax.Array, request: DecodeParams, rules: Rules, kept: int
 ) -> tuple[jax.Array, Search]:
     """The texts one token longer, and which of the K texts before each open one [B, K] continues."""
     batch, num_beams, vocab_size = logprobs.shape

@@ -24,13 +24,13 @@ from gpt2jax.model.gpt2 import ForwardContext, Params, block_graphdef, final_nor
 from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul, precision
 from gpt2jax.ops.streamed import TransposedKernel, transpose_kernel
 
-InferenceParams = dict[str, Any]
+DecodingParams = dict[str, Any]
 
 
 WEIGHT_DTYPES = (*COMPUTE_DTYPES, "int8")
 
 
-def inference_precision(dtype: str | None = None, *, backend: str | None = None) -> Precision:
+def decoding_precision(dtype: str | None = None, *, backend: str | None = None) -> Precision:
     """The dtypes to decode with.
 
     Args:
@@ -50,14 +50,14 @@ def inference_precision(dtype: str | None = None, *, backend: str | None = None)
 
 
 def weight_dtype(dtype: str | None, precision: Precision) -> jnp.dtype:
-    """Of the weights of matrix products, where `inference_precision` was given `dtype`."""
+    """Of the weights of matrix products, where `decoding_precision` was given `dtype`."""
     return jnp.dtype(jnp.int8) if dtype == "int8" else precision.compute_dtype
 
 
 # ---- the weights ----
 
 
-def derive_params(
+def prepare_decoding_params(
     params: Params,
     config: GPT2Config,
     *,
@@ -65,7 +65,7 @@ def derive_params(
     adapters: Params | None = None,
     lora=None,
     vocab_size: int | None = None,
-) -> InferenceParams:
+) -> DecodingParams:
     """Parameters as decoding wants them.
 
     Args:
@@ -112,10 +112,10 @@ def _head(head: jax.Array, *, dtype: jnp.dtype, vocab_size: int) -> TransposedKe
     return transpose_kernel(head[:vocab_size], dtype)
 
 
-_DERIVED: dict[tuple, tuple[InferenceParams, list[weakref.ref]]] = {}
+_DERIVED: dict[tuple, tuple[DecodingParams, list[weakref.ref]]] = {}
 
 
-def params_for_inference(model, dtype) -> InferenceParams:
+def params_for_decoding(model, dtype) -> DecodingParams:
     """The derived parameters of a model, made on first use and kept as long as the model's arrays live.
 
     They are found by the identity of every array they came from: a model with other arrays never gets these,
@@ -131,7 +131,7 @@ def params_for_inference(model, dtype) -> InferenceParams:
     leaves = jax.tree.leaves((model.params, model.adapters))
     key = (model.config, jnp.dtype(dtype), vocab_size, model.lora, *map(id, leaves))
     if key not in _DERIVED:
-        derived = derive_params(
+        derived = prepare_decoding_params(
             model.params,
             model.config,
             dtype=dtype,
@@ -149,8 +149,8 @@ def params_for_inference(model, dtype) -> InferenceParams:
 # ---- the model over a cache ----
 
 
-def forward_cached(
-    params: InferenceParams,
+def forward_with_cache(
+    params: DecodingParams,
     config: GPT2Config,
     token_ids: jax.Array,
     cache: Cache,
@@ -161,7 +161,7 @@ def forward_cached(
     """Runs T tokens a row behind those in the cache.
 
     Args:
-        params: from `derive_params`.
+        params: from `prepare_decoding_params`.
         config: their configuration.
         token_ids: [B, T] int.
         cache: L pairs [B * N, S, H]; slots [slot, slot + T) are written. `slot + T` must not exceed S.
@@ -207,6 +207,6 @@ def _apply_block(
     return block(x, ForwardContext(precision), layer_index=index, mask=mask, cache=cache, cache_index=slot)
 
 
-def next_logits(params: InferenceParams, hidden: jax.Array, precision: Precision) -> jax.Array:
+def lm_head(params: DecodingParams, hidden: jax.Array, precision: Precision) -> jax.Array:
     """Hidden states [..., D] -> logits [..., V] float32."""
     return matmul(hidden, params["head"], precision.compute_dtype)

@@ -17,13 +17,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.generation.cached_model import InferenceParams, forward_cached, next_logits
+from gpt2jax.generation.cached_model import DecodingParams, forward_with_cache, lm_head
 from gpt2jax.generation.decoding import (
-    Processor,
-    Progress,
-    Request,
-    adjusted,
+    DecodeParams,
+    DecodeState,
+    LogitsProcessor,
     context_of,
+    process_logits,
     record,
     repeat_rows,
     running,
@@ -35,7 +35,7 @@ from gpt2jax.ops.precision import Precision
 
 @functools.partial(jax.jit, static_argnames=("slots", "candidates", "config", "precision"))
 def read_prompts(
-    params: InferenceParams,
+    params: DecodingParams,
     token_ids: jax.Array,
     padding: jax.Array,
     *,
@@ -47,7 +47,7 @@ def read_prompts(
     """Runs whole prompts.
 
     Args:
-        params: from `inference.derive_params`.
+        params: from `inference.prepare_decoding_params`.
         token_ids: [B, T] int32, T at most S; what lies behind the prompts may be anything.
         padding: [B] int32, slots at the left that hold nothing.
         slots, candidates: S and k.
@@ -57,7 +57,7 @@ def read_prompts(
         The cache of B * k rows, and the hidden states [B, S, D].
     """
     cache = init_cache(config, len(token_ids), slots, precision.activation_dtype)
-    hidden, cache = forward_cached(params, config, token_ids, cache, 0, padding, precision)
+    hidden, cache = forward_with_cache(params, config, token_ids, cache, 0, padding, precision)
     hidden = jnp.pad(hidden, ((0, 0), (0, slots - hidden.shape[1]), (0, 0)))
     return repeat_rows(cache, config.n_head, candidates), hidden
 
@@ -68,19 +68,19 @@ def read_prompts(
     donate_argnames=("cache", "hidden"),
 )
 def decode_contrastive(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
     hidden: jax.Array,
-    progress: Progress,
-    request: Request,
+    progress: DecodeState,
+    request: DecodeParams,
     until: jax.Array | int,
     alpha: jax.Array | float,
     *,
     candidates: int,
     config: GPT2Config,
     precision: Precision,
-    processor: Processor | None = None,
-) -> tuple[Cache, jax.Array, Progress]:
+    processor: LogitsProcessor | None = None,
+) -> tuple[Cache, jax.Array, DecodeState]:
     """As `decoding.decode`, by contrastive search.
 
     Args:
@@ -102,25 +102,25 @@ def decode_contrastive(
 
 
 def _step(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
     hidden: jax.Array,
-    progress: Progress,
-    request: Request,
+    progress: DecodeState,
+    request: DecodeParams,
     alpha: jax.Array | float,
     *,
     candidates: int,
     config: GPT2Config,
     precision: Precision,
-    processor: Processor | None,
-) -> tuple[Cache, jax.Array, Progress]:
+    processor: LogitsProcessor | None,
+) -> tuple[Cache, jax.Array, DecodeState]:
     """One new token of each row, and its state."""
     slot = progress.slot
     newest = jax.lax.dynamic_slice_in_dim(hidden, slot - 1, 1, axis=1)[:, 0]
-    logits = next_logits(params, newest, precision)
-    allowed = adjusted(logits, context_of(progress, request), request, processor=processor)
+    logits = lm_head(params, newest, precision)
+    allowed = process_logits(logits, context_of(progress, request), request, processor=processor)
     probabilities, token_ids = jax.lax.top_k(jax.nn.softmax(allowed), candidates)  # [B, k]
-    states, cache = forward_cached(
+    states, cache = forward_with_cache(
         params,
         config,
         token_ids.reshape(-1, 1),

@@ -18,18 +18,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.generation.cached_model import InferenceParams, forward_cached, next_logits
+from gpt2jax.generation.cached_model import DecodingParams, forward_with_cache, lm_head
 from gpt2jax.generation.kv_cache import Cache, grow_cache, init_cache
-from gpt2jax.generation.logits_processors import Context, Penalties, penalised
+from gpt2jax.generation.logits_processors import Penalties, TokenHistory, apply_penalties
 from gpt2jax.generation.sampling import Filters, log_probability, sample
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.ops.precision import Precision
 
 # changes logits [B, V] by what the text holds so far; a pure function, compiled with the rest
-Processor = Callable[[jax.Array, Context], jax.Array]
+LogitsProcessor = Callable[[jax.Array, TokenHistory], jax.Array]
 
 
-class Request(NamedTuple):
+class DecodeParams(NamedTuple):
     """What is asked for, and stays the same over the steps.
 
     Attributes:
@@ -52,7 +52,7 @@ class Request(NamedTuple):
     penalties: Penalties
 
 
-class Progress(NamedTuple):
+class DecodeState(NamedTuple):
     """What there is so far.
 
     Attributes:
@@ -76,19 +76,21 @@ class Progress(NamedTuple):
     accepted: jax.Array
 
 
-def context_of(progress: Progress, request: Request) -> Context:
+def context_of(progress: DecodeState, request: DecodeParams) -> TokenHistory:
     """The texts so far, as penalties and processors see them."""
     rows = request.padding.shape
     prompt_end = jnp.maximum(jnp.broadcast_to(request.prompt_end, rows), request.padding)
-    return Context(progress.token_ids, request.padding, prompt_end, jnp.broadcast_to(progress.slot, rows))
+    return TokenHistory(
+        progress.token_ids, request.padding, prompt_end, jnp.broadcast_to(progress.slot, rows)
+    )
 
 
-def adjusted(
-    logits: jax.Array, context: Context, request: Request, *, processor: Processor | None
+def process_logits(
+    logits: jax.Array, context: TokenHistory, request: DecodeParams, *, processor: LogitsProcessor | None
 ) -> jax.Array:
     """Logits [B, V] behind penalties and processor."""
     steps = context.end - request.prompt_end
-    logits = penalised(logits, context, request.penalties, steps, request.stop_ids)
+    logits = apply_penalties(logits, context, request.penalties, steps, request.stop_ids)
     if processor is None:
         return logits
     changed = processor(logits, context)
@@ -99,16 +101,16 @@ def adjusted(
 
 
 def choose(
-    logits: jax.Array, context: Context, request: Request, *, processor: Processor | None
+    logits: jax.Array, context: TokenHistory, request: DecodeParams, *, processor: LogitsProcessor | None
 ) -> jax.Array:
     """The next token [B] of each text, from logits [B, V]."""
     # the key of a draw is made of the row's seed and the step alone: a row does not depend on its batch
     steps = context.end - request.prompt_end
     keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(request.seeds, steps)
-    return sample(adjusted(logits, context, request, processor=processor), keys, request.filters)
+    return sample(process_logits(logits, context, request, processor=processor), keys, request.filters)
 
 
-def record(progress: Progress, request: Request, tokens: jax.Array, logits: jax.Array) -> Progress:
+def record(progress: DecodeState, request: DecodeParams, tokens: jax.Array, logits: jax.Array) -> DecodeState:
     """Adds one token [B], chosen from logits [B, V], to every row that is not done."""
     slot, active = progress.slot, ~progress.done
     tokens = jnp.where(active, tokens, 0)
@@ -121,7 +123,7 @@ def record(progress: Progress, request: Request, tokens: jax.Array, logits: jax.
     )
 
 
-def record_scores(progress: Progress, tokens: jax.Array, logits: jax.Array) -> Progress:
+def record_scores(progress: DecodeState, tokens: jax.Array, logits: jax.Array) -> DecodeState:
     """Writes tokens [B, T] and what their logits [B, T, V] say of them from the present slot on."""
 
     def write(array, values):
@@ -143,47 +145,47 @@ def record_scores(progress: Progress, tokens: jax.Array, logits: jax.Array) -> P
     return progress
 
 
-def running(progress: Progress, until: jax.Array | int) -> jax.Array:
+def running(progress: DecodeState, until: jax.Array | int) -> jax.Array:
     """Whether there is something to do before slot `until`."""
     return (progress.slot < until) & ~progress.done.all()
 
 
 def step(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
-    progress: Progress,
-    request: Request,
+    progress: DecodeState,
+    request: DecodeParams,
     *,
     config: GPT2Config,
     precision: Precision,
-    processor: Processor | None,
-) -> tuple[Cache, Progress]:
+    processor: LogitsProcessor | None,
+) -> tuple[Cache, DecodeState]:
     """One new token of each row."""
     newest = jax.lax.dynamic_slice_in_dim(progress.token_ids, progress.slot - 1, 1, axis=1)
-    hidden, cache = forward_cached(
+    hidden, cache = forward_with_cache(
         params, config, newest, cache, progress.slot - 1, request.padding, precision
     )
-    logits = next_logits(params, hidden[:, 0], precision)
+    logits = lm_head(params, hidden[:, 0], precision)
     tokens = choose(logits, context_of(progress, request), request, processor=processor)
     return cache, record(progress, request, tokens, logits)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "precision", "processor"), donate_argnames=("cache",))
 def decode(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
-    progress: Progress,
-    request: Request,
+    progress: DecodeState,
+    request: DecodeParams,
     until: jax.Array | int,
     *,
     config: GPT2Config,
     precision: Precision,
-    processor: Processor | None = None,
-) -> tuple[Cache, Progress]:
+    processor: LogitsProcessor | None = None,
+) -> tuple[Cache, DecodeState]:
     """Generates until each row is done or slot `until` is reached.
 
     Args:
-        params: from `inference.derive_params`.
+        params: from `inference.prepare_decoding_params`.
         cache: S slots, as many as `progress` has, filled up to the last but one of its tokens; its buffers are
             reused, so the array passed in must not be used again.
         progress: at least one token a row.
@@ -204,7 +206,7 @@ def decode(
 
 @functools.partial(jax.jit, static_argnames=("config", "precision"), donate_argnames=("cache",))
 def prefill_chunk(
-    params: InferenceParams,
+    params: DecodingParams,
     token_ids: jax.Array,
     cache: Cache,
     slot: jax.Array | int,
@@ -214,7 +216,7 @@ def prefill_chunk(
     precision: Precision,
 ) -> Cache:
     """The cache with the keys and values of token_ids [B, C] in its slots from `slot` on; `slot` + C is at most S."""
-    return forward_cached(params, config, token_ids, cache, slot, padding, precision)[1]
+    return forward_with_cache(params, config, token_ids, cache, slot, padding, precision)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -224,7 +226,7 @@ def empty_cache(config: GPT2Config, batch: int, slots: int, dtype: jnp.dtype) ->
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def grow(cache: Cache, progress: Progress, slots: int) -> tuple[Cache, Progress]:
+def grow(cache: Cache, progress: DecodeState, slots: int) -> tuple[Cache, DecodeState]:
     """The same with room for `slots` slots."""
 
     def wider(x):
@@ -239,7 +241,7 @@ PER_SLOT = ("token_ids", "logprobs", "top_ids", "top_logprobs")
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def spread(cache: Cache, padding: jax.Array, heads: int) -> Cache:
+def broadcast_prefix(cache: Cache, padding: jax.Array, heads: int) -> Cache:
     """The cache of one text, without padding, as that of rows which all begin with it.
 
     Args:
@@ -258,7 +260,7 @@ def spread(cache: Cache, padding: jax.Array, heads: int) -> Cache:
     return jax.tree.map(rows, cache)
 
 
-def repeat_request(request: Request, times: int) -> Request:
+def repeat_decode_params(request: DecodeParams, times: int) -> DecodeParams:
     """What is asked for each row, `times` times in a row."""
 
     def rows(x):

@@ -15,11 +15,11 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from gpt2jax.generation.decoding import Processor
+from gpt2jax.generation.decoding import LogitsProcessor
 from gpt2jax.generation.requests import Prompt, Row, as_prompts, make_rows, stop_bytes
 from gpt2jax.generation.runner import Contrast, GenerationRun, Job, Speculation, make_job
 from gpt2jax.generation.sampling import SamplingConfig
-from gpt2jax.generation.text_stream import TextStream
+from gpt2jax.generation.text_stream import IncrementalDetokenizer
 from gpt2jax.utils.validation import check_count, check_model, is_number, is_whole
 
 # steps between two looks for a stop string: few are wasted, and the way to the host is seldom paid
@@ -75,7 +75,7 @@ class Settings(TypedDict, total=False):
     no_repeat_ngram: int | Sequence[int]
     min_new_tokens: int | Sequence[int]
     bad_words: Sequence[str | Sequence[int]] | None
-    processor: Processor | None
+    processor: LogitsProcessor | None
     seed: int | Sequence[int]
     num_samples: int
     stop_token_ids: Sequence[int] | None
@@ -114,7 +114,7 @@ def generate(
             temperature=0 is greedy.
         bad_words: texts or lists of token ids that a continuation must not hold. A text is forbidden as the tokens
             that it has alone and behind a space.
-        processor: a pure function of JAX arrays, (logits [B, V] float32, `penalties.Context`) -> logits [B, V],
+        processor: a pure function of JAX arrays, (logits [B, V] float32, `penalties.TokenHistory`) -> logits [B, V],
             applied behind the penalties and before the temperature. Another function object compiles anew.
         seed: row i draws with seed + i. A sequence gives one seed for each row. Default: 0.
         num_samples: continuations of each prompt; sample j of prompt i is row i * num_samples + j.
@@ -183,7 +183,7 @@ def _prepare(
     max_new_tokens: int | None = None,
     max_length: int | None = None,
     bad_words: Any = None,
-    processor: Processor | None = None,
+    processor: LogitsProcessor | None = None,
     seed: int | Sequence[int] = 0,
     num_samples: int = 1,
     stop_token_ids: Sequence[int] | None = None,
@@ -283,7 +283,7 @@ class _Reader:
         self._logprobs: list[float] = []
         self._top: list[list[tuple[int, float]]] = []
         self._guesses = (0, 0)
-        self.text = TextStream(job.stop_strings)
+        self.text = IncrementalDetokenizer(job.stop_strings)
         self.finish_reason: str | None = None
 
     def read(self, found: dict[str, np.ndarray], before: int) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Context(NamedTuple):
+class TokenHistory(NamedTuple):
     """The texts so far.
 
     Attributes:
@@ -49,8 +49,8 @@ class Penalties(NamedTuple):
     bad_words: jax.Array
 
 
-def penalised(
-    logits: jax.Array, context: Context, penalties: Penalties, steps: jax.Array, stop_ids: jax.Array
+def apply_penalties(
+    logits: jax.Array, context: TokenHistory, penalties: Penalties, steps: jax.Array, stop_ids: jax.Array
 ) -> jax.Array:
     """Logits [B, V] after the penalties, in the order: repetition, frequency and presence, then what is forbidden.
 
@@ -75,7 +75,7 @@ def penalised(
     )
 
 
-def common_suffix(context: Context, longest: jax.Array | int) -> jax.Array:
+def common_suffix(context: TokenHistory, longest: jax.Array | int) -> jax.Array:
     """[B, S] int32: how many tokens before slot s equal those before the text's end, up to `longest`.
 
     Tokens outside of the text equal none.
@@ -95,7 +95,7 @@ def common_suffix(context: Context, longest: jax.Array | int) -> jax.Array:
     return jax.lax.fori_loop(0, longest, compare, start)[0]
 
 
-def _punish(logits: jax.Array, context: Context, penalties: Penalties) -> jax.Array:
+def _punish(logits: jax.Array, context: TokenHistory, penalties: Penalties) -> jax.Array:
     seen = _count(logits, context, context.begin) > 0
     repetition = penalties.repetition[:, None]
     logits = jnp.where(seen, jnp.where(logits < 0, logits * repetition, logits / repetition), logits)
@@ -103,7 +103,7 @@ def _punish(logits: jax.Array, context: Context, penalties: Penalties) -> jax.Ar
     return logits - penalties.frequency[:, None] * count - penalties.presence[:, None] * (count > 0)
 
 
-def _count(logits: jax.Array, context: Context, begin: jax.Array) -> jax.Array:
+def _count(logits: jax.Array, context: TokenHistory, begin: jax.Array) -> jax.Array:
     """[B, V] float32: how often each token stands in the slots [begin, end)."""
     slots = jnp.arange(context.token_ids.shape[1])
     counted = (slots >= begin[:, None]) & (slots < context.end[:, None])
@@ -111,7 +111,7 @@ def _count(logits: jax.Array, context: Context, begin: jax.Array) -> jax.Array:
 
 
 def _forbid(
-    logits: jax.Array, context: Context, penalties: Penalties, steps: jax.Array, stop_ids: jax.Array
+    logits: jax.Array, context: TokenHistory, penalties: Penalties, steps: jax.Array, stop_ids: jax.Array
 ) -> jax.Array:
     short = (steps < penalties.min_new_tokens)[:, None]
     forbidden = (  # ids [B, N], and which of them
@@ -123,7 +123,7 @@ def _forbid(
     return jnp.where(_add(jnp.zeros_like(logits), ids, which) > 0, -jnp.inf, logits)
 
 
-def _ends_of_ngrams(context: Context, size: jax.Array) -> jax.Array:
+def _ends_of_ngrams(context: TokenHistory, size: jax.Array) -> jax.Array:
     """Slots [B, S] that end an n-gram of the text which its last n - 1 tokens begin."""
     slots = jnp.arange(context.token_ids.shape[1])
     # no text repeats more than it holds
@@ -134,7 +134,7 @@ def _ends_of_ngrams(context: Context, size: jax.Array) -> jax.Array:
     return ends & (slots - (size[:, None] - 1) >= context.begin[:, None])
 
 
-def _ends_of_bad_words(context: Context, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _ends_of_bad_words(context: TokenHistory, words: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The last id [B, W] of each word, and whether the text ends with all before it."""
     size = words.shape[1]
     # the last M - 1 tokens of each text; -2 where it is shorter, which no word has

@@ -17,22 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.generation.cached_model import (
-    InferenceParams,
-    inference_precision,
-    params_for_inference,
+    DecodingParams,
+    decoding_precision,
+    params_for_decoding,
     weight_dtype,
 )
 from gpt2jax.generation.contrastive import decode_contrastive, read_prompts
 from gpt2jax.generation.decoding import (
     PER_SLOT,
-    Processor,
-    Progress,
-    Request,
+    DecodeParams,
+    DecodeState,
+    LogitsProcessor,
+    broadcast_prefix,
     decode,
     empty_cache,
     grow,
     prefill_chunk,
-    spread,
 )
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.generation.logits_processors import Penalties
@@ -90,7 +90,7 @@ class Job:
     precision: Precision
     weights: jnp.dtype
     stop_strings: list[bytes] = dataclasses.field(default_factory=list)
-    processor: Processor | None = None
+    processor: LogitsProcessor | None = None
     top_logprobs: int = 0
     speculation: Speculation | None = None
     contrast: Contrast | None = None
@@ -105,7 +105,7 @@ def make_job(
     **others: Any,
 ) -> Job:
     """A job from arguments as `generate` has them, and its other fields."""
-    precision = inference_precision(dtype)
+    precision = decoding_precision(dtype)
     return Job(
         model=model,
         stop_ids=stop_ids(model, stop_token_ids),
@@ -121,10 +121,10 @@ def bucket(size: int, smallest: int, largest: int = _UNBOUNDED) -> int:
     return min(max(smallest, 1 << (size - 1).bit_length()), largest)
 
 
-def initial_progress(token_ids: Any, limits: Any, slot: int, top: int = 0) -> Progress:
+def initial_progress(token_ids: Any, limits: Any, slot: int, top: int = 0) -> DecodeState:
     """Nothing but prompts: token_ids [B, S] filled up to `slot`; with room for `top` log-probabilities a token."""
     batch, slots = token_ids.shape
-    return Progress(
+    return DecodeState(
         token_ids=token_ids,
         logprobs=_zeros((batch, slots), np.float32),
         top_ids=_zeros((batch, slots, top)),
@@ -151,7 +151,7 @@ def left_padded(rows: Sequence[Row], length: int, batch: int, slots: int) -> tup
 
 
 def fill_cache(
-    params: InferenceParams,
+    params: DecodingParams,
     token_ids: Any,
     padding: Any,
     begin: int,
@@ -214,17 +214,17 @@ class GenerationRun:
         self._request = make_request(job, rows, padding, limits, length - generated)
         top = min(_TOP_COLUMNS, config.vocab_size) if job.top_logprobs else 0
         self.progress = initial_progress(token_ids, self._request.limits, length, top)
-        self._params = params_for_inference(job.model, job.weights)
+        self._params = params_for_decoding(job.model, job.weights)
         if job.contrast is not None:
             self._cache, self._hidden = self._contrasted(job.contrast)
         else:
             self._cache = self._prompts(job.model.config, self._params, rows)
         if job.speculation and job.speculation.draft is not None:
             draft = job.speculation.draft
-            self._draft_params = params_for_inference(draft, job.weights)
+            self._draft_params = params_for_decoding(draft, job.weights)
             self._draft_cache = self._prompts(draft.config, self._draft_params, rows)
 
-    def _prompts(self, config: GPT2Config, params: InferenceParams, rows: Sequence[Row]) -> Cache:
+    def _prompts(self, config: GPT2Config, params: DecodingParams, rows: Sequence[Row]) -> Cache:
         """A cache of all tokens of the prompts but the last."""
         token_ids, padding = self.progress.token_ids, self._request.padding
         fill = functools.partial(fill_cache, params, config=config, precision=self._job.precision)
@@ -234,7 +234,7 @@ class GenerationRun:
         alone = np.zeros((1, self._slots), np.int32)
         alone[0, : len(shared)] = shared
         cache = fill(alone, np.zeros(1, np.int32), 0, len(shared))
-        cache = spread(cache, padding, config.n_head)
+        cache = broadcast_prefix(cache, padding, config.n_head)
         return fill(token_ids, padding, len(shared), self._length - 1, cache=cache)
 
     def _contrasted(self, contrast: Contrast) -> tuple[Cache, jax.Array]:
@@ -298,7 +298,7 @@ class GenerationRun:
             **static,
         )
 
-    def found(self, progress: Progress) -> Iterator[dict[str, np.ndarray]]:
+    def found(self, progress: DecodeState) -> Iterator[dict[str, np.ndarray]]:
         """The new tokens of each row of a `progress`, and what goes with them; waits for the device."""
         names = (*PER_SLOT, "lengths")
         arrays = jax.device_get({name: getattr(progress, name) for name in names})
@@ -319,7 +319,7 @@ class GenerationRun:
 
 def make_request(
     job: Job, rows: Sequence[Row], padding: Any, limits: Sequence[int], prompt_end: int
-) -> Request:
+) -> DecodeParams:
     """The settings as arrays; rows that only fill up the batch have those of the first one and a limit of 0."""
     fill = len(padding) - len(rows)
     settings = [row.sampling for row in (*rows, *[rows[0]] * fill)]
@@ -343,7 +343,7 @@ def make_request(
         np.array([*limits, *[0] * fill], np.int32),
         np.array([s.seed for s in rows] + [0] * fill, np.uint32),
     )
-    return Request(
+    return DecodeParams(
         padding=padding,
         prompt_end=_zeros(()) + prompt_end,
         limits=of_rows[0],

@@ -16,20 +16,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.generation.cached_model import InferenceParams, forward_cached, next_logits
+from gpt2jax.generation.cached_model import DecodingParams, forward_with_cache, lm_head
 from gpt2jax.generation.decoding import (
-    Processor,
-    Progress,
-    Request,
+    DecodeParams,
+    DecodeState,
+    LogitsProcessor,
     choose,
     context_of,
     record_scores,
-    repeat_request,
+    repeat_decode_params,
     running,
     step,
 )
 from gpt2jax.generation.kv_cache import Cache
-from gpt2jax.generation.logits_processors import Context, common_suffix
+from gpt2jax.generation.logits_processors import TokenHistory, common_suffix
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.ops.precision import Precision
 
@@ -37,7 +37,7 @@ from gpt2jax.ops.precision import Precision
 _SHORTEST, _LONGEST = 2, 4
 
 
-class Guess(NamedTuple):
+class Draft(NamedTuple):
     """What may come next.
 
     Attributes:
@@ -49,7 +49,7 @@ class Guess(NamedTuple):
     found: jax.Array
 
 
-def look_up(context: Context, size: int) -> Guess:
+def prompt_lookup(context: TokenHistory, size: int) -> Draft:
     """What followed the last few tokens where they stood before: the longest such place, of equal ones the latest.
 
     Behind the end of the text it goes on from that place again, as a text would that says the same over and over.
@@ -65,24 +65,24 @@ def look_up(context: Context, size: int) -> Guess:
     found = length[place] > 0
     period = jnp.maximum(context.end[0] - place, 1)
     guess = jnp.take(context.token_ids, place + jnp.arange(size) % period, axis=1, mode="clip")
-    return Guess(guess, found)
+    return Draft(guess, found)
 
 
 @functools.partial(
     jax.jit, static_argnames=("size", "config", "precision", "processor"), donate_argnames=("cache",)
 )
 def decode_with_lookup(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
-    progress: Progress,
-    request: Request,
+    progress: DecodeState,
+    request: DecodeParams,
     until: jax.Array | int,
     *,
     size: int,
     config: GPT2Config,
     precision: Precision,
-    processor: Processor | None = None,
-) -> tuple[Cache, Progress]:
+    processor: LogitsProcessor | None = None,
+) -> tuple[Cache, DecodeState]:
     """As `decoding.decode` for one row, with guesses from the text itself, `size` at a time.
 
     The cache has at least `size` slots more than the text will need; up to so many tokens may come behind `until`.
@@ -90,7 +90,7 @@ def decode_with_lookup(
     static = {"config": config, "precision": precision, "processor": processor}
 
     def look(progress):
-        return look_up(context_of(progress, request), size)
+        return prompt_lookup(context_of(progress, request), size)
 
     def plain(carry):
         cache, progress, _ = carry
@@ -116,20 +116,20 @@ def decode_with_lookup(
     donate_argnames=("cache", "draft_cache"),
 )
 def decode_with_draft(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
-    draft_params: InferenceParams,
+    draft_params: DecodingParams,
     draft_cache: Cache,
-    progress: Progress,
-    request: Request,
+    progress: DecodeState,
+    request: DecodeParams,
     until: jax.Array | int,
     *,
     size: int,
     config: GPT2Config,
     draft_config: GPT2Config,
     precision: Precision,
-    processor: Processor | None = None,
-) -> tuple[Cache, Cache, Progress]:
+    processor: LogitsProcessor | None = None,
+) -> tuple[Cache, Cache, DecodeState]:
     """As `decoding.decode` for one row, with `size` guesses a step from a smaller model.
 
     Both caches have `size` slots more than the text will need. The draft's ids are the model's.
@@ -151,7 +151,7 @@ def decode_with_draft(
         )
         guess = jax.lax.dynamic_slice_in_dim(ahead.token_ids, progress.slot, size, axis=1)
         cache, progress = verify(
-            params, cache, progress, request, Guess(guess, jnp.array(True)), until, **static
+            params, cache, progress, request, Draft(guess, jnp.array(True)), until, **static
         )
         return cache, draft_cache, progress
 
@@ -159,24 +159,24 @@ def decode_with_draft(
 
 
 def verify(
-    params: InferenceParams,
+    params: DecodingParams,
     cache: Cache,
-    progress: Progress,
-    request: Request,
-    guess: Guess,
+    progress: DecodeState,
+    request: DecodeParams,
+    guess: Draft,
     until: jax.Array | int,
     *,
     config: GPT2Config,
     precision: Precision,
-    processor: Processor | None,
-) -> tuple[Cache, Progress]:
+    processor: LogitsProcessor | None,
+) -> tuple[Cache, DecodeState]:
     """Chooses the token behind each guess that is right, at least one; none where nothing is left to do."""
     slot, size = progress.slot, guess.token_ids.shape[1]
     guessed = jax.lax.dynamic_update_slice_in_dim(progress.token_ids, guess.token_ids, slot, axis=1)
     inputs = jax.lax.dynamic_slice_in_dim(guessed, slot - 1, size + 1, axis=1)
-    hidden, cache = forward_cached(params, config, inputs, cache, slot - 1, request.padding, precision)
-    logits = next_logits(params, hidden[0], precision)  # [K + 1, V]
-    each = repeat_request(request, size + 1)
+    hidden, cache = forward_with_cache(params, config, inputs, cache, slot - 1, request.padding, precision)
+    logits = lm_head(params, hidden[0], precision)  # [K + 1, V]
+    each = repeat_decode_params(request, size + 1)
     context = context_of(progress._replace(token_ids=guessed), each)
     context = context._replace(
         token_ids=jnp.broadcast_to(guessed, (size + 1, guessed.shape[1])),

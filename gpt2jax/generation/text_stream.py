@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Sequence
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Takes the bytes of one token after another and gives out text.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 A format reader delivers `{name: Tensor}`, where nothing is read yet; `fill` checks all names, shapes and
 dtypes against a table, reports every problem at once, and then reads one tensor at a time into its place.
-`spread` is the way back. Blocks are separate in every file and stacked along a leading layer axis here.
+`broadcast_prefix` is the way back. Blocks are separate in every file and stacked along a leading layer axis here.
 """
 
 from __future__ import annotations

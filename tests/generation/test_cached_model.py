@@ -16,13 +16,13 @@ import pytest
 
 from gpt2jax.generation import cached_model
 from gpt2jax.generation.cached_model import (
-    derive_params,
-    inference_precision,
-    next_logits,
-    params_for_inference,
+    decoding_precision,
+    lm_head,
+    params_for_decoding,
+    prepare_decoding_params,
     weight_dtype,
 )
-from gpt2jax.generation.decoding import Progress, decode
+from gpt2jax.generation.decoding import DecodeState, decode
 from gpt2jax.generation.kv_cache import cache_bytes, grow_cache, init_cache
 from gpt2jax.generation.requests import Row
 from gpt2jax.generation.runner import Job, initial_progress, make_request
@@ -43,7 +43,7 @@ ODD = GPT2Config(
     scale_attn_by_inverse_layer_idx=True,
     activation_function="relu",
 )
-F32 = inference_precision("float32", backend="cpu")
+F32 = decoding_precision("float32", backend="cpu")
 
 
 def params_of(config, seed=0):
@@ -64,7 +64,9 @@ def full_logits(params, config, ids):
 
 step = jax.jit(
     lambda params, config, ids, cache, slot, padding, precision: _logits_of(
-        params, cached_model.forward_cached(params, config, ids, cache, slot, padding, precision), precision
+        params,
+        cached_model.forward_with_cache(params, config, ids, cache, slot, padding, precision),
+        precision,
     ),
     static_argnums=(1, 6),
 )
@@ -72,7 +74,7 @@ step = jax.jit(
 
 def _logits_of(params, outputs, precision):
     hidden, cache = outputs
-    return next_logits(params, hidden, precision), cache
+    return lm_head(params, hidden, precision), cache
 
 
 def prefill(params, ids, padding, *, config, precision):
@@ -94,7 +96,7 @@ def test_decoding_equals_the_forward_pass_at_every_split(config):
     ids = ids_of(config, 2, length)
     want = full_logits(params, config, ids)
     assert 1 < np.abs(want).max() < 100  # or agreement would say little
-    derived = derive_params(params, config, dtype="float32")
+    derived = prepare_decoding_params(params, config, dtype="float32")
     for split in range(1, length + 1):
         padding = np.full(2, length - split, np.int32)
         prompt = np.pad(ids[:, :split], ((0, 0), (length - split, 0)))
@@ -111,7 +113,7 @@ def test_several_tokens_behind_a_cache():
     """T tokens at once behind a prefix, as verifying drafts needs them."""
     params, ids = params_of(TINY), ids_of(TINY, 2, 12)
     want = full_logits(params, TINY, ids)
-    derived = derive_params(params, TINY, dtype="float32")
+    derived = prepare_decoding_params(params, TINY, dtype="float32")
     padding = np.zeros(2, np.int32)
     _, cache = prefill(derived, ids[:, :5], padding, config=TINY, precision=F32)
     got, _ = step(derived, TINY, ids[:, 5:], grow_cache(cache, 16), 5, padding, F32)
@@ -120,7 +122,7 @@ def test_several_tokens_behind_a_cache():
 
 def test_what_is_in_the_padding_does_not_matter():
     params, ids = params_of(TINY), ids_of(TINY, 3, 10)
-    derived = derive_params(params, TINY, dtype="float32")
+    derived = prepare_decoding_params(params, TINY, dtype="float32")
     padding = np.array([0, 4, 9], np.int32)
     other = ids.copy()
     for row, pad in enumerate(padding):
@@ -138,7 +140,7 @@ def test_narrow_weights_stay_near(dtype):
     params, ids = params_of(TINY), ids_of(TINY, 1, 10)
     want = full_logits(params, TINY, ids)[:, -1]
     narrow = precision(dtype)
-    derived = derive_params(params, TINY, dtype=narrow.compute_dtype)
+    derived = prepare_decoding_params(params, TINY, dtype=narrow.compute_dtype)
     assert derived["h"][0]["attn"]["c_attn"]["kernel"].values.dtype == jnp.dtype(dtype)
     _, cache = prefill(derived, ids[:, :9], np.zeros(1, np.int32), config=TINY, precision=narrow)
     got, _ = step(derived, TINY, ids[:, 9:], grow_cache(cache, 16), 9, np.zeros(1, np.int32), narrow)
@@ -148,7 +150,7 @@ def test_narrow_weights_stay_near(dtype):
 
 def test_derived_weights_have_their_dtype_and_layout():
     params = params_of(ODD)
-    derived = derive_params(params, ODD, dtype="bfloat16", vocab_size=50)
+    derived = prepare_decoding_params(params, ODD, dtype="bfloat16", vocab_size=50)
     assert len(derived["h"]) == ODD.n_layer
     np.testing.assert_array_equal(
         derived["head"].values, params["lm_head"]["kernel"][:50].astype(jnp.bfloat16)
@@ -160,7 +162,7 @@ def test_derived_weights_have_their_dtype_and_layout():
         assert block["mlp"]["c_fc"]["bias"].dtype == jnp.float32
     # nothing is copied that does not change
     assert derived["wte"] is params["wte"]["embedding"]
-    assert derive_params(params, ODD, dtype="float32")["head"].values is params["lm_head"]["kernel"]
+    assert prepare_decoding_params(params, ODD, dtype="float32")["head"].values is params["lm_head"]["kernel"]
 
 
 def model_of(params, **fields):
@@ -175,21 +177,21 @@ def test_adapters_are_merged():
     hidden = hidden_states(params, TINY, ids, adapters=adapters, lora_scale=lora.scale)
     want = np.asarray(output_logits(hidden, lm_head_weight(params)))[:, -1]
     assert np.abs(want - full_logits(params, TINY, ids)[:, -1]).max() > 0.1
-    derived = params_for_inference(model_of(params, adapters=adapters, lora=lora), "float32")
+    derived = params_for_decoding(model_of(params, adapters=adapters, lora=lora), "float32")
     got, _ = prefill(derived, ids, np.zeros(2, np.int32), config=TINY, precision=F32)
     np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
 
 
 def test_derived_once_for_the_same_arrays_and_never_for_others():
     params = params_of(TINY)
-    first = params_for_inference(model_of(params), "float32")
-    assert params_for_inference(model_of(dict(params)), "float32") is first  # the arrays count, not the dict
-    assert params_for_inference(model_of(params), "bfloat16") is not first
+    first = params_for_decoding(model_of(params), "float32")
+    assert params_for_decoding(model_of(dict(params)), "float32") is first  # the arrays count, not the dict
+    assert params_for_decoding(model_of(params), "bfloat16") is not first
     other = {**params, "ln_f": {**params["ln_f"], "bias": params["ln_f"]["bias"] + 1}}
-    changed = params_for_inference(model_of(other), "float32")
+    changed = params_for_decoding(model_of(other), "float32")
     assert changed is not first
     np.testing.assert_array_equal(changed["ln_f"]["bias"], params["ln_f"]["bias"] + 1)
-    narrower = params_for_inference(
+    narrower = params_for_decoding(
         model_of(params, tokenizer=types.SimpleNamespace(vocab_size=90)), "float32"
     )
     assert narrower["head"].values.shape == (90, 32)
@@ -199,7 +201,7 @@ def test_derived_weights_go_with_the_model():
     gc.collect()
     before = len(cached_model._DERIVED)
     params = params_of(TINY, seed=9)
-    derived = params_for_inference(model_of(params), "float32")
+    derived = params_for_decoding(model_of(params), "float32")
     alive = weakref.ref(derived["h"][0]["mlp"]["c_fc"]["kernel"])
     assert len(cached_model._DERIVED) == before + 1
     del derived
@@ -211,12 +213,12 @@ def test_derived_weights_go_with_the_model():
 
 
 def test_dtype_by_backend():
-    assert inference_precision(backend="cpu").compute_dtype == jnp.float32
-    assert inference_precision(backend="gpu").compute_dtype == jnp.bfloat16
-    assert inference_precision("bfloat16", backend="cpu").activation_dtype == jnp.float32
-    assert inference_precision("int8", backend="cpu").compute_dtype == jnp.float32
+    assert decoding_precision(backend="cpu").compute_dtype == jnp.float32
+    assert decoding_precision(backend="gpu").compute_dtype == jnp.bfloat16
+    assert decoding_precision("bfloat16", backend="cpu").activation_dtype == jnp.float32
+    assert decoding_precision("int8", backend="cpu").compute_dtype == jnp.float32
     with pytest.raises(ValueError, match="dtype='int4' is not known; known: float32"):
-        inference_precision("int4")
+        decoding_precision("int4")
 
 
 def test_cache_size_and_growth():
@@ -236,7 +238,7 @@ def test_cache_size_and_growth():
 WIDE = GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=1000, n_positions=256)
 
 
-def begun(batch: int, slots: int) -> tuple[Progress, Any]:
+def begun(batch: int, slots: int) -> tuple[DecodeState, Any]:
     """Rows of one token that want five more."""
     job = Job(model=None, stop_ids=[], bad_words=[], precision=F32, weights=F32.compute_dtype)
     rows = [Row("", [1], 5, 0)] * batch
@@ -245,9 +247,9 @@ def begun(batch: int, slots: int) -> tuple[Progress, Any]:
 
 
 def compiled_decode(batch, dtype) -> tuple[Any, Any]:
-    config, narrow = WIDE, inference_precision(dtype, backend="cpu")
+    config, narrow = WIDE, decoding_precision(dtype, backend="cpu")
     weights = weight_dtype(dtype, narrow)
-    params = jax.eval_shape(lambda: derive_params(init_params(config), config, dtype=weights))
+    params = jax.eval_shape(lambda: prepare_decoding_params(init_params(config), config, dtype=weights))
     cache = jax.eval_shape(lambda: init_cache(config, batch, 128, narrow.activation_dtype))
     progress, request = begun(batch, 128)
     lowered = decode.lower(params, cache, progress, request, np.int32(9), config=config, precision=narrow)
@@ -279,7 +281,7 @@ def test_a_step_copies_neither_weights_nor_cache(batch, dtype):
 
 
 def test_the_cache_handed_in_is_used_up():
-    params = derive_params(params_of(TINY), TINY, dtype="float32")
+    params = prepare_decoding_params(params_of(TINY), TINY, dtype="float32")
     cache = init_cache(TINY, 1, 32, jnp.float32)
     progress, request = begun(1, 32)
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}

@@ -16,7 +16,7 @@ from gpt2jax.generation.generate import Generation, generate, stream
 from gpt2jax.generation.requests import end_token_id
 from gpt2jax.generation.runner import more_slots
 from gpt2jax.generation.sampling import SamplingConfig, log_probability, sample
-from gpt2jax.generation.text_stream import TextStream
+from gpt2jax.generation.text_stream import IncrementalDetokenizer
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
 from gpt2jax.tokenizer.bpe import Tokenizer
@@ -521,7 +521,7 @@ def test_text_stream_equals_one_shot_decoding():
     ]
     for _ in range(500):
         tokens = [alphabet[i] for i in rng.integers(0, len(alphabet), rng.integers(0, 12))]
-        text, pieces = TextStream(), []
+        text, pieces = IncrementalDetokenizer(), []
         for token in tokens:
             text.add(token)
             pieces.append(text.take())

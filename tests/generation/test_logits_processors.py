@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from gpt2jax.generation import logits_processors as penalties
-from gpt2jax.generation.logits_processors import Context, Penalties
+from gpt2jax.generation.logits_processors import Penalties, TokenHistory
 
 V, S = 12, 24
-penalised = jax.jit(penalties.penalised)
+penalised = jax.jit(penalties.apply_penalties)
 common_suffix = jax.jit(penalties.common_suffix)
 
 
@@ -21,7 +21,7 @@ def texts(rows=40, seed=0):
     begin = rng.integers(0, 4, rows).astype(np.int32)
     end = begin + rng.integers(1, 20, rows).astype(np.int32)
     prompt_end = np.minimum(begin + rng.integers(1, 8, rows), end).astype(np.int32)
-    return Context(token_ids, begin, prompt_end, end)
+    return TokenHistory(token_ids, begin, prompt_end, end)
 
 
 def settings(context, **values) -> Penalties:

@@ -13,7 +13,7 @@ from tiny_models import CONFIG, encode, random_model
 
 from gpt2jax.generation import speculative
 from gpt2jax.generation.generate import generate, stream
-from gpt2jax.generation.logits_processors import Context
+from gpt2jax.generation.logits_processors import TokenHistory
 from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
 
 TEXT = "one two three one two three one two"
@@ -122,7 +122,7 @@ def test_look_up_takes_the_longest_and_the_latest():
         token_ids = np.zeros((1, 32), np.int32)
         token_ids[0, : len(text)] = text
         ends = np.array([[begin], [len(text)], [len(text)]], np.int32)
-        found = jax.jit(speculative.look_up, static_argnums=1)(Context(token_ids, *ends), size)
+        found = jax.jit(speculative.prompt_lookup, static_argnums=1)(TokenHistory(token_ids, *ends), size)
         return found.token_ids[0].tolist() if found.found else []
 
     assert guess([1, 2, 3, 4, 5, 1, 2]) == [3, 4, 5]

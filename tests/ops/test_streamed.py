@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 import gpt2jax
-from gpt2jax.generation.cached_model import derive_params, forward_cached, inference_precision, next_logits
+from gpt2jax.generation.cached_model import (
+    decoding_precision,
+    forward_with_cache,
+    lm_head,
+    prepare_decoding_params,
+)
 from gpt2jax.generation.kv_cache import init_cache
 from gpt2jax.ops.streamed import transpose_kernel, transposed_matmul
 
@@ -58,15 +63,15 @@ def test_loss_of_the_packaged_model_stays_within_two_hundredths():
     assert len(tokens) >= 4
 
     def loss(dtype):
-        precision = inference_precision(dtype, backend="cpu")
-        params = derive_params(model.params, model.config, dtype=dtype)
+        precision = decoding_precision(dtype, backend="cpu")
+        params = prepare_decoding_params(model.params, model.config, dtype=dtype)
 
         @jax.jit
         def run(params, tokens):
             cache = init_cache(model.config, len(tokens), 256, jnp.float32)
             padding = jnp.zeros(len(tokens), jnp.int32)
-            hidden, _ = forward_cached(params, model.config, tokens, cache, 0, padding, precision)
-            logprobs = jax.nn.log_softmax(next_logits(params, hidden[:, :-1], precision))
+            hidden, _ = forward_with_cache(params, model.config, tokens, cache, 0, padding, precision)
+            logprobs = jax.nn.log_softmax(lm_head(params, hidden[:, :-1], precision))
             return -jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1).mean()
 
         return float(run(params, tokens))

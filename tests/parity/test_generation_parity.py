@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpt2jax.generation.generate import generate
-from gpt2jax.generation.logits_processors import Context, Penalties, penalised
+from gpt2jax.generation.logits_processors import Penalties, TokenHistory, apply_penalties
 from gpt2jax.generation.sampling import SamplingConfig, full_weights
 from gpt2jax.weights.hf import load_hf
 
@@ -184,6 +184,6 @@ def test_penalties_are_those_of_transformers(ours, theirs):
         rows * ours.get("min_new_tokens", 0),
         bad_words,
     )
-    context = Context(token_ids, rows * 0, rows * 4, rows * 12)  # type: ignore[arg-type]
-    got = penalised(jnp.asarray(logits), context, settings, rows * 8, jnp.array([5, 7, -1, -1]))
+    context = TokenHistory(token_ids, rows * 0, rows * 4, rows * 12)  # type: ignore[arg-type]
+    got = apply_penalties(jnp.asarray(logits), context, settings, rows * 8, jnp.array([5, 7, -1, -1]))
     np.testing.assert_allclose(got, want, rtol=1e-6)
