@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from gpt2jax.cli.common import check_file, run_command
-from gpt2jax.utils.progress import redraws
+from gpt2jax.utils.progress import is_interactive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _show(prompt: str, pieces: Any) -> None:
         first = first or time.perf_counter()
         print(piece, end="", flush=True)
     print()
-    if first is not None and redraws():
+    if first is not None and is_interactive():
         output, seconds = pieces.generation, time.perf_counter() - began
         tokens = len(output.token_ids)
         speed = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"

@@ -32,7 +32,7 @@ from gpt2jax.data.readers import (
     row_texts,
     schema_columns,
 )
-from gpt2jax.utils.validation import check_path, is_whole
+from gpt2jax.utils.validation import check_path, is_integer
 
 # Data without splits of its own: 90 % train, 5 % validation, 5 % test.
 HELD_OUT = 0.05
@@ -145,7 +145,7 @@ def iterate_texts(
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}, all")
     if documents not in DOCUMENTS:
         raise ValueError(f"documents={documents!r} is not one of {', '.join(DOCUMENTS)}")
-    if limit is not None and (not is_whole(limit) or limit < 1):
+    if limit is not None and (not is_integer(limit) or limit < 1):
         raise ValueError(f"limit={limit!r} is not a positive number of texts")
     check_path("source", source)
     texts = _open_source(

@@ -25,7 +25,7 @@ import numpy as np
 from gpt2jax.data.batches import Batch, document_row, pad_row
 from gpt2jax.data.documents import Documents
 from gpt2jax.tokenizer.bpe import Tokenizer
-from gpt2jax.utils.validation import is_whole
+from gpt2jax.utils.validation import is_integer
 
 LEAST_WIDTH = 16  # tokens of a batch's rows, unless T is less
 WINDOWS = ("first", "disjoint", "sliding", "rolling")
@@ -80,7 +80,7 @@ def check_windows(windows: str, sequence_length: int, stride: int | None) -> int
             )
         return sequence_length
     stride = max(1, sequence_length // 2) if stride is None else stride
-    if not is_whole(stride) or not 1 <= stride <= sequence_length:
+    if not is_integer(stride) or not 1 <= stride <= sequence_length:
         raise ValueError(
             f"stride={stride!r} must be a whole number from 1 to sequence_length={sequence_length}"
         )

@@ -20,7 +20,7 @@ from gpt2jax.generation.requests import Prompt, Row, as_prompts, make_rows, stop
 from gpt2jax.generation.runner import Contrast, GenerationRun, Job, Speculation, make_job
 from gpt2jax.generation.sampling import SamplingConfig
 from gpt2jax.generation.text_stream import IncrementalDetokenizer
-from gpt2jax.utils.validation import check_count, check_model, is_number, is_whole
+from gpt2jax.utils.validation import check_count, check_model, is_integer, is_number
 
 # steps between two looks for a stop string: few are wasted, and the way to the host is seldom paid
 STEPS_PER_LOOK = 8
@@ -203,7 +203,7 @@ def _prepare(
             raise TypeError(f"there is no setting {name!r}; known: {', '.join(Settings.__annotations__)}")
     if processor is not None and not callable(processor):
         raise ValueError(f"processor={processor!r:.60} must be a function of logits and context, or None")
-    if not is_whole(top_logprobs) or not 0 <= top_logprobs <= MOST_TOP_LOGPROBS:
+    if not is_integer(top_logprobs) or not 0 <= top_logprobs <= MOST_TOP_LOGPROBS:
         raise ValueError(
             f"top_logprobs={top_logprobs!r} must be a whole number from 0 to {MOST_TOP_LOGPROBS}"
         )
@@ -236,7 +236,7 @@ def _prepare(
 
 
 def _speculation(model: Any, prompt_lookup: int, draft: Any, draft_tokens: int) -> Speculation | None:
-    if not is_whole(prompt_lookup) or prompt_lookup < 0:
+    if not is_integer(prompt_lookup) or prompt_lookup < 0:
         raise ValueError(f"prompt_lookup={prompt_lookup!r} must be a whole number, 0 (off) or above")
     prompt_lookup, draft_tokens = int(prompt_lookup), check_count("draft_tokens", draft_tokens)
     if draft is None:
@@ -256,7 +256,7 @@ def _contrast(alpha: float, top_k: Any, vocab_size: int) -> Contrast | None:
         raise ValueError(f"penalty_alpha={alpha!r} must be a number from 0 (off) to 1")
     if not alpha:
         return None
-    if not is_whole(top_k) or not 1 <= top_k <= vocab_size:
+    if not is_integer(top_k) or not 1 <= top_k <= vocab_size:
         raise ValueError(
             f"top_k={top_k!r:.60} with penalty_alpha={alpha} must be one number of candidates, 1 to {vocab_size}"
         )

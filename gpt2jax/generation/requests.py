@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gpt2jax.generation.sampling import SamplingConfig
-from gpt2jax.utils.validation import SEED_RANGE, check_count, is_seed, is_whole
+from gpt2jax.utils.validation import SEED_RANGE, check_count, is_integer, is_seed
 
 DEFAULT_NEW_TOKENS = 64
 # a text that grows beyond the context is an error, or goes on from its last half
@@ -46,7 +46,7 @@ def as_prompts(prompts: Any) -> list[Any]:
     if isinstance(prompts, bytes | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts={prompts!r:.60} must be a text, a list of token ids, or a list of such")
     prompts = list(_plain(prompts))
-    return [prompts] if prompts and all(is_whole(item) for item in prompts) else prompts
+    return [prompts] if prompts and all(is_integer(item) for item in prompts) else prompts
 
 
 def make_rows(
@@ -238,7 +238,7 @@ def _checked_ids(name: str, ids: Any, vocab_size: int) -> list[int]:
         raise ValueError(f"{name}: {ids!r:.60} is not a list of token ids")
     ids = list(ids)
     for i in ids:
-        if not is_whole(i):
+        if not is_integer(i):
             raise ValueError(f"{name}: {i!r:.60} is not a token id (a whole number)")
         if not 0 <= i < vocab_size:
             raise ValueError(f"{name}: token id {i} is outside the vocabulary of {vocab_size} ids")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.utils.validation import is_number, is_whole
+from gpt2jax.utils.validation import is_integer, is_number
 
 WINDOW = 64
 _BLOCK = 256
@@ -68,7 +68,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not is_number(self.temperature) or not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature!r} must be a finite number, 0 (greedy) or above")
-        if self.top_k is not None and (not is_whole(self.top_k) or self.top_k < 1):
+        if self.top_k is not None and (not is_integer(self.top_k) or self.top_k < 1):
             raise ValueError(
                 f"top_k={self.top_k!r} must be a whole number of at least 1, or None for all tokens"
             )
@@ -88,7 +88,7 @@ class SamplingConfig:
             if not is_number(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number (0 is off)")
         for name in ("no_repeat_ngram", "min_new_tokens"):
-            if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
+            if not is_integer(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number, 0 (off) or above")
 
     @property

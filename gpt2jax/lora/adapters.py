@@ -27,7 +27,7 @@ from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.bits import bitcast_kernel
 from gpt2jax.ops.low_rank import add_lora_delta, attach_scales, column_norms, merge_kernel, slice_outputs
 from gpt2jax.ops.quantized import quantize_kernel
-from gpt2jax.utils.validation import check_count, is_number, put
+from gpt2jax.utils.validation import check_count, is_number, set_field
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 # the three parts of attn.c_attn's output, each as a linear of its own
@@ -68,17 +68,17 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] | Pattern[float] = ()
 
     def __post_init__(self) -> None:
-        put(self, "rank", _check_rank("rank", self.rank))
-        put(self, "alpha", _check_alpha("alpha", self.alpha))
+        set_field(self, "rank", _check_rank("rank", self.rank))
+        set_field(self, "alpha", _check_alpha("alpha", self.alpha))
         if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout={self.dropout!r} must be at least 0 and below 1")
-        put(self, "dropout", float(self.dropout))
+        set_field(self, "dropout", float(self.dropout))
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"LoRA {name}={getattr(self, name)!r:.100} must be True or False")
-        put(self, "targets", _check_targets(self.targets))
+        set_field(self, "targets", _check_targets(self.targets))
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-            put(self, name, _check_pattern(name, getattr(self, name), check))
+            set_field(self, name, _check_pattern(name, getattr(self, name), check))
 
     @property
     def scale(self) -> float:

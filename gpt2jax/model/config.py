@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gpt2jax.utils.validation import check_count, is_number, is_whole, put
+from gpt2jax.utils.validation import check_count, is_integer, is_number, set_field
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh")
 
@@ -64,9 +64,9 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            put(self, name, check_count(name, getattr(self, name)))
+            set_field(self, name, check_count(name, getattr(self, name)))
         if self.n_inner is not None:
-            put(self, "n_inner", check_count("n_inner", self.n_inner))
+            set_field(self, "n_inner", check_count("n_inner", self.n_inner))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.activation_function not in ACTIVATIONS:
@@ -77,12 +77,12 @@ class GPT2Config:
             rate = getattr(self, name)
             if not is_number(rate) or not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name}={rate!r} must be at least 0 and below 1")
-            put(self, name, float(rate))
+            set_field(self, name, float(rate))
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
                 raise ValueError(f"{name}={value!r} must be a positive number")
-            put(self, name, float(value))
+            set_field(self, name, float(value))
         for name in (
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",
@@ -96,9 +96,9 @@ class GPT2Config:
             token_id = getattr(self, name)
             if token_id is None:
                 token_id = self.vocab_size - 1
-            elif not is_whole(token_id) or not 0 <= token_id < self.vocab_size:
+            elif not is_integer(token_id) or not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"{name}={token_id!r} is outside the vocabulary of {self.vocab_size} ids")
-            put(self, name, int(token_id))
+            set_field(self, name, int(token_id))
 
     @property
     def head_dim(self) -> int:

@@ -22,7 +22,7 @@ from importlib import resources
 
 import tiktoken
 
-from gpt2jax.utils.validation import is_whole
+from gpt2jax.utils.validation import is_integer
 
 END_TOKEN = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -147,7 +147,7 @@ class Tokenizer:
         Raises:
             ValueError: another size, or the packaged file of merges is damaged.
         """
-        if not is_whole(vocab_size) or not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
+        if not is_integer(vocab_size) or not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
             raise ValueError(
                 f"vocab_size={vocab_size!r:.60}: GPT-2's tokenizer has 257 (all bytes and the end token) to "
                 f"{GPT2_VOCAB_SIZE} tokens"

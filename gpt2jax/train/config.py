@@ -9,7 +9,7 @@ from gpt2jax.data.batches import LAYOUTS
 from gpt2jax.lora.adapters import BASE_DTYPES, LoRAConfig
 from gpt2jax.model.gpt2 import REMAT
 from gpt2jax.ops.precision import COMPUTE_DTYPES
-from gpt2jax.utils.validation import check_count, check_path, check_seed, is_number, put
+from gpt2jax.utils.validation import check_count, check_path, check_seed, is_number, set_field
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -127,7 +127,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "eval_every", "checkpoint_every", "patience"):
             if getattr(self, name) is not None:
-                put(self, name, check_count(name, getattr(self, name)))
+                set_field(self, name, check_count(name, getattr(self, name)))
         for name in (
             "batch_size",
             "accumulation",
@@ -136,9 +136,9 @@ class FinetuneConfig:
             "log_every",
             "keep_checkpoints",
         ):
-            put(self, name, check_count(name, getattr(self, name)))
-        put(self, "warmup_steps", check_count("warmup_steps", self.warmup_steps, 0))
-        put(self, "seed", check_seed(self.seed))
+            set_field(self, name, check_count(name, getattr(self, name)))
+        set_field(self, "warmup_steps", check_count("warmup_steps", self.warmup_steps, 0))
+        set_field(self, "seed", check_seed(self.seed))
         for name in ("epochs", "epsilon", "lora_plus_ratio"):
             self._check_number(name, lambda x: x > 0, "a positive number")
         for name in ("learning_rate", "max_grad_norm", "max_minutes"):
@@ -178,7 +178,7 @@ class FinetuneConfig:
         if not isinstance(self.keep_best, bool):
             raise ValueError(f"keep_best={self.keep_best!r:.60} must be True or False")
         if self.token_cache is not None:
-            put(self, "token_cache", str(check_path("token_cache", self.token_cache)))
+            set_field(self, "token_cache", str(check_path("token_cache", self.token_cache)))
         if self.optimizer == "muon" and self.lora is not None:
             raise ValueError("optimizer='muon' does not train LoRA adapters; use 'adamw'")
         if self.freeze and self.lora is not None:
@@ -193,7 +193,7 @@ class FinetuneConfig:
         names = (value,) if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(x, str) and x for x in names):
             raise ValueError(f"{name}={value!r:.60} must be a list of names, none of them empty")
-        put(self, name, tuple(names))
+        set_field(self, name, tuple(names))
 
     def _check_known(self, name: str, value: object, known: tuple[str, ...]) -> None:
         if not isinstance(value, str) or value not in known:
@@ -203,4 +203,4 @@ class FinetuneConfig:
         value = getattr(self, name)
         if not is_number(value) or not legal(value):
             raise ValueError(f"{name}={value!r:.60} must be {expected}")
-        put(self, name, float(value))
+        set_field(self, name, float(value))

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 
-def redraws() -> bool:
+def is_interactive() -> bool:
     """Whether standard error is a terminal on which a bar can be drawn: it may be a file, a dumb one, or closed."""
     return (
         sys.stderr is not None
@@ -49,7 +49,7 @@ def tokenization_progress(texts: Iterable[Any], *, show: bool) -> Iterator[Count
 
     if not show:
         yield lambda *counts: None
-    elif not redraws():
+    elif not is_interactive():
         yield lambda *counts: None if add(*counts) else None
         if time.perf_counter() - start > SHOWN_AFTER:
             print(f"tokenized {sums[0]:,} documents  {add(0, 0, 0)}", file=sys.stderr, flush=True)
@@ -75,7 +75,7 @@ def training_progress(steps: int, start: int, *, show: bool = True) -> Iterator[
     """Yields `report(step, metrics)`: draws the bar on a terminal, prints a line per logged step elsewhere."""
     if not show:
         yield lambda step, metrics: None
-    elif not redraws():
+    elif not is_interactive():
         yield _print_line(steps)
     else:
         columns = (
@@ -113,7 +113,7 @@ def _print_line(steps: int) -> Report:
 @contextlib.contextmanager
 def evaluation_progress(total: int | None, done: int, show: bool) -> Iterator[Callable[[float], None]]:
     """Yields `advance(documents)`: a bar on stderr where that is a terminal, or nothing."""
-    if not (show and redraws()):
+    if not (show and is_interactive()):
         yield lambda documents: None
         return
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -12,12 +12,12 @@ LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 SEED_RANGE = 2**32
 
 
-def put(settings: Any, name: str, value: Any) -> None:
+def set_field(settings: Any, name: str, value: Any) -> None:
     """Replaces a field of frozen settings by its checked value: Python's own kind, which JSON and jit take."""
     object.__setattr__(settings, name, value)
 
 
-def is_whole(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Whether it is a whole number, of Python or NumPy, which True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
@@ -33,7 +33,7 @@ def is_number(value: Any) -> bool:
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int; raises ValueError unless it is a whole number of at least `least`."""
-    if not is_whole(value) or value < least:
+    if not is_integer(value) or value < least:
         legal = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
         raise ValueError(f"{name}={value!r} must be {legal}")
     return int(value)
@@ -41,7 +41,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 
 def is_seed(value: Any) -> bool:
     """Whether it is a whole number of 32 bits."""
-    return is_whole(value) and 0 <= value < SEED_RANGE
+    return is_integer(value) and 0 <= value < SEED_RANGE
 
 
 def check_seed(seed: Any) -> int:

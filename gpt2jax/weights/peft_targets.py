@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpt2jax.lora.adapters import TARGETS, is_simple_pattern
-from gpt2jax.utils.validation import is_whole
+from gpt2jax.utils.validation import is_integer
 
 ALL = "all-linear"  # of files that were written by hand: PEFT writes the names
 
@@ -63,8 +63,8 @@ def _layer_filter(settings: Mapping[str, Any]) -> Callable[[int], bool]:
     chosen, pattern = settings.get("layers_to_transform"), settings.get("layers_pattern")
     if chosen is None or chosen == []:
         return lambda layer: True
-    chosen = [chosen] if is_whole(chosen) else chosen
-    if not isinstance(chosen, list) or not all(is_whole(layer) for layer in chosen):
+    chosen = [chosen] if is_integer(chosen) else chosen
+    if not isinstance(chosen, list) or not all(is_integer(layer) for layer in chosen):
         raise ValueError(f"layers_to_transform={chosen!r:.100} must be the numbers of layers")
     patterns = [pattern] if isinstance(pattern, str) else pattern or []
     if patterns and "h" not in patterns and all(str(name).isidentifier() for name in patterns):
