@@ -14,7 +14,7 @@ from gpt2jax.tokenizer.files import VOCABULARY_FILES, load_tokenizer
 from gpt2jax.utils.validation import check_path
 from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, open_hf
 from gpt2jax.weights.keras import is_keras, is_keras_checkpoint, open_keras, open_keras_checkpoint
-from gpt2jax.weights.mapping import Source
+from gpt2jax.weights.mapping import WeightSource
 from gpt2jax.weights.nanogpt import is_nanogpt, open_nanogpt
 from gpt2jax.weights.openai import is_openai, open_openai
 
@@ -33,7 +33,7 @@ class Format:
     name: str
     expects: str
     matches: Callable[[Path], bool]
-    open: Callable[[Path], Source]
+    open: Callable[[Path], WeightSource]
 
 
 def _is_hf(path: Path) -> bool:
@@ -84,7 +84,7 @@ def load_weights(
     return config, params, read_tokenizer_beside(path if path.is_dir() else path.parent)
 
 
-def open_weights(path: str | os.PathLike[str]) -> tuple[str, Source]:
+def open_weights(path: str | os.PathLike[str]) -> tuple[str, WeightSource]:
     """The name of the format of what lies at a path, and the weights in it, not read; raises as `load_weights`."""
     path = check_path("path", path)
     if not path.exists() and not is_keras_checkpoint(path):  # a checkpoint's prefix is not a file

@@ -19,28 +19,28 @@ from gpt2jax.model.gpt2 import Params
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.tokenizer.files import save_tokenizer
 from gpt2jax.utils.atomic_io import atomic_folder
-from gpt2jax.weights.mapping import Rule, Source, Tensor, numpy_dtype, spread
+from gpt2jax.weights.mapping import LazyTensor, ParamRule, WeightSource, export_tensors, numpy_dtype
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
 from gpt2jax.weights.torch_reader import read_state_dict
 
 RULES = (
-    Rule("wte.weight", "wte.embedding"),
-    Rule("wpe.weight", "wpe.embedding"),
-    Rule("h.{layer}.ln_1.weight", "h.ln_1.scale"),
-    Rule("h.{layer}.ln_1.bias", "h.ln_1.bias"),
-    Rule("h.{layer}.attn.c_attn.weight", "h.attn.c_attn.kernel"),
-    Rule("h.{layer}.attn.c_attn.bias", "h.attn.c_attn.bias"),
-    Rule("h.{layer}.attn.c_proj.weight", "h.attn.c_proj.kernel"),
-    Rule("h.{layer}.attn.c_proj.bias", "h.attn.c_proj.bias"),
-    Rule("h.{layer}.ln_2.weight", "h.ln_2.scale"),
-    Rule("h.{layer}.ln_2.bias", "h.ln_2.bias"),
-    Rule("h.{layer}.mlp.c_fc.weight", "h.mlp.c_fc.kernel"),
-    Rule("h.{layer}.mlp.c_fc.bias", "h.mlp.c_fc.bias"),
-    Rule("h.{layer}.mlp.c_proj.weight", "h.mlp.c_proj.kernel"),
-    Rule("h.{layer}.mlp.c_proj.bias", "h.mlp.c_proj.bias"),
-    Rule("ln_f.weight", "ln_f.scale"),
-    Rule("ln_f.bias", "ln_f.bias"),
-    Rule("lm_head.weight", "lm_head.kernel"),
+    ParamRule("wte.weight", "wte.embedding"),
+    ParamRule("wpe.weight", "wpe.embedding"),
+    ParamRule("h.{layer}.ln_1.weight", "h.ln_1.scale"),
+    ParamRule("h.{layer}.ln_1.bias", "h.ln_1.bias"),
+    ParamRule("h.{layer}.attn.c_attn.weight", "h.attn.c_attn.kernel"),
+    ParamRule("h.{layer}.attn.c_attn.bias", "h.attn.c_attn.bias"),
+    ParamRule("h.{layer}.attn.c_proj.weight", "h.attn.c_proj.kernel"),
+    ParamRule("h.{layer}.attn.c_proj.bias", "h.attn.c_proj.bias"),
+    ParamRule("h.{layer}.ln_2.weight", "h.ln_2.scale"),
+    ParamRule("h.{layer}.ln_2.bias", "h.ln_2.bias"),
+    ParamRule("h.{layer}.mlp.c_fc.weight", "h.mlp.c_fc.kernel"),
+    ParamRule("h.{layer}.mlp.c_fc.bias", "h.mlp.c_fc.bias"),
+    ParamRule("h.{layer}.mlp.c_proj.weight", "h.mlp.c_proj.kernel"),
+    ParamRule("h.{layer}.mlp.c_proj.bias", "h.mlp.c_proj.bias"),
+    ParamRule("ln_f.weight", "ln_f.scale"),
+    ParamRule("ln_f.bias", "ln_f.bias"),
+    ParamRule("lm_head.weight", "lm_head.kernel"),
 )
 WRAPPERS = (
     "_orig_mod.",
@@ -79,11 +79,11 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
     return open_hf(path).load()
 
 
-def open_hf(path: str | os.PathLike[str]) -> Source:
+def open_hf(path: str | os.PathLike[str]) -> WeightSource:
     """The weights that `load_hf` reads; raises ValueError as it does, but for values."""
     file = _weight_file(Path(path))
     config = read_config(file.parent)
-    return Source(
+    return WeightSource(
         config, RULES, tie(config, plain_names(_read_tensors(file), str(file)), str(file)), str(file)
     )
 
@@ -115,7 +115,7 @@ def save_hf(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(DTYPES)}")
-    arrays = [(_published_name(name), array) for name, array in spread(config, RULES, params)]
+    arrays = [(_published_name(name), array) for name, array in export_tensors(config, RULES, params)]
     refuse_foreign_files(Path(folder), OURS, "a saved model")
     with atomic_folder(folder, overwrite=True) as aside:
         _write_json(aside / "config.json", {**config.to_hf(), "dtype": dtype})
@@ -149,13 +149,13 @@ def read_config(folder: Path) -> GPT2Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def plain_names(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
     """The tensors by their names without wrappers, saved masks left out.
 
     Raises:
         ValueError: two tensors have the same name without wrappers.
     """
-    plain: dict[str, Tensor] = {}
+    plain: dict[str, LazyTensor] = {}
     for full_name, tensor in tensors.items():
         name = full_name
         while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
@@ -168,7 +168,7 @@ def plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]
     return plain
 
 
-def tie(config: GPT2Config, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+def tie(config: GPT2Config, tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
     """For a tied head one copy of it, named as the embedding.
 
     Raises:
@@ -239,13 +239,13 @@ def _write_weights(
         _write_json(folder / f"model.safetensors{INDEX}", {"metadata": metadata, "weight_map": weight_map})
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path) -> dict[str, LazyTensor]:
     if file.name.endswith(INDEX):
         return _read_shards(file)
     return read_safetensors(file) if file.suffix == ".safetensors" else read_state_dict(file)
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> dict[str, LazyTensor]:
     """The tensors of all files that an index names.
 
     Raises:
@@ -262,7 +262,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise ValueError(f"{index} names the file {name!r:.200}, which cannot be one of its own")
         if not (index.parent / name).is_file():
             raise ValueError(f"{index} names {name!r:.200}, which is not beside it: fetch it again")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name in files:
         shard = index.parent / name
         found = _read_tensors(shard)

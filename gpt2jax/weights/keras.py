@@ -21,7 +21,7 @@ import numpy as np
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
-from gpt2jax.weights.mapping import Rule, Source, Tensor
+from gpt2jax.weights.mapping import LazyTensor, ParamRule, WeightSource
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
 
 PRESET_WEIGHTS = "model.weights.h5"
@@ -29,25 +29,28 @@ H5_START = b"\x89HDF\r\n\x1a\n"
 
 _QKV = ("query", "key", "value")
 RULES = (
-    Rule("token_embedding/embeddings", "wte.embedding"),
-    Rule("position_embedding/embeddings", "wpe.embedding"),
-    Rule("block_{layer}/attention_norm/gamma", "h.ln_1.scale"),
-    Rule("block_{layer}/attention_norm/beta", "h.ln_1.bias"),
+    ParamRule("token_embedding/embeddings", "wte.embedding"),
+    ParamRule("position_embedding/embeddings", "wpe.embedding"),
+    ParamRule("block_{layer}/attention_norm/gamma", "h.ln_1.scale"),
+    ParamRule("block_{layer}/attention_norm/beta", "h.ln_1.bias"),
     *(
-        Rule(f"block_{{layer}}/{n}/kernel", "h.attn.c_attn.kernel", "heads_out", i)
+        ParamRule(f"block_{{layer}}/{n}/kernel", "h.attn.c_attn.kernel", "heads_out", i)
         for i, n in enumerate(_QKV)
     ),
-    *(Rule(f"block_{{layer}}/{n}/bias", "h.attn.c_attn.bias", "heads_out", i) for i, n in enumerate(_QKV)),
-    Rule("block_{layer}/attention_output/kernel", "h.attn.c_proj.kernel", "heads_in"),
-    Rule("block_{layer}/attention_output/bias", "h.attn.c_proj.bias"),
-    Rule("block_{layer}/mlp_norm/gamma", "h.ln_2.scale"),
-    Rule("block_{layer}/mlp_norm/beta", "h.ln_2.bias"),
-    Rule("block_{layer}/mlp_in/kernel", "h.mlp.c_fc.kernel"),
-    Rule("block_{layer}/mlp_in/bias", "h.mlp.c_fc.bias"),
-    Rule("block_{layer}/mlp_out/kernel", "h.mlp.c_proj.kernel"),
-    Rule("block_{layer}/mlp_out/bias", "h.mlp.c_proj.bias"),
-    Rule("final_norm/gamma", "ln_f.scale"),
-    Rule("final_norm/beta", "ln_f.bias"),
+    *(
+        ParamRule(f"block_{{layer}}/{n}/bias", "h.attn.c_attn.bias", "heads_out", i)
+        for i, n in enumerate(_QKV)
+    ),
+    ParamRule("block_{layer}/attention_output/kernel", "h.attn.c_proj.kernel", "heads_in"),
+    ParamRule("block_{layer}/attention_output/bias", "h.attn.c_proj.bias"),
+    ParamRule("block_{layer}/mlp_norm/gamma", "h.ln_2.scale"),
+    ParamRule("block_{layer}/mlp_norm/beta", "h.ln_2.bias"),
+    ParamRule("block_{layer}/mlp_in/kernel", "h.mlp.c_fc.kernel"),
+    ParamRule("block_{layer}/mlp_in/bias", "h.mlp.c_fc.bias"),
+    ParamRule("block_{layer}/mlp_out/kernel", "h.mlp.c_proj.kernel"),
+    ParamRule("block_{layer}/mlp_out/bias", "h.mlp.c_proj.bias"),
+    ParamRule("final_norm/gamma", "ln_f.scale"),
+    ParamRule("final_norm/beta", "ln_f.bias"),
 )
 # layers of a block in the files (a leading underscore, which some versions write, aside) and in the table above
 _LAYERS = {
@@ -92,7 +95,7 @@ def load_keras(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
     return open_keras(path).load()
 
 
-def open_keras(path: str | os.PathLike[str]) -> Source:
+def open_keras(path: str | os.PathLike[str]) -> WeightSource:
     """The weights that `load_keras` reads; raises ValueError as it does, but for values."""
     path = Path(path)
     file = path / PRESET_WEIGHTS if path.is_dir() else path
@@ -100,7 +103,7 @@ def open_keras(path: str | os.PathLike[str]) -> Source:
         raise FileNotFoundError(f"there are no Keras weights at {file}")
     tensors = _h5_names(read_h5(file), file)
     preset = file.parent / "config.json" if file.name == PRESET_WEIGHTS else None
-    return Source(_config(tensors, preset, str(file)), RULES, tensors, str(file))
+    return WeightSource(_config(tensors, preset, str(file)), RULES, tensors, str(file))
 
 
 def load_keras_checkpoint(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
@@ -118,13 +121,13 @@ def load_keras_checkpoint(path: str | os.PathLike[str]) -> tuple[GPT2Config, Par
     return open_keras_checkpoint(path).load()
 
 
-def open_keras_checkpoint(path: str | os.PathLike[str]) -> Source:
+def open_keras_checkpoint(path: str | os.PathLike[str]) -> WeightSource:
     """The weights that `load_keras_checkpoint` reads; raises ValueError as it does, but for values."""
     prefix = checkpoint_prefix(Path(path))
     if prefix is None:
         raise ValueError(f"{path} is no TensorFlow checkpoint: expected {Path(path).name}.index and its data")
     tensors = _tf_names(read_checkpoint(prefix), str(prefix))
-    return Source(_config(tensors, None, str(prefix)), RULES, tensors, str(prefix))
+    return WeightSource(_config(tensors, None, str(prefix)), RULES, tensors, str(prefix))
 
 
 def is_keras(path: Path) -> bool:
@@ -137,7 +140,7 @@ def is_keras_checkpoint(path: Path) -> bool:
     return checkpoint_prefix(path) is not None
 
 
-def _config(tensors: Mapping[str, Tensor], preset: Path | None, source: str) -> GPT2Config:
+def _config(tensors: Mapping[str, LazyTensor], preset: Path | None, source: str) -> GPT2Config:
     """The architecture that the shapes say, checked against a preset's config.json where there is one."""
     needed = {"token_embedding/embeddings": 2, "position_embedding/embeddings": 2, "block_0/query/kernel": 3}
     needed["block_0/mlp_in/kernel"] = 2
@@ -194,7 +197,7 @@ def _check_preset(path: Path, said: Mapping[str, Any]) -> float:
 # ---- names ----
 
 
-def _h5_names(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+def _h5_names(tensors: Mapping[str, LazyTensor], file: Path) -> dict[str, LazyTensor]:
     names = {full: _h5_name(full) for full in tensors if not _H5_IGNORED.fullmatch(full)}
     return _renamed(tensors, names, str(file))
 
@@ -220,7 +223,7 @@ def _variable(name: str, index: int) -> str:
     return (("gamma", "beta") if norm else ("kernel", "bias"))[index]
 
 
-def _tf_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def _tf_names(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
     """Layers with weights are numbered: in the backbone token 0, position 1, blocks 2.., the final norm last.
 
     A saved whole model has the backbone as its number 0 and, the shortest way to it, the token embedding as 1.
@@ -248,10 +251,10 @@ def _tf_name(match: re.Match[str], whole: bool) -> str | None:
 
 
 def _renamed(
-    tensors: Mapping[str, Tensor], names: Mapping[str, str | None], source: str
-) -> dict[str, Tensor]:
+    tensors: Mapping[str, LazyTensor], names: Mapping[str, str | None], source: str
+) -> dict[str, LazyTensor]:
     """The tensors by the names of the table; what has none keeps its own and is reported as unknown."""
-    result: dict[str, Tensor] = {}
+    result: dict[str, LazyTensor] = {}
     for full, name in names.items():
         if (name or full) in result:
             raise ValueError(f"{source}: {name} is there twice, once as {full}")
@@ -262,7 +265,7 @@ def _renamed(
 # ---- h5 files ----
 
 
-def read_h5(path: Path) -> dict[str, Tensor]:
+def read_h5(path: Path) -> dict[str, LazyTensor]:
     """The datasets of an h5 file by path, nothing read yet.
 
     Raises:
@@ -296,7 +299,7 @@ def _datasets(group: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[st
             yield f"{prefix}{name}", item
 
 
-def _h5_tensor(path: Path, name: str, dataset: Any) -> Tensor:
+def _h5_tensor(path: Path, name: str, dataset: Any) -> LazyTensor:
     dtype = dataset.dtype
     is_bfloat16 = dtype == np.dtype("V2") and str(dataset.attrs.get("dtype", "")) == "bfloat16"
     stored = dataset.id.get_storage_size()
@@ -314,4 +317,4 @@ def _h5_tensor(path: Path, name: str, dataset: Any) -> Tensor:
             raise ValueError(f"{path} is damaged at {name}: {error}") from None
         return values.view(ml_dtypes.bfloat16) if is_bfloat16 else values
 
-    return Tensor(tuple(dataset.shape or ()), "bfloat16" if is_bfloat16 else dtype.name, read, str(path))
+    return LazyTensor(tuple(dataset.shape or ()), "bfloat16" if is_bfloat16 else dtype.name, read, str(path))

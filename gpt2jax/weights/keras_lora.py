@@ -21,7 +21,7 @@ from gpt2jax.lora.adapters import QKV_TARGETS, LoRAConfig, kernel_of
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.weights.keras import read_h5
-from gpt2jax.weights.mapping import FLOAT_DTYPES, Tensor, is_finite, listed
+from gpt2jax.weights.mapping import FLOAT_DTYPES, LazyTensor, is_finite, listed
 
 FIRST_BLOCK, LAYERS_OF_A_BLOCK = 2, 10  # layer 0 and 1 are the embeddings
 LINEARS = {2: "mlp.c_proj", 3: "mlp.c_fc", 6: "attn.c_proj", 7: "attn.v", 8: "attn.k", 9: "attn.q"}
@@ -85,7 +85,7 @@ def _shapes(config: GPT2Config, rank: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _fill(config: GPT2Config, rank: int, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, Params]:
+def _fill(config: GPT2Config, rank: int, tensors: dict[str, LazyTensor]) -> tuple[LoRAConfig, Params]:
     blocks = abstract_params(config)["h"]
     factors: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():

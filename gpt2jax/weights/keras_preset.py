@@ -22,7 +22,7 @@ from gpt2jax.tokenizer.files import save_tokenizer
 from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.keras import PRESET_WEIGHTS, RULES
-from gpt2jax.weights.mapping import spread
+from gpt2jax.weights.mapping import export_tensors
 
 OURS = re.compile(r"(config|metadata|tokenizer)\.json|model\.weights\.h5|assets")
 # what keras-hub's GPT-2 cannot be told, and so has to be as it is there
@@ -84,7 +84,7 @@ def save_keras(
         about = {"parameter_count": count_parameters(params), "tasks": ["CausalLM"]}
         _write_json(aside / "metadata.json", about)
         with h5py.File(aside / PRESET_WEIGHTS, "w") as file:
-            for name, values in spread(config, RULES, params):
+            for name, values in export_tensors(config, RULES, params):
                 file[_path(name)] = np.asarray(values, np.float32)
         if tokenizer is not None:
             _write_tokenizer(aside, tokenizer)

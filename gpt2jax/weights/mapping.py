@@ -1,6 +1,6 @@
 """Between the tensors of a file and the parameter dict: one declarative table of rules per format.
 
-A format reader delivers `{name: Tensor}`, where nothing is read yet; `fill` checks all names, shapes and
+A format reader delivers `{name: Tensor}`, where nothing is read yet; `load_params` checks all names, shapes and
 dtypes against a table, reports every problem at once, and then reads one tensor at a time into its place.
 `broadcast_prefix` is the way back. Blocks are separate in every file and stacked along a leading layer axis here.
 """
@@ -26,7 +26,7 @@ PIECE = 1 << 18  # numbers read at once: few enough to be in the cache still whe
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class LazyTensor:
     """A tensor of a file that has not been read.
 
     Attributes:
@@ -46,7 +46,7 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class ParamRule:
     """One line of a table: which tensor of a file is which parameter.
 
     Attributes:
@@ -71,13 +71,13 @@ class Rule:
 class _Slot:
     """Where one tensor goes: rule, block, and its shape in the file."""
 
-    rule: Rule
+    rule: ParamRule
     layer: int | None
     shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Weights in a file or folder, of which no value has been read.
 
     Attributes:
@@ -88,19 +88,19 @@ class Source:
     """
 
     config: GPT2Config
-    rules: Sequence[Rule]
-    tensors: Mapping[str, Tensor]
+    rules: Sequence[ParamRule]
+    tensors: Mapping[str, LazyTensor]
     name: str
 
     def load(self, dtype: str = "float32") -> tuple[GPT2Config, Params]:
-        """(config, params), blocks stacked; raises what `fill` raises."""
-        return self.config, fill(self.config, self.rules, self.tensors, self.name, dtype)
+        """(config, params), blocks stacked; raises what `load_params` raises."""
+        return self.config, load_params(self.config, self.rules, self.tensors, self.name, dtype)
 
 
-def fill(
+def load_params(
     config: GPT2Config,
-    rules: Sequence[Rule],
-    tensors: Mapping[str, Tensor],
+    rules: Sequence[ParamRule],
+    tensors: Mapping[str, LazyTensor],
     source: str,
     dtype: str = "float32",
 ) -> Params:
@@ -162,12 +162,12 @@ def fill(
     return params
 
 
-def _lies_as_in_memory(tensor: Tensor, target: np.ndarray, layout: str) -> bool:
+def _lies_as_in_memory(tensor: LazyTensor, target: np.ndarray, layout: str) -> bool:
     same = numpy_dtype(tensor.dtype) == target.dtype and layout != "transposed"
     return same and tensor.offset is not None and target.flags.c_contiguous
 
 
-def _read_into(target: np.ndarray, tensor: Tensor, name: str) -> bool:
+def _read_into(target: np.ndarray, tensor: LazyTensor, name: str) -> bool:
     """Reads a tensor without a copy of it, and says whether all its values are finite."""
     flat = target.reshape(-1)
     finite = True
@@ -184,7 +184,9 @@ def _read_into(target: np.ndarray, tensor: Tensor, name: str) -> bool:
     return finite
 
 
-def spread(config: GPT2Config, rules: Sequence[Rule], params: Params) -> Iterator[tuple[str, np.ndarray]]:
+def export_tensors(
+    config: GPT2Config, rules: Sequence[ParamRule], params: Params
+) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a file out of parameters, in the order of the blocks: (name, array)."""
     leaves = _leaves(config)
     for name, slot in _slots(config, rules, leaves).items():
@@ -194,7 +196,7 @@ def spread(config: GPT2Config, rules: Sequence[Rule], params: Params) -> Iterato
         yield name, _from_canonical(_view(np.asarray(node), slot), slot)
 
 
-def file_shapes(config: GPT2Config, rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
+def file_shapes(config: GPT2Config, rules: Sequence[ParamRule]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a file of this format has for an architecture, in order."""
     return {name: slot.shape for name, slot in _slots(config, rules, _leaves(config)).items()}
 
@@ -205,7 +207,7 @@ def _leaves(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 
 def _slots(
-    config: GPT2Config, rules: Sequence[Rule], leaves: Mapping[str, tuple[int, ...]]
+    config: GPT2Config, rules: Sequence[ParamRule], leaves: Mapping[str, tuple[int, ...]]
 ) -> dict[str, _Slot]:
     slots = {}
     single = [rule for rule in rules if "{layer}" not in rule.name and rule.path in leaves]
@@ -219,7 +221,7 @@ def _slots(
     return slots
 
 
-def _file_shape(config: GPT2Config, rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _file_shape(config: GPT2Config, rule: ParamRule, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in the file of a parameter with this shape in one block."""
     if rule.part is not None:
         shape = (*shape[:-1], shape[-1] // 3)

@@ -17,7 +17,7 @@ import numpy as np
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.weights import hf
-from gpt2jax.weights.mapping import Source, Tensor
+from gpt2jax.weights.mapping import LazyTensor, WeightSource
 from gpt2jax.weights.torch_reader import read_torch
 
 # the names are Hugging Face's; only the kernels lie the other way
@@ -46,7 +46,7 @@ def load_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
     return open_nanogpt(path).load()
 
 
-def open_nanogpt(path: str | os.PathLike[str]) -> Source:
+def open_nanogpt(path: str | os.PathLike[str]) -> WeightSource:
     """The weights that `load_nanogpt` reads; raises ValueError as it does, but for values."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     content = read_torch(path)
@@ -56,7 +56,9 @@ def open_nanogpt(path: str | os.PathLike[str]) -> Source:
         raise ValueError(f"{path} is no checkpoint of nanoGPT: expected `model` and `model_args` in it")
     saved, arguments = content["model"], content["model_args"]
     strange = [
-        name for name, value in saved.items() if not isinstance(name, str) or not isinstance(value, Tensor)
+        name
+        for name, value in saved.items()
+        if not isinstance(name, str) or not isinstance(value, LazyTensor)
     ]
     if strange:
         raise ValueError(f"{path}: {strange[0]!s:.100} in `model` is not a tensor with a name")
@@ -66,7 +68,7 @@ def open_nanogpt(path: str | os.PathLike[str]) -> Source:
         tensors = {name: _cut(tensor) if name == "wte.weight" else tensor for name, tensor in tensors.items()}
     if not arguments["bias"]:
         tensors = {**_zero_biases(config), **tensors}
-    return Source(config, RULES, tensors, str(path))
+    return WeightSource(config, RULES, tensors, str(path))
 
 
 def is_nanogpt(path: Path) -> bool:
@@ -96,13 +98,13 @@ def _config(path: Path, arguments: Mapping[Any, Any]) -> GPT2Config:
         raise ValueError(f"{path}: model_args: {error}") from None
 
 
-def _cut(tensor: Tensor) -> Tensor:
+def _cut(tensor: LazyTensor) -> LazyTensor:
     if tensor.shape[:1] != (PADDED,):
         return tensor
     return dataclasses.replace(tensor, shape=(REAL, *tensor.shape[1:]), read=lambda: tensor.read()[:REAL])
 
 
-def _zero_biases(config: GPT2Config) -> dict[str, Tensor]:
+def _zero_biases(config: GPT2Config) -> dict[str, LazyTensor]:
     dim, wide = config.n_embd, config.mlp_dim
     widths = {
         "ln_1": dim,
@@ -113,8 +115,8 @@ def _zero_biases(config: GPT2Config) -> dict[str, Tensor]:
         "mlp.c_proj": dim,
     }
 
-    def zeros(width: int) -> Tensor:
-        return Tensor((width,), "float32", lambda: np.zeros(width, np.float32), file="")
+    def zeros(width: int) -> LazyTensor:
+        return LazyTensor((width,), "float32", lambda: np.zeros(width, np.float32), file="")
 
     blocks = {
         f"h.{layer}.{name}.bias": zeros(width)

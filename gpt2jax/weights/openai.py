@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
-from gpt2jax.weights.mapping import Rule, Source
+from gpt2jax.weights.mapping import ParamRule, WeightSource
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
 
 HPARAMS = "hparams.json"
@@ -29,14 +29,14 @@ LINEARS = (
     ("mlp/c_proj", "h.mlp.c_proj"),
 )
 RULES = (
-    Rule("model/wte", "wte.embedding"),
-    Rule("model/wpe", "wpe.embedding"),
-    *(Rule(f"model/h{{layer}}/{norm}/g", f"h.{norm}.scale") for norm in ("ln_1", "ln_2")),
-    *(Rule(f"model/h{{layer}}/{norm}/b", f"h.{norm}.bias") for norm in ("ln_1", "ln_2")),
-    *(Rule(f"model/h{{layer}}/{name}/w", f"{path}.kernel", "leading_one") for name, path in LINEARS),
-    *(Rule(f"model/h{{layer}}/{name}/b", f"{path}.bias") for name, path in LINEARS),
-    Rule("model/ln_f/g", "ln_f.scale"),
-    Rule("model/ln_f/b", "ln_f.bias"),
+    ParamRule("model/wte", "wte.embedding"),
+    ParamRule("model/wpe", "wpe.embedding"),
+    *(ParamRule(f"model/h{{layer}}/{norm}/g", f"h.{norm}.scale") for norm in ("ln_1", "ln_2")),
+    *(ParamRule(f"model/h{{layer}}/{norm}/b", f"h.{norm}.bias") for norm in ("ln_1", "ln_2")),
+    *(ParamRule(f"model/h{{layer}}/{name}/w", f"{path}.kernel", "leading_one") for name, path in LINEARS),
+    *(ParamRule(f"model/h{{layer}}/{name}/b", f"{path}.bias") for name, path in LINEARS),
+    ParamRule("model/ln_f/g", "ln_f.scale"),
+    ParamRule("model/ln_f/b", "ln_f.bias"),
 )
 
 
@@ -53,7 +53,7 @@ def load_openai(folder: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
     return open_openai(folder).load()
 
 
-def open_openai(folder: str | os.PathLike[str]) -> Source:
+def open_openai(folder: str | os.PathLike[str]) -> WeightSource:
     """The weights that `load_openai` reads; raises ValueError as it does, but for values."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -64,7 +64,7 @@ def open_openai(folder: str | os.PathLike[str]) -> Source:
         raise ValueError(
             f"{folder} has no checkpoint: expected model.ckpt.index and model.ckpt.data-00000-of-00001"
         )
-    return Source(config, RULES, read_checkpoint(prefix), str(prefix))
+    return WeightSource(config, RULES, read_checkpoint(prefix), str(prefix))
 
 
 def is_openai(path: Path) -> bool:

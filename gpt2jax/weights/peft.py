@@ -24,7 +24,7 @@ from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.low_rank import column_norms
 from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.weights.hf import refuse_foreign_files
-from gpt2jax.weights.mapping import FLOAT_DTYPES, Tensor, is_finite, listed
+from gpt2jax.weights.mapping import FLOAT_DTYPES, LazyTensor, is_finite, listed
 from gpt2jax.weights.peft_targets import declared_linears
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
 from gpt2jax.weights.torch_reader import read_state_dict
@@ -212,7 +212,7 @@ def _parts(config: GPT2Config, lora: LoRAConfig, adapters: Params) -> Iterator[t
 def _fill(
     config: GPT2Config,
     lora: LoRAConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, LazyTensor],
     file: Path,
     params: Params | None,
     problems: list[str],
@@ -241,7 +241,7 @@ def _fill(
     return jax.tree.map(jax.device_put, adapters)
 
 
-def _empty(config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], file: Path) -> Params:
+def _empty(config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, LazyTensor], file: Path) -> Params:
     """Adapters of zeros in NumPy, for tensors to be read into."""
     largest = max(max(tensor.shape, default=0) for tensor in tensors.values())
     adapters: Params = {}
@@ -260,7 +260,7 @@ def _empty(config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, Tensor], 
 
 
 def _contradictions(
-    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], layers: int, path: Path
+    settings: Mapping[str, Any], tensors: Mapping[str, LazyTensor], layers: int, path: Path
 ) -> list[str]:
     """Where the tensors are not of the linears that the settings name, as with adapters of a smaller model."""
     try:
@@ -278,7 +278,7 @@ def _contradictions(
     return missing + [f"{name}: has tensors, but is none of {names}" for name in sorted(adapted - declared)]
 
 
-def _problems(tensors: Mapping[str, Tensor], places: Mapping[str, np.ndarray]) -> list[str]:
+def _problems(tensors: Mapping[str, LazyTensor], places: Mapping[str, np.ndarray]) -> list[str]:
     """What keeps the tensors from their places. A linear may be absent from a block, but not in part."""
     problems = []
     for name, tensor in tensors.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2jax.utils.atomic_io import atomic_write
-from gpt2jax.weights.mapping import Tensor, numpy_dtype
+from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 DTYPES = {
@@ -39,7 +39,7 @@ DTYPES = {
 CODES = {name: code for code, name in DTYPES.items()}
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     """The tensors of a file in the order of their data; values are read when asked for.
 
     Raises:
@@ -62,7 +62,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: its header is not JSON: {error}") from None
     header.pop("__metadata__", None)
     data_start = 8 + length
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     position = 0
     for name, entry in sorted(header.items(), key=lambda item: _begin(path, item)):
         tensors[name], position = _check(path, name, entry, data_start, position)
@@ -91,7 +91,7 @@ def _begin(path: Path, item: tuple[str, object]) -> int:
     raise ValueError(f"{path}: the header's entry of tensor {name} is damaged: {entry!r:.100}")
 
 
-def _check(path: Path, name: str, entry: dict, data_start: int, position: int) -> tuple[Tensor, int]:
+def _check(path: Path, name: str, entry: dict, data_start: int, position: int) -> tuple[LazyTensor, int]:
     """One header entry as a tensor and the position behind it, when it begins where the last one ended."""
     begin, end = entry["data_offsets"]
     shape, code = entry.get("shape"), entry.get("dtype")
@@ -112,7 +112,7 @@ def _check(path: Path, name: str, entry: dict, data_start: int, position: int) -
             raise ValueError(f"{path} is cut short: tensor {name} is not whole")
         return values.reshape(shape)
 
-    return Tensor(tuple(shape), DTYPES[code], read, str(path), data_start + begin), end
+    return LazyTensor(tuple(shape), DTYPES[code], read, str(path), data_start + begin), end
 
 
 def write_safetensors(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2jax.weights.crc32c import masked_crc32c
-from gpt2jax.weights.mapping import Tensor, numpy_dtype
+from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 FOOTER = 48  # bytes
@@ -28,7 +28,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-def read_checkpoint(prefix: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_checkpoint(prefix: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     """The tensors of a checkpoint by name; values are read, and their checksum verified, when asked for.
 
     Texts, such as the object graph that Keras saves, are left out.
@@ -58,14 +58,14 @@ def read_checkpoint(prefix: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(str(error) if str(prefix) in str(error) else f"{index}: {error}") from None
 
 
-def _tensors(prefix: Path, entries: dict[bytes, bytes]) -> dict[str, Tensor]:
+def _tensors(prefix: Path, entries: dict[bytes, bytes]) -> dict[str, LazyTensor]:
     if b"" not in entries:
         raise ValueError("it has no header")
     header = _fields(entries.pop(b""))
     num_shards, endianness = _number(header, 1), _number(header, 2)
     if endianness:
         raise ValueError("it is big-endian, which cannot be read")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for raw_name, raw_entry in entries.items():
         name = raw_name.decode("utf-8")
         entry = _fields(raw_entry)
@@ -88,14 +88,16 @@ def _tensors(prefix: Path, entries: dict[bytes, bytes]) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensor(data: Path, name: str, shape: tuple[int, ...], dtype: str, offset: int, checksum: int) -> Tensor:
+def _tensor(
+    data: Path, name: str, shape: tuple[int, ...], dtype: str, offset: int, checksum: int
+) -> LazyTensor:
     def read() -> np.ndarray:
         values = np.fromfile(data, numpy_dtype(dtype), math.prod(shape), offset=offset)
         if masked_crc32c(values) != checksum:
             raise ValueError(f"{data} is damaged: the checksum of tensor {name} does not match")
         return values.reshape(shape)
 
-    return Tensor(shape, dtype, read, str(data))
+    return LazyTensor(shape, dtype, read, str(data))
 
 
 def checkpoint_prefix(path: Path) -> Path | None:

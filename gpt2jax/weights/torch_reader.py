@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2jax.weights.mapping import Tensor, numpy_dtype
+from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
@@ -53,7 +53,7 @@ class _Storage:
 
 
 def read_torch(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote: dicts, lists, tuples, strings, numbers, and a `Tensor`, not read, for each tensor.
+    """What `torch.save` wrote: dicts, lists, tuples, strings, numbers, and a `LazyTensor`, not read, for each tensor.
 
     Raises:
         ValueError: the file is not of this kind, is damaged, or holds anything else; the message names both.
@@ -68,7 +68,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     raise ValueError(f"{path} is not a file of torch.save: it begins with neither of the two marks of one")
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     """The tensors of a saved state dict by name.
 
     Raises:
@@ -78,7 +78,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str) or not isinstance(value, LazyTensor):
             raise ValueError(f"{path}: {name!s:.100} is a {type(value).__name__}, not a tensor with a name")
     return content
 
@@ -279,7 +279,7 @@ class _Interpreter:
             return {}
         if function == _Global("torch._utils", "_rebuild_tensor_v2") and 6 <= len(arguments) <= 7:
             return self._tensor(*arguments[:4])
-        if function == _Global("torch._utils", "_rebuild_parameter") and isinstance(arguments[0], Tensor):
+        if function == _Global("torch._utils", "_rebuild_parameter") and isinstance(arguments[0], LazyTensor):
             return arguments[0]
         raise ValueError(f"it would call {function.module}.{function.name}, which is refused")
 
@@ -301,7 +301,7 @@ class _Interpreter:
         self.locate(storage)
         return storage
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> LazyTensor:
         numbers = (offset, *shape, *strides)
         if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("a tensor with an impossible place, shape or stride")
@@ -321,7 +321,7 @@ class _Interpreter:
             steps = tuple(step * dtype.itemsize for step in strides)
             return np.lib.stride_tricks.as_strided(values, shape, steps) if span else values.reshape(shape)
 
-        return Tensor(tuple(shape), storage.dtype, read, str(path))
+        return LazyTensor(tuple(shape), storage.dtype, read, str(path))
 
     def _check(self, storage: _Storage, values: np.ndarray | None) -> None:
         """The checksum of a storage's bytes, once; `values` are all of them where they have been read already."""
