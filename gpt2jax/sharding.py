@@ -88,8 +88,8 @@ def shard(tree: Any, mesh: Mesh) -> Any:
     def place(leaf, sharding):
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        replicate = np.asarray(leaf)
-        return jax.make_array_from_callback(replicate.shape, sharding, lambda index: replicate[index])
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(place, tree, shardings(tree, mesh))
 

@@ -267,7 +267,9 @@ def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
         [pattern] if pattern in QKV_TARGETS else fnmatch.filter(TARGETS, str(pattern)) for pattern in patterns
     ]
     if not matches or not all(matches):
-        raise ValueError(f"LoRA targets={targets!r:.100} must be some of: {', '.join((*TARGETS, *SLICES))}")
+        raise ValueError(
+            f"LoRA targets={targets!r:.100} must be some of: {', '.join((*TARGETS, *QKV_TARGETS))}"
+        )
     found = [name for names in matches for name in names]
     both = set(QKV_TARGETS) & set(found)
     if both and "attn.c_attn" in found:

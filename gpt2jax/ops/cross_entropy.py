@@ -177,12 +177,12 @@ _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _head_bits(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The head [V, D] as products take it, in `bitcast_to_uint16`' form, which loops take slices of; whole on every device."""
+    """Cast the head [V, D] for products and bit-cast it, for loops to slice; replicated over devices."""
     return bitcast_to_uint16(replicate(head.astype(dtype)))
 
 
 def _logits(h: jax.Array, head_bits: jax.Array) -> jax.Array:
-    """Hidden states [C, D], and the head [V, D] of their dtype as `bitcast_to_uint16` gives it -> logits [C, V] float32."""
+    """Compute logits [C, V] float32 of hidden states [C, D] and the bit-cast head [V, D] of their dtype."""
     if h.dtype.itemsize == 4:
         return _product("cd,vd->cv", h, head_bits)
     # by slices: all at once a CPU would keep a second head, of floats, and a GPU one filled up to whole tiles

@@ -1,15 +1,220 @@
-"""What a setting's value may be, asked the same way everywhere."""
+"""Validation: rules for single values, and a decorator that holds the fields of a dataclass to their rules.
+
+A rule belongs to a field through its annotation:
+
+    @validated
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        steps: Annotated[int, positive_int] = 100
+        optimizer: Literal["adamw", "sgd"] = "adamw"
+        dropout: Annotated[float | None, in_range(0, 1, open_end=True)] = None
+
+`bool` and `Literal` need no rule of their own; None is legal where the annotation says so. Every error reads
+`<field> must be <legal>, got <value>`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
 import numbers
 import os
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 SEED_RANGE = 2**32
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A set of legal values.
+
+    Attributes:
+        legal: what an error says behind "must be".
+        convert: returns the value as Python's own kind (which JSON and jit take); raises ValueError or TypeError if
+            it is not legal.
+    """
+
+    legal: str
+    convert: Callable[[Any], Any]
+
+
+def check(name: str, value: Any, rule: Rule) -> Any:
+    """Return `value` converted by a rule.
+
+    Raises:
+        ValueError: the value is not legal; the message names field, legal values and the value.
+    """
+    try:
+        return rule.convert(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(must_be(name, rule.legal, value)) from None
+
+
+def must_be(name: str, legal: str, value: Any) -> str:
+    """Build the message of a value that is not legal, such as "steps must be a positive whole number, got 0"."""
+    return f"{name} must be {legal}, got {value!r:.100}"
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Build the message of a name that does not exist; it gives the nearest known one, else all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"there is no {kind} {name!r}; {hint}"
+
+
+def _accept(test: Callable[[Any], bool], kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        if not test(value):
+            raise ValueError
+        return kind(value)
+
+    return convert
+
+
+def at_least(least: int) -> Rule:
+    """Build the rule of whole numbers from `least` on."""
+    legal = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
+    return Rule(legal, _accept(lambda x: is_integer(x) and x >= least, int))
+
+
+def int_in_range(low: int, high: int) -> Rule:
+    """Build the rule of whole numbers from `low` to `high`, both legal."""
+    return Rule(
+        f"a whole number from {low} to {high}", _accept(lambda x: is_integer(x) and low <= x <= high, int)
+    )
+
+
+def above(low: float) -> Rule:
+    """Build the rule of finite numbers above `low`."""
+    legal = "a positive number" if low == 0 else f"a number above {low:g}"
+    return Rule(legal, _accept(lambda x: is_number(x) and x > low, float))
+
+
+def in_range(
+    low: float, high: float | None = None, *, open_start: bool = False, open_end: bool = False
+) -> Rule:
+    """Build the rule of finite numbers from `low` to `high`; an open end is not legal itself."""
+
+    def inside(x: Any) -> bool:
+        if not is_number(x) or x < low or (open_start and x == low):
+            return False
+        return high is None or x < high or (x == high and not open_end)
+
+    start = f"above {low:g}" if open_start else f"of at least {low:g}"
+    end = "" if high is None else f" and {'below' if open_end else 'at most'} {high:g}"
+    return Rule(f"a number {start}{end}", _accept(inside, float))
+
+
+def one_of(choices: Iterable[Any]) -> Rule:
+    """Build the rule of some given values."""
+    choices = tuple(choices)
+
+    def convert(value: Any) -> Any:
+        # 1 == True: a choice counts with its type
+        return next(choice for choice in choices if type(choice) is type(value) and choice == value)
+
+    def legal(value: Any) -> Any:
+        try:
+            return convert(value)
+        except StopIteration:
+            raise ValueError from None
+
+    return Rule(f"one of {', '.join(map(str, choices))}", legal)
+
+
+def each(rule: Rule) -> Rule:
+    """Build the rule of lists whose items obey `rule`; a single text is not taken for a list of letters."""
+
+    def convert(values: Any) -> tuple[Any, ...]:
+        if isinstance(values, str | bytes | Mapping | set | frozenset):
+            raise ValueError
+        return tuple(rule.convert(value) for value in values)
+
+    return Rule(f"a list, each item {rule.legal}", convert)
+
+
+def optional(rule: Rule) -> Rule:
+    """Build the rule that also takes None."""
+    return Rule(f"{rule.legal}, or None", lambda value: None if value is None else rule.convert(value))
+
+
+positive_int = at_least(1)
+non_negative_int = at_least(0)
+integer = Rule("a whole number", _accept(lambda x: is_integer(x), int))
+number = Rule("a finite number", _accept(lambda x: is_number(x), float))
+positive_number = above(0)
+boolean = Rule("True or False", _accept(lambda x: isinstance(x, bool), bool))
+string = Rule("a text", _accept(lambda x: isinstance(x, str), str))
+non_empty_string = Rule("a text that is not empty", _accept(lambda x: isinstance(x, str) and x != "", str))
+seed = Rule("a whole number from 0 to 2**32 - 1", _accept(lambda x: is_seed(x), int))
+
+
+def rule_of(annotation: Any) -> Rule | None:
+    """Return the rule that an annotation stands for, or None if it does not restrict its values."""
+    metadata: tuple[Any, ...] = ()
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation, *rest = typing.get_args(annotation)
+        metadata = tuple(rest)
+    takes_none = False
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = typing.get_args(annotation)
+        takes_none = type(None) in members
+        members = tuple(member for member in members if member is not type(None))
+        annotation = members[0] if len(members) == 1 else annotation
+    rule = next((item for item in metadata if isinstance(item, Rule)), None)
+    if rule is None and typing.get_origin(annotation) is typing.Annotated:
+        rule = rule_of(annotation)
+    if rule is None and annotation is bool:
+        rule = boolean
+    if rule is None and typing.get_origin(annotation) is typing.Literal:
+        rule = one_of(typing.get_args(annotation))
+    return optional(rule) if rule is not None and takes_none else rule
+
+
+@functools.cache
+def field_rules(cls: type) -> dict[str, Rule]:
+    """Return the rule of each field of a dataclass that has one."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    rules = {field.name: rule_of(hints[field.name]) for field in dataclasses.fields(cls)}
+    return {name: rule for name, rule in rules.items() if rule is not None}
+
+
+def validated(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass check and convert its fields when it is built; a class decorator.
+
+    The fields are checked before the class's own `__post_init__`, which is left with rules between fields. An
+    unknown field is a TypeError that names the nearest known one. A class attribute `error_prefix` (such as "lora.")
+    stands before the names of fields in errors.
+    """
+    own = cls.__dict__.get("__post_init__")
+    build = cls.__init__
+
+    def __post_init__(self: Any) -> None:
+        prefix = getattr(cls, "error_prefix", "")
+        for name, rule in field_rules(cls).items():
+            set_field(self, name, check(prefix + name, getattr(self, name), rule))
+        if own is not None:
+            own(self)
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
+        for name in kwargs.keys() - set(known):
+            raise TypeError(unknown_name("setting", name, known))
+        build(self, *args, **kwargs)
+
+    setattr(cls, "__post_init__", __post_init__)  # noqa: B010, a type checker knows no such attribute
+    setattr(cls, "__init__", __init__)  # noqa: B010
+    return cls
 
 
 def set_field(settings: Any, name: str, value: Any) -> None:
