@@ -211,6 +211,8 @@ def validated(cls: type[T]) -> type[T]:
         for name in kwargs.keys() - set(known):
             raise TypeError(unknown_name("setting", name, known))
         build(self, *args, **kwargs)
+        if own is None:  # the __init__ that dataclasses wrote calls no method that was not there
+            __post_init__(self)
 
     setattr(cls, "__post_init__", __post_init__)  # noqa: B010, a type checker knows no such attribute
     setattr(cls, "__init__", __init__)  # noqa: B010

@@ -75,3 +75,16 @@ def test_validated_keeps_signature_and_replace():
 
 def test_unknown_name_lists_all_if_none_is_near():
     assert unknown_name("option", "zzz", ["steps", "seed"]) == "there is no option 'zzz'; known: steps, seed"
+
+
+def test_validated_checks_a_class_without_post_init():
+    @validated
+    @dataclasses.dataclass(frozen=True)
+    class Plain:
+        rank: Annotated[int, positive_int] = 8
+
+        error_prefix = "lora."
+
+    assert type(Plain(np.int64(2)).rank) is int
+    with pytest.raises(ValueError, match="^lora.rank must be a positive whole number, got 0$"):
+        Plain(rank=0)
