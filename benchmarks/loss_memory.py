@@ -20,7 +20,7 @@ from training import dense_loss
 
 from gpt2jax.model.config import PRESETS
 from gpt2jax.ops.cross_entropy import cross_entropy
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 from gpt2jax.plan.devices import described_devices, find_device
 from gpt2jax.plan.program import compile_for
 
@@ -59,13 +59,13 @@ def find_place(name: str) -> tuple[jax.Device, str]:
 
 def temporaries(options: argparse.Namespace, place: jax.Device, backend: str, dtype: str) -> list[int]:
     """Bytes beside arguments and results of: the loss, it and both gradients, the dense loss and both gradients."""
-    numerics, config = precision(dtype, backend=backend), PRESETS[options.size]
+    precision, config = Precision.for_backend(dtype, backend=backend), PRESETS[options.size]
     shape = (options.rows, options.length)
     here = SingleDeviceSharding(place)
     arguments = [
         jax.ShapeDtypeStruct(size, kind, sharding=here)
         for size, kind in (
-            ((*shape, config.n_embd), numerics.activation_dtype),
+            ((*shape, config.n_embd), precision.activation_dtype),
             ((config.vocab_size, config.n_embd), jnp.float32),
             (shape, jnp.int32),
             (shape, jnp.float32),
@@ -73,10 +73,10 @@ def temporaries(options: argparse.Namespace, place: jax.Device, backend: str, dt
     ]
 
     def ours(*arrays):
-        return cross_entropy(*arrays, numerics)[0]
+        return cross_entropy(*arrays, precision)[0]
 
     def dense(*arrays):
-        return dense_loss(*arrays, numerics)[0]
+        return dense_loss(*arrays, precision)[0]
 
     functions = (ours, *(jax.value_and_grad(f, argnums=(0, 1)) for f in (ours, dense)))
     compiled = (compile_for(backend, jax.jit(function), *arguments) for function in functions)

@@ -64,7 +64,7 @@ def gpt2jax_step(
 
     from gpt2jax.lora.adapters import LoRAConfig, cast_base, init_adapters
     from gpt2jax.model.gpt2 import init_params
-    from gpt2jax.ops.precision import precision
+    from gpt2jax.ops.precision import Precision
     from gpt2jax.train.config import FinetuneConfig
     from gpt2jax.train.optimizer import make_optimizer
     from gpt2jax.train.step import init_state, make_train_step
@@ -81,7 +81,7 @@ def gpt2jax_step(
     )
     if should_unroll(config, settings, length, jax.default_backend(), 1):
         state = unstack_layers(state)
-    step = make_train_step(config, optimizer, precision(dtype), lora=adapters)
+    step = make_train_step(config, optimizer, Precision.for_backend(dtype), lora=adapters)
     ids = batch(config, rows, length).astype(np.int32)
     inputs = {
         "tokens": ids[:, :-1],

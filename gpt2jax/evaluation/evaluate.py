@@ -38,7 +38,7 @@ from gpt2jax.evaluation.windows import (
     plan_windows,
 )
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 from gpt2jax.utils.fingerprint import add_text, params_fingerprint
 from gpt2jax.utils.progress import evaluation_progress
 from gpt2jax.utils.validation import check_count, check_model, check_path, check_texts
@@ -153,7 +153,7 @@ def check_settings(
     context = model.config.n_positions
     if sequence_length > context:
         raise ValueError(f"sequence_length={sequence_length} is over the model's context of {context} tokens")
-    precision(compute_dtype)
+    Precision.for_backend(compute_dtype)
     stride = check_windows(windows, sequence_length, stride)
     return Settings(int(sequence_length), windows, int(stride), int(batch_size), compute_dtype)
 

@@ -25,7 +25,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
 from gpt2jax.ops.attention import einsum_f32
 from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_kernel, bitcast_to_uint16
-from gpt2jax.ops.precision import Precision, precision
+from gpt2jax.ops.precision import Precision
 
 # logits held at once on each device: of so many ids for so many rows, 32 MiB at most. On a CPU blocks of the vocabulary
 # take half the time of blocks of rows, which read the whole head for each
@@ -47,7 +47,7 @@ def scorer(
         devices: to spread the rows of a batch over, each with a copy of the parameters. Default: all of this
             process.
     """
-    numerics = precision(compute_dtype)
+    precision = Precision.for_backend(compute_dtype)
     devices = jax.local_devices() if devices is None else list(devices)
     if not devices:
         raise ValueError("devices=[] must be at least one device, or None for all")
@@ -55,14 +55,14 @@ def scorer(
         if not isinstance(device, jax.Device):
             raise ValueError(f"devices: {device!r:.60} is none; jax.devices() gives them")
     mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
-    params = _scoring_params(model.merge_adapter().params, numerics.compute_dtype)
+    params = _scoring_params(model.merge_adapter().params, precision.compute_dtype)
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     def score(tokens, targets, mask):
         # [devices, rows of each, T]: with an axis of their own, nothing that follows mixes rows of two devices
         batch = [x.reshape(len(devices), -1, x.shape[-1]) for x in (tokens, targets, mask) if x is not None]
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("devices")))
-        return _token_scores(params, *batch, config=model.config, numerics=numerics)
+        return _token_scores(params, *batch, config=model.config, precision=precision)
 
     return score, len(devices)
 
@@ -81,8 +81,8 @@ def _scoring_params(params: Params, dtype: jnp.dtype) -> Params:
     }
 
 
-@functools.partial(jax.jit, static_argnames=("config", "numerics"))
-def _token_scores(params, tokens, targets, mask=None, *, config: GPT2Config, numerics: Precision):
+@functools.partial(jax.jit, static_argnames=("config", "precision"))
+def _token_scores(params, tokens, targets, mask=None, *, config: GPT2Config, precision: Precision):
     def scores(tokens, targets, mask):
         # positions run on over padding, as in Keras; padding is on the right, so no other figure depends on it
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -92,9 +92,9 @@ def _token_scores(params, tokens, targets, mask=None, *, config: GPT2Config, num
             tokens,
             positions=positions,
             attention_mask=mask,
-            precision=numerics,
+            precision=precision,
         )
-        return head_scores(hidden, params["head"], targets, numerics, config.vocab_size)
+        return head_scores(hidden, params["head"], targets, precision, config.vocab_size)
 
     if tokens.shape[0] == 1:
         return scores(tokens[0], targets[0], None if mask is None else mask[0])
@@ -103,15 +103,15 @@ def _token_scores(params, tokens, targets, mask=None, *, config: GPT2Config, num
 
 
 def head_scores(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, numerics: Precision, vocab_size: int
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, precision: Precision, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores of the label at every position.
 
     Args:
         hidden: [B, T, D] after the last LayerNorm.
-        head: [blocks, block, D] from `head_blocks`, in the dtype of `numerics` or as its bits.
+        head: [blocks, block, D] from `head_blocks`, in the dtype of `precision` or as its bits.
         targets: [B, T] int.
-        numerics: dtypes of the product; softmax and loss are float32.
+        precision: dtypes of the product; softmax and loss are float32.
         vocab_size: V; rows of the head from there on are filling.
 
     Returns:
@@ -120,7 +120,7 @@ def head_scores(
     """
 
     def chunk(rows: tuple[jax.Array, jax.Array]):
-        return _row_scores(*rows, head, numerics, vocab_size)
+        return _row_scores(*rows, head, precision, vocab_size)
 
     count = targets.size
     flat = (hidden.reshape(count, -1), targets.reshape(count))
@@ -138,12 +138,12 @@ def head_scores(
     return loss, rank, confidence
 
 
-def _row_scores(x, labels, head, numerics: Precision, vocab_size: int):
+def _row_scores(x, labels, head, precision: Precision, vocab_size: int):
     """`head_scores` of rows [C, D], block by block of the vocabulary: the head is read once, logits stay in cache."""
     block = head.shape[1]
-    x = x.astype(numerics.compute_dtype)
+    x = x.astype(precision.compute_dtype)
     # the label's own logit first: the others are counted against it
-    own_rows = bitcast_from_uint16(head.reshape(-1, head.shape[2])[labels], numerics.compute_dtype)
+    own_rows = bitcast_from_uint16(head.reshape(-1, head.shape[2])[labels], precision.compute_dtype)
     own = (x.astype(jnp.float32) * own_rows.astype(jnp.float32)).sum(-1)
 
     def step(carry, part):
@@ -151,7 +151,7 @@ def _row_scores(x, labels, head, numerics: Precision, vocab_size: int):
         rows, start = part
         ids = start + jnp.arange(block)
         logits = einsum_f32(
-            "cd,vd->cv", x, bitcast_from_uint16(rows, numerics.compute_dtype), numerics.compute_dtype
+            "cd,vd->cv", x, bitcast_from_uint16(rows, precision.compute_dtype), precision.compute_dtype
         )
         logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
         higher = jnp.maximum(top, logits.max(axis=-1))

@@ -21,7 +21,7 @@ from flax import nnx
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import ForwardContext, Params, block_graphdef, final_norm_graphdef, lm_head_weight
-from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul, precision
+from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul
 from gpt2jax.ops.streamed import TransposedKernel, transpose_kernel
 
 DecodingParams = dict[str, Any]
@@ -46,7 +46,7 @@ def decoding_precision(dtype: str | None = None, *, backend: str | None = None) 
     backend = backend or jax.default_backend()
     if dtype is None or dtype == "int8":
         dtype = "float32" if backend == "cpu" else "bfloat16"
-    return precision(dtype, backend=backend)
+    return Precision.for_backend(dtype, backend=backend)
 
 
 def weight_dtype(dtype: str | None, precision: Precision) -> jnp.dtype:

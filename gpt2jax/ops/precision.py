@@ -32,25 +32,27 @@ class Precision:
     activation_dtype: jnp.dtype
     attention: str = "xla"
 
+    @classmethod
+    def for_backend(cls, compute_dtype: str, *, backend: str | None = None) -> Precision:
+        """Choose the dtypes for `compute_dtype` that are fast on `backend` (default: the one jax runs on).
 
-def precision(compute_dtype: str, *, backend: str | None = None) -> Precision:
-    """The dtypes for `compute_dtype` that are fast on `backend` (default: the one jax runs on).
+        On a CPU elementwise work in 16 bits is emulated through float32, so only the products are narrow there. An
+        accelerator keeps its activations narrow too, which halves their memory, and no [T, T] scores. On an NVIDIA GPU
+        cuDNN's attention takes 16-bit operands only, and has to be asked for.
 
-    On a CPU elementwise work in 16 bits is emulated through float32, so only the products are narrow there. An
-    accelerator keeps its activations narrow too, which halves their memory, and no [T, T] scores. On an NVIDIA GPU
-    cuDNN's attention takes 16-bit operands only, and has to be asked for.
-
-    Raises:
-        ValueError: `compute_dtype` is none of `COMPUTE_DTYPES`.
-    """
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype={compute_dtype!r} is not known; known: {', '.join(COMPUTE_DTYPES)}")
-    narrow = jnp.dtype(compute_dtype)
-    backend = backend or jax.default_backend()
-    attention = "recompute"
-    if backend in ("gpu", "cuda") and narrow.itemsize == 2:
-        attention = "cudnn"
-    return Precision(narrow, jnp.dtype(jnp.float32) if backend == "cpu" else narrow, attention)
+        Raises:
+            ValueError: `compute_dtype` is none of `COMPUTE_DTYPES`.
+        """
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"compute_dtype={compute_dtype!r} is not known; known: {', '.join(COMPUTE_DTYPES)}"
+            )
+        narrow = jnp.dtype(compute_dtype)
+        backend = backend or jax.default_backend()
+        attention = "recompute"
+        if backend in ("gpu", "cuda") and narrow.itemsize == 2:
+            attention = "cudnn"
+        return cls(narrow, jnp.dtype(jnp.float32) if backend == "cpu" else narrow, attention)
 
 
 FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))

@@ -137,12 +137,12 @@ def _loss_workspace(program: Program, tokens: int, share: int) -> int:
 
 def _block_workspace(program: Program, block: int, tokens: int, share: int) -> int:
     """Bytes for a block's backward pass, whose forward pass (`block`) is computed again or read off what was kept."""
-    model, numerics, lora = program.model, program.precision, program.train.lora
+    model, precision, lora = program.model, program.precision, program.train.lora
     # float32 of the mlp's width: what an adapter adds, and but on a TPU the product that it is added to and the
     # activations' gradient
     mlp = 4 if lora is not None and "mlp.c_fc" in lora.targets else 0
     if program.backend != "tpu":
-        mlp += 4 + numerics.activation_dtype.itemsize
+        mlp += 4 + precision.activation_dtype.itemsize
     scores = 0
     if _lean(program, "recompute"):
         # of probabilities, their gradient and the scores' gradient, float32, those that XLA holds at once

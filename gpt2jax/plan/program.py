@@ -14,7 +14,7 @@ from gpt2jax.lora.adapters import cast_base, init_adapters
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import cross_entropy
-from gpt2jax.ops.precision import Precision, precision
+from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import BATCH_AXES, shardings, use_mesh
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import make_optimizer
@@ -69,17 +69,17 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     shape = (train.batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    numerics = precision(train.compute_dtype, backend=backend)
-    return Program(model, train, backend, numerics, state, frozen, batch)
+    precision = Precision.for_backend(train.compute_dtype, backend=backend)
+    return Program(model, train, backend, precision, state, frozen, batch)
 
 
 def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The gradient of one part of the batch, to be traced, and the shapes of its arguments."""
-    model, train, lora, numerics = program.model, program.train, program.train.lora, program.precision
+    model, train, lora, precision = program.model, program.train, program.train.lora, program.precision
     if (
-        numerics.attention == "cudnn"
+        precision.attention == "cudnn"
     ):  # which can't be traced off a GPU; this keeps the same but for [B, N, T] sums
-        numerics = dataclasses.replace(numerics, attention="recompute")
+        precision = dataclasses.replace(precision, attention="recompute")
     rows = train.batch_size // train.accumulation
     batch = {name: jax.ShapeDtypeStruct((rows, s.shape[1]), s.dtype) for name, s in program.batch.items()}
     drops = max(model.embd_pdrop, model.attn_pdrop, model.resid_pdrop, lora.dropout if lora else 0.0) > 0
@@ -90,14 +90,14 @@ def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]
             params,
             model,
             batch["tokens"],
-            precision=numerics,
+            precision=precision,
             dropout_key=jax.random.key(0) if drops else None,
             adapters=adapters,
             lora_scale=lora.scales(model.n_layer) if lora else 1.0,
             lora_dropout=lora.dropout if lora else 0.0,
             remat=train.remat,
         )
-        return cross_entropy(hidden, lm_head_weight(params), batch["targets"], batch["weights"], numerics)[0]
+        return cross_entropy(hidden, lm_head_weight(params), batch["targets"], batch["weights"], precision)[0]
 
     return jax.grad(loss), (program.state["params"], program.frozen, batch)
 

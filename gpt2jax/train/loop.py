@@ -25,7 +25,7 @@ from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import cast_base, check_patterns, init_adapters
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import barrier, gather, make_mesh, num_batch_shards, shard, use_mesh
 from gpt2jax.train.checkpoint import BestCheckpoint, Checkpoints
 from gpt2jax.train.config import FinetuneConfig
@@ -201,7 +201,7 @@ def _train(
         with_dropout(model.config, config.dropout),
         config,
         optimizer,
-        precision(config.compute_dtype),
+        Precision.for_backend(config.compute_dtype),
         mask=mask,
     )
     best = None

@@ -16,7 +16,7 @@ from gpt2jax.data.documents import Documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import token_losses
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import shard_batch
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params
@@ -48,7 +48,12 @@ def validation_loss(
         scale = config.lora.scales(model.config.n_layer) if config.lora else 1.0
         sums += np.asarray(
             _batch_sums(
-                params, adapters, place(batch, mesh), model.config, precision(config.compute_dtype), scale
+                params,
+                adapters,
+                place(batch, mesh),
+                model.config,
+                Precision.for_backend(config.compute_dtype),
+                scale,
             ),
             np.float64,
         )
@@ -68,16 +73,16 @@ def _validation_batches(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _batch_sums(params, adapters, batch, config, numerics, lora_scale):
+def _batch_sums(params, adapters, batch, config, precision, lora_scale):
     hidden = hidden_states(
         params,
         config,
         batch["tokens"],
         segment_ids=batch.get("segment_ids"),
-        precision=numerics,
+        precision=precision,
         adapters=adapters,
         lora_scale=lora_scale,
     )
-    nll, hit = token_losses(hidden, lm_head_weight(params), batch["targets"], numerics)
+    nll, hit = token_losses(hidden, lm_head_weight(params), batch["targets"], precision)
     weights = batch["weights"]
     return jnp.stack([(nll * weights).sum(), (hit * weights).sum(), weights.sum()])

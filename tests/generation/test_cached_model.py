@@ -29,7 +29,7 @@ from gpt2jax.generation.runner import Job, initial_progress, make_request
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 from gpt2jax.model.config import PRESETS, GPT2Config
 from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97, n_positions=24)
 ODD = GPT2Config(
@@ -139,7 +139,7 @@ def test_what_is_in_the_padding_does_not_matter():
 def test_narrow_weights_stay_near(dtype):
     params, ids = params_of(TINY), ids_of(TINY, 1, 10)
     want = full_logits(params, TINY, ids)[:, -1]
-    narrow = precision(dtype)
+    narrow = Precision.for_backend(dtype)
     derived = prepare_decoding_params(params, TINY, dtype=narrow.compute_dtype)
     assert derived["h"][0]["attn"]["c_attn"]["kernel"].values.dtype == jnp.dtype(dtype)
     _, cache = prefill(derived, ids[:, :9], np.zeros(1, np.int32), config=TINY, precision=narrow)

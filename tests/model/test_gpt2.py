@@ -25,7 +25,7 @@ from gpt2jax.model.gpt2 import (
     output_logits,
 )
 from gpt2jax.ops.cross_entropy import cross_entropy
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +108,11 @@ def test_wrong_input_is_named(model, tokens, mask, message):
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_narrow_products_stay_close(model, name):
     tokens = ids(2, 16)
-    numerics = precision(name)
+    precision = Precision.for_backend(name)
     narrow = output_logits(
-        hidden_states(model.params, TINY, tokens, precision=numerics), lm_head_weight(model.params), numerics
+        hidden_states(model.params, TINY, tokens, precision=precision),
+        lm_head_weight(model.params),
+        precision,
     )
     exact = model.logits(tokens)
     assert narrow.dtype == jnp.float32

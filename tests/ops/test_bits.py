@@ -9,7 +9,7 @@ import pytest
 
 from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_kernel, bitcast_to_uint16
 from gpt2jax.ops.cross_entropy import cross_entropy
-from gpt2jax.ops.precision import matmul, precision
+from gpt2jax.ops.precision import Precision, matmul
 
 LAYERS, ROWS, DIM, VOCABULARY = 3, 64, 128, 512
 
@@ -60,7 +60,7 @@ def test_the_losss_products_are_narrow():
     targets, weights = jnp.zeros(ROWS, jnp.int32), jnp.ones(ROWS)
 
     def loss(hidden, head):
-        return cross_entropy(hidden, head, targets, weights, precision("bfloat16"))[0]
+        return cross_entropy(hidden, head, targets, weights, Precision.for_backend("bfloat16"))[0]
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile().as_text()
     assert f"bf16[{VOCABULARY},{DIM}]" in compiled

@@ -10,7 +10,7 @@ from devices import on_four_devices
 
 import gpt2jax.ops.cross_entropy as losses
 from gpt2jax.ops.cross_entropy import chunk_size, column_slices, cross_entropy, token_losses
-from gpt2jax.ops.precision import FLOAT32, precision
+from gpt2jax.ops.precision import FLOAT32, Precision
 
 ROWS, DIM, VOCAB = 50, 16, 200
 
@@ -108,7 +108,9 @@ def test_logits_of_all_rows_are_never_held(monkeypatch):
 def test_narrow_products(inputs):
     hidden, head, targets, weights = inputs
     exact = jax.grad(lambda h: cross_entropy(h, head, targets, weights, FLOAT32)[0])(hidden)
-    narrow = jax.grad(lambda h: cross_entropy(h, head, targets, weights, precision("bfloat16"))[0])(hidden)
+    narrow = jax.grad(
+        lambda h: cross_entropy(h, head, targets, weights, Precision.for_backend("bfloat16"))[0]
+    )(hidden)
     assert 0 < float(jnp.abs(exact - narrow).max()) < 0.1
 
 
@@ -126,7 +128,9 @@ def test_memory_of_the_loss_at_full_size(dtype):
     rows, dim, vocab = 16 * 1024, 768, 50257
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, dim), "f4"), ((vocab, dim), "f4"))]
     shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
-    step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m, precision(dtype))[0], argnums=(0, 1))
+    step = jax.grad(
+        lambda h, w, t, m: cross_entropy(h, w, t, m, Precision.for_backend(dtype))[0], argnums=(0, 1)
+    )
     memory = jax.jit(step).lower(*shapes).compile().memory_analysis()
     assert memory.output_size_in_bytes >= 4 * (rows * dim + vocab * dim)  # so the temporaries hold neither
     assert memory.temp_size_in_bytes < 200e6

@@ -9,7 +9,7 @@ import pytest
 
 from gpt2jax.model.gpt2 import abstract_params, hidden_states
 from gpt2jax.ops.fused import gelu_tanh, layer_norm
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 from tests.tiny_models import TINY
 
 X = np.random.default_rng(0).normal(0.3, 2.0, (5, 7, 16)).astype(np.float32)
@@ -47,7 +47,9 @@ def test_a_layer_keeps_two_arrays_of_the_mlps_width(name, wide):
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
     def kept(params, ids):
-        return jax.vjp(lambda p: hidden_states(p, TINY, ids, precision=precision(name)), params)[1]
+        return jax.vjp(lambda p: hidden_states(p, TINY, ids, precision=Precision.for_backend(name)), params)[
+            1
+        ]
 
     leaves = jax.tree.leaves(jax.eval_shape(kept, abstract_params(TINY), ids))
     rows = [leaf for leaf in leaves if leaf.shape == (TINY.n_layer, 2, 16, TINY.mlp_dim)]

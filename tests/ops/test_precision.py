@@ -12,7 +12,7 @@ from tiny_models import TINY, random_params
 
 from gpt2jax.model.gpt2 import hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import cross_entropy
-from gpt2jax.ops.precision import COMPUTE_DTYPES, FLOAT32, matmul, precision
+from gpt2jax.ops.precision import COMPUTE_DTYPES, FLOAT32, Precision, matmul
 
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> np.ndarray:
@@ -44,15 +44,15 @@ def operands() -> tuple[jax.Array, jax.Array, jax.Array]:
     ],
 )
 def test_activations_are_narrow_on_accelerators_only(name, backend, activations):
-    numerics = precision(name, backend=backend)
-    assert numerics.compute_dtype == name and numerics.activation_dtype == activations
+    precision = Precision.for_backend(name, backend=backend)
+    assert precision.compute_dtype == name and precision.activation_dtype == activations
 
 
 def test_unknown_dtype():
     with pytest.raises(
         ValueError, match="compute_dtype='int8' is not known; known: float32, bfloat16, float16"
     ):
-        precision("int8")
+        Precision.for_backend("int8")
 
 
 @pytest.mark.parametrize("name", COMPUTE_DTYPES)
@@ -95,16 +95,16 @@ def test_model_and_gradient_with_narrow_activations(name, tolerance):
     tokens = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 33))
     inputs, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
 
-    def loss(params, numerics):
-        hidden = hidden_states(params, TINY, inputs, precision=numerics)
-        assert hidden.dtype == numerics.activation_dtype
+    def loss(params, precision):
+        hidden = hidden_states(params, TINY, inputs, precision=precision)
+        assert hidden.dtype == precision.activation_dtype
         return (
-            cross_entropy(hidden, lm_head_weight(params), targets, jnp.ones(targets.shape), numerics)[0] / 64
+            cross_entropy(hidden, lm_head_weight(params), targets, jnp.ones(targets.shape), precision)[0] / 64
         )
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     value, narrow = gradient(
-        params, dataclasses.replace(precision(name, backend="gpu"), attention="recompute")
+        params, dataclasses.replace(Precision.for_backend(name, backend="gpu"), attention="recompute")
     )
     expected, exact = gradient(params, FLOAT32)
     assert value.dtype == jnp.float32 and abs(value - expected) < tolerance * expected

@@ -16,7 +16,7 @@ import gpt2jax
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import BASE_DTYPES, LoRAConfig, cast_base, init_adapters, kernel_of
 from gpt2jax.model.gpt2 import hidden_states, init_params
-from gpt2jax.ops.precision import COMPUTE_DTYPES, matmul, precision
+from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul
 from gpt2jax.ops.quantized import Int8Kernel, quantize_kernel
 from gpt2jax.sharding import AXES, shardings
 
@@ -134,14 +134,14 @@ def test_other_bases_are_named():
 def test_no_wide_copy_of_all_layers_is_ever_made():
     """Neither by the forward pass for the backward pass, nor by XLA ahead of the loop over the layers."""
     config = dataclasses.replace(TINY, n_layer=3)  # so that no other array has the shapes of the kernels
-    numerics, ids = precision("bfloat16"), np.zeros((2, 10), np.int32)
+    precision, ids = Precision.for_backend("bfloat16"), np.zeros((2, 10), np.int32)
     params = jax.eval_shape(lambda: init_params(config))
     base = jax.eval_shape(lambda p: cast_base(p, "int8"), params)
     lora = LoRAConfig(rank=4, targets=("mlp.*",), use_dora=True)
     adapters = jax.eval_shape(lambda p: init_adapters(config, lora, params=p), base)
 
     def loss(adapters, base):
-        return jnp.square(hidden_states(base, config, ids, adapters=adapters, precision=numerics)).sum()
+        return jnp.square(hidden_states(base, config, ids, adapters=adapters, precision=precision)).sum()
 
     text = jax.jit(jax.grad(loss)).lower(adapters, base).compile().as_text()
     for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):

@@ -19,7 +19,7 @@ from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 from gpt2jax.model.gpt2 import REMAT, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import token_losses
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params, partition_params
 from gpt2jax.train.optimizer import clip_scale, decay_mask, make_optimizer, with_narrow_moments
@@ -42,7 +42,7 @@ def batch(seed: int = 0, rows: int = 4) -> dict[str, np.ndarray]:
 
 def build(dtype="float32", config=CONFIG, model=TINY, **options) -> tuple[Any, Any]:
     optimizer = make_optimizer(config, 10)
-    step = make_train_step(model, optimizer, precision(dtype), **options)
+    step = make_train_step(model, optimizer, Precision.for_backend(dtype), **options)
     lora = options.get("lora")
     trainable = random_params() if lora is None else init_adapters(TINY, lora)
     return step, init_state(trainable, optimizer, loss_scaling=dtype == "float16")
@@ -339,7 +339,7 @@ def test_frozen_parameters_stay():
     before = jax.tree.map(np.array, params)
     optimizer = make_optimizer(CONFIG, 10)
     state = init_state(jax.tree.map(jnp.copy, trained), optimizer, loss_scaling=False)
-    step = make_train_step(TINY, optimizer, precision("float32"), mask=mask)
+    step = make_train_step(TINY, optimizer, Precision.for_backend("float32"), mask=mask)
     for index in range(2):
         state, metrics = step(state, frozen, batch(index))
     after = jax.tree.map(np.array, merge_params(state["params"], frozen))
@@ -364,7 +364,7 @@ def test_moving_average_and_lora_plus():
     updates = [o.update(gradient, o.init(adapters), adapters)[0]["h"]["attn"]["c_attn"] for o in (fast, slow)]
     np.testing.assert_allclose(updates[0]["lora_b"], 4 * updates[1]["lora_b"])
     np.testing.assert_allclose(updates[0]["lora_a"], updates[1]["lora_a"])
-    step = make_train_step(TINY, slow, precision("float32"), lora=config.lora, ema_decay=0.3)
+    step = make_train_step(TINY, slow, Precision.for_backend("float32"), lora=config.lora, ema_decay=0.3)
     state = init_state(adapters, slow, loss_scaling=False, ema=True)
     expected = jax.tree.map(np.array, state["params"])
     for index in range(5):

@@ -14,7 +14,7 @@ from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 from gpt2jax.model.config import PRESETS
 from gpt2jax.model.gpt2 import hidden_states
-from gpt2jax.ops.precision import precision
+from gpt2jax.ops.precision import Precision
 from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.optimizer import make_optimizer
@@ -26,7 +26,7 @@ CONFIG = FinetuneConfig(steps=6, batch_size=2, sequence_length=16, learning_rate
 
 def state_and_step(config: FinetuneConfig):
     optimizer = make_optimizer(config, 6)
-    step = make_train_step(TINY, optimizer, precision("float32"), ema_decay=config.ema_decay)
+    step = make_train_step(TINY, optimizer, Precision.for_backend("float32"), ema_decay=config.ema_decay)
     return init_state(random_params(), optimizer, loss_scaling=False, ema=True), step
 
 
