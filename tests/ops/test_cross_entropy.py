@@ -141,7 +141,7 @@ import json, re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from gpt2jax.ops import cross_entropy as losses
-from gpt2jax.sharding import BATCH_AXES, make_mesh, on_mesh
+from gpt2jax.sharding import BATCH_AXES, make_mesh, use_mesh
 
 losses.MAX_LOGITS, losses.MAX_COLUMNS = 8 * 200, 64  # three chunks of each device's rows, four slices
 ROWS, DIM, VOCAB = 96, 16, 200
@@ -163,7 +163,7 @@ rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 of_head = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
 placed = [jax.device_put(x, rows) for x in (hidden, head, targets, weights)]
 placed[1] = jax.device_put(head, of_head)
-with on_mesh(mesh):
+with use_mesh(mesh):
     compiled = jax.jit(both).lower(*placed).compile()
     shared, without = compiled(*placed), jax.jit(loss)(*placed)
 pairs = zip(jax.tree.leaves((alone, plain)), jax.tree.leaves((shared, without)), strict=True)
