@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2jax.generation.cached_model import decoding_precision, prepare_decoding_params, weight_dtype
-from gpt2jax.generation.decoding import decode
+from gpt2jax.generation.decoding import DecoderSpec, initial_state, make_decode_params
 from gpt2jax.generation.kv_cache import init_cache
-from gpt2jax.generation.requests import Row
-from gpt2jax.generation.runner import Job, initial_progress, make_request
+from gpt2jax.generation.requests import PromptState
+from gpt2jax.generation.strategy import Sampling, decode
 from gpt2jax.lora.adapters import LoRAConfig
 from gpt2jax.model.config import PRESETS
 from gpt2jax.model.gpt2 import init_params
@@ -175,15 +175,15 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
     weights = weight_dtype(case.dtype, numbers)
     params = jax.eval_shape(lambda: prepare_decoding_params(init_params(config), config, dtype=weights))
     cache = jax.eval_shape(lambda: init_cache(config, case.rows, case.slots, numbers.activation_dtype))
-    job = Job(model=None, stop_ids=[config.eos_token_id], bad_words=[], precision=numbers, weights=weights)
-    rows = [Row("", [0], case.slots - 1, 0)] * case.rows
-    request = make_request(job, rows, np.zeros(case.rows, np.int32), [row.limit for row in rows], 1)
-    progress = initial_progress(np.zeros((case.rows, case.slots), np.int32), request.limits, 1)
+    rows = [PromptState("", [0], case.slots - 1)] * case.rows
+    limits, padding = [row.limit for row in rows], np.zeros(case.rows, np.int32)
+    settings = make_decode_params(rows, padding, limits, 1, stop_ids=[config.eos_token_id])
+    state = initial_state(np.zeros((case.rows, case.slots), np.int32), settings.limits, 1)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=here),
-        (params, cache, progress, request, np.int32(case.slots)),
+        (params, cache, state, settings, np.int32(case.slots)),
     )
-    compiled = compile_for(device.backend, decode, *arguments, config=config, precision=numbers)
+    compiled = compile_for(device.backend, decode, Sampling(), DecoderSpec(config, numbers), *arguments)
     memory, total = compiled.memory_analysis(), planned_bytes(compiled, device.backend)
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     smallest = min(leaf.size for layer in params["h"] for leaf in jax.tree.leaves(layer) if leaf.ndim == 2)

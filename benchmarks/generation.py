@@ -267,7 +267,7 @@ def time_lookup(options: argparse.Namespace, text: str, model, prompt, settings:
     for _ in range(1 + options.rounds):  # the first one compiles
         for guesses, times in seconds.items():
             began = time.perf_counter()
-            [outputs[guesses]] = gpt2jax.generate(model, prompt, prompt_lookup=guesses, **settings)
+            [outputs[guesses]] = gpt2jax.generate(model, prompt, prompt_lookup_num_tokens=guesses, **settings)
             times.append(time.perf_counter() - began)
             assert len(outputs[guesses].token_ids) == options.new_tokens
     if settings.get("do_sample") is False:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from gpt2jax.data.sources import load_texts
     from gpt2jax.evaluation.evaluate import evaluate
     from gpt2jax.evaluation.result import Evaluation
-    from gpt2jax.generation.beam_search import Beam, beam_search
-    from gpt2jax.generation.generate import Generation, generate, stream
+    from gpt2jax.generation.config import GenerationConfig
+    from gpt2jax.generation.generate import beam_search, generate, stream
+    from gpt2jax.generation.generator import Generator
+    from gpt2jax.generation.outputs import Generation
     from gpt2jax.language_model import LanguageModel, combine_adapters, from_config
     from gpt2jax.loading import load, load_adapter, save_adapter
     from gpt2jax.lora.adapters import LoRAConfig
@@ -43,9 +45,10 @@ _HOMES = {
     # generation
     "generate": "generation.generate",
     "stream": "generation.generate",
-    "Generation": "generation.generate",
-    "beam_search": "generation.beam_search",
-    "Beam": "generation.beam_search",
+    "beam_search": "generation.generate",
+    "Generation": "generation.outputs",
+    "GenerationConfig": "generation.config",
+    "Generator": "generation.generator",
     # training
     "finetune": "train.loop",
     "Run": "train.loop",
@@ -62,12 +65,13 @@ _HOMES = {
 
 __all__ = [
     "PRESETS",
-    "Beam",
     "Comparison",
     "Evaluation",
     "FinetuneConfig",
     "GPT2Config",
     "Generation",
+    "GenerationConfig",
+    "Generator",
     "LanguageModel",
     "LoRAConfig",
     "Run",

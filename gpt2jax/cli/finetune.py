@@ -111,7 +111,8 @@ def run(options: Options) -> None:
     import jax
     from rich.console import Console
 
-    from gpt2jax.generation.requests import make_rows
+    from gpt2jax.generation.config import GenerationConfig
+    from gpt2jax.generation.requests import check_prompts
     from gpt2jax.train.loop import finetune
     from gpt2jax.train.run_folder import RunFolder
 
@@ -137,8 +138,7 @@ def run(options: Options) -> None:
     model = starting_model(options)
     say(console, "model", repr(model))
     if options.compare:  # what can't be generated is to be known before the training
-        limits: Any = {"max_new_tokens": options.max_new_tokens, "max_length": None}
-        make_rows(model, _prompts(options), **limits, past_context=None)
+        check_prompts(model, _prompts(options), GenerationConfig(max_new_tokens=options.max_new_tokens))
     if config.base_dtype is not None:  # what trains is a copy, and the device may have no room for both
         model = model.merge_adapter()
         model = dataclasses.replace(model, params=jax.device_get(model.params))

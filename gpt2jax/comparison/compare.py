@@ -16,8 +16,8 @@ from gpt2jax.comparison.provenance import describe_model, versions
 from gpt2jax.comparison.statistics import PairedDifference
 from gpt2jax.evaluation.evaluate import check_scorable, check_settings, evaluate
 from gpt2jax.evaluation.result import Evaluation
+from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.requests import Prompt, as_prompts
-from gpt2jax.generation.sampling import SamplingConfig
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.fingerprint import data_fingerprint
@@ -319,7 +319,7 @@ def _length_limit(
 def _sampling(temperature: float, top_k: int | None, top_p: float, do_sample: bool) -> dict[str, Any]:
     """One value of each for all texts, as plain values, checked."""
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
-    SamplingConfig(**given)
+    GenerationConfig(**given)
     return given | {
         "temperature": float(temperature),
         "top_k": None if top_k is None else int(top_k),

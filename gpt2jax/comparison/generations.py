@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2jax.generation.generate import Generation, generate
-from gpt2jax.generation.requests import make_rows
+from gpt2jax.generation.config import GenerationConfig
+from gpt2jax.generation.generate import generate
+from gpt2jax.generation.outputs import Generation
+from gpt2jax.generation.requests import check_prompts
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.validation import SEED_RANGE
 
@@ -26,16 +28,16 @@ def generate_texts(
     Raises:
         ValueError: a prompt does not fit a model.
     """
-    lengths: Any = {name: sampling.get(name) for name in ("max_new_tokens", "max_length")}
+    config = GenerationConfig(**sampling)
     for model in models.values():  # all of them before the first is continued
-        make_rows(model, prompts, **lengths, past_context=None)
+        check_prompts(model, prompts, config)
     generations, first_calls = [], {}
     for name, model in models.items():
         for index, prompt in enumerate(prompts):
             own_seed = (seed + index) % SEED_RANGE
 
             def call(model=model, prompt=prompt, own_seed=own_seed) -> Generation:
-                return generate(model, [prompt], seed=own_seed, **sampling)[0]
+                return generate(model, [prompt], config, seed=own_seed)[0]
 
             output, seconds, compiled = _timed(call)
             first_calls.setdefault(name, seconds)

@@ -1,48 +1,47 @@
-"""The second layout of the weights, and the model over a cache.
+"""The weights as decoding reads them, and the model over a key/value cache.
 
-Training stacks the blocks and scans over them. Decoding reads every weight once a token and little else
-counts. So, derived once for a model: layers unstacked (a scan would copy each layer's slice every token),
-adapters merged, and kernels in the dtype and layout that thin products stream fastest (streamed.py).
+Training stacks the blocks and scans over them. Decoding reads every weight once a token, and reading them takes
+nearly all of its time. So the weights are prepared once for a model: layers unstacked (a scan would copy each
+layer's slice every token), adapters merged, and kernels in the dtype and layout that products with few rows read
+fastest.
 
-Rows of a batch are padded on the left, so that all rows write the same cache slot: slot s of row b holds
-position s - padding[b]. What is padding is said by these numbers, never by a token id.
+Rows of a batch are padded on the left, so that all rows write the same cache position: cache position s of row b
+holds text position s - padding[b]. These numbers alone mark padding; a token id never does.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gpt2jax.generation.config import DecoderModel
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import ForwardContext, Params, block_graphdef, final_norm_graphdef, lm_head_weight
 from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul
 from gpt2jax.ops.streamed import TransposedKernel, transpose_kernel
+from gpt2jax.utils.validation import check, one_of, optional
 
 DecodingParams = dict[str, Any]
-
-
 WEIGHT_DTYPES = (*COMPUTE_DTYPES, "int8")
 
 
 def decoding_precision(dtype: str | None = None, *, backend: str | None = None) -> Precision:
-    """The dtypes to decode with.
+    """Choose the dtypes to decode with.
 
     Args:
         dtype: of the weights, one of `WEIGHT_DTYPES`; None is float32 on a CPU (what training computes in) and
-            bfloat16 on an accelerator. Beside weights of one byte all else is as by default.
-        backend: what it will run on; default: the one jax runs on.
+            bfloat16 on an accelerator. int8 weights leave all other dtypes at their defaults.
+        backend: what the program will run on; default: the one jax runs on.
 
     Raises:
-        ValueError: another `dtype`.
+        ValueError: `dtype` is not one of `WEIGHT_DTYPES`.
     """
-    if dtype is not None and dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(WEIGHT_DTYPES)}")
+    check("dtype", dtype, optional(one_of(WEIGHT_DTYPES)))
     backend = backend or jax.default_backend()
     if dtype is None or dtype == "int8":
         dtype = "float32" if backend == "cpu" else "bfloat16"
@@ -50,7 +49,7 @@ def decoding_precision(dtype: str | None = None, *, backend: str | None = None) 
 
 
 def weight_dtype(dtype: str | None, precision: Precision) -> jnp.dtype:
-    """Of the weights of matrix products, where `decoding_precision` was given `dtype`."""
+    """Return the dtype of the weights in matrix products; `precision` is that of `decoding_precision(dtype)`."""
     return jnp.dtype(jnp.int8) if dtype == "int8" else precision.compute_dtype
 
 
@@ -66,14 +65,14 @@ def prepare_decoding_params(
     lora=None,
     vocab_size: int | None = None,
 ) -> DecodingParams:
-    """Parameters as decoding wants them.
+    """Convert parameters to the layout that decoding reads.
 
     Args:
         params: canonical parameters, blocks stacked.
         config: their configuration.
-        dtype: of the weights of matrix products. Embeddings, biases and LayerNorms keep theirs.
+        dtype: of the weights in matrix products. Embeddings, biases and LayerNorms keep theirs.
         adapters, lora: LoRA adapters to merge in, and their settings.
-        vocab_size: the head leaves out the ids from this one on, which pad the vocabulary and have no text.
+        vocab_size: the head leaves out ids from this one on, which pad the vocabulary and have no text.
 
     Returns:
         {"wte": [V, D], "wpe": [P, D], "h": [L blocks as `Block` has them], "ln_f": ..., "head": ...}, where the
@@ -95,10 +94,10 @@ def prepare_decoding_params(
     return {**embeddings, "h": blocks, "ln_f": params["ln_f"], "head": head}
 
 
-# one program for all layers: what compiles for each of them makes a first call wait
+# one program for all layers: a program for each layer would make the first call wait
 @functools.partial(jax.jit, static_argnames="dtype")
 def _block(blocks: Params, layer: jax.Array | int, *, dtype: jnp.dtype) -> Params:
-    """One of the stacked blocks."""
+    """Take one of the stacked blocks."""
 
     def take(path, x):
         own = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
@@ -112,38 +111,19 @@ def _head(head: jax.Array, *, dtype: jnp.dtype, vocab_size: int) -> TransposedKe
     return transpose_kernel(head[:vocab_size], dtype)
 
 
-_DERIVED: dict[tuple, tuple[DecodingParams, list[weakref.ref]]] = {}
-
-
-def params_for_decoding(model, dtype) -> DecodingParams:
-    """The derived parameters of a model, made on first use and kept as long as the model's arrays live.
-
-    They are found by the identity of every array they came from: a model with other arrays never gets these,
-    and nothing keeps the arrays that were copied alive.
-
-    Args:
-        model: has `config`, `params`, `tokenizer`, `adapters`, `lora`.
-        dtype: of the weights.
-    """
+def prepare_model(model: DecoderModel, dtype: jnp.dtype) -> DecodingParams:
+    """Prepare the parameters of a model, without the ids that its tokenizer does not have."""
     vocab_size = model.config.vocab_size
     if model.tokenizer is not None:
         vocab_size = min(vocab_size, model.tokenizer.vocab_size)
-    leaves = jax.tree.leaves((model.params, model.adapters))
-    key = (model.config, jnp.dtype(dtype), vocab_size, model.lora, *map(id, leaves))
-    if key not in _DERIVED:
-        derived = prepare_decoding_params(
-            model.params,
-            model.config,
-            dtype=dtype,
-            adapters=model.adapters,
-            lora=model.lora,
-            vocab_size=vocab_size,
-        )
-        shared = {id(leaf) for leaf in jax.tree.leaves(derived)}
-        # an id can come back once its array is gone; the arrays that `derived` itself holds cannot go first
-        forget = [weakref.ref(x, lambda _: _DERIVED.pop(key, None)) for x in leaves if id(x) not in shared]
-        _DERIVED[key] = (derived, forget)
-    return _DERIVED[key][0]
+    return prepare_decoding_params(
+        model.params,
+        model.config,
+        dtype=dtype,
+        adapters=model.adapters,
+        lora=model.lora,
+        vocab_size=vocab_size,
+    )
 
 
 # ---- the model over a cache ----
@@ -154,43 +134,43 @@ def forward_with_cache(
     config: GPT2Config,
     token_ids: jax.Array,
     cache: Cache,
-    slot: jax.Array | int,
+    cache_position: jax.Array | int,
     padding: jax.Array,
     precision: Precision,
 ) -> tuple[jax.Array, Cache]:
-    """Runs T tokens a row behind those in the cache.
+    """Run T tokens a row after those in the cache.
 
     Args:
         params: from `prepare_decoding_params`.
         config: their configuration.
         token_ids: [B, T] int.
-        cache: L pairs [B * N, S, H]; slots [slot, slot + T) are written. `slot + T` must not exceed S.
-        slot: scalar int, first slot to write.
-        padding: [B] int, number of slots at the left that hold nothing.
+        cache: L pairs [B * N, S, H]; the T positions from `cache_position` on are written, which must not exceed S.
+        cache_position: scalar int, the first position to write.
+        padding: [B] int, number of unused positions at the left of each row.
         precision: dtypes.
 
     Returns:
         Hidden states [B, T, D] after the last LayerNorm, and the cache.
     """
-    slots = slot + jnp.arange(token_ids.shape[1])
+    queries = cache_position + jnp.arange(token_ids.shape[1])
     # rows that are padding or have ended may point outside the table; what they compute is not read
-    positions = jnp.clip(slots[None, :] - padding[:, None], 0, config.n_positions - 1)
+    positions = jnp.clip(queries[None, :] - padding[:, None], 0, config.n_positions - 1)
     keys = jnp.arange(cache[0][0].shape[1])
-    mask = (keys <= slots[:, None])[None] & (keys >= padding[:, None, None])  # [B, T, S]
+    mask = (keys <= queries[:, None])[None] & (keys >= padding[:, None, None])  # [B, T, S]
     x = jnp.take(params["wte"], token_ids, axis=0, mode="clip").astype(jnp.float32)
     x = x + jnp.take(params["wpe"], positions, axis=0)
     x = x.astype(precision.activation_dtype)
     new_cache = []
     for index, (layer, layer_cache) in enumerate(zip(params["h"], cache, strict=True)):
         x, layer_cache = _apply_block(
-            layer, layer_cache, x, index, mask[:, None], slot, config=config, precision=precision
+            layer, layer_cache, x, index, mask[:, None], cache_position, config=config, precision=precision
         )
         new_cache.append(layer_cache)
     norm = nnx.merge(final_norm_graphdef(config), params["ln_f"])
     return norm(x, ForwardContext(precision)), tuple(new_cache)
 
 
-# a function of its own is traced once for all layers; in the compiled program nothing is left of it
+# jitted apart, it is traced once for all layers; the compiled program is the same without
 @functools.partial(jax.jit, static_argnames=("config", "precision"))
 def _apply_block(
     layer: Params,
@@ -198,15 +178,17 @@ def _apply_block(
     x: jax.Array,
     index: jax.Array | int,
     mask: jax.Array,
-    slot: jax.Array | int,
+    cache_position: jax.Array | int,
     *,
     config: GPT2Config,
     precision: Precision,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     block = nnx.merge(block_graphdef(config), layer)
-    return block(x, ForwardContext(precision), layer_index=index, mask=mask, cache=cache, cache_index=slot)
+    return block(
+        x, ForwardContext(precision), layer_index=index, mask=mask, cache=cache, cache_index=cache_position
+    )
 
 
 def lm_head(params: DecodingParams, hidden: jax.Array, precision: Precision) -> jax.Array:
-    """Hidden states [..., D] -> logits [..., V] float32."""
+    """Compute logits [..., V] float32 from hidden states [..., D]."""
     return matmul(hidden, params["head"], precision.compute_dtype)

@@ -1,41 +1,46 @@
-"""The key/value cache of decoding: a plain pytree that goes in and comes out, never hidden state.
+"""The key/value cache of decoding: a plain pytree that functions take and return.
 
-One pair of arrays a layer, keys and values each [B * N, S, H]: separate arrays so that a step updates each of
-them in place, batch and heads leading so that attention's products need no transposed copy, and both one axis
-so that a batch of one is no special case. S counts slots, not positions: prompts are padded on the left, so
-slot s of row b holds position s - padding[b].
+A layer has one pair of arrays, keys and values, each [B * N, S, H]: separate arrays so that a step updates each of
+them in place, batch and heads leading so that attention's products need no transposed copy, and both in one axis
+because XLA drops an axis of size 1, which cost a batch of one six copies of each array. Prompts are padded on the
+left, so cache position s of row b holds text position s - padding[b].
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.model.config import GPT2Config
+from gpt2jax.utils.validation import must_be
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
-def init_cache(config: GPT2Config, batch: int, slots: int, dtype) -> Cache:
-    """An empty cache: L pairs (keys, values), each [batch * N, slots, H] of zeros."""
-    shape = (batch * config.n_head, slots, config.head_dim)
+def init_cache(config: GPT2Config, batch: int, length: int, dtype) -> Cache:
+    """Return an empty cache: L pairs (keys, values), each [batch * N, length, H] of zeros."""
+    shape = (batch * config.n_head, length, config.head_dim)
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer))
 
 
-def grow_cache(cache: Cache, slots: int) -> Cache:
-    """The same cache with room for `slots` slots, at least as many as it has.
+def grow_cache(cache: Any, length: int) -> Any:
+    """Pad the arrays [B, S, ...] of a cache, or of any other pytree, to `length` positions.
 
     Raises:
-        ValueError: the cache already has more.
+        ValueError: an array is longer.
     """
-    present = cache[0][0].shape[1]
-    if slots < present:
-        raise ValueError(f"a cache of {present} slots cannot be cut to {slots}")
-    widths = ((0, 0), (0, slots - present), (0, 0))
-    return jax.tree.map(lambda x: jnp.pad(x, widths), cache)
+
+    def pad(x: jax.Array) -> jax.Array:
+        if length < x.shape[1]:
+            raise ValueError(must_be("length", f"at least {x.shape[1]}, that of the cache", length))
+        return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    return jax.tree.map(pad, cache)
 
 
-def cache_bytes(config: GPT2Config, batch: int, slots: int, dtype) -> int:
-    """Bytes that `init_cache` with the same arguments takes: 2 * L * B * S * D * itemsize."""
-    return 2 * config.n_layer * batch * slots * config.n_embd * np.dtype(dtype).itemsize
+def cache_bytes(config: GPT2Config, batch: int, length: int, dtype) -> int:
+    """Return the bytes that `init_cache` takes with the same arguments: 2 * L * B * S * D * itemsize."""
+    return 2 * config.n_layer * batch * length * config.n_embd * np.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""What `generate` is asked for: prompts, lengths, seeds, stops; checked and turned into rows of ids."""
+"""From a call's arguments to token ids: prompts, lengths, seeds and stops, checked against the model."""
 
 from __future__ import annotations
 
@@ -6,170 +6,214 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt2jax.generation.sampling import SamplingConfig
-from gpt2jax.utils.validation import SEED_RANGE, check_count, is_integer, is_seed
-
-DEFAULT_NEW_TOKENS = 64
-# a text that grows beyond the context is an error, or goes on from its last half
-PAST_CONTEXT = ("refuse", "slide")
+from gpt2jax.generation.config import (
+    DEFAULT_NEW_TOKENS,
+    DecoderModel,
+    GenerationConfig,
+    as_list,
+    resolve_configs,
+)
+from gpt2jax.utils.validation import SEED_RANGE, is_integer, is_seed, must_be
 
 Prompt = str | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One continuation to make.
+class PromptState:
+    """One row: a prompt to continue.
 
     Attributes:
-        prompt: the text of the prompt, "" where there is none.
-        ids: what the model is given; never empty.
+        text: the prompt's text, "" if it has none.
+        token_ids: what the model is given; never empty.
         limit: most new tokens.
         seed: 32 bits.
-        sampling: how its tokens are chosen.
+        config: the row's own settings, of which only `ROW_FIELDS` count.
     """
 
-    prompt: str
-    ids: list[int]
+    text: str
+    token_ids: list[int]
     limit: int
-    seed: int
-    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+    config: GenerationConfig = GenerationConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """All that one call asks for.
+
+    Attributes:
+        model: continues the prompts.
+        config: the settings that all rows share.
+        rows: the prompts, each as often as continuations are wanted.
+        stop_ids: token ids that end a row.
+        stop_strings: texts that end a row, as UTF-8.
+        bad_words: sequences of token ids that must not occur.
+    """
+
+    model: DecoderModel
+    config: GenerationConfig
+    rows: list[PromptState]
+    stop_ids: list[int]
+    stop_strings: list[bytes]
+    bad_words: list[list[int]]
+
+
+def make_request(
+    model: DecoderModel,
+    prompts: Prompt | Sequence[Prompt],
+    config: GenerationConfig | Sequence[GenerationConfig] | None,
+    overrides: Mapping[str, Any],
+    seed: int | Sequence[int] = 0,
+    *,
+    is_search: bool = False,
+) -> Request:
+    """Check the arguments of a call against the model.
+
+    Args:
+        is_search: beam search, also with one beam.
+
+    Raises:
+        ValueError: an argument is not legal, or a prompt does not fit the model.
+        TypeError: there is no such setting.
+    """
+    prompts = as_prompts(prompts)
+    shared, configs = resolve_configs(config, overrides, len(prompts), is_search=is_search)
+    can_slide = not is_search and shared.num_beams == 1
+    return Request(
+        model=model,
+        config=shared,
+        rows=prepare_prompts(model, prompts, configs, seed, can_slide=can_slide),
+        stop_ids=stop_ids(model, shared.stop_token_ids),
+        stop_strings=_stop_bytes(model, shared.stop_strings),
+        bad_words=_bad_word_ids(model, shared.bad_words),
+    )
 
 
 def as_prompts(prompts: Any) -> list[Any]:
-    """A list of prompts from one prompt or several: a text, token ids, or a list or array of such.
+    """Return a list of prompts from one prompt or several: a text, token ids, or a list or array of them.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is something else.
     """
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, bytes | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts={prompts!r:.60} must be a text, a list of token ids, or a list of such")
-    prompts = list(_plain(prompts))
-    return [prompts] if prompts and all(is_integer(item) for item in prompts) else prompts
+    items = as_list(prompts)
+    if items is None:
+        raise ValueError(must_be("prompts", "a text, a list of token ids, or a list of these", prompts))
+    return [items] if items and all(is_integer(item) for item in items) else items
 
 
-def make_rows(
-    model: Any,
+def check_prompts(model: DecoderModel, prompts: Sequence[Any], config: GenerationConfig) -> None:
+    """Raise ValueError for a prompt that does not fit the model, or whose continuation exceeds the context."""
+    prepare_prompts(model, prompts, [config] * len(prompts), can_slide=False)
+
+
+def prepare_prompts(
+    model: DecoderModel,
     prompts: Sequence[Any],
-    *,
-    max_new_tokens: int | None,
-    max_length: int | None,
+    configs: Sequence[GenerationConfig],
     seed: int | Sequence[int] = 0,
-    num_samples: int = 1,
-    sampling: Mapping[str, Any] | None = None,
-    past_context: str | None = "refuse",
-) -> list[Row]:
-    """The rows of prompts, each `num_samples` times in a row; arguments as for `generate`.
+    *,
+    can_slide: bool = True,
+) -> list[PromptState]:
+    """Encode prompts into rows; one with several continuations gives as many rows.
 
     Args:
-        sampling: fields of `SamplingConfig`, each one value or one a row.
-        past_context: None is "refuse" for a caller that has no "slide" to advise.
+        model: encodes the prompts and bounds their lengths.
+        prompts: P of them.
+        configs: one for each of the B rows, a multiple of P.
+        seed: row i draws with seed + i; a sequence has one seed for each row.
+        can_slide: whether an error may advise overflow="sliding_window".
 
     Raises:
-        ValueError: an argument has an impossible value, or a prompt does not fit the model.
+        ValueError: a seed is not legal, or a prompt does not fit the model.
     """
-    if max_new_tokens is not None and max_length is not None:
-        raise ValueError(f"max_new_tokens={max_new_tokens} and max_length={max_length}: give one of them")
-    if max_new_tokens is not None:
-        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
-    if max_length is not None:
-        max_length = check_count("max_length", max_length)
-    num_samples = check_count("num_samples", num_samples)
-    if past_context is not None and past_context not in PAST_CONTEXT:
-        raise ValueError(f"past_context={past_context!r} must be one of {', '.join(PAST_CONTEXT)}")
-    seeds = _row_seeds(seed, len(prompts) * num_samples)
-    settings = _row_settings(sampling or {}, len(prompts) * num_samples)
-    rows: list[Row] = []
+    seeds = _row_seeds(seed, len(configs))
+    copies = len(configs) // max(1, len(prompts))
+    rows: list[PromptState] = []
     for index, prompt in enumerate(prompts):
-        text, ids = _encode(model, prompt, f"prompt {index}")
-        limit = _new_tokens(
-            f"prompt {index}", len(ids), model.config.n_positions, max_new_tokens, max_length, past_context
-        )
-        first = len(rows)
-        rows += [Row(text, ids, limit, seeds[i], settings[i]) for i in range(first, first + num_samples)]
+        name = f"prompt {index}"
+        text, token_ids = _encode(model, prompt, name)
+        for row in range(len(rows), len(rows) + copies):
+            limit = _new_tokens(
+                name, len(token_ids), model.config.n_positions, configs[row], can_slide=can_slide
+            )
+            rows.append(PromptState(text, token_ids, limit, seeds[row], configs[row]))
     return rows
 
 
-def stop_ids(model: Any, stop_token_ids: Iterable[int] | None) -> list[int]:
-    """Token ids that end a continuation; None is the end token.
-
-    Raises:
-        ValueError: an id is outside the vocabulary.
-    """
-    if stop_token_ids is None:
-        return [end_token_id(model)]
-    return _checked_ids("stop_token_ids", stop_token_ids, model.config.vocab_size)
-
-
-def stop_bytes(model: Any, stop_strings: str | Iterable[str] | None) -> list[bytes]:
-    """Texts that end a continuation, as bytes.
-
-    Raises:
-        ValueError: one is empty, or the model has no tokenizer.
-    """
-    strings = _several(stop_strings)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"stop_strings={stop_strings!r:.60} must be texts, none of them empty")
-    if strings and model.tokenizer is None:
-        raise ValueError("stop_strings need a tokenizer, and this model has none; use stop_token_ids")
-    return [string.encode() for string in strings]
-
-
-def end_token_id(model: Any) -> int:
-    """The configuration's end token; the tokenizer's where that one has no text (a padded vocabulary)."""
+def end_token_id(model: DecoderModel) -> int:
+    """Return the configuration's end token; the tokenizer's if that id has no text (a padded vocabulary)."""
     end = model.config.eos_token_id
+    assert end is not None
     if model.tokenizer is not None and end >= model.tokenizer.vocab_size:
         return model.tokenizer.end_token_id
     return end
 
 
-def _encode(model: Any, prompt: Any, name: str) -> tuple[str, list[int]]:
-    """The text and the token ids of one prompt."""
+def stop_ids(model: DecoderModel, stop_token_ids: Iterable[int] | None) -> list[int]:
+    """Return the token ids that end a continuation; None stands for the end token."""
+    if stop_token_ids is None:
+        return [end_token_id(model)]
+    return _checked_ids("stop_token_ids", stop_token_ids, model.config.vocab_size)
+
+
+def _stop_bytes(model: DecoderModel, stop_strings: Iterable[str]) -> list[bytes]:
+    if stop_strings and model.tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer, and this model has none; use stop_token_ids")
+    return [string.encode() for string in stop_strings]
+
+
+def _bad_word_ids(model: DecoderModel, bad_words: Iterable[str | Sequence[int]]) -> list[list[int]]:
+    """Return token ids that must not follow each other; a text with and without a space before it."""
+    found: list[list[int]] = []
+    for word in bad_words:
+        if not isinstance(word, str):
+            found.append(_checked_ids("bad_words", word, model.config.vocab_size))
+        elif model.tokenizer is None:
+            raise ValueError("bad_words as texts need a tokenizer, and this model has none; give token ids")
+        else:
+            found += [model.tokenizer.encode(text) for text in (word, " " + word)]
+    return found
+
+
+def _encode(model: DecoderModel, prompt: Any, name: str) -> tuple[str, list[int]]:
+    """Return the text and the token ids of one prompt."""
     tokenizer, vocab_size = model.tokenizer, model.config.vocab_size
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(f"{name} is a text and this model has no tokenizer; give token ids")
         text, ids = prompt, _checked_ids(name, tokenizer.encode(prompt), vocab_size)
     else:
-        if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-            raise ValueError(f"{name} is {prompt!r:.60}; expected a text or a list of token ids")
-        ids = _checked_ids(name, prompt, vocab_size)
+        ids = as_list(prompt)
+        if ids is None:
+            raise ValueError(must_be(name, "a text or a list of token ids", prompt))
+        ids = _checked_ids(name, ids, vocab_size)
         text = "" if tokenizer is None else tokenizer.decode(ids)
-    # GPT-2 has no token for "nothing": a text begins behind the end of another
+    # GPT-2 has no token for "nothing": a text begins after the end of another
     return text, ids or [end_token_id(model)]
 
 
-def _new_tokens(
-    name: str,
-    length: int,
-    context: int,
-    max_new_tokens: int | None,
-    max_length: int | None,
-    past_context: str | None,
-) -> int:
-    """Most new tokens behind a prompt of `length` tokens."""
-    if max_length is not None:
-        if max_length <= length:
+def _new_tokens(name: str, length: int, context: int, config: GenerationConfig, *, can_slide: bool) -> int:
+    """Return the most new tokens after a prompt of `length` tokens."""
+    # a context of one token has no half to go on from
+    slides = can_slide and config.overflow == "sliding_window" and context > 1
+    room = context - length
+    if config.max_length is not None:
+        new = config.max_length - length
+        if new < 1:
             raise ValueError(
-                f"{name} has {length} tokens, which leaves no new ones within max_length={max_length} "
-                f"(it counts the prompt)"
+                f"max_length must be above the length of {name} ({length} tokens), got {config.max_length}"
             )
-        new = max_length - length
-    elif max_new_tokens is not None:
-        new = max_new_tokens
+    elif config.max_new_tokens is not None:
+        new = config.max_new_tokens
     else:
-        new = DEFAULT_NEW_TOKENS
-        new = new if past_context == "slide" else max(1, min(new, context - length))
-    slides = (
-        past_context == "slide" and context > 1
-    )  # in a context of one token there is no half to go on from
-    if length + new > context and not slides:
-        room = context - length
+        new = DEFAULT_NEW_TOKENS if slides else max(1, min(DEFAULT_NEW_TOKENS, room))
+    if new > room and not slides:
         advice = (
             f"ask for at most {room} new ones" if room > 0 else f"shorten the prompt below {context} tokens"
         )
-        slide = ", or past_context='slide'" if past_context == "refuse" and context > 1 else ""
+        slide = ", or give overflow='sliding_window'" if can_slide and context > 1 else ""
         raise ValueError(
             f"{name} has {length} tokens; with {new} new ones that makes {length + new}, and the context "
             f"(n_positions) is {context}: {advice}{slide}"
@@ -180,62 +224,14 @@ def _new_tokens(
 def _row_seeds(seed: Any, rows: int) -> list[int]:
     if is_seed(seed):
         return [(int(seed) + row) % SEED_RANGE for row in range(rows)]
-    seeds = list(_plain(seed)) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
-    valid = seeds is not None and all(is_seed(s) for s in seeds)
-    if seeds is None or not valid or len(seeds) != rows:
-        raise ValueError(
-            f"seed={seed!r:.60} must be a whole number from 0 to 2**32 - 1, or {rows} of them, one a row"
-        )
-    return [int(s) for s in seeds]
+    seeds = as_list(seed)
+    if seeds is None or len(seeds) != rows or not all(is_seed(item) for item in seeds):
+        legal = f"a whole number from 0 to 2**32 - 1, or {rows} of them, one for each row"
+        raise ValueError(must_be("seed", legal, seed))
+    return [int(item) for item in seeds]
 
 
-def _row_settings(sampling: Mapping[str, Any], rows: int) -> list[SamplingConfig]:
-    """One value of a setting counts for all rows; of several, each for its own."""
-    plain = {name: _plain(value) for name, value in sampling.items()}
-    several = {name: list(value) for name, value in plain.items() if isinstance(value, list | tuple)}
-    for name, values in several.items():
-        if len(values) != rows:
-            raise ValueError(f"{name} has {len(values)} values; expected one, or {rows}, one a row")
-    if not several:
-        return [SamplingConfig(**sampling)] * rows
-    return [
-        SamplingConfig(**{**plain, **{name: values[row] for name, values in several.items()}})
-        for row in range(rows)
-    ]
-
-
-def bad_word_ids(model: Any, bad_words: Iterable[Any] | None) -> list[list[int]]:
-    """Token ids that must not follow each other; a text counts with and without a space in front of it.
-
-    Raises:
-        ValueError: one is empty, has ids outside the vocabulary, or is a text and the model has no tokenizer.
-    """
-    words = _several(bad_words)
-    found: list[list[int]] = []
-    for word in words:
-        if isinstance(word, str):
-            if model.tokenizer is None:
-                raise ValueError(
-                    "bad_words as texts need a tokenizer, and this model has none; give token ids"
-                )
-            found += [model.tokenizer.encode(text) for text in dict.fromkeys((word, " " + word)) if word]
-        else:
-            found.append(_checked_ids("bad_words", word, model.config.vocab_size))
-        if not word or not found[-1]:
-            raise ValueError(f"bad_words={bad_words!r:.60} must be texts or token ids, none of them empty")
-    return found
-
-
-def _several(values: Any) -> list[Any]:
-    """A list of what may be given as one text, as several things, or as None; what is neither stands alone."""
-    values = () if values is None else _plain(values)
-    return list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else [values]
-
-
-def _checked_ids(name: str, ids: Any, vocab_size: int) -> list[int]:
-    ids = _plain(ids)
-    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-        raise ValueError(f"{name}: {ids!r:.60} is not a list of token ids")
+def _checked_ids(name: str, ids: Iterable[Any], vocab_size: int) -> list[int]:
     ids = list(ids)
     for i in ids:
         if not is_integer(i):
@@ -243,8 +239,3 @@ def _checked_ids(name: str, ids: Any, vocab_size: int) -> list[int]:
         if not 0 <= i < vocab_size:
             raise ValueError(f"{name}: token id {i} is outside the vocabulary of {vocab_size} ids")
     return [int(i) for i in ids]
-
-
-def _plain(values: Any) -> Any:
-    """Arrays as lists of Python numbers."""
-    return values.tolist() if hasattr(values, "tolist") else values

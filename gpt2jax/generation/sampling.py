@@ -10,109 +10,35 @@ Sampling" (typical-p).
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.utils.validation import is_integer, is_number
+from gpt2jax.generation.config import GenerationConfig
 
 WINDOW = 64
 _BLOCK = 256
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # a temperature below it would become 0 in float32
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How a token of one row is chosen.
-
-    First the logits are changed by what the text holds already: `repetition_penalty`, `frequency_penalty` and
-    `presence_penalty`, then `no_repeat_ngram` and `min_new_tokens` forbid tokens. The filters follow in the order of
-    the fields: logits are divided by the temperature; the `top_k` most probable tokens stay (exactly that many: of
-    equal ones, the lowest ids), and share all probability; of these the most probable stay until their sum reaches
-    `top_p`, including the token that crosses it; of these, the ones with at least `min_p` times the probability of
-    the most probable; of these, the ones whose information is nearest to the entropy of what is left, until their sum
-    reaches `typical_p`. Before `typical_p` the most probable token always stays.
-
-    Attributes:
-        temperature: above 0 flattens (> 1) or sharpens (< 1); 0 is greedy.
-        top_k: number of tokens to choose among; None is all.
-        top_p: 0 to 1, 1 is off.
-        min_p: 0 to 1, 0 is off.
-        typical_p: 0 to 1, 1 is off.
-        do_sample: False always takes the most probable token (of equal ones, the lowest id).
-        repetition_penalty: logits of all tokens of prompt and continuation are divided by it where positive,
-            multiplied where negative; 1 is off.
-        presence_penalty: taken off the logits of tokens that the continuation holds; 0 is off.
-        frequency_penalty: the same, times how often it holds them.
-        no_repeat_ngram: no n-gram of this many tokens occurs twice in prompt and continuation; 0 is off.
-        min_new_tokens: no stop token before so many new ones.
-
-    Raises:
-        ValueError: a field has an impossible value.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = 5
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    do_sample: bool = True
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram: int = 0
-    min_new_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if not is_number(self.temperature) or not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature!r} must be a finite number, 0 (greedy) or above")
-        if self.top_k is not None and (not is_integer(self.top_k) or self.top_k < 1):
-            raise ValueError(
-                f"top_k={self.top_k!r} must be a whole number of at least 1, or None for all tokens"
-            )
-        for name in ("top_p", "typical_p"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0 < value <= 1:
-                raise ValueError(f"{name}={value!r} must be above 0 and at most 1 (1 is off)")
-        if not is_number(self.min_p) or not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p!r} must be 0 (off) to 1")
-        if not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample={self.do_sample!r} must be True or False")
-        if not is_number(self.repetition_penalty) or not self.repetition_penalty > 0:
-            raise ValueError(
-                f"repetition_penalty={self.repetition_penalty!r} must be a number above 0 (1 is off)"
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not is_number(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number (0 is off)")
-        for name in ("no_repeat_ngram", "min_new_tokens"):
-            if not is_integer(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number, 0 (off) or above")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether there is no chance in it."""
-        return not self.do_sample or self.temperature == 0 or self.top_k == 1
-
-    def filters(self) -> Filters:
-        """The filters as numbers for a compiled program."""
-        if self.greedy:
-            return Filters(1.0, 1, 1.0, 0.0, 1.0)
-        top_k = min(self.top_k or 2**31 - 1, 2**31 - 1)
-        temperature = max(float(self.temperature), _SMALLEST)
-        return Filters(temperature, int(top_k), float(self.top_p), float(self.min_p), float(self.typical_p))
-
-
 class Filters(NamedTuple):
-    """The filters of `SamplingConfig` as a pytree of scalars or of arrays [B] (greedy is a top-k of 1)."""
+    """The filters of `GenerationConfig` as a pytree of scalars or of arrays [B]; greedy is a top-k of 1."""
 
     temperature: jax.Array | float
     top_k: jax.Array | int
     top_p: jax.Array | float
     min_p: jax.Array | float
     typical_p: jax.Array | float
+
+
+def make_filters(config: GenerationConfig) -> Filters:
+    """Return the filters of one row as numbers for a compiled program."""
+    if not config.do_sample or config.temperature == 0 or config.top_k == 1:
+        return Filters(1.0, 1, 1.0, 0.0, 1.0)
+    top_k = min(config.top_k or 2**31 - 1, 2**31 - 1)
+    temperature = max(config.temperature, _SMALLEST)
+    return Filters(temperature, top_k, config.top_p, config.min_p, config.typical_p)
 
 
 def sample(logits: jax.Array, keys: jax.Array, filters: Filters) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The text of a continuation as its tokens come in: where it stops, and what of it can be shown already.
+"""Incremental detokenization: from tokens to text that is certain, up to a stop string.
 
-Works on bytes. A token of byte-level BPE can end within a character, and a stop string can begin in one token
-and end in another; UTF-8 makes a match of bytes a match of characters.
+Works on bytes: a token of byte-level BPE can end within a character, and a stop string can begin in one token and
+end in another. In UTF-8, a match of bytes is a match of characters.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 
 class IncrementalDetokenizer:
-    """Takes the bytes of one token after another and gives out text.
+    """Collects the bytes of tokens and returns the text that no later token can change.
 
     Attributes:
-        stopped: a stop string was found; no token counts after that.
-        tokens: number of tokens taken that the text needs: up to the stop string, where there is one.
+        stopped: a stop string was found; later tokens are ignored.
+        tokens: number of tokens that the text needs, up to the stop string if there is one.
     """
 
     def __init__(self, stop_strings: Sequence[bytes] = ()):
@@ -28,7 +28,7 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: bytes) -> None:
-        """Takes the bytes of the next token."""
+        """Add the bytes of the next token."""
         if self.stopped:
             return
         searched = len(self._bytes)
@@ -41,21 +41,21 @@ class IncrementalDetokenizer:
             del self._bytes[min(at for at in found if at >= 0) :]
             self.tokens = 0 if not self._bytes else 1 + sum(end < len(self._bytes) for end in self._ends)
 
-    def take(self, *, last: bool = False) -> str:
-        """The text that is certain by now and was not given out before.
+    def flush(self, *, last: bool = False) -> str:
+        """Return the text that is certain by now and was not returned before.
 
-        Held back are bytes that may be the beginning of a stop string, and the beginning of a character.
+        Bytes that may begin a stop string, and the beginning of a character, are held back.
 
         Args:
-            last: no token follows: give out all that is left. Bytes that are no UTF-8 become U+FFFD.
+            last: no token follows, so return all that is left. Bytes that are not UTF-8 become U+FFFD.
         """
-        end = len(self._bytes) - (0 if last or self.stopped else self._open_stop())
+        end = len(self._bytes) - (0 if last or self.stopped else self._partial_stop())
         piece = self._decoder.decode(bytes(self._bytes[self._shown : end]), final=last or self.stopped)
         self._shown = end
         return piece
 
-    def _open_stop(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+    def _partial_stop(self) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for length in range(min(longest, len(self._bytes)), 0, -1):
             tail = self._bytes[-length:]

@@ -236,13 +236,27 @@ def test_generate(tmp_path, capsys, monkeypatch):
 
 def test_generate_by_search(capsys):
     model, settings = gpt2jax.load("gpt2-mini"), ["--max-new-tokens", "8"]
-    main(["generate", "Return the", *settings, "--beams", "3", "--num-samples", "2"])
-    [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return=2, max_new_tokens=8)
+    main(["generate", "Return the", *settings, "--num-beams", "3", "--num-return-sequences", "2"])
+    [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return_sequences=2, max_new_tokens=8)
     assert capsys.readouterr().out == "".join(f"{beam}\n\n" for beam in beams)
     main(["generate", "Return the", *settings, "--penalty-alpha", "0.6", "--top-k", "4"])
     [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
     assert capsys.readouterr().out == f"{output}\n"
-    assert "--beams 2" in fails(capsys, "generate", "a", "--beams", "2", "--num-samples", "3")
+
+
+def test_generate_takes_a_draft_model_and_every_kind_of_option(capsys):
+    model = gpt2jax.load("gpt2-mini")
+    words = "--no-do-sample --top-k None --stop-token-ids 1 2 --bad-words x --max-new-tokens 6"
+    main(["generate", "Return the", *words.split(), "--draft-model", "gpt2-mini", "--num-draft-tokens", "3"])
+    settings = {"do_sample": False, "stop_token_ids": [1, 2], "bad_words": ["x"], "max_new_tokens": 6}
+    assert capsys.readouterr().out == f"{gpt2jax.generate(model, 'Return the', **settings)[0]}\n"
+    assert "num_beams=2 does not go with draft_model" in fails(
+        capsys, "generate", "a", "--num-beams", "2", "--draft-model", "gpt2-mini"
+    )
+
+
+def test_generate_names_the_nearest_option(capsys):
+    assert "--temperature" in fails(capsys, "generate", "a", "--tempeature", "1")
 
 
 def test_generate_without_standard_input_and_into_the_home_folder(tmp_path, capsys, monkeypatch):
@@ -277,19 +291,11 @@ def test_brackets_in_names_are_no_markup():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            "--beams 2 --temperature 0.5 --top-k 7 --stop . --prompt-lookup 4 --no-repeat-ngram 2 --seed 1",
-            "--beams 2 does not go with --temperature, --top-k, --stop, --prompt-lookup",
-        ),
-        ("--beams 2 --penalty-alpha 0.6", "--beams 2 does not go with --penalty-alpha"),
-        (
-            "--penalty-alpha 0.6 --top-k 4 --greedy --num-samples 2 --stop .",
-            "--penalty-alpha 0.6 does not go with --greedy, --num-samples",
-        ),
-        ("--length-penalty 2", "sampling does not go with --length-penalty"),
+        ("--num-beams 2 --temperature 0.5 --top-k 7", "num_beams=2 does not go with temperature, top_k"),
+        ("--length-penalty 2", "length_penalty=2.0 needs beam search; give num_beams above 1"),
     ],
 )
-def test_generate_passes_over_no_option(capsys, options, message):
+def test_generate_refuses_options_without_effect(capsys, options, message):
     line = fails(capsys, "generate", "a", *options.split())
     assert line == f"gpt2jax generate: error: {message}"
 

@@ -153,11 +153,11 @@ def test_generations(comparison, model):
 def test_a_call_that_compiles_is_timed_again(model, monkeypatch):
     asked = []
 
-    def generate_and_compile(model, prompts, **settings):
+    def generate_and_compile(model, prompts, config, **settings):
         asked.append(prompts[0])
         if len(asked) in (1, 4):
             jax.jit(lambda x: x + len(asked))(np.arange(3))
-        return generate(model, prompts, **settings)
+        return generate(model, prompts, config, **settings)
 
     generate(model, ["a"], max_new_tokens=2)  # compiles what the next ones need
     monkeypatch.setattr(generations, "generate", generate_and_compile)

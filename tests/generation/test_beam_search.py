@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny_models import CONFIG, random_model, random_params
 
-from gpt2jax.generation.beam_search import beam_search, search
-from gpt2jax.generation.generate import generate
+from gpt2jax.generation.beam_search import search
+from gpt2jax.generation.generate import beam_search, generate
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
@@ -58,7 +58,7 @@ def test_beams_for_all_beginnings_find_the_best_of_all_texts(small, every_text):
         small,
         PROMPT,
         num_beams=beams,
-        num_return=beams,
+        num_return_sequences=beams,
         max_new_tokens=LENGTH,
         length_penalty=0.0,
         stop_token_ids=[],
@@ -82,7 +82,7 @@ def test_a_stop_token_and_the_length_penalty(small, every_text, length_penalty):
         small,
         PROMPT,
         num_beams=VOCAB ** (LENGTH - 1),
-        num_return=8,
+        num_return_sequences=8,
         max_new_tokens=LENGTH,
         length_penalty=length_penalty,
         early_stopping="never",
@@ -113,7 +113,7 @@ def test_one_beam_is_greedy(model):
 def test_prompts_together_and_alone(model, early_stopping):
     settings: dict[str, Any] = {
         "num_beams": 3,
-        "num_return": 3,
+        "num_return_sequences": 3,
         "max_new_tokens": 10,
         "early_stopping": early_stopping,
         "stop_token_ids": list(range(0, 300, 25)),
@@ -134,7 +134,7 @@ def test_early_stopping_ends_with_the_first_full_set(model):
         model,
         "a",
         num_beams=2,
-        num_return=2,
+        num_return_sequences=2,
         max_new_tokens=9,
         early_stopping=True,
         stop_token_ids=range(300),
@@ -149,9 +149,9 @@ def test_forbidden_tokens(model):
     [beams] = beam_search(
         model,
         prompt,
-        num_return=4,
+        num_return_sequences=4,
         max_new_tokens=20,
-        no_repeat_ngram=2,
+        no_repeat_ngram_size=2,
         bad_words=[[bad]],
         min_new_tokens=20,
         stop_token_ids=list(range(0, 300, 2)),
@@ -185,7 +185,12 @@ def test_model_without_tokenizer(model):
 
 
 def test_whole_numbers_of_numpy(model):
-    numbers: dict[str, Any] = {"num_beams": 2, "num_return": 2, "max_new_tokens": 3, "batch_size": 4}
+    numbers: dict[str, Any] = {
+        "num_beams": 2,
+        "num_return_sequences": 2,
+        "max_new_tokens": 3,
+        "batch_size": 4,
+    }
     plain = beam_search(model, "a", **numbers)
     assert beam_search(model, "a", **{name: np.int64(value) for name, value in numbers.items()}) == plain
 
@@ -193,11 +198,10 @@ def test_whole_numbers_of_numpy(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 0}, "num_beams=0"),
-        ({"num_return": 5}, "num_return=5 is over num_beams=4"),
-        ({"length_penalty": float("nan")}, "length_penalty=nan"),
-        ({"early_stopping": "soon"}, "early_stopping='soon'"),
-        ({"early_stopping": 1}, "early_stopping=1"),
+        ({"num_beams": 0}, "num_beams must be a positive whole number, got 0"),
+        ({"num_return_sequences": 5}, "num_return_sequences must be at most num_beams=4, got 5"),
+        ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan"),
+        ({"early_stopping": "soon"}, "early_stopping must be one of True, False, never, got 'soon'"),
         (
             {"max_new_tokens": CONFIG.n_positions},
             r"context \(n_positions\) is \d+: ask for at most \d+ new ones$",

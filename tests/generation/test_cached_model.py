@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import re
-import types
-import weakref
 from typing import Any
 
 import jax
@@ -18,14 +15,15 @@ from gpt2jax.generation import cached_model
 from gpt2jax.generation.cached_model import (
     decoding_precision,
     lm_head,
-    params_for_decoding,
     prepare_decoding_params,
+    prepare_model,
     weight_dtype,
 )
-from gpt2jax.generation.decoding import DecodeState, decode
+from gpt2jax.generation.decoding import DecoderSpec, DecodeState, initial_state, make_decode_params
 from gpt2jax.generation.kv_cache import cache_bytes, grow_cache, init_cache
-from gpt2jax.generation.requests import Row
-from gpt2jax.generation.runner import Job, initial_progress, make_request
+from gpt2jax.generation.requests import PromptState
+from gpt2jax.generation.strategy import Sampling, decode
+from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import LoRAConfig, init_adapters
 from gpt2jax.model.config import PRESETS, GPT2Config
 from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
@@ -165,51 +163,16 @@ def test_derived_weights_have_their_dtype_and_layout():
     assert prepare_decoding_params(params, ODD, dtype="float32")["head"].values is params["lm_head"]["kernel"]
 
 
-def model_of(params, **fields):
-    fields = {"config": TINY, "tokenizer": None, "adapters": None, "lora": None, **fields}
-    return types.SimpleNamespace(params=params, **fields)
-
-
-def test_adapters_are_merged():
+def test_prepare_model_merges_adapters():
     params, lora = params_of(TINY), LoRAConfig(rank=4, alpha=6.0, targets=("attn.c_attn", "mlp.c_proj"))
     adapters = jax.tree.map(lambda x: x + 0.2, init_adapters(TINY, lora, 1))
     ids = ids_of(TINY, 2, 8)
     hidden = hidden_states(params, TINY, ids, adapters=adapters, lora_scale=lora.scale)
     want = np.asarray(output_logits(hidden, lm_head_weight(params)))[:, -1]
     assert np.abs(want - full_logits(params, TINY, ids)[:, -1]).max() > 0.1
-    derived = params_for_decoding(model_of(params, adapters=adapters, lora=lora), "float32")
+    derived = prepare_model(LanguageModel(TINY, params, adapters=adapters, lora=lora), F32.compute_dtype)
     got, _ = prefill(derived, ids, np.zeros(2, np.int32), config=TINY, precision=F32)
     np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
-
-
-def test_derived_once_for_the_same_arrays_and_never_for_others():
-    params = params_of(TINY)
-    first = params_for_decoding(model_of(params), "float32")
-    assert params_for_decoding(model_of(dict(params)), "float32") is first  # the arrays count, not the dict
-    assert params_for_decoding(model_of(params), "bfloat16") is not first
-    other = {**params, "ln_f": {**params["ln_f"], "bias": params["ln_f"]["bias"] + 1}}
-    changed = params_for_decoding(model_of(other), "float32")
-    assert changed is not first
-    np.testing.assert_array_equal(changed["ln_f"]["bias"], params["ln_f"]["bias"] + 1)
-    narrower = params_for_decoding(
-        model_of(params, tokenizer=types.SimpleNamespace(vocab_size=90)), "float32"
-    )
-    assert narrower["head"].values.shape == (90, 32)
-
-
-def test_derived_weights_go_with_the_model():
-    gc.collect()
-    before = len(cached_model._DERIVED)
-    params = params_of(TINY, seed=9)
-    derived = params_for_decoding(model_of(params), "float32")
-    alive = weakref.ref(derived["h"][0]["mlp"]["c_fc"]["kernel"])
-    assert len(cached_model._DERIVED) == before + 1
-    del derived
-    assert alive() is not None
-    del params
-    gc.collect()
-    assert alive() is None
-    assert len(cached_model._DERIVED) == before
 
 
 def test_dtype_by_backend():
@@ -217,7 +180,9 @@ def test_dtype_by_backend():
     assert decoding_precision(backend="gpu").compute_dtype == jnp.bfloat16
     assert decoding_precision("bfloat16", backend="cpu").activation_dtype == jnp.float32
     assert decoding_precision("int8", backend="cpu").compute_dtype == jnp.float32
-    with pytest.raises(ValueError, match="dtype='int4' is not known; known: float32"):
+    with pytest.raises(
+        ValueError, match="dtype must be one of float32, bfloat16, float16, int8, or None, got 'int4'"
+    ):
         decoding_precision("int4")
 
 
@@ -229,7 +194,7 @@ def test_cache_size_and_growth():
     for small, large in zip(jax.tree.leaves(filled), jax.tree.leaves(grown), strict=True):
         np.testing.assert_array_equal(large[:, :10], small)
         assert not large[:, 10:].any()
-    with pytest.raises(ValueError, match="12 slots cannot be cut to 10"):
+    with pytest.raises(ValueError, match="length must be at least 12, that of the cache, got 10"):
         grow_cache(grown, 10)
 
 
@@ -238,12 +203,11 @@ def test_cache_size_and_growth():
 WIDE = GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=1000, n_positions=256)
 
 
-def begun(batch: int, slots: int) -> tuple[DecodeState, Any]:
+def begun(batch: int, length: int) -> tuple[DecodeState, Any]:
     """Rows of one token that want five more."""
-    job = Job(model=None, stop_ids=[], bad_words=[], precision=F32, weights=F32.compute_dtype)
-    rows = [Row("", [1], 5, 0)] * batch
-    request = make_request(job, rows, np.zeros(batch, np.int32), [5] * batch, 1)
-    return initial_progress(np.ones((batch, slots), np.int32), request.limits, 1), request
+    rows = [PromptState("", [1], 5)] * batch
+    settings = make_decode_params(rows, np.zeros(batch, np.int32), [5] * batch, 1)
+    return initial_state(np.ones((batch, length), np.int32), settings.limits, 1), settings
 
 
 def compiled_decode(batch, dtype) -> tuple[Any, Any]:
@@ -251,8 +215,10 @@ def compiled_decode(batch, dtype) -> tuple[Any, Any]:
     weights = weight_dtype(dtype, narrow)
     params = jax.eval_shape(lambda: prepare_decoding_params(init_params(config), config, dtype=weights))
     cache = jax.eval_shape(lambda: init_cache(config, batch, 128, narrow.activation_dtype))
-    progress, request = begun(batch, 128)
-    lowered = decode.lower(params, cache, progress, request, np.int32(9), config=config, precision=narrow)
+    state, settings = begun(batch, 128)
+    lowered = decode.lower(
+        Sampling(), DecoderSpec(config, narrow), params, cache, state, settings, np.int32(9)
+    )
     return lowered.compile(), cache
 
 
@@ -283,12 +249,13 @@ def test_a_step_copies_neither_weights_nor_cache(batch, dtype):
 def test_the_cache_handed_in_is_used_up():
     params = prepare_decoding_params(params_of(TINY), TINY, dtype="float32")
     cache = init_cache(TINY, 1, 32, jnp.float32)
-    progress, request = begun(1, 32)
+    state, settings = begun(1, 32)
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}
-    new_cache, progress = decode(params, cache, progress, request, np.int32(16), config=TINY, precision=F32)
+    spec = DecoderSpec(TINY, F32)
+    new_cache, state = decode(Sampling(), spec, params, cache, state, settings, np.int32(16))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new_cache)} == pointers
-    assert progress.lengths.tolist() == [5] and progress.done.tolist() == [True] and int(progress.slot) == 6
+    assert state.lengths.tolist() == [5] and state.done.tolist() == [True] and int(state.cache_position) == 6
 
 
 def test_configurations_are_static_arguments():

@@ -85,21 +85,5 @@ def test_all_that_generate_offers(model):
     pieces = stream(model, PROMPTS[0], stop_token_ids=[], **settings)
     assert "".join(pieces) == free.text
     long = (encode(model, "one two") * 40)[: CONFIG.n_positions - 4]
-    [slid] = generate(model, long, stop_token_ids=[], past_context="slide", **settings)
+    [slid] = generate(model, long, stop_token_ids=[], overflow="sliding_window", **settings)
     assert len(slid.token_ids) == 12
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"penalty_alpha": 1.5}, "penalty_alpha=1.5"),
-        ({"penalty_alpha": True}, "penalty_alpha=True"),
-        ({"penalty_alpha": 0.5, "top_k": None}, "top_k=None with penalty_alpha=0.5"),
-        ({"penalty_alpha": 0.5, "top_k": 301}, "1 to 300"),
-        ({"penalty_alpha": 0.5, "prompt_lookup": 3}, "prompt_lookup"),
-    ],
-    ids=str,
-)
-def test_impossible_settings_are_named(model, settings, message):
-    with pytest.raises(ValueError, match=message):
-        generate(model, "a", **settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from typing import Any
 
 import jax
@@ -11,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2jax.generation.beam_search import beam_search
-from gpt2jax.generation.generate import Generation, generate, stream
+from gpt2jax.generation.config import GenerationConfig
+from gpt2jax.generation.generate import beam_search, generate, stream
+from gpt2jax.generation.outputs import Generation
+from gpt2jax.generation.prefill import next_cache_length
 from gpt2jax.generation.requests import end_token_id
-from gpt2jax.generation.runner import more_slots
-from gpt2jax.generation.sampling import SamplingConfig, log_probability, sample
+from gpt2jax.generation.sampling import log_probability, make_filters, sample
 from gpt2jax.generation.text_stream import IncrementalDetokenizer
+from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
 from gpt2jax.tokenizer.bpe import Tokenizer
@@ -24,13 +25,13 @@ from gpt2jax.tokenizer.bpe import Tokenizer
 TOKENIZER = Tokenizer.gpt2(300)
 END = TOKENIZER.end_token_id
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=64)
-# short ones run in a bucket of 16 slots when alone, and in one of 32 beside the long one
+# short ones run in a bucket of 16 positions when alone, and in one of 32 beside the long one
 LONG = "one, two, three, four, five, six"  # 23 tokens
 PROMPTS = ["a", "", "hello world", LONG]
 
 
 def model_of(config, params, tokenizer: Tokenizer | None = TOKENIZER):
-    return types.SimpleNamespace(config=config, params=params, tokenizer=tokenizer, adapters=None, lora=None)
+    return LanguageModel(config, params, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def all_logits(params, ids):
 
 def naive(model, prompt, *, seed=0, max_new_tokens=12, stop=(END,), **settings):
     """One token at a time, each from the logits of the whole text, padded at the right."""
-    config = SamplingConfig(**settings)
+    filters = make_filters(GenerationConfig(**settings))
     ids = list(TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt) or [END]
     tokens, logprobs = [], []
     for step in range(max_new_tokens):
@@ -76,7 +77,7 @@ def naive(model, prompt, *, seed=0, max_new_tokens=12, stop=(END,), **settings):
         padded = np.array([context + [0] * (64 - len(context))])
         logits = all_logits(model.params, padded)[:, len(context) - 1]
         key = jax.random.fold_in(jax.random.key(seed), step)[None]
-        token = draw(logits, key, config.filters())
+        token = draw(logits, key, filters)
         logprob = log_probability(logits, token)
         if int(token[0]) in stop:
             break
@@ -125,7 +126,7 @@ def test_batch_size_changes_nothing(model):
 
 
 def test_samples_of_a_prompt_follow_each_other_and_differ(model):
-    outputs = generate(model, [LONG, "hello"], max_new_tokens=10, num_samples=2, seed=5)
+    outputs = generate(model, [LONG, "hello"], max_new_tokens=10, num_return_sequences=2, seed=5)
     assert [out.prompt for out in outputs] == [LONG, LONG, "hello", "hello"]
     assert outputs[0].token_ids != outputs[1].token_ids
     for j in (0, 1):
@@ -221,7 +222,7 @@ def test_a_row_of_sixteen_is_its_single_run(model):
 
 
 def test_a_batch_that_outgrows_its_cache_again_and_again():
-    """64, 128, 192 and 256 slots for several rows; 256 for one."""
+    """64, 128, 192 and 256 positions for several rows; 256 for one."""
     config = dataclasses.replace(CONFIG, n_layer=1, n_positions=256)
     model = model_of(config, jax.tree.map(lambda x: x * 6, init_params(config, 1)))
     settings = {"max_new_tokens": 220, "do_sample": False, "stop_token_ids": []}
@@ -231,9 +232,9 @@ def test_a_batch_that_outgrows_its_cache_again_and_again():
         assert row.token_ids == alone.token_ids
     sizes = [64]
     while sizes[-1] < 1024:
-        sizes.append(more_slots(sizes[-1], 2))
+        sizes.append(next_cache_length(sizes[-1], 2))
     assert sizes == [64, 128, 192, 256, 384, 512, 768, 1024]
-    assert more_slots(256, 1) == 512
+    assert next_cache_length(256, 1) == 512
 
 
 def test_stop_token_ids():
@@ -337,7 +338,7 @@ def test_a_list_gives_each_row_its_settings(model):
     settings: dict[str, Any] = {
         "temperature": [0.0, 2.0, 1.0],
         "top_k": [5, None, 40],
-        "no_repeat_ngram": [1, 0, 2],
+        "no_repeat_ngram_size": [1, 0, 2],
         "repetition_penalty": [1.0, 1.8, 1.0],
         "min_new_tokens": [0, 10, 3],
     }
@@ -355,11 +356,13 @@ def test_a_processor_changes_logits(model):
         last = jnp.take_along_axis(context.token_ids, context.end[:, None] - 1, axis=1)
         return jnp.where(jnp.arange(logits.shape[-1]) == last + 1, 0.0, -jnp.inf)
 
-    outputs = generate(model, [[7], [1, 40]], max_new_tokens=4, processor=successor)
+    outputs = generate(model, [[7], [1, 40]], max_new_tokens=4, logits_processor=successor)
     assert [output.token_ids for output in outputs] == [[8, 9, 10, 11], [41, 42, 43, 44]]
     for wrong, given in ((lambda logits, _: logits[:, :5], r"\(1, 5\)"), (lambda *_: None, "NoneType")):
-        with pytest.raises(ValueError, match=f"processor gave {given}; expected logits of shape"):
-            generate(model, [7], max_new_tokens=4, processor=wrong)
+        with pytest.raises(
+            ValueError, match=rf"logits_processor must return logits of shape \(1, 300\), got {given}"
+        ):
+            generate(model, [7], max_new_tokens=4, logits_processor=wrong)
 
 
 def test_bad_words_and_least_length(model):
@@ -380,7 +383,7 @@ def test_bad_words_and_least_length(model):
 
 
 def test_with_64_bits_allowed_the_text_is_the_same(model):
-    settings: dict[str, Any] = {"max_new_tokens": 6, "top_k": 50, "seed": 3, "prompt_lookup": 3}
+    settings: dict[str, Any] = {"max_new_tokens": 6, "top_k": 50, "seed": 3, "prompt_lookup_num_tokens": 3}
     (plain,) = generate(model, "abcabc", **settings)
     with jax.enable_x64(True):
         (output,) = generate(model, "abcabc", **settings)
@@ -389,14 +392,14 @@ def test_with_64_bits_allowed_the_text_is_the_same(model):
 
 def test_any_large_number_is_one_that_is_never_reached(model):
     settings: dict[str, Any] = {"max_new_tokens": 3, "stop_token_ids": [], "top_k": 2**40}
-    (output,) = generate(model, LONG, no_repeat_ngram=2**40, min_new_tokens=2**40, **settings)
+    (output,) = generate(model, LONG, no_repeat_ngram_size=2**40, min_new_tokens=2**40, **settings)
     assert output.token_ids == generate(model, LONG, **settings)[0].token_ids
 
 
 def test_sliding_past_the_context(model):
     """As generating in parts by hand, each from the last half of the text before it."""
     (output,) = generate(
-        model, LONG, max_new_tokens=150, do_sample=False, stop_token_ids=[], past_context="slide"
+        model, LONG, max_new_tokens=150, do_sample=False, stop_token_ids=[], overflow="sliding_window"
     )
     text, want = TOKENIZER.encode(LONG), []
     while len(want) < 150:
@@ -408,7 +411,7 @@ def test_sliding_past_the_context(model):
     settings: dict[str, Any] = {
         "max_new_tokens": 90,
         "stop_token_ids": [],
-        "past_context": "slide",
+        "overflow": "sliding_window",
         "seed": 4,
     }
     (sampled,) = generate(model, "hello", **settings)
@@ -416,7 +419,7 @@ def test_sliding_past_the_context(model):
     assert "".join(stream(model, "hello", **settings)) == sampled.text
     together = generate(model, ["hello", LONG], **{**settings, "max_new_tokens": [90][0]})
     assert together[0].token_ids == sampled.token_ids
-    with pytest.raises(ValueError, match="past_context='slide'"):
+    with pytest.raises(ValueError, match="overflow='sliding_window'"):
         generate(model, LONG, max_new_tokens=150)
 
 
@@ -424,7 +427,7 @@ def test_sliding_past_the_context(model):
 def test_a_prompt_of_the_context_and_more_slides_at_once(model, length):
     prompt = np.random.default_rng(0).integers(0, 299, length).tolist()
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "stop_token_ids": []}
-    (output,) = generate(model, prompt, past_context="slide", **settings)
+    (output,) = generate(model, prompt, overflow="sliding_window", **settings)
     before = [*prompt, *output.token_ids[: 64 - length]] if length < 64 else prompt
     (rest,) = generate(model, before[-32:], **settings)
     assert output.token_ids[len(before) - length :] == rest.token_ids[: 5 - (len(before) - length)]
@@ -434,31 +437,31 @@ def test_a_prompt_of_the_context_and_more_slides_at_once(model, length):
 def test_a_context_of_one_token_cannot_slide():
     config = dataclasses.replace(CONFIG, n_positions=1)
     with pytest.raises(ValueError, match="context .n_positions. is 1"):
-        generate(model_of(config, init_params(config)), [1], max_new_tokens=3, past_context="slide")
+        generate(model_of(config, init_params(config)), [1], max_new_tokens=3, overflow="sliding_window")
 
 
 def test_a_shared_beginning_is_computed_once(model, monkeypatch):
     """Rows that begin alike give what they give alone, and their beginning goes through the model for one row."""
-    from gpt2jax.generation import runner as generation_run
+    from gpt2jax.generation import prefill
 
     beginning = list(range(20, 45))
     prompts = [beginning + [1, 2], beginning + [3], beginning + [4] * 9]
     alone = [generate(model, [prompt], max_new_tokens=8, seed=i)[0] for i, prompt in enumerate(prompts)]
     computed = []
 
-    def counted(params, token_ids, *args, **kwargs):
+    def counted(spec, params, token_ids, *args):
         computed.append(token_ids.shape[0])
-        return prefill_chunk(params, token_ids, *args, **kwargs)
+        return prefill_chunk(spec, params, token_ids, *args)
 
-    prefill_chunk = generation_run.prefill_chunk
-    monkeypatch.setattr(generation_run, "prefill_chunk", counted)
+    prefill_chunk = prefill.prefill_chunk
+    monkeypatch.setattr(prefill, "prefill_chunk", counted)
     together = generate(model, prompts, max_new_tokens=8)
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     assert computed == [1, 1, 1, 1, 4]  # 25 tokens in chunks of 8, then what differs
     computed.clear()
-    generate(model, [beginning], num_samples=4, max_new_tokens=2)
+    generate(model, [beginning], num_return_sequences=4, max_new_tokens=2)
     assert computed == [1, 1, 1]
 
 
@@ -524,8 +527,8 @@ def test_text_stream_equals_one_shot_decoding():
         text, pieces = IncrementalDetokenizer(), []
         for token in tokens:
             text.add(token)
-            pieces.append(text.take())
-        pieces.append(text.take(last=True))
+            pieces.append(text.flush())
+        pieces.append(text.flush(last=True))
         assert "".join(pieces) == b"".join(tokens).decode("utf-8", errors="replace")
         assert text.tokens == len(tokens)
 
@@ -584,7 +587,7 @@ def test_settings_compile_nothing_anew(model, caplog):
         {"stop_token_ids": [1, 2, 3, 4]},
         {"stop_strings": ["a", "bcd"]},
         {"repetition_penalty": 1.5, "presence_penalty": [0, 1, 0], "frequency_penalty": 0.5},
-        {"no_repeat_ngram": 2, "min_new_tokens": 4, "bad_words": [[1, 2, 3], [4]]},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 4, "bad_words": [[1, 2, 3], [4]]},
         {"max_new_tokens": 3},
     ]
 
@@ -597,7 +600,7 @@ def test_settings_compile_nothing_anew(model, caplog):
 
     assert compiled_in(caplog, calls) == []
     # another processor is another program
-    assert compiled_in(caplog, lambda: generate(model, "b", processor=lambda logits, context: logits))
+    assert compiled_in(caplog, lambda: generate(model, "b", logits_processor=lambda logits, context: logits))
 
 
 def test_two_hundred_calls_compile_twelve_programs(caplog):
@@ -618,7 +621,7 @@ def test_two_hundred_calls_compile_twelve_programs(caplog):
                 top_p=float(rng.uniform(0.1, 1)),
                 typical_p=float(rng.choice([0.5, 1.0])),
                 repetition_penalty=float(rng.choice([1.0, 1.2])),
-                no_repeat_ngram=int(rng.choice([0, 3])),
+                no_repeat_ngram_size=int(rng.choice([0, 3])),
                 seed=int(rng.integers(2**32)),
             )
 
@@ -631,51 +634,27 @@ def test_two_hundred_calls_compile_twelve_programs(caplog):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a positive whole number"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
-        ({"max_new_tokens": True}, "max_new_tokens=True"),
-        ({"max_length": -1}, "max_length=-1"),
-        ({"max_new_tokens": 4, "max_length": 9}, "max_new_tokens=4 and max_length=9: give one"),
-        ({"max_length": 5}, "prompt 1 has 5 tokens.*max_length=5"),
+        ({"max_length": 5}, r"max_length must be above the length of prompt 1 \(5 tokens\), got 5"),
         (
             {"max_new_tokens": 60},
             r"prompt 1 has 5 tokens; with 60 new ones that makes 65.*64: ask for at most 59",
         ),
         ({"max_length": 65}, "65.*context"),
-        ({"num_samples": 0}, "num_samples=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seed": 2**32}, "seed=4294967296"),
-        ({"seed": [1]}, "2 of them"),
-        ({"seed": "x"}, "seed='x'"),
-        ({"seed": None}, "seed=None"),
-        ({"temperature": -1}, "temperature=-1"),
-        ({"top_k": 0}, "top_k=0"),
-        ({"top_p": 0}, "top_p=0"),
-        ({"min_p": 2}, "min_p=2"),
+        ({"batch_size": 0}, "batch_size must be a positive whole number, got 0"),
+        ({"seed": -1}, r"seed must be a whole number from 0 to 2\*\*32 - 1, or 2 of them.*got -1"),
+        ({"seed": 2**32}, "seed .*got 4294967296"),
+        ({"seed": [1]}, r"2 of them, one for each row, got \[1\]"),
+        ({"seed": "x"}, "seed .*got 'x'"),
+        ({"seed": None}, "seed .*got None"),
         ({"stop_token_ids": [300]}, "stop_token_ids: token id 300 is outside the vocabulary of 300"),
-        ({"stop_token_ids": ["x"]}, "stop_token_ids: 'x' is not a token id"),
-        ({"stop_strings": ["a", ""]}, "stop_strings.*empty"),
-        ({"dtype": "int4"}, "dtype='int4' is not known; known: float32, bfloat16, float16, int8"),
-        ({"temperature": [1.0]}, "temperature has 1 values; expected one, or 2"),
-        ({"bad_words": [[]]}, "bad_words"),
-        ({"bad_words": [""]}, "bad_words"),
+        ({"dtype": "int4"}, "dtype must be one of float32, bfloat16, float16, int8, or None, got 'int4'"),
         ({"bad_words": [[300]]}, "bad_words: token id 300"),
-        ({"top_logprobs": 21}, "top_logprobs=21"),
-        ({"prompt_lookup": -1}, "prompt_lookup=-1"),
-        ({"stop_token_ids": 5}, "stop_token_ids: 5 is not a list of token ids"),
-        ({"stop_strings": 5}, "stop_strings=5 must be texts"),
-        ({"bad_words": 5}, "bad_words: 5 is not"),
-        ({"bad_words": [1, 2]}, "bad_words: 1 is not a list of token ids"),
-        ({"draft": "gpt2"}, "draft='gpt2' is no model"),
-        ({"draft_tokens": 0}, "draft_tokens=0"),
-        ({"processor": 5}, "processor=5 must be a function"),
-        ({"temperature": 1e300}, r"temperature=1e\+300 must be a finite number"),
-        ({"past_context": "drop"}, "past_context='drop' must be one of refuse, slide"),
+        ({"penalty_alpha": 0.5, "top_k": 301}, "top_k must be one number of candidates from 1 to 300"),
+        ({"penalty_alpha": 0.5, "top_k": [3, 4]}, r"top_k must be one number .*got \[3, 4\]"),
     ],
     ids=str,
 )
-def test_mistakes_are_named(model, settings, message):
+def test_generate_names_settings_that_do_not_fit(model, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(model, [[1], [1, 2, 3, 4, 5]], **settings)
 
@@ -688,11 +667,11 @@ def test_mistakes_are_named(model, settings, message):
         ([[1.5]], "prompt 0: 1.5 is not a token id"),
         ([[True]], "prompt 0: True is not a token id"),
         ([["a", 1]], "prompt 0: 'a' is not a token id"),
-        (["a", None], "prompt 1 is None"),
-        (None, "prompts=None must be"),
-        (3, "prompts=3 must be"),
-        (b"ab", "prompts=b'ab' must be"),
-        (["a", b"ab"], "prompt 1 is b'ab'"),
+        (["a", None], "prompt 1 must be a text or a list of token ids, got None"),
+        (None, "prompts must be .*got None"),
+        (3, "prompts must be .*got 3"),
+        (b"ab", "prompts must be .*got b'ab'"),
+        (["a", b"ab"], "prompt 1 must be .*got b'ab'"),
         ([[1] * 64], "prompt 0 has 64 tokens.*shorten the prompt below 64 tokens"),
         ([[1] * 200], "prompt 0 has 200 tokens"),
     ],

@@ -24,9 +24,15 @@ def texts(rows=40, seed=0):
     return TokenHistory(token_ids, begin, prompt_end, end)
 
 
-def settings(context, **values) -> Penalties:
-    rows = len(context.begin)
-    off = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0, "no_repeat_ngram": 0, "min_new_tokens": 0}
+def settings(history, **values) -> Penalties:
+    rows = len(history.begin)
+    off = {
+        "repetition": 1.0,
+        "presence": 0.0,
+        "frequency": 0.0,
+        "no_repeat_ngram_size": 0,
+        "min_new_tokens": 0,
+    }
     bad_words = np.full((4, 3), -1, np.int32)
     for i, word in enumerate(values.pop("bad_words", [])):
         bad_words[i, 3 - len(word) :] = word
@@ -50,7 +56,7 @@ def reference(
     repetition,
     presence,
     frequency,
-    no_repeat_ngram,
+    no_repeat_ngram_size,
     min_new_tokens,
     bad_words,
 ):
@@ -60,7 +66,7 @@ def reference(
     for token in set(new):
         logits[token] -= presence + frequency * new.count(token)
     banned = set()
-    n = no_repeat_ngram
+    n = no_repeat_ngram_size
     for i in range(len(text) - n + 1 if n else 0):
         if n == 1 or text[i : i + n - 1] == text[len(text) - n + 1 :]:
             banned.add(text[i + n - 1])
@@ -80,23 +86,35 @@ def reference(
         {"repetition": 1.7},
         {"presence": 0.4},
         {"frequency": -0.3},
-        *({"no_repeat_ngram": n} for n in (1, 2, 3, 5)),
+        *({"no_repeat_ngram_size": n} for n in (1, 2, 3, 5)),
         {"bad_words": [[3], [0, 1], [1, 1, 2]]},
         {"min_new_tokens": 4},
-        {"repetition": 0.8, "presence": 1.0, "frequency": 0.5, "no_repeat_ngram": 2, "bad_words": [[2, 2]]},
+        {
+            "repetition": 0.8,
+            "presence": 1.0,
+            "frequency": 0.5,
+            "no_repeat_ngram_size": 2,
+            "bad_words": [[2, 2]],
+        },
     ],
     ids=str,
 )
 def test_each_penalty(values):
-    context = texts()
+    history = texts()
     logits = np.random.default_rng(1).normal(0, 2, (40, V)).astype(np.float32)
     stop_ids = np.array([5, 7, -1, -1], np.int32)
-    steps = context.end - context.prompt_end
-    got = np.asarray(penalised(logits, context, settings(context, **values), steps, stop_ids))
-    off = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0, "no_repeat_ngram": 0, "min_new_tokens": 0}
+    steps = history.end - history.prompt_end
+    got = np.asarray(penalised(logits, history, settings(history, **values), steps, stop_ids))
+    off = {
+        "repetition": 1.0,
+        "presence": 0.0,
+        "frequency": 0.0,
+        "no_repeat_ngram_size": 0,
+        "min_new_tokens": 0,
+    }
     for row in range(40):
-        begin, prompt_end, end = (int(part[row]) for part in context[1:])
-        text = context.token_ids[row].tolist()
+        begin, prompt_end, end = (int(part[row]) for part in history[1:])
+        text = history.token_ids[row].tolist()
         want = reference(
             logits[row],
             text[begin:end],
@@ -110,22 +128,22 @@ def test_each_penalty(values):
 
 
 def test_rows_have_their_own():
-    context = texts()
+    history = texts()
     logits = np.random.default_rng(2).normal(0, 2, (40, V)).astype(np.float32)
     size = np.arange(40) % 4
     stop_ids, steps = np.full(4, -1, np.int32), np.zeros(40, np.int32)
-    together = penalised(logits, context, settings(context, no_repeat_ngram=size), steps, stop_ids)
+    together = penalised(logits, history, settings(history, no_repeat_ngram_size=size), steps, stop_ids)
     for n in range(4):
-        alone = penalised(logits, context, settings(context, no_repeat_ngram=n), steps, stop_ids)
+        alone = penalised(logits, history, settings(history, no_repeat_ngram_size=n), steps, stop_ids)
         np.testing.assert_array_equal(together[size == n], alone[size == n])
 
 
 def test_common_suffix():
-    context = texts(seed=3)
-    got = np.asarray(common_suffix(context, 4))
+    history = texts(seed=3)
+    got = np.asarray(common_suffix(history, 4))
     for row in range(40):
-        begin, _, end = (int(part[row]) for part in context[1:])
-        text = context.token_ids[row].tolist()
+        begin, _, end = (int(part[row]) for part in history[1:])
+        text = history.token_ids[row].tolist()
         for slot in range(begin, end):
             length = 0
             while (

@@ -18,9 +18,9 @@ from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
 
 TEXT = "one two three one two three one two"
 GUESSES: list[dict[str, Any]] = [
-    {"prompt_lookup": 5},
-    {"draft": 1, "draft_tokens": 3},
-    {"draft": 0, "draft_tokens": 3},
+    {"prompt_lookup_num_tokens": 5},
+    {"draft_model": 1, "num_draft_tokens": 3},
+    {"draft_model": 0, "num_draft_tokens": 3},
 ]
 
 
@@ -31,7 +31,7 @@ def models():
 
 
 def with_draft(guesses, models):
-    return {**guesses, "draft": models[guesses["draft"]]} if "draft" in guesses else guesses
+    return {**guesses, "draft_model": models[guesses["draft_model"]]} if "draft_model" in guesses else guesses
 
 
 @pytest.mark.parametrize("guesses", GUESSES, ids=str)
@@ -40,7 +40,7 @@ def with_draft(guesses, models):
     [
         {"do_sample": False, "stop_token_ids": []},
         {"seed": 3, "top_k": 5, "temperature": 0.7, "stop_token_ids": []},
-        {"seed": 4, "top_k": None, "repetition_penalty": 1.3, "no_repeat_ngram": 3},
+        {"seed": 4, "top_k": None, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
         {"seed": 5, "max_new_tokens": 1},
         {"seed": 6, "stop_token_ids": [87, 128, 130, 258], "min_new_tokens": 3},
     ],
@@ -65,9 +65,9 @@ def test_tokens_are_those_of_plain_decoding(models, guesses, settings):
 
 def test_guesses_are_counted(models):
     settings: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "stop_token_ids": []}
-    (same,) = generate(models[0], TEXT, draft=models[0], draft_tokens=3, **settings)
+    (same,) = generate(models[0], TEXT, draft_model=models[0], num_draft_tokens=3, **settings)
     assert (same.accepted, same.drafted) == (30, 30)  # ten steps of three guesses and one more token
-    (other,) = generate(models[0], TEXT, draft=models[1], draft_tokens=3, **settings)
+    (other,) = generate(models[0], TEXT, draft_model=models[1], num_draft_tokens=3, **settings)
     assert other.accepted < other.drafted / 2
     # a processor that makes the text go round: lookup guesses it once it has come round
 
@@ -75,15 +75,19 @@ def test_guesses_are_counted(models):
         step = context.end[:, None] % 7
         return jnp.where(jnp.arange(logits.shape[-1]) == 10 + step, 0.0, -jnp.inf)
 
-    (looked,) = generate(models[0], [[1]], prompt_lookup=5, processor=round_and_round, **settings)
+    (looked,) = generate(
+        models[0], [[1]], prompt_lookup_num_tokens=5, logits_processor=round_and_round, **settings
+    )
     assert looked.accepted >= 25 and looked.drafted - looked.accepted <= 5  # the last ones go beyond the end
 
 
 def test_stream_with_guesses(models):
     settings: dict[str, Any] = {"max_new_tokens": 30, "seed": 2, "stop_token_ids": []}
     (plain,) = generate(models[0], TEXT, **settings)
-    assert "".join(stream(models[0], TEXT, prompt_lookup=5, **settings)) == plain.text
-    assert "".join(stream(models[0], TEXT, draft=models[1], draft_tokens=3, **settings)) == plain.text
+    assert "".join(stream(models[0], TEXT, prompt_lookup_num_tokens=5, **settings)) == plain.text
+    assert (
+        "".join(stream(models[0], TEXT, draft_model=models[1], num_draft_tokens=3, **settings)) == plain.text
+    )
 
 
 def test_frequencies_are_those_of_the_model(models):
@@ -107,8 +111,8 @@ def test_frequencies_are_those_of_the_model(models):
         for b, pb in filtered([*ids, a]):
             for c, pc in filtered([*ids, a, b]):
                 want[c] += pa * pb * pc
-    settings: dict[str, Any] = {"max_new_tokens": 3, "top_k": 3, "stop_token_ids": [], "draft_tokens": 3}
-    outputs = generate(model, [ids], num_samples=1200, draft=draft, **settings)
+    settings: dict[str, Any] = {"max_new_tokens": 3, "top_k": 3, "stop_token_ids": [], "num_draft_tokens": 3}
+    outputs = generate(model, [ids], num_return_sequences=1200, draft_model=draft, **settings)
     counts = np.bincount([output.token_ids[2] for output in outputs], minlength=CONFIG.vocab_size)
     assert counts[want == 0].sum() == 0
     likely = want * 1200 >= 5
@@ -138,9 +142,9 @@ def test_impossible_guesses_are_named(models):
     from gpt2jax.model.config import GPT2Config
 
     other = random_model(0, GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=280, n_positions=64))
-    with pytest.raises(ValueError, match="draft has 280 ids and the model 300"):
-        generate(models[0], "a", draft=other)
-    with pytest.raises(ValueError, match="draft_tokens=0"):
-        generate(models[0], "a", draft=models[1], draft_tokens=0)
-    with pytest.raises(ValueError, match="give one of them"):
-        generate(models[0], "a", draft=models[1], prompt_lookup=2)
+    with pytest.raises(ValueError, match="draft_model must be a model with the 300 ids .* got one with 280"):
+        generate(models[0], "a", draft_model=other)
+    with pytest.raises(ValueError, match="num_draft_tokens must be a positive whole number, got 0"):
+        generate(models[0], "a", draft_model=models[1], num_draft_tokens=0)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens=2 does not go with draft_model"):
+        generate(models[0], "a", draft_model=models[1], prompt_lookup_num_tokens=2)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.generate import generate
 from gpt2jax.generation.logits_processors import Penalties, TokenHistory, apply_penalties
-from gpt2jax.generation.sampling import SamplingConfig, full_weights
+from gpt2jax.generation.sampling import full_weights, make_filters
+from gpt2jax.language_model import LanguageModel
 from gpt2jax.weights.hf import load_hf
 
 torch = pytest.importorskip("torch")
@@ -43,9 +44,7 @@ def make_pair(shape: dict[str, Any], seed: int, folder):
             parameter.copy_(noise + 1 if "ln_" in name and name.endswith("weight") else noise)
     theirs.save_pretrained(folder)
     config, params = load_hf(folder)[:2]
-    return theirs, types.SimpleNamespace(
-        config=config, params=params, tokenizer=None, adapters=None, lora=None
-    )
+    return theirs, LanguageModel(config, params)
 
 
 def prompts_of(vocab_size):
@@ -143,7 +142,7 @@ def test_filters_keep_the_tokens_that_transformers_keeps(settings):
     ):
         if name in settings:
             scores = processor(settings[name])(None, scores)
-    filters = SamplingConfig(**{"top_k": None, **settings}).filters()
+    filters = make_filters(GenerationConfig(**{"top_k": None, **settings}))
     weights = np.asarray(full_weights(jnp.asarray(logits), filters))
     np.testing.assert_allclose(weights / weights.sum(-1, keepdims=True), scores.softmax(-1), atol=1e-6)
     np.testing.assert_array_equal(weights > 0, np.isfinite(scores.numpy()))
@@ -153,8 +152,8 @@ def test_filters_keep_the_tokens_that_transformers_keeps(settings):
     ("ours", "theirs"),
     [
         ({"repetition": 1.4}, lambda: transformers.RepetitionPenaltyLogitsProcessor(1.4)),
-        ({"no_repeat_ngram": 1}, lambda: transformers.NoRepeatNGramLogitsProcessor(1)),
-        ({"no_repeat_ngram": 3}, lambda: transformers.NoRepeatNGramLogitsProcessor(3)),
+        ({"no_repeat_ngram_size": 1}, lambda: transformers.NoRepeatNGramLogitsProcessor(1)),
+        ({"no_repeat_ngram_size": 3}, lambda: transformers.NoRepeatNGramLogitsProcessor(3)),
         (
             {"bad_words": [[3], [0, 1], [2, 2, 1]]},
             lambda: transformers.NoBadWordsLogitsProcessor([[3], [0, 1], [2, 2, 1]]),
@@ -180,7 +179,7 @@ def test_penalties_are_those_of_transformers(ours, theirs):
         rows * np.float32(ours.get("repetition", 1)),
         rows * np.float32(0),
         rows * np.float32(0),
-        rows * ours.get("no_repeat_ngram", 0),
+        rows * ours.get("no_repeat_ngram_size", 0),
         rows * ours.get("min_new_tokens", 0),
         bad_words,
     )

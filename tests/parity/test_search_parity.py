@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2jax.generation.beam_search import beam_search
+from gpt2jax.generation.generate import beam_search
 from gpt2jax.loading import load
 
 torch = pytest.importorskip("torch")
@@ -64,7 +64,7 @@ def beams_of_transformers(model, prompt: list[int], count: int, settings: dict[s
         ({"stop_token_ids": STOPS}, {"eos_token_id": STOPS}),
         ({"stop_token_ids": STOPS, "length_penalty": 2.0}, {"eos_token_id": STOPS, "length_penalty": 2.0}),
         (
-            {"repetition_penalty": 1.4, "no_repeat_ngram": 2},
+            {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
             {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
         ),
         ({"min_new_tokens": 6}, {"min_new_tokens": 6}),
@@ -77,7 +77,7 @@ def test_tokens_and_scores(pair, ours, theirs, early_stopping):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, STOP, length).tolist() for length in (1, 4, 9, 20)]
     shared = {"num_beams": 4, "max_new_tokens": 14, "early_stopping": early_stopping}
-    results = beam_search(pair[1], prompts, num_return=3, **shared, **ours)
+    results = beam_search(pair[1], prompts, num_return_sequences=3, **shared, **ours)
     for prompt, beams in zip(prompts, results, strict=True):
         tokens, scores = beams_of_transformers(pair[0], prompt, 3, {**shared, **theirs})
         assert [beam.token_ids for beam in beams] == tokens
