@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--sequence-length", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--windows", default="first", help="first, disjoint, sliding, rolling")
+    parser.add_argument("--windows", default="truncate", help="truncate, non_overlapping, sliding, rolling")
     options = parser.parse_args()
     largest = max(options.documents)
     rows = []
@@ -108,7 +108,7 @@ def documents_done(folder: Path) -> int:
     import numpy as np
 
     with np.load(folder / "state.npz") as state:
-        return len(state["sums.tokens"])
+        return len(state["per_document.tokens"])
 
 
 def figures(folder: Path) -> dict[str, Any]:

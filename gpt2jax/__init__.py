@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gpt2jax.comparison.compare import Comparison, compare
+    from gpt2jax.comparison.compare import compare
+    from gpt2jax.comparison.result import Comparison
     from gpt2jax.data.sources import load_texts
+    from gpt2jax.evaluation.config import EvaluationConfig
     from gpt2jax.evaluation.evaluate import evaluate
+    from gpt2jax.evaluation.keras_metrics import keras_metrics
     from gpt2jax.evaluation.result import Evaluation
     from gpt2jax.generation.config import GenerationConfig
     from gpt2jax.generation.generate import beam_search, generate, stream
@@ -58,15 +61,18 @@ _HOMES = {
     "load_texts": "data.sources",
     # evaluation
     "evaluate": "evaluation.evaluate",
+    "EvaluationConfig": "evaluation.config",
     "Evaluation": "evaluation.result",
+    "keras_metrics": "evaluation.keras_metrics",
     "compare": "comparison.compare",
-    "Comparison": "comparison.compare",
+    "Comparison": "comparison.result",
 }
 
 __all__ = [
     "PRESETS",
     "Comparison",
     "Evaluation",
+    "EvaluationConfig",
     "FinetuneConfig",
     "GPT2Config",
     "Generation",
@@ -83,6 +89,7 @@ __all__ = [
     "finetune",
     "from_config",
     "generate",
+    "keras_metrics",
     "load",
     "load_adapter",
     "load_texts",

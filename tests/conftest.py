@@ -42,3 +42,11 @@ def other_model():
     from tiny_models import random_model
 
     return random_model(1)
+
+
+@pytest.fixture(scope="session")
+def comparison(model, other_model):
+    """Return a comparison of three tiny models."""
+    from comparisons import make_comparison
+
+    return make_comparison(model, other_model)

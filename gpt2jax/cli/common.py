@@ -119,11 +119,6 @@ def fail(name: str, message: str, *, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def row_length(wanted: int | None, context: int) -> int:
-    """Tokens of a row of an evaluation: as wanted, else the study's 128 or the context if that is less."""
-    return min(128, context) if wanted is None else wanted
-
-
 def check_folder(path: pathlib.Path) -> None:
     """Refuses, before anything long begins, an --out that can be no folder."""
     place = path

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, check_folder, command_line, row_length, run_command, say
+from gpt2jax.cli.common import DataOptions, check_folder, command_line, run_command, say
 from gpt2jax.cli.finetune import default_prompts
+from gpt2jax.evaluation.config import EvaluationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,35 +19,26 @@ class Options:
     """Compare models on the same texts: figures with error bars, generated text side by side, a report.
 
     Attributes:
-        models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The first is what
-            the others are compared with.
+        models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The others are
+            compared with the first.
         source: of the texts.
-        split: which of them; "all" for everything.
-        sequence_length: tokens of one row. Default: 128, or the shortest context if that is less.
-        batch_size: rows at once.
-        windows: "first" (the first tokens of each text, as the study did), "disjoint", "sliding" or "rolling" (all of
-            each text, the last as lm-evaluation-harness counts it).
-        stride: of sliding windows. Default: half the sequence length.
-        compute_dtype: operands of matrix products.
-        training_data: where the models' training texts come from (as --data); the report says how much of the texts
-            stands in them.
-        training_split: which of these.
-        prompts: prompts for the generated texts. Default: a set that suits the data.
-        max_new_tokens: length of the generated texts.
-        top_k: draw among so many of the likeliest tokens; 0 for all.
+        split: part of the texts; "all" for everything.
+        evaluation: settings of the evaluation. The default length is that of the shortest context, at most 128.
+        training_data: where the models' training texts come from (as --data); the report then says how much of the
+            texts is in them.
+        training_split: part of the training texts.
+        prompts: prompts for the generated texts. Default: prompts that suit the data.
+        max_new_tokens: the most tokens of a generated text.
+        top_k: sample from so many of the most likely tokens; 0 for all.
         seed: of the generated texts and the bootstrap.
         out: folder for report.html, report.md and comparison.json.
-        overwrite: replace a comparison that the folder holds.
+        overwrite: replace a comparison in the folder.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
     split: Literal["train", "validation", "test", "all"] = "test"
-    sequence_length: int | None = None
-    batch_size: int = 32
-    windows: Literal["first", "disjoint", "sliding", "rolling"] = "first"
-    stride: int | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
     training_data: str | None = None
     training_split: Literal["train", "validation", "test", "all"] = "train"
     prompts: tuple[str, ...] | None = None
@@ -58,12 +50,12 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the command."""
+    """Run the command."""
     run_command("compare", Options, run, argv)
 
 
 def run(options: Options) -> None:
-    """Loads, compares, writes, and says where."""
+    """Load the models, compare them, and write the report."""
     from rich.console import Console
 
     from gpt2jax.comparison.compare import compare
@@ -74,21 +66,16 @@ def run(options: Options) -> None:
     check_folder(options.out)
     if (options.out / "comparison.json").exists() and not options.overwrite:
         raise FileExistsError(
-            f"{options.out} holds a comparison; choose another folder with --out, or --overwrite"
+            f"--out {options.out} holds a comparison; --overwrite it, or choose another folder"
         )
     source = options.source.pinned()
     models = {name: load(model) for name, model in names.items()}
     texts = source.texts(options.split, limit=source.limit)
-    context = min(model.config.n_positions for model in models.values())
     comparison = compare(
         models,
         texts,
-        prompts=options.prompts or default_prompts(source.data),
-        sequence_length=row_length(options.sequence_length, context),
-        batch_size=options.batch_size,
-        windows=options.windows,
-        stride=options.stride,
-        compute_dtype=options.compute_dtype,
+        options.prompts or default_prompts(source.data),
+        options.evaluation,
         training_texts=training_texts(options, source),
         max_new_tokens=options.max_new_tokens,
         top_k=options.top_k or None,
@@ -104,7 +91,7 @@ def run(options: Options) -> None:
 
 
 def training_texts(options: Options, source: DataOptions) -> Iterator[str] | None:
-    """The texts that --training-data names; from the same data set, they are of the same commit."""
+    """Return the texts of --training-data; those of the same data set are from the same commit."""
     if options.training_data is None:
         return None
     if options.training_data != source.data:
@@ -113,16 +100,16 @@ def training_texts(options: Options, source: DataOptions) -> Iterator[str] | Non
 
 
 def named_models(arguments: Sequence[str]) -> dict[str, str]:
-    """NAME=MODEL and MODEL arguments as name to model."""
+    """Parse NAME=MODEL and MODEL arguments into models by name."""
     if len(arguments) < 2:
-        raise ValueError(f"compare takes two models or more, not {len(arguments)}: for one there is evaluate")
+        raise ValueError(f"models must be at least two, got {len(arguments)}; for one model use evaluate")
     names: dict[str, str] = {}
     for argument in arguments:
         name, equals, model = argument.rpartition("=")
         name = name if equals else pathlib.PurePath(argument).name
         if not name or not model:
-            raise ValueError(f"{argument!r} names no model: write NAME=MODEL or MODEL")
+            raise ValueError(f"models must be NAME=MODEL or MODEL each, got {argument!r}")
         if name in names:
-            raise ValueError(f"two models are named {name!r}: write NAME=MODEL to tell them apart")
+            raise ValueError(f"names of models must be unique, got {name!r} twice; write NAME=MODEL")
         names[name] = model
     return names

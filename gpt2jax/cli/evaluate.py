@@ -1,4 +1,4 @@
-"""`gpt2jax evaluate`: loss, accuracy and the study's two figures of one model."""
+"""`gpt2jax evaluate`: loss, accuracy and the figures of Keras of one model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from gpt2jax.cli.common import DataOptions, check_file, check_folder, command_line, row_length, run_command
+import tyro
+
+from gpt2jax.cli.common import DataOptions, check_file, check_folder, command_line, run_command
+from gpt2jax.evaluation.config import EvaluationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,27 +21,18 @@ class Options:
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
         source: of the texts.
-        split: which of them; "all" for everything.
-        sequence_length: tokens of one row. Default: 128, or the model's context if that is less.
-        batch_size: rows at once.
-        windows: "first" (the first tokens of each text, as the study did), "disjoint", "sliding" or "rolling" (all of
-            each text, the last as lm-evaluation-harness counts it).
-        stride: of sliding windows. Default: half the sequence length.
-        compute_dtype: operands of matrix products.
-        seed: taken for the sake of uniformity; an evaluation draws nothing at random.
-        out: a file (*.json) for the figures, or a folder for evaluation.json and the state that --resume goes on from.
-        resume: go on where an evaluation into that folder was killed.
-        overwrite: replace the file, or the evaluation that the folder holds.
+        split: part of the texts; "all" for everything.
+        evaluation: settings of the evaluation.
+        seed: has no effect; every command takes it, and an evaluation draws nothing at random.
+        out: a file (*.json) for the figures, or a folder for evaluation.json and the state that --resume needs.
+        resume: continue an evaluation into that folder that was killed.
+        overwrite: replace the file, or the evaluation in the folder.
     """
 
     model: str = "gpt2-mini"
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
     split: Literal["train", "validation", "test", "all"] = "test"
-    sequence_length: int | None = None
-    batch_size: int = 32
-    windows: Literal["first", "disjoint", "sliding", "rolling"] = "first"
-    stride: int | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
     seed: int = 0
     out: pathlib.Path | None = None
     resume: bool = False
@@ -46,12 +40,12 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the command."""
+    """Run the command."""
     run_command("evaluate", Options, run, argv)
 
 
 def run(options: Options) -> None:
-    """Loads, evaluates, prints."""
+    """Load a model, evaluate it, and print and write the figures."""
     from rich.console import Console
 
     from gpt2jax.comparison.provenance import describe_model, versions
@@ -66,18 +60,14 @@ def run(options: Options) -> None:
     result = evaluate(
         model,
         source.iterate(options.split, limit=source.limit),
-        sequence_length=row_length(options.sequence_length, model.config.n_positions),
-        batch_size=options.batch_size,
-        windows=options.windows,
-        stride=options.stride,
-        compute_dtype=options.compute_dtype,
+        options.evaluation,
         state=state,
         resume=options.resume,
         progress=True,
     )
     figures = result.as_dict()
     Console().print(figures_table(options, figures))
-    print(f"Scored: {result.recipe}.")
+    print(f"Scored: {result.description}.")
     if file is not None:
         content = {
             "schema": SCHEMA,
@@ -99,10 +89,10 @@ def run(options: Options) -> None:
 
 
 def output_files(options: Options) -> tuple[pathlib.Path | None, pathlib.Path | None]:
-    """The file for the figures and that for the state."""
+    """Return the file for the figures and the file for the state."""
     if options.out is None or options.out.suffix == ".json":
         if options.resume:
-            raise ValueError("--resume needs the folder of an evaluation: --out FOLDER")
+            raise ValueError("--resume must come with the folder of an evaluation; add --out FOLDER")
         if options.out is not None:
             check_file(options.out, overwrite=options.overwrite)
         return options.out, None
@@ -110,13 +100,13 @@ def output_files(options: Options) -> tuple[pathlib.Path | None, pathlib.Path | 
     file, state = options.out / "evaluation.json", options.out / "state.npz"
     if (file.exists() or state.exists()) and not (options.resume or options.overwrite):
         raise FileExistsError(
-            f"{options.out} holds an evaluation: --resume it, --overwrite it, or choose another --out"
+            f"--out {options.out} holds an evaluation; --resume it, --overwrite it, or choose another folder"
         )
     return file, state
 
 
 def figures_table(options: Options, figures: dict[str, Any]) -> Any:
-    """The single figures as a table for the terminal."""
+    """Return the figures that are single values as a table for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -125,6 +115,6 @@ def figures_table(options: Options, figures: dict[str, Any]) -> Any:
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in figures.items():
-        if isinstance(value, (int, float, str)) and name != "recipe":
+        if isinstance(value, (int, float, str)) and name != "description":
             table.add_row(name, f"{value:.6f}" if isinstance(value, float) else str(value))
     return table

@@ -305,11 +305,11 @@ def starting_model(options: Options) -> Any:
 
 def default_prompts(data: str) -> tuple[str, ...]:
     """Prompts of the kind of text that the data holds."""
-    from gpt2jax.comparison.compare import STUDY_PROMPTS
+    from gpt2jax.comparison.compare import DEFAULT_PROMPTS
 
     if data in ("numeric-docs", "python-docs"):
         return DOCUMENTATION_PROMPTS
-    return STUDY_PROMPTS
+    return DEFAULT_PROMPTS
 
 
 DOCUMENTATION_PROMPTS = (

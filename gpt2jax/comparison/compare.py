@@ -1,33 +1,27 @@
-"""Two or more models on the same texts: figures, paired differences, and the texts they write."""
+"""Compares models on the same texts: figures, paired differences, and the texts they write."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt2jax.comparison.excerpts import Excerpt, excerpts
+from gpt2jax.comparison.excerpts import make_excerpts
 from gpt2jax.comparison.generations import generate_texts, repetition_by_model
 from gpt2jax.comparison.overlap import text_overlap
-from gpt2jax.comparison.paired import loss_standard_error, paired_difference, where_gain_lies
+from gpt2jax.comparison.paired import difference_breakdown, paired_difference
 from gpt2jax.comparison.provenance import describe_model, versions
-from gpt2jax.comparison.statistics import PairedDifference
-from gpt2jax.evaluation.evaluate import check_scorable, check_settings, evaluate
-from gpt2jax.evaluation.result import Evaluation
+from gpt2jax.comparison.result import Comparison, ModelResult, VersusBaseline
+from gpt2jax.evaluation.config import EvaluationConfig
+from gpt2jax.evaluation.evaluate import evaluate
+from gpt2jax.evaluation.texts import check_scorable
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.requests import Prompt, as_prompts
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.fingerprint import data_fingerprint
-from gpt2jax.utils.validation import check_count, check_path, check_seed, check_texts
+from gpt2jax.utils.validation import check, check_count, check_seed, check_texts, must_be, positive_int
 
-SCHEMA = "gpt2jax.comparison"
-SCHEMA_VERSION = 1
-
-# the study's kind: an unfinished statement, five questions on medicine and networks, and the empty prompt twice
-STUDY_PROMPTS = (
+# an unfinished statement, five questions on medicine and networks, and the empty prompt twice
+DEFAULT_PROMPTS = (
     "The patients who received the new treatment",
     "What are the first signs of a stroke?",
     "How is high blood pressure treated?",
@@ -37,136 +31,15 @@ STUDY_PROMPTS = (
     "",
     "",
 )
-STUDY_MAX_LENGTH = 200
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
-    """What a comparison found. The first model is the baseline that the others are held against.
-
-    Attributes:
-        models: name to {"source", "parameters", "fingerprint"}.
-        evaluations: name to `Evaluation`.
-        paired: name to `PairedDifference`, for every model but the first.
-        gains: name to where the difference to the first model lies, see `gpt2jax.comparison.paired`; none where the
-            models' tokens differ.
-        overlap: what the texts share with the training texts, see `gpt2jax.comparison.overlap`; None where no
-            training texts were given.
-        generations: one dict a text: model, prompt, text, seconds, tokens_per_second, token_ids, tokens,
-            finish_reason, seed, mean_logprob, distinct_1, distinct_2, distinct_3, repeated_4.
-        repetition: name to the same figures over all texts of the model, and self_overlap_4.
-        excerpts: name to the documents on which the model gains and loses most against the first; none where
-            the models' tokens differ.
-        settings: of the generation and the bootstrap.
-        data: number of documents and SHA-256 of the texts, and where they come from if that was said.
-        versions: of Python, the packages and the device.
-        first_call_seconds: name to the time of the first generation, which compiles.
-        history: what `finetune` logged, for the training curve; or None.
-        command: the command line that made this, or None.
-    """
-
-    models: dict[str, dict[str, Any]]
-    evaluations: dict[str, Evaluation]
-    paired: dict[str, PairedDifference]
-    gains: dict[str, dict[str, list[dict[str, Any]]]]
-    overlap: dict[str, Any] | None
-    generations: list[dict[str, Any]]
-    repetition: dict[str, dict[str, float | None]]
-    excerpts: dict[str, dict[str, list[Excerpt]]]
-    settings: dict[str, Any]
-    data: dict[str, Any]
-    versions: dict[str, str]
-    first_call_seconds: dict[str, float]
-    history: list[dict[str, float]] | None
-    command: str | None
-
-    @property
-    def baseline(self) -> str:
-        """Name of the first model."""
-        return next(iter(self.evaluations))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON.
-
-        Two runs with the same seed on the same machine give the same, except under the keys `seconds` and
-        `tokens_per_second`.
-        """
-        return {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
-            "models": [
-                {
-                    "name": name,
-                    **evaluation.as_dict(),
-                    "loss_standard_error": loss_standard_error(evaluation),
-                    **self.models[name],
-                }
-                for name, evaluation in self.evaluations.items()
-            ],
-            "paired": {name: difference.as_dict() for name, difference in self.paired.items()},
-            "gains": self.gains,
-            "overlap": self.overlap,
-            "generations": self.generations,
-            "repetition": self.repetition,
-            "settings": self.settings,
-            "data": self.data,
-            "versions": self.versions,
-            "command": self.command,
-            "timing": [
-                {
-                    "model": name,
-                    "step": step,
-                    "seconds": round(seconds, 3),
-                }
-                for name, evaluation in self.evaluations.items()
-                for step, seconds in (
-                    ("evaluation", evaluation.seconds),
-                    ("first generation", self.first_call_seconds.get(name)),
-                )
-                if seconds is not None
-            ],
-        }
-
-    def as_json(self) -> str:
-        """`as_dict()` as the text of a JSON file."""
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
-        """Writes `report.html`, `report.md` and `comparison.json` into a folder, each whole or not at all.
-
-        Returns:
-            The folder.
-        """
-        from gpt2jax.report.html import html_report
-        from gpt2jax.report.summary import markdown_report
-
-        folder = check_path("folder", folder)
-        files = {
-            "report.html": html_report(self),
-            "report.md": markdown_report(self),
-            "comparison.json": self.as_json(),
-        }
-        for name, content in files.items():
-            with atomic_write(folder / name) as file:
-                # half of a surrogate pair, which a prompt may hold, cannot be written as UTF-8
-                file.write(content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return folder
-
-    def __repr__(self) -> str:
-        losses = ", ".join(f"{name}: {evaluation.loss:.4f}" for name, evaluation in self.evaluations.items())
-        return f"Comparison({losses} nats per token)"
+DEFAULT_MAX_LENGTH = 200
 
 
 def compare(
     models: Mapping[str, LanguageModel],
     texts: Iterable[Any],
     prompts: Prompt | Sequence[Prompt] | None = None,
+    config: EvaluationConfig | None = None,
     *,
-    sequence_length: int = 128,
-    batch_size: int = 32,
-    windows: str = "first",
-    stride: int | None = None,
-    compute_dtype: str = "float32",
     training_texts: Iterable[Any] | None = None,
     max_length: int | None = None,
     max_new_tokens: int | None = None,
@@ -180,19 +53,20 @@ def compare(
     command: str | None = None,
     source: Mapping[str, Any] | None = None,
     progress: bool = False,
+    **overrides: Any,
 ) -> Comparison:
-    """Evaluates models on the same texts, pairs their losses document by document, and lets them write.
+    """Evaluate models on the same texts, pair their losses document by document, and let them write.
 
     Args:
-        models: name to model; the first is the baseline.
+        models: models by name; the first is the baseline.
         texts: held-out texts, as for `evaluate`.
-        prompts: to generate from, as for `generate`. None: `STUDY_PROMPTS`, or none at all if a
-            model has no tokenizer. Prompt number i is sampled with seed + i, the same for every model, so
-            that a prompt that occurs twice gives two texts.
-        sequence_length, batch_size, windows, stride, compute_dtype: see `evaluate`.
-        training_texts: what the models were trained on: the comparison says how much of `texts` stands in them.
-        max_length, max_new_tokens: of the generated texts, see `generate`. Default: max_length 200, as in the
-            study, or the shortest context if that is less.
+        prompts: to generate from, as for `generate`. Default: `DEFAULT_PROMPTS`, or no prompts if a model has no
+            tokenizer. Prompt number i is sampled with seed + i, the same for every model, so that a prompt that
+            occurs twice gives two texts.
+        config: settings of the evaluation; default: `EvaluationConfig()`.
+        training_texts: what the models were trained on; the comparison then says how much of `texts` is in them.
+        max_length, max_new_tokens: of the generated texts, see `generate`. Default: max_length 200, or the shortest
+            context if that is less.
         temperature, top_k, top_p, do_sample: see `generate`.
         seed: of sampling and bootstrap.
         resamples: of the bootstrap.
@@ -200,71 +74,70 @@ def compare(
         command: the command line to repeat it, for the report.
         source: where the texts come from, for the report: {"source": ..., "split": ..., "revision": ...}.
         progress: show progress bars.
+        **overrides: fields of `EvaluationConfig`, such as `sequence_length=64`; they win over `config`.
 
     Returns:
-        A `Comparison`. Every number in it, times aside, is the same in the next run.
+        A `Comparison`. Every number in it, except times, is the same in the next run.
 
     Raises:
-        ValueError: no models, a setting out of range, nothing to score, or `windows="first"` between models
-            that cut texts into different tokens, since their first tokens cover different parts of the texts.
-            With the other windows such models are compared in nats per byte.
+        ValueError: no models, a setting is not legal, nothing to score, or windows="truncate" with models whose
+            tokenizers differ, since their first tokens cover different parts of the texts. With other windows such
+            models are compared in nats per byte.
+        TypeError: an unknown setting, or `texts` is one string, or not a list.
     """
     _check_models(models)
-    resamples = check_count("resamples", resamples)
+    config = EvaluationConfig.merge(config, overrides, compare.__kwdefaults__)
+    config = config.resolve(min(model.config.n_positions for model in models.values()))
+    resamples = check("resamples", resamples, positive_int)
     seed = check_seed(seed)
     sampling = _sampling(temperature, top_k, top_p, do_sample)
     sampling |= _length_limit(models, max_length, max_new_tokens)
     prompts = _default_prompts(models) if prompts is None else as_prompts(prompts)
     if source is not None and not isinstance(source, Mapping):
-        raise ValueError(f"source={source!r:.60} must be a dict, or None")
+        raise ValueError(must_be("source", "a dict, or None", source))
     check_texts("texts", texts)
     texts = list(texts)
     if training_texts is not None:
         check_texts("training_texts", training_texts)
     for model in models.values():
-        check_settings(model, sequence_length, batch_size, windows, stride, compute_dtype)
         check_scorable(model, texts)
-    same_tokens = _same_tokens(list(models.values()), windows)
-    # first, since it is short and finds a prompt that does not fit
+    same_tokens = _same_tokens(list(models.values()), config.windows)
+    # generation comes first: it is short, and finds a prompt that does not fit
     generations, first_calls = generate_texts(models, prompts, sampling, seed)
+    repetition = repetition_by_model(generations)
     evaluations = {
-        name: evaluate(
-            model,
-            texts,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            windows=windows,
-            stride=stride,
-            compute_dtype=compute_dtype,
-            per_token=same_tokens,
-            progress=progress,
-        )
+        name: evaluate(model, texts, config, per_token=same_tokens, progress=progress)
         for name, model in models.items()
     }
-    baseline, *others = models
-    pairs = {name: (evaluations[baseline], evaluations[name]) for name in others}
-    alike = pairs if same_tokens else {}
-    bootstrap = {"resamples": resamples, "seed": seed}
-    tokenizer, end = models[baseline].tokenizer, models[baseline].end_token_id
+    baseline = next(iter(models))
+
+    def versus_baseline(name: str) -> VersusBaseline:
+        pair, model = (evaluations[baseline], evaluations[name]), models[name]
+        kwargs: Any = {"baseline": baseline, "same_tokens": same_tokens, "resamples": resamples, "seed": seed}
+        difference = paired_difference(*pair, **kwargs)
+        if not same_tokens:
+            return VersusBaseline(difference, None, None)
+        about: Any = {"tokenizer": model.tokenizer, "end_token_id": model.end_token_id}
+        breakdown = difference_breakdown(*pair, **about)
+        return VersusBaseline(difference, breakdown, make_excerpts(*pair, model.tokenizer))
+
     return Comparison(
-        models={name: describe_model(model) for name, model in models.items()},
-        evaluations=evaluations,
-        paired={
-            name: paired_difference(*pair, baseline=baseline, same_tokens=same_tokens, **bootstrap)
-            for name, pair in pairs.items()
-        },
-        gains={
-            name: where_gain_lies(*pair, tokenizer=tokenizer, end_token_id=end)
-            for name, pair in alike.items()
-        },
+        models=[
+            ModelResult(
+                name=name,
+                info=describe_model(model),
+                evaluation=evaluations[name],
+                generations=[generation for generation in generations if generation["model"] == name],
+                repetition=repetition.get(name),
+                first_call_seconds=first_calls.get(name),
+                versus_baseline=None if name == baseline else versus_baseline(name),
+            )
+            for name, model in models.items()
+        ],
         overlap=None if training_texts is None else text_overlap(training_texts, texts),
-        generations=generations,
-        repetition=repetition_by_model(generations),
-        excerpts={name: excerpts(*pair, tokenizer) for name, pair in alike.items()},
         settings={"seed": seed, "resamples": resamples, **sampling},
         data={"documents": len(texts), "sha256": data_fingerprint(texts), **(source or {})},
         versions=versions(),
-        first_call_seconds=first_calls,
         history=None if history is None else [dict(entry) for entry in history],
         command=command,
     )
@@ -275,19 +148,20 @@ def compare(
 
 def _check_models(models: Mapping[str, LanguageModel]) -> None:
     if not isinstance(models, Mapping) or not models:
-        raise ValueError(f"models={models!r:.60} must be a dict of at least one name and model")
+        raise ValueError(must_be("models", "a dict of at least one name and model", models))
     for name, model in models.items():
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"the name of a model is {name!r}; it must be a text that is not empty")
+            raise ValueError(must_be("the name of a model", "a text that is not empty", name))
         if not isinstance(model, LanguageModel):
-            raise ValueError(f"models[{name!r}] is a {type(model).__name__}; expected a LanguageModel")
+            hint = "; gpt2jax.load(name) returns one"
+            raise ValueError(must_be(f"models[{name!r}]", "a LanguageModel", model) + hint)
 
 
 def _same_tokens(models: Sequence[LanguageModel], windows: str) -> bool:
-    """All models make the same ids of a text: equal tokenizers, or none and equal vocabularies.
+    """Return whether all models have the same token ids: equal tokenizers, or equal vocabularies without a tokenizer.
 
     Raises:
-        ValueError: they do not, and `windows` are the first tokens of each text.
+        ValueError: they differ, and the texts are to be truncated.
     """
 
     def identity(model: LanguageModel) -> tuple[Any, int]:
@@ -296,10 +170,12 @@ def _same_tokens(models: Sequence[LanguageModel], windows: str) -> bool:
         return model.tokenizer.fingerprint, model.end_token_id
 
     same = len({identity(model) for model in models}) == 1
-    if not same and windows == "first":
+    if not same and windows == "truncate":
+        legal = "'non_overlapping', 'sliding' or 'rolling' for models with different tokenizers"
         raise ValueError(
-            "the models have different tokenizers, so their first tokens cover different parts of the texts: "
-            "use windows='disjoint', 'sliding' or 'rolling', which score whole texts and are compared in nats per byte"
+            must_be("windows", legal, windows)
+            + "; these score whole texts and are compared in nats per byte, "
+            "while the first tokens of different tokenizers cover different parts of a text"
         )
     return same
 
@@ -312,7 +188,7 @@ def _length_limit(
     if max_new_tokens is not None:
         return {"max_new_tokens": check_count("max_new_tokens", max_new_tokens)}
     context = min(model.config.n_positions for model in models.values())
-    default = min(STUDY_MAX_LENGTH, context)
+    default = min(DEFAULT_MAX_LENGTH, context)
     return {"max_length": default if max_length is None else check_count("max_length", max_length)}
 
 
@@ -328,4 +204,4 @@ def _sampling(temperature: float, top_k: int | None, top_p: float, do_sample: bo
 
 
 def _default_prompts(models: Mapping[str, LanguageModel]) -> list[str]:
-    return [] if any(model.tokenizer is None for model in models.values()) else list(STUDY_PROMPTS)
+    return [] if any(model.tokenizer is None for model in models.values()) else list(DEFAULT_PROMPTS)

@@ -1,4 +1,4 @@
-"""Where a model gains and loses: the documents with the largest difference, token by token."""
+"""Shows the documents on which two models differ most, token by token."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ END_MARK = "■"  # stands for the end token
 
 @dataclasses.dataclass(frozen=True)
 class Excerpt:
-    """The beginning of a document and the difference of two models' losses on it.
+    """The beginning of a document, and the difference of two models' losses on it.
 
     Attributes:
         document: index in the texts.
-        difference: mean per token over the whole document in nats, second model less first.
+        difference: mean per token over the whole document in nats, second model minus first.
         tokens: scored tokens of the document.
         pieces: (text, difference in nats) of its first tokens; tokens that share a character are one piece.
     """
@@ -32,39 +32,43 @@ class Excerpt:
     pieces: list[tuple[str, float]]
 
 
-def excerpts(
+@dataclasses.dataclass(frozen=True)
+class Excerpts:
+    """The documents with the largest differences, largest first: improved (below 0) and regressed (above 0)."""
+
+    improved: list[Excerpt]
+    regressed: list[Excerpt]
+
+
+def make_excerpts(
     first: Evaluation, second: Evaluation, tokenizer: Tokenizer | None, *, count: int = 3
-) -> dict[str, list[Excerpt]]:
-    """The documents with the largest differences, see `gpt2jax.comparison.paired.largest_differences`.
+) -> Excerpts:
+    """Show the documents with the largest differences, see `largest_differences`.
 
     Args:
         first, second: evaluations that scored the same tokens, with the scores of every token.
-        tokenizer: for the text; without one token ids are shown.
-        count: at most so many of each.
-
-    Returns:
-        {"gains": difference below 0, largest first; "losses": above 0, largest first}.
+        tokenizer: of both models; None shows token ids.
+        count: the most documents of each kind.
     """
     a, b = first.per_token, second.per_token
     if a is None or b is None:
-        raise ValueError("excerpts need evaluations made with per_token=True")
+        raise ValueError("per_token must be True in evaluations of which excerpts are shown, got False")
 
     def excerpt(index: int) -> Excerpt:
         begin, end = int(a.offsets[index]), int(a.offsets[index + 1])
         shown = slice(begin, min(end, begin + MAX_TOKENS))
         differences = b.loss[shown].astype(np.float64) - a.loss[shown]
-        mean = (second.document_loss[index] - first.document_loss[index]) / (end - begin)
+        mean = (second.per_document.loss[index] - first.per_document.loss[index]) / (end - begin)
         pieces = _pieces(a.labels[shown].tolist(), differences.tolist(), tokenizer)
         return Excerpt(index, float(mean), end - begin, pieces)
 
-    gains, losses = largest_differences(first, second, count)
-    return {"gains": [excerpt(i) for i in gains], "losses": [excerpt(i) for i in losses]}
+    return Excerpts(*([excerpt(i) for i in indices] for indices in largest_differences(first, second, count)))
 
 
 def _pieces(
     token_ids: Sequence[int], differences: Sequence[float], tokenizer: Tokenizer | None
 ) -> list[tuple[str, float]]:
-    """Text and difference of each token; tokens that share a character are one piece, their values added."""
+    """Return text and difference of each token; tokens that share a character are one piece with the sum of both."""
     if tokenizer is None:
         return [(f"{token_id} ", value) for token_id, value in zip(token_ids, differences, strict=True)]
     pieces: list[tuple[str, float]] = []
@@ -78,7 +82,7 @@ def _pieces(
         try:
             text = pending.decode()
         except UnicodeDecodeError as error:
-            # a character that may still be completed by the next token waits for it
+            # the next token may complete the character
             if error.reason == "unexpected end of data":
                 continue
             text = pending.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""What it takes to repeat a comparison: which models, which texts, which versions."""
+"""Describes models, versions and the machine, so that a comparison can be repeated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt2jax.utils.fingerprint import params_fingerprint
 
 
 def describe_model(model: LanguageModel) -> dict[str, Any]:
-    """Where a model comes from, and what tells it from others."""
+    """Return where a model comes from, and the fingerprint that identifies it."""
     return {
         "source": model.source,
         "parameters": model.num_parameters(),
@@ -27,7 +27,7 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that compute, and the machine."""
+    """Return the versions of Python and the packages that compute, and the machine."""
     device = jax.devices()[0]
     packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return {
@@ -41,9 +41,9 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name of the processor, and how many of its cores this process may use."""
+    """Return the name of the processor, and how many of its cores this process may use."""
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux alone has the file
+    with contextlib.suppress(OSError):  # only Linux has the file
         found = re.search(r"^model name\s*: (.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = found[1] if found else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

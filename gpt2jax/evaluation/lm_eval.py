@@ -1,4 +1,4 @@
-"""gpt2jax as a model of lm-evaluation-harness, under the name "gpt2jax".
+"""Registers gpt2jax as a model of lm-evaluation-harness, under the name "gpt2jax".
 
     import lm_eval
     from gpt2jax.evaluation.lm_eval import HarnessModel
@@ -25,20 +25,21 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from gpt2jax.data.documents import Documents
 from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.evaluation.accumulators import TokenScores, sum_by_document
-from gpt2jax.evaluation.scoring import score_windows, scorer
+from gpt2jax.evaluation.scoring import Scorer, score_windows
 from gpt2jax.evaluation.windows import Windows, plan_rolling_windows
 from gpt2jax.generation.generate import generate
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import load
 from gpt2jax.tokenizer.bpe import END_TOKEN, Tokenizer
-from gpt2jax.utils.validation import check_count, check_seed
+from gpt2jax.utils.validation import check, int_in_range, must_be, positive_int
+from gpt2jax.utils.validation import seed as seed_rule
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "do_sample")
 
 
 @register_model("gpt2jax")
 class HarnessModel(TemplateLM):
-    """Answers the requests of lm-evaluation-harness with a GPT-2.
+    """A GPT-2 that answers the requests of lm-evaluation-harness.
 
     Args:
         model: a `LanguageModel` with a tokenizer, or what `load` takes.
@@ -47,8 +48,7 @@ class HarnessModel(TemplateLM):
         max_gen_toks: new tokens of a task that does not say how many.
         compute_dtype: of the matrix products.
         seed: of the tasks that sample.
-        max_batch_size, device: taken because the harness passes them; batches are as large as `batch_size` says, and
-            on the device that jax runs on.
+        max_batch_size, device: ignored; the harness passes them. jax chooses the device.
     """
 
     def __init__(
@@ -65,17 +65,15 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model = load(model) if isinstance(model, str) else model
         if self.model.tokenizer is None:
-            raise ValueError("the model has no tokenizer: lm-evaluation-harness works with texts")
+            raise ValueError(must_be("model", "a model with a tokenizer", model) + "; tasks consist of texts")
         context = self.model.config.n_positions
-        self.max_length = context if max_length is None else _count("max_length", max_length)
-        if self.max_length > context:
-            raise ValueError(
-                f"max_length={max_length} must be from 1 to the model's context of {context} tokens"
-            )
+        self.max_length = context
+        if max_length is not None:
+            self.max_length = check("max_length", _to_int(max_length), int_in_range(1, context))
         self.batch_size = 32 if str(batch_size).startswith("auto") else _count("batch_size", batch_size)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
-        self.compute_dtype, self.seed = compute_dtype, check_seed(seed)
-        self._score, self._devices = scorer(self.model, compute_dtype)
+        self.compute_dtype, self.seed = compute_dtype, check("seed", seed, seed_rule)
+        self._scorer = Scorer(self.model, compute_dtype)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -89,17 +87,17 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells tokenizers apart in the harness's cache of requests."""
+        """Name that identifies the tokenizer in the harness's cache of requests."""
         return f"gpt2jax-{self._tokenizer.fingerprint}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text; nothing is put before or behind it."""
+        """Return the token ids of a text, without an end token."""
         return self._tokenizer.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would write it) of each continuation behind its context."""
+        """Return the log-probability of each continuation after its context, and whether greedy decoding gives it."""
         if not requests:
             return []
         documents = self._documents([context + continuation for _, context, continuation in requests])
@@ -132,7 +130,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in rolling windows as `evaluate(windows="rolling")` has them."""
+        """Return the log-probability of each whole text, in the windows of `evaluate(windows="rolling")`."""
         if not requests:
             return []
         documents = self._documents(
@@ -145,7 +143,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context up to one of its stop strings, greedy unless the task samples."""
+        """Return the continuation of each context up to one of its stop strings; greedy unless the task samples."""
         answers: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -174,7 +172,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _generation_settings(self, settings: Mapping[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-        """Stop strings, number of new tokens and sampling of a task's settings."""
+        """Return stop strings, number of new tokens and sampling of a task's settings."""
         rest = dict(settings)
         until = rest.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
@@ -191,23 +189,23 @@ class HarnessModel(TemplateLM):
         return tokenize_documents(rows, self._tokenizer, vocab_size=self.model.config.vocab_size)
 
     def _run(self, documents: Documents, windows: Windows) -> TokenScores:
-        scores, _ = score_windows(
-            self._score,
+        return score_windows(
+            self._scorer,
             documents,
             windows,
             sequence_length=self.max_length,
             batch_size=self.batch_size,
-            devices=self._devices,
             end_token_id=self.eot_token_id,
-            study=False,
-            advance=lambda rows: None,
         )
-        return scores
 
 
 def _count(name: str, value: Any) -> int:
-    """A positive whole number, which may come as text from the harness's command line; ValueError for others."""
-    return check_count(name, int(value) if isinstance(value, str) and value.isdecimal() else value)
+    """Return a positive whole number, which the harness's command line may give as text."""
+    return check(name, _to_int(value), positive_int)
+
+
+def _to_int(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 if __name__ == "__main__":

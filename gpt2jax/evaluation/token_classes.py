@@ -1,4 +1,4 @@
-"""Classes of token ids: by how often they occur, and by what they are as text."""
+"""Groups token ids into classes: by how often they occur, and by what they are as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt2jax.tokenizer.bpe import Tokenizer
 
-# a token belongs to the first class whose bound its share of all tokens reaches
+# a token belongs to the first class whose bound is at most its fraction of all tokens
 FREQUENCY_BOUNDS = (1e-2, 1e-3, 1e-4, 1e-5)
 FREQUENCY_CLASSES = (
     "1 in 100 or more often",
@@ -31,15 +31,15 @@ KINDS = (
 
 
 def frequency_classes(counts: np.ndarray) -> np.ndarray:
-    """[V] occurrences of every token id -> [V] index into `FREQUENCY_CLASSES`."""
-    share = counts / max(counts.sum(), 1)
-    classes = (share[:, None] < np.array(FREQUENCY_BOUNDS)).sum(axis=1)
+    """Return the index into `FREQUENCY_CLASSES` of every token id, [V], from its number of occurrences [V]."""
+    fraction = counts / max(counts.sum(), 1)
+    classes = (fraction[:, None] < np.array(FREQUENCY_BOUNDS)).sum(axis=1)
     return np.where(counts > 0, classes, len(FREQUENCY_CLASSES) - 1)
 
 
 @functools.lru_cache(maxsize=8)
 def kind_classes(tokenizer: Tokenizer | None, vocab_size: int, end_token_id: int) -> np.ndarray:
-    """[V] index into `KINDS` of every token id; without a tokenizer, all but the end token have no text."""
+    """Return the index into `KINDS` of every token id, [V]; without a tokenizer only the end token has a kind."""
     kinds = np.full(vocab_size, KINDS.index("no text"))
     if tokenizer is not None:
         special = set(tokenizer.special_tokens.values())
@@ -47,7 +47,7 @@ def kind_classes(tokenizer: Tokenizer | None, vocab_size: int, end_token_id: int
             if token_id not in special:
                 try:
                     kinds[token_id] = KINDS.index(_kind(tokenizer.decode_bytes([token_id])))
-                except ValueError:  # a hole in the vocabulary
+                except ValueError:  # the vocabulary has a hole here
                     continue
     kinds[end_token_id] = KINDS.index("end token")
     return kinds
@@ -67,12 +67,12 @@ def _kind(content: bytes) -> str:
 
 
 def position_classes(length: int) -> tuple[np.ndarray, list[str]]:
-    """Ranges of places in a row that double: ([T] index of each place's range, names of the ranges, from 1 on)."""
+    """Return ranges of places in a row that double: the range of each place [T], and the ranges' names, from 1 on."""
     classes = np.log2(np.arange(1, length + 1)).astype(np.int64)
     bounds = [(1 << k, min((2 << k) - 1, length)) for k in range(classes[-1] + 1)]
     return classes, [f"{low}" if low == high else f"{low} to {high}" for low, high in bounds]
 
 
 def sum_by_class(values: np.ndarray, classes: np.ndarray, count: int) -> np.ndarray:
-    """[V] values and classes of token ids -> [count] float64 sums."""
+    """Sum up values [V] by their classes [V] to [count] float64."""
     return np.bincount(classes, weights=values, minlength=count)

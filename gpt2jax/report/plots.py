@@ -1,89 +1,124 @@
-"""The plots of a comparison: how large the difference is, how it is spread, and where it lies."""
+"""The plots of a report, drawn with matplotlib: SVG that takes its colours and its font from the page around it.
+
+Matplotlib draws with placeholder colours, which become CSS variables afterwards: one picture serves light, dark and
+paper. Text stays text. The same data gives the same bytes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import math
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from gpt2jax.comparison.compare import Comparison
-from gpt2jax.comparison.paired import loss_standard_error
-from gpt2jax.comparison.statistics import PER_TOKEN
-from gpt2jax.report.svg import (
-    DASHES,
-    GAIN,
-    INK,
-    LOSS,
-    MARKERS,
-    MUTED,
-    STYLE,
-    Plot,
-    as_svg,
-    locator,
-    new_figure,
-    nice,
-    series_colour,
-    short,
-)
+from gpt2jax.comparison.paired import PER_TOKEN
+from gpt2jax.comparison.result import Comparison, ModelResult
 from gpt2jax.report.tables import number, percent
 
+NUM_COLOURS = 6  # of models, in the style sheet
+# placeholders that no plot uses otherwise, and the CSS variables that they become
+INK, MUTED, GRID, BETTER, WORSE = "#010203", "#020304", "#030405", "#040506", "#050607"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", BETTER: "--better", WORSE: "--worse"}
+_VARIABLES |= {f"#0a0b{index:02x}": f"--series-{index}" for index in range(NUM_COLOURS)}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)), (0, (8, 2)))
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "text.parse_math": False,
+    "path.simplify": False,
+}
 
-def plots(comparison: Comparison) -> list[Plot]:
-    """All plots of a comparison that its data allow."""
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A picture and its message.
+
+    Attributes:
+        title: what is drawn.
+        text: the same in words, for readers who do not see it.
+        svg: the picture, to be put into a page.
+    """
+
+    title: str
+    text: str
+    svg: str
+
+
+def comparison_plots(comparison: Comparison) -> list[Plot]:
+    """Draw all plots of a comparison that its data allow."""
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
-        made = [loss_by_model(comparison)]
-        made += [
-            paired_distribution(comparison, name)
-            for name, pair in comparison.paired.items()
-            if pair.unit == PER_TOKEN
+    others = [(model, model.versus_baseline) for model in comparison.models if model.versus_baseline]
+    with matplotlib.rc_context(_STYLE):
+        return [
+            loss_by_model(comparison),
+            *(
+                paired_distribution(comparison, m)
+                for m, versus in others
+                if versus.difference.unit == PER_TOKEN
+            ),
+            loss_by_position(comparison),
+            *(difference_by_class(comparison, m) for m, versus in others if versus.breakdown),
+            calibration(comparison),
         ]
-        made += [loss_by_position(comparison)]
-        made += [difference_by_class(comparison, name) for name in comparison.gains]
-        made += [reliability(comparison)]
-    return made
+
+
+def training_plots(history: Sequence[dict[str, Any]]) -> list[Plot]:
+    """Draw loss, learning rate, gradient norm, loss scale and speed over the steps of a training."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        return [plot for plot in (_training_loss(history), _training_metrics(history)) if plot is not None]
+
+
+# ---- the plots ----
 
 
 def loss_by_model(comparison: Comparison) -> Plot:
-    """Loss of each model with its 95 % interval."""
-    names = list(comparison.evaluations)
+    """Draw the loss of each model with its 95 % interval."""
+    names = [short_name(model.name) for model in comparison.models]
     figure, axes = new_figure(height=1.3 + 0.42 * len(names))
-    said = []
-    for index, (name, evaluation) in enumerate(comparison.evaluations.items()):
-        error = loss_standard_error(evaluation)
+    for index, model in enumerate(comparison.models):
+        loss, error = model.evaluation.loss, model.loss_standard_error
         reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
-        axes.errorbar(
-            evaluation.loss,
-            index,
-            xerr=reach,
-            fmt=MARKERS[index % len(MARKERS)],
-            color=series_colour(index),
-            capsize=4,
-            markersize=7,
-            elinewidth=1.8,
-        )
-        axes.annotate(
-            number(evaluation.loss, 3),
-            (evaluation.loss, index),
-            (0, 9),
-            textcoords="offset points",
-            ha="center",
-        )
-        said.append(f"{name} {number(evaluation.loss, 3)}")
-    axes.set_yticks(range(len(names)), [short(name) for name in names])
+        style = {"capsize": 4, "markersize": 7, "elinewidth": 1.8, "color": series_colour(index)}
+        axes.errorbar(loss, index, xerr=reach, fmt=MARKERS[index % len(MARKERS)], **style)
+        axes.annotate(number(loss, 3), (loss, index), (0, 9), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.75)
     axes.margins(x=0.18)
-    axes.xaxis.set_major_locator(locator(5))
+    axes.xaxis.set_major_locator(_locator(5))
     axes.set_xlabel("loss, nats per token (95 % interval)")
     axes.grid(axis="x")
-    return Plot("Loss by model", "Nats per token: " + ", ".join(said) + ".", as_svg(figure, "loss-by-model"))
+    losses = ", ".join(f"{model.name} {number(model.evaluation.loss, 3)}" for model in comparison.models)
+    return Plot("Loss by model", f"Nats per token: {losses}.", to_svg(figure, "loss-by-model"))
 
 
-def paired_distribution(comparison: Comparison, name: str) -> Plot:
-    """How the difference to the first model is spread over documents."""
-    first, second = comparison.evaluations[comparison.baseline], comparison.evaluations[name]
-    differences = (second.document_loss - first.document_loss) / first.document_tokens
+def paired_distribution(comparison: Comparison, model: ModelResult) -> Plot:
+    """Draw how a model's difference to the baseline is distributed over documents."""
+    first, second = comparison.baseline.evaluation.per_document, model.evaluation.per_document
+    differences = (second.loss - first.loss) / first.tokens
     finite = differences[np.isfinite(differences)]
     figure, axes = new_figure()
     if len(finite):
@@ -91,13 +126,14 @@ def paired_distribution(comparison: Comparison, name: str) -> Plot:
         low, high = np.quantile(finite, [0.005, 0.995])
         low, high = min(low, 0.0), max(high, 0.0)
         pad = 0.04 * (high - low) or 1.0
-        step = nice((high - low + 2 * pad) / min(40, max(8, 2 * math.isqrt(len(finite)))))
+        step = _round_up((high - low + 2 * pad) / min(40, max(8, 2 * math.isqrt(len(finite)))))
         edges = np.arange(math.floor((low - pad) / step), math.ceil((high + pad) / step) + 1) * step
         counts, _ = np.histogram(np.clip(finite, edges[0], edges[-1]), edges)
-        colours = [GAIN if edge < -step / 2 else LOSS for edge in edges[:-1]]
+        colours = [BETTER if edge < -step / 2 else WORSE for edge in edges[:-1]]
         axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=colours, linewidth=0)
     axes.axvline(0, color=INK, linewidth=1)
-    mean = comparison.paired[name].difference
+    assert model.versus_baseline is not None
+    mean = model.versus_baseline.difference.difference
     if math.isfinite(mean):
         axes.axvline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
         axes.annotate(
@@ -108,51 +144,41 @@ def paired_distribution(comparison: Comparison, name: str) -> Plot:
             textcoords="offset points",
             ha="center",
         )
-    axes.xaxis.set_major_locator(locator(6))
+    axes.xaxis.set_major_locator(_locator(6))
     axes.set_xlabel("difference per document, nats per token")
     axes.set_ylabel("documents")
-    axes.yaxis.set_major_locator(locator(6, integer=True))
+    axes.yaxis.set_major_locator(_locator(6, integer=True))
     axes.grid(axis="y")
-    better = int((differences < 0).sum())
-    text = f"{name} has the lower loss on {better:,} of {len(differences):,} documents (left of zero)."
-    return Plot(f"{name} against {comparison.baseline}", text, as_svg(figure, f"paired-{name}"))
+    better, total = int((differences < 0).sum()), len(differences)
+    text = f"{model.name} has the lower loss on {better:,} of {total:,} documents (left of zero)."
+    title = f"{model.name} compared with {comparison.baseline.name}"
+    return Plot(title, text, to_svg(figure, f"paired-{model.name}"))
 
 
 def loss_by_position(comparison: Comparison) -> Plot:
-    """Loss by the place of a token in its row, in bins that grow with the position."""
+    """Draw the loss by the position of a token in its row, in bins that grow with the position."""
     figure, axes = new_figure()
-    said = []
-    for index, (name, evaluation) in enumerate(comparison.evaluations.items()):
-        centres, means = binned_by_position(*evaluation.loss_by_position())
-        axes.plot(
-            centres,
-            means,
-            color=series_colour(index),
-            linestyle=DASHES[index % len(DASHES)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=4,
-            label=short(name),
-        )
-        said.append(
-            f"{name} from {number(means[0], 2)} at the first token to {number(means[-1], 2)} at the last"
-        )
+    ends = []
+    for index, model in enumerate(comparison.models):
+        centres, means = bin_by_position(*model.evaluation.loss_by_position())
+        _draw_series(axes, index, model.name, centres, means)
+        first, last = number(means[0], 2), number(means[-1], 2)
+        ends.append(f"{model.name} from {first} at the first token to {last} at the last")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("place in the row, tokens")
+    axes.set_xlabel("position in the row, tokens")
     axes.set_ylabel("loss, nats per token")
     axes.grid()
     axes.legend()
-    return Plot(
-        "Loss by position", "Nats per token: " + "; ".join(said) + ".", as_svg(figure, "loss-by-position")
-    )
+    text = f"Nats per token: {'; '.join(ends)}."
+    return Plot("Loss by position", text, to_svg(figure, "loss-by-position"))
 
 
-def binned_by_position(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss in bins of positions, three a doubling: (geometric centres counted from 1, means)."""
+def bin_by_position(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return geometric centres (from 1) and means of bins of positions, three bins a doubling."""
     last = int(np.flatnonzero(counts)[-1]) + 1
-    edges = sorted(
-        {round(2 ** (step / 3)) for step in range(3 * math.ceil(math.log2(last + 1)) + 1)} | {last + 1}
-    )
+    powers = range(3 * math.ceil(math.log2(last + 1)) + 1)
+    edges = sorted({round(2 ** (step / 3)) for step in powers} | {last + 1})
     edges = [edge for edge in edges if edge <= last + 1]
     centres, means = [], []
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
@@ -163,49 +189,156 @@ def binned_by_position(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray
     return np.array(centres), np.array(means)
 
 
-def difference_by_class(comparison: Comparison, name: str) -> Plot:
-    """Difference to the first model by how often the token occurs in the texts, and by what it is."""
-    groups = [comparison.gains[name][kind] for kind in ("frequency", "kind")]
+def difference_by_class(comparison: Comparison, model: ModelResult) -> Plot:
+    """Draw the difference to the baseline by frequency and kind of token."""
+    assert model.versus_baseline is not None and model.versus_baseline.breakdown is not None
+    groups = [model.versus_baseline.breakdown[kind] for kind in ("frequency", "kind")]
     entries = [entry for group in groups for entry in group if entry["difference"] is not None]
     figure, axes = new_figure(height=1.0 + 0.27 * (len(entries) + 1))
     # an empty line between the two groups
     places = [index + (entry in groups[1]) for index, entry in enumerate(entries)]
     values = [entry["difference"] for entry in entries]
-    colours = [GAIN if value < 0 else LOSS for value in values]
+    colours = [BETTER if value < 0 else WORSE for value in values]
     axes.barh(places, values, color=colours, height=0.7, linewidth=0)
     axes.set_yticks(places, [entry["class"] for entry in entries])
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=1)
-    axes.xaxis.set_major_locator(locator(5))
+    axes.xaxis.set_major_locator(_locator(5))
     axes.set_xlabel("difference, nats per token")
     axes.grid(axis="x")
-    said = "; ".join(f"{e['class']} {number(e['difference'], 3, signed=True)}" for e in entries)
-    text = f"Nats per token, left of zero {name} is better: {said}."
-    return Plot(
-        f"By kind of token: {name} against {comparison.baseline}", text, as_svg(figure, f"classes-{name}")
-    )
+    listed = "; ".join(f"{e['class']} {number(e['difference'], 3, signed=True)}" for e in entries)
+    text = f"Nats per token; left of zero {model.name} is better: {listed}."
+    title = f"By class of token: {model.name} compared with {comparison.baseline.name}"
+    return Plot(title, text, to_svg(figure, f"classes-{model.name}"))
 
 
-def reliability(comparison: Comparison) -> Plot:
-    """How often the most likely token is right, by how likely the model takes it to be."""
+def calibration(comparison: Comparison) -> Plot:
+    """Draw how often the most likely token is correct, by its probability."""
     figure, axes = new_figure()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1)
-    said = []
-    for index, (name, evaluation) in enumerate(comparison.evaluations.items()):
-        bins = [entry for entry in evaluation.calibration() if entry["tokens"]]
-        axes.plot(
-            [entry["confidence"] for entry in bins],
-            [entry["accuracy"] for entry in bins],
-            color=series_colour(index),
-            linestyle=DASHES[index % len(DASHES)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=4,
-            label=short(name),
-        )
-        said.append(f"{name} {percent(evaluation.calibration_error)}")
+    for index, model in enumerate(comparison.models):
+        bins = [entry for entry in model.evaluation.calibration() if entry["tokens"]]
+        columns = ([entry[key] for entry in bins] for key in ("confidence", "accuracy"))
+        _draw_series(axes, index, model.name, *columns)
     axes.set_xlabel("probability of the most likely token")
-    axes.set_ylabel("share that is right")
+    axes.set_ylabel("share that is correct")
     axes.grid()
     axes.legend()
-    text = f"On the thin line probabilities are what they say. Calibration error: {', '.join(said)}."
-    return Plot("Calibration", text, as_svg(figure, "calibration"))
+    errors = ", ".join(f"{m.name} {percent(m.evaluation.calibration_error)}" for m in comparison.models)
+    text = f"The thin line is perfect calibration. Calibration error: {errors}."
+    return Plot("Calibration", text, to_svg(figure, "calibration"))
+
+
+def _training_loss(history: Sequence[dict[str, Any]]) -> Plot | None:
+    curves = {"training": _column(history, "loss"), "validation": _column(history, "validation_loss")}
+    curves = {label: values for label, values in curves.items() if values}
+    if not curves:
+        return None
+    figure, axes = new_figure()
+    styles = {"training": {"linewidth": 1.4}, "validation": {"marker": "o", "markersize": 4.5}}
+    for label, values in curves.items():
+        colour = series_colour(list(styles).index(label))
+        axes.plot(*zip(*values, strict=True), color=colour, label=label, **styles[label])
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid()
+    axes.legend()
+    ends = [f"{name} loss from {number(v[0][1], 3)} to {number(v[-1][1], 3)}" for name, v in curves.items()]
+    return Plot("Training", f"{'; '.join(ends)}.".capitalize(), to_svg(figure, "training"))
+
+
+def _training_metrics(history: Sequence[dict[str, Any]]) -> Plot | None:
+    names = {
+        "learning rate": "learning_rate",
+        "gradient norm": "grad_norm",
+        "loss scale": "loss_scale",
+        "tokens/s": "tokens_per_second",
+    }
+    panels = {label: _column(history, name) for label, name in names.items()}
+    panels = {label: values for label, values in panels.items() if values}
+    if not panels:
+        return None
+    figure, stacked = new_figure(height=1.0 + 1.1 * len(panels), rows=len(panels))
+    for axes, (label, values) in zip(stacked, panels.items(), strict=True):
+        axes.plot(*zip(*values, strict=True), color=series_colour(0), linewidth=1.4)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid()
+        if label == "tokens/s":
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    stacked[-1].set_xlabel("step")
+    highest = [f"{label} up to {max(value for _, value in v):,.4g}" for label, v in panels.items()]
+    text = f"{'; '.join(highest)}.".capitalize()
+    return Plot(", ".join(panels).capitalize(), text, to_svg(figure, "training-speed"))
+
+
+def _column(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Return step and value of the entries that have a finite value."""
+    found = [(e["step"], e[name]) for e in history if e.get(name) is not None and "step" in e]
+    return [(step, value) for step, value in found if math.isfinite(value)]
+
+
+# ---- drawing ----
+
+
+def series_colour(index: int) -> str:
+    """Return the placeholder for the colour of model number `index`."""
+    return f"#0a0b{index % NUM_COLOURS:02x}"
+
+
+def short_name(name: str, limit: int = 22) -> str:
+    """Return a name that fits on one line of a plot."""
+    name = " ".join(name.split())
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def _draw_series(axes: Any, index: int, name: str, x: Any, y: Any) -> None:
+    style = {
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 4,
+    }
+    axes.plot(x, y, color=series_colour(index), label=short_name(name), **style)
+
+
+def _round_up(value: float) -> float:
+    """Return the next 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * 0.999)
+
+
+def _locator(most: int, *, integer: bool = False) -> Any:
+    """Place at most `most` ticks at round numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=integer, steps=[1, 2, 5, 10] if integer else [1, 2, 2.5, 5, 10])
+
+
+def new_figure(*, height: float = 2.9, rows: int = 1) -> tuple[Any, Any]:
+    """Return a figure and its axes (a list for several rows) without matplotlib's global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.9, height), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    return figure, list(axes) if rows > 1 else axes[0]
+
+
+def to_svg(figure: Any, name: str) -> str:
+    """Return a figure as an `<svg>` element that has no size, and no names that other figures have too."""
+    import matplotlib
+
+    target = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(target, format="svg", transparent=True, metadata=nothing)
+    svg = target.getvalue()
+    view = re.search(r'viewBox="[^"]+"', svg)
+    assert view is not None
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :].strip()
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'(<g) id="[^"]*"', r"\1", body).replace("xlink:href", "href")
+    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--sans)", body)
+    body = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", body)
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, f"var({variable})")
+    return f'<svg {view[0]} aria-hidden="true" focusable="false">{body}'

@@ -1,72 +1,105 @@
-"""A comparison in words and tables: what all reports say, the Markdown file, and the table on a terminal."""
+"""The sentences of a report, and the summary on a terminal."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpt2jax.comparison.compare import Comparison
 from gpt2jax.comparison.excerpts import Excerpt
-from gpt2jax.comparison.statistics import CONFIDENCE, PairedDifference
-from gpt2jax.report.tables import (
-    Table,
-    figures_table,
-    gains_table,
-    number,
-    overlap_table,
-    paired_table,
-    percent,
-    repeat_table,
-    repetition_table,
-    timing_table,
-    transposed,
-    with_error,
-)
+from gpt2jax.comparison.paired import CONFIDENCE, PairedDifference
+from gpt2jax.comparison.result import Comparison, ModelResult
+from gpt2jax.report.tables import figures_table, number, paired_table, percent, transpose, with_error
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# ---- what every report says ----
+DEFINITIONS = (
+    ("Loss", "mean cross-entropy per scored token in nats. The end token behind each text is scored too."),
+    (
+        "Perplexity, word perplexity",
+        "exp of the loss per token, and per word of the text. Words stand between white space, so that word perplexity "
+        "does not depend on the tokenizer.",
+    ),
+    (
+        "Accuracy, top-5 accuracy",
+        "share of scored tokens that were the model's most likely token, or among its five most likely tokens.",
+    ),
+    (
+        "Bits per byte, bits per character",
+        "loss of the scored tokens over ln 2, per byte or character of their text. End tokens are left out.",
+    ),
+    (
+        "Calibration error",
+        "how far the probability of the most likely token is from the share of times it is correct: the mean over "
+        "tokens, in 15 bins of that probability.",
+    ),
+    (
+        "Keras loss, Keras accuracy",
+        "what Keras reports for the same model and texts: the first tokens of each text in a row of fixed length, "
+        "averaged over all places of all rows, padding included. The loss is 0 on padding; the accuracy counts "
+        "predictions of padding as well.",
+    ),
+    (
+        "Standard error, interval",
+        "over documents, since the tokens of one text depend on each other. The interval is a bootstrap's.",
+    ),
+    ("Wins", "share of documents on which the model has the lower loss; a tie counts half."),
+    ("Repeated 4-grams", "share of four-token sequences that occurred before in the same text."),
+    (
+        "Distinct-n",
+        "number of different sequences of n tokens within each text, divided by the number of all; 1 means that no "
+        "sequence occurs twice.",
+    ),
+    ("Self-overlap", "share of a text's four-token sequences that also occur in another text of the model."),
+    (
+        "Duplicates, contained",
+        "compared by runs of 32 letters and digits. Near duplicates have at least 80 % of all their runs in common "
+        "with one training text. A mostly contained text has at least half of its runs in training texts.",
+    ),
+)
 
 
-def headline(comparison: Comparison) -> str:
-    """The result in one sentence."""
-    if not comparison.paired:
-        name, evaluation = next(iter(comparison.evaluations.items()))
-        loss, perplexity = number(evaluation.loss, 3), number(evaluation.perplexity, 1)
-        return f"{name}: {loss} nats per token, perplexity {perplexity}"
-    name = best(comparison)
-    return verdict(name, comparison.paired[name])
+def title(comparison: Comparison) -> str:
+    """Return the result in one sentence."""
+    if len(comparison.models) > 1:
+        return conclusion(best_model(comparison))
+    model = comparison.baseline
+    loss, perplexity = number(model.evaluation.loss, 3), number(model.evaluation.perplexity, 1)
+    return f"{model.name}: {loss} nats per token, perplexity {perplexity}"
 
 
-def best(comparison: Comparison) -> str:
-    """The model with the lowest loss against the first one, which is not among them."""
+def best_model(comparison: Comparison) -> ModelResult:
+    """Return the model with the lowest loss compared with the baseline, which is not among them."""
 
-    def order(name: str) -> tuple[bool, float]:
-        difference = comparison.paired[name].difference
+    def order(model: ModelResult) -> tuple[bool, float]:
+        difference = difference_of(model).difference
         return math.isnan(difference), difference
 
-    return min(comparison.paired, key=order)
+    return min(comparison.models[1:], key=order)
 
 
-def verdict(name: str, difference: PairedDifference) -> str:
-    """Better or worse; neither where the interval of the difference holds zero, or on one text alone."""
-    unit, baseline = difference.unit, difference.baseline
-    low, high = difference.interval
+def difference_of(model: ModelResult) -> PairedDifference:
+    """Return a model's difference to the baseline."""
+    assert model.versus_baseline is not None
+    return model.versus_baseline.difference
+
+
+def conclusion(model: ModelResult) -> str:
+    """Say whether a model is better or worse than the baseline; undecided if the interval contains zero."""
+    difference = difference_of(model)
+    name, baseline, (low, high) = model.name, difference.baseline, difference.interval
     if not math.isfinite(difference.difference):
-        return f"{name} has no finite loss to hold against {baseline}"
+        return f"{name} has no finite loss to compare with {baseline}"
     if low <= 0.0 <= high or difference.documents < 2:
         return f"No clear difference between {name} and {baseline}"
     word = "better" if difference.difference < 0 else "worse"
-    return f"{name} is {number(abs(difference.difference), 3)} {unit} {word} than {baseline}"
+    return f"{name} is {number(abs(difference.difference), 3)} {difference.unit} {word} than {baseline}"
 
 
-def evidence(comparison: Comparison, name: str) -> str:
-    """What stands behind the verdict on one model."""
-    difference = comparison.paired[name]
-    first, second = comparison.evaluations[difference.baseline], comparison.evaluations[name]
+def summary(comparison: Comparison, model: ModelResult) -> str:
+    """Return the figures behind the conclusion on one model."""
+    difference, first, second = difference_of(model), comparison.baseline.evaluation, model.evaluation
     low, high = difference.interval
     documents = "document" if difference.documents == 1 else "documents"
     mean = with_error(difference.difference, difference.standard_error, signed=True)
@@ -79,9 +112,39 @@ def evidence(comparison: Comparison, name: str) -> str:
     )
 
 
+def scoring_sentence(comparison: Comparison) -> str:
+    """Say which tokens were scored, and how."""
+    evaluation = comparison.baseline.evaluation
+    sentence = f"Scored: {evaluation.description}."
+    if count := evaluation.num_truncated:
+        sentence += (
+            f" Truncated: {count:,} of {evaluation.documents:,} texts; their final end-of-text token is artificial "
+            "and has a high loss."
+        )
+    return sentence
+
+
+def sampling_sentence(comparison: Comparison) -> str:
+    """Say how the texts were generated."""
+    settings = comparison.settings
+    if not settings["do_sample"] or settings["temperature"] == 0:
+        how = "Greedy: always the most likely token"
+    else:
+        how = f"Sampled with temperature {settings['temperature']:g}"
+        how += f", top-k {settings['top_k']}" if settings["top_k"] else ""
+        how += f", top-p {settings['top_p']:g}" if settings["top_p"] < 1 else ""
+    if "max_length" in settings:
+        how += f", up to {settings['max_length']} tokens, prompt included"
+    else:
+        how += f", up to {settings['max_new_tokens']} new tokens"
+    return f"{how}. Prompt number i, from 0, has seed {settings['seed']} + i, the same for every model."
+
+
 def generation_note(generation: dict[str, Any]) -> list[str]:
-    """Length, speed and repetition of a generated text."""
-    ended = "ended by itself" if generation["finish_reason"] == "stop" else "cut at the length limit"
+    """Return length, speed and repetition of a generated text."""
+    ended = (
+        "ended with the end token" if generation["finish_reason"] == "stop" else "reached the length limit"
+    )
     tokens = "token" if generation["tokens"] == 1 else "tokens"
     parts = [f"{generation['tokens']:,} {tokens}, {ended}"]
     parts += [
@@ -93,158 +156,31 @@ def generation_note(generation: dict[str, Any]) -> list[str]:
     return parts
 
 
-def prompt_groups(comparison: Comparison) -> list[list[dict[str, Any]]]:
-    """The generations of all models, prompt by prompt in their order."""
-    count = len(comparison.generations) // len(comparison.evaluations)
-    return [comparison.generations[index::count] for index in range(count)]
+def prompt_groups(comparison: Comparison) -> list[tuple[dict[str, Any], ...]]:
+    """Return the generations of all models, prompt by prompt."""
+    return list(zip(*(model.generations for model in comparison.models), strict=True))
 
 
 def prompt_text(prompt: str | Sequence[int]) -> str:
-    """A prompt for reading."""
-    if isinstance(prompt, str):
-        return prompt or "(empty prompt)"
-    return "token ids " + " ".join(map(str, prompt)) if prompt else "(empty prompt)"
-
-
-DEFINITIONS = (
-    ("Loss", "mean cross-entropy per scored token in nats; the end token behind each text is one of them."),
-    (
-        "Perplexity, word perplexity",
-        "exp of the loss per token; of the loss per word of the text, what lies between white space, whatever the "
-        "tokenizer.",
-    ),
-    (
-        "Accuracy, top-5 accuracy",
-        "share of scored tokens that were the model's most likely token, or among its five most likely ones.",
-    ),
-    (
-        "Bits per byte, bits per character",
-        "loss of the scored tokens over ln 2, per byte or character of the text they stand for; without end tokens.",
-    ),
-    (
-        "Calibration error",
-        "how far the probability of the most likely token is from how often it is right: the mean over 15 bins of "
-        "that probability, each weighing as many tokens as it holds.",
-    ),
-    (
-        "Keras loss, Keras accuracy",
-        "what Keras reports for the same model and texts: the first tokens of each text in a row of fixed "
-        "length, over all positions of all rows. Padding counts in the denominator of both; in the accuracy "
-        "it is a token to be predicted like any other.",
-    ),
-    (
-        "Standard error, interval",
-        "over documents, since the tokens of one text depend on each other; the interval by bootstrap.",
-    ),
-    ("Wins", "share of documents with the lower loss; a tie counts half."),
-    ("Repeated 4-grams", "share of four-token sequences that occurred before in the same text."),
-    (
-        "Distinct-n",
-        "different sequences of n tokens within each text over all of them; 1 = none occurs twice.",
-    ),
-    ("Self-overlap", "share of a text's four-token sequences that also occur in another text of the model."),
-    (
-        "Duplicates, contained",
-        "by runs of 32 letters and digits: near duplicates share at least 80 % of the runs of both with one training "
-        "text; of a text that is mostly contained, at least half of the runs stand in training texts.",
-    ),
-)
-
-
-def windows_sentence(comparison: Comparison) -> str:
-    """Which tokens were scored, and how."""
-    evaluation = next(iter(comparison.evaluations.values()))
-    said = f"Scored: {evaluation.recipe}."
-    if evaluation.documents_cut:
-        said += (
-            f" {evaluation.documents_cut:,} of {evaluation.documents:,} texts are longer: there the end "
-            "token is none of the text's own, and costs a good model more than any other."
-        )
-    return said
+    """Return a prompt for reading."""
+    if not isinstance(prompt, str):
+        prompt = "token ids " + " ".join(map(str, prompt)) if prompt else ""
+    return prompt or "(empty prompt)"
 
 
 def excerpt_title(excerpt: Excerpt) -> str:
-    """Which document, and how large the difference."""
+    """Say which document an excerpt is of, and how large its difference is."""
     shown = "" if len(excerpt.pieces) >= excerpt.tokens else " (beginning)"
     mean = number(excerpt.difference, 3, signed=True)
     return f"Document {excerpt.document}: {mean} nats per token over {excerpt.tokens:,} tokens{shown}"
 
 
-# ---- Markdown ----
-
-
-def markdown_report(comparison: Comparison) -> str:
-    """The report as Markdown."""
-    parts = [f"# {_markdown(headline(comparison))}"]
-    parts += [_markdown(f"{name}: {evidence(comparison, name)}") for name in comparison.paired]
-    parts += [windows_sentence(comparison), "## Figures", _markdown_table(figures_table(comparison))]
-    if comparison.paired:
-        parts.append(_markdown_table(paired_table(comparison)))
-    for name in comparison.gains:
-        parts += [
-            f"## Where the difference lies: {_markdown(name)}",
-            _markdown_table(gains_table(comparison, name)),
-        ]
-    if comparison.overlap is not None:
-        parts += ["## Overlap with the training texts", _markdown_table(overlap_table(comparison))]
-    if comparison.generations:
-        parts += ["## Generated text", _markdown_table(repetition_table(comparison))]
-        for group in prompt_groups(comparison):
-            parts += ["### Prompt", _fenced(prompt_text(group[0]["prompt"]))]
-            for generation in group:
-                parts += [f"**{_markdown(generation['model'])}** ({', '.join(generation_note(generation))})"]
-                parts += [_fenced(generation["text"])]
-    for name, groups in comparison.excerpts.items():
-        for title, excerpts in (("better", groups["gains"]), ("worse", groups["losses"])):
-            if excerpts:
-                parts.append(f"## Documents on which {_markdown(name)} is {title} by most")
-            for excerpt in excerpts:
-                text = "".join(piece for piece, _ in excerpt.pieces)
-                parts.append(excerpt_title(excerpt))
-                parts.append(_fenced(text))
-    parts += [
-        "## To repeat it",
-        _markdown_table(repeat_table(comparison)),
-        _markdown_table(timing_table(comparison)),
-    ]
-    parts += ["## What the figures mean", "\n".join(f"- **{term}**: {text}" for term, text in DEFINITIONS)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    lines = [
-        "| " + " | ".join(map(_cell, table.columns)) + " |",
-        "|---|" + ("---:|" * (len(table.columns) - 1) if len(table.columns) > 2 else "---|"),
-        *("| " + " | ".join(map(_cell, row)) + " |" for row in table.rows),
-    ]
-    return f"{table.caption}:\n\n" + "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", _markdown(text))
-
-
-def _markdown(text: str) -> str:
-    """Text that stands for itself."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
-
-
-def _fenced(text: str) -> str:
-    """Text word for word, behind a fence longer than any within it."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-# ---- terminal ----
-
-
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints the headline, how the texts were scored, and the tables of figures.
+    """Print the title, how the texts were scored, and the tables of figures.
 
     Args:
-        comparison: what `compare` gave.
-        console: where; default: standard output.
+        comparison: the result of `compare`.
+        console: where to print; default: standard output.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -252,13 +188,12 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     from rich.text import Text
 
     console = console or Console()
-    console.print(Text(headline(comparison), style="bold"))
-    for name in comparison.paired:
-        console.print(Text(f"{name}: {evidence(comparison, name)}"))
-    console.print(Text(windows_sentence(comparison)))
-    tables = [transposed(figures_table(comparison))]
-    tables += [transposed(paired_table(comparison))] if comparison.paired else []
-    for table in tables:
+    console.print(Text(title(comparison), style="bold"))
+    for model in comparison.models[1:]:
+        console.print(Text(f"{model.name}: {summary(comparison, model)}"))
+    console.print(Text(scoring_sentence(comparison)))
+    tables = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.differences else [])
+    for table in map(transpose, tables):
         shown = RichTable(title=Text(table.caption), title_justify="left", title_style="dim", box=SIMPLE_HEAD)
         for index, column in enumerate(table.columns):
             shown.add_column(Text(column), justify="right" if index else "left")

@@ -1,4 +1,4 @@
-"""The tables of a report, as text."""
+"""Tables of a comparison as text; HTML, Markdown and the terminal show the same ones."""
 
 from __future__ import annotations
 
@@ -6,33 +6,43 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from gpt2jax.comparison.compare import Comparison
-from gpt2jax.comparison.paired import loss_standard_error
-from gpt2jax.comparison.statistics import CONFIDENCE
+from gpt2jax.comparison.paired import CONFIDENCE
+from gpt2jax.comparison.result import Comparison, ModelResult
 
 MINUS = "\N{MINUS SIGN}"
-NOTHING = "\N{EN DASH}"
+EMPTY = "\N{EN DASH}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text: the first column names the row."""
+    """A table of text.
+
+    Attributes:
+        caption: what it shows.
+        columns: headings; the first column names the row.
+        rows: cells.
+        is_numeric: the cells are numbers, to be aligned on the right.
+    """
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    is_numeric: bool = True
 
 
-def transposed(table: Table) -> Table:
-    """Rows as columns: a few models fit a narrow terminal side by side, all their figures do not."""
+def transpose(table: Table) -> Table:
+    """Swap rows and columns: a few models fit a narrow page side by side, many figures do not."""
     cells = list(zip(table.columns, *table.rows, strict=True))
-    return Table(table.caption, ("Figure", *cells[0][1:]), cells[1:])
+    return dataclasses.replace(table, columns=("Figure", *cells[0][1:]), rows=cells[1:])
+
+
+# ---- formatting ----
 
 
 def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """A figure for reading: fixed digits, thousands apart, a dash where there is none."""
+    """Format a number with fixed digits and thousands separators; a dash for None and nan."""
     if value is None or math.isnan(value):
-        return NOTHING
+        return EMPTY
     if math.isinf(value):
         return "∞" if value > 0 else MINUS + "∞"
     text = f"{abs(value):,.{digits}f}"
@@ -40,60 +50,55 @@ def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str
     return text if float(text.replace(",", "")) == 0 else sign + text
 
 
-def percent(share: float | None, digits: int = 1, *, signed: bool = False) -> str:
-    """A share as a percentage."""
-    return NOTHING if share is None else number(100 * share, digits, signed=signed) + "\N{NO-BREAK SPACE}%"
+def percent(fraction: float | None, digits: int = 1, *, signed: bool = False) -> str:
+    """Format a fraction as a percentage."""
+    return (
+        EMPTY if fraction is None else number(100 * fraction, digits, signed=signed) + "\N{NO-BREAK SPACE}%"
+    )
 
 
 def with_error(value: float | None, error: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """A figure and its standard error."""
+    """Format a number with its standard error."""
     text = number(value, digits, signed=signed)
     return text if error is None or not math.isfinite(error) else f"{text} ± {number(error, digits)}"
 
 
+# ---- tables ----
+
+
 def figures_table(comparison: Comparison) -> Table:
-    """The figures of every model."""
-    rows = [
-        (
-            name,
-            with_error(evaluation.loss, loss_standard_error(evaluation)),
-            number(evaluation.perplexity, 2),
-            number(evaluation.word_perplexity, 1),
-            percent(evaluation.accuracy, 2),
-            percent(evaluation.accuracy_top5, 2),
-            number(evaluation.bits_per_byte),
-            number(evaluation.bits_per_character),
-            percent(evaluation.calibration_error, 2),
-            number(evaluation.keras_loss),
-            number(evaluation.keras_accuracy),
-            f"{evaluation.tokens:,}",
-        )
-        for name, evaluation in comparison.evaluations.items()
-    ]
-    columns = (
-        "Model",
-        "Loss, nats per token",
-        "Perplexity",
-        "Word perplexity",
-        "Accuracy",
-        "Top-5 accuracy",
-        "Bits per byte",
-        "Bits per character",
-        "Calibration error",
-        "Keras loss",
-        "Keras accuracy",
-        "Tokens",
-    )
-    return Table("Figures on the held-out texts, ± standard error over documents", columns, rows)
+    """Make the table of every model's figures; the Keras columns only if they were computed."""
+    rows = []
+    for model in comparison.models:
+        result = model.evaluation
+        figures = {
+            "Model": model.name,
+            "Loss, nats per token": with_error(result.loss, model.loss_standard_error),
+            "Perplexity": number(result.perplexity, 2),
+            "Word perplexity": number(result.word_perplexity, 1),
+            "Accuracy": percent(result.accuracy, 2),
+            "Top-5 accuracy": percent(result.accuracy_top5, 2),
+            "Bits per byte": number(result.bits_per_byte),
+            "Bits per character": number(result.bits_per_character),
+            "Calibration error": percent(result.calibration_error, 2),
+        }
+        if result.keras is not None:
+            figures |= {
+                "Keras loss": number(result.keras_loss),
+                "Keras accuracy": number(result.keras_accuracy),
+            }
+        rows.append(figures | {"Tokens": f"{result.tokens:,}"})
+    caption = "Figures on the held-out texts, ± standard error over documents"
+    return Table(caption, tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 def paired_table(comparison: Comparison) -> Table:
-    """Every model against the first."""
+    """Make the table of every model's difference to the baseline."""
     rows = []
-    for name, difference in comparison.paired.items():
+    for name, difference in comparison.differences.items():
         low, high = difference.interval
         mean = with_error(difference.difference, difference.standard_error, signed=True)
-        accuracy = NOTHING
+        accuracy = EMPTY
         if difference.accuracy_difference is not None:
             error = difference.accuracy_standard_error
             accuracy = percent(difference.accuracy_difference, 2, signed=True)
@@ -108,99 +113,54 @@ def paired_table(comparison: Comparison) -> Table:
             )
         )
     columns = ("Pair", "Loss difference", f"{percent(CONFIDENCE, 0)} interval", "Accuracy difference", "Wins")
-    return Table(
-        "Paired difference over the same documents; a negative loss difference is an improvement",
-        columns,
-        rows,
-    )
+    caption = "Paired difference over the same documents; a negative loss difference is an improvement"
+    return Table(caption, columns, rows)
 
 
-def repeat_table(comparison: Comparison) -> Table:
-    """All that it takes to make the comparison again."""
-    evaluation = next(iter(comparison.evaluations.values())).settings
-    settings = dataclasses.asdict(evaluation) | comparison.settings
-    rows = [(name, str(value)) for name, value in settings.items()]
-    data = comparison.data
-    rows += [("texts", f"{data['documents']:,}, SHA-256 {data['sha256']}")]
-    names = {"source": "texts from", "split": "split", "revision": "revision"}
-    rows += [(label, str(data[name])) for name, label in names.items() if data.get(name) is not None]
-    for name, about in comparison.models.items():
-        source = f"{about['source']}, " if about["source"] else ""
-        rows.append(
-            (f"model {name}", f"{source}{about['parameters']:,} parameters, SHA-256 {about['fingerprint']}")
+def breakdown_table(model: ModelResult) -> Table:
+    """Make the table of the tokens that a model's difference to the baseline comes from."""
+    assert model.versus_baseline is not None and model.versus_baseline.breakdown is not None
+    baseline = model.versus_baseline.difference.baseline
+    rows = [
+        (
+            f"{label}: {entry['class']}",
+            f"{entry['tokens']:,}",
+            number(entry["first"], 3),
+            number(entry["second"], 3),
+            number(entry["difference"], 3, signed=True),
+            percent(entry["share"]),
         )
-    rows += [(name, version) for name, version in comparison.versions.items()]
-    rows += [("command", comparison.command)] if comparison.command else []
-    return Table("Settings, texts, models and versions of this comparison", ("What", "Value"), rows)
-
-
-def timing_table(comparison: Comparison) -> Table:
-    """Times on this machine; the only figures that another run does not repeat."""
-    rows = []
-    for name, evaluation in comparison.evaluations.items():
-        warm = [g["seconds"] for g in comparison.generations if g["model"] == name]
-        rows.append(
-            (
-                name,
-                f"{number(evaluation.seconds, 1)} s",
-                f"{number(comparison.first_call_seconds[name], 2)} s" if warm else NOTHING,
-                f"{number(min(warm), 2)} to {number(max(warm), 2)} s" if warm else NOTHING,
-            )
-        )
-    columns = ("Model", "Evaluation", "First generation", "Later generations")
-    return Table("Time on this machine; evaluation and first generation include compilation", columns, rows)
-
-
-def gains_table(comparison: Comparison, name: str) -> Table:
-    """Where the difference of a model to the first one lies."""
-    rows = []
-    for kind, label in (("position", "place"), ("frequency", "frequency"), ("kind", "kind")):
-        for entry in comparison.gains[name][kind]:
-            rows.append(
-                (
-                    f"{label}: {entry['class']}",
-                    f"{entry['tokens']:,}",
-                    number(entry["first"], 3),
-                    number(entry["second"], 3),
-                    number(entry["difference"], 3, signed=True),
-                    percent(entry["share"]),
-                )
-            )
+        for kind, label in (("position", "position"), ("frequency", "frequency"), ("kind", "kind"))
+        for entry in model.versus_baseline.breakdown[kind]
+    ]
     caption = (
-        f"Mean loss in nats by place in the row, by how often the token occurs in the texts, and by what it is; "
-        f"difference {name} {MINUS} {comparison.baseline}, and its share of the whole difference"
+        "Mean loss in nats by the token's position in the row, by its frequency in the texts, and by its kind; the "
+        f"difference {model.name} {MINUS} {baseline}, and the class's share of the whole difference"
     )
-    return Table(caption, ("Tokens of", "Tokens", comparison.baseline, name, "Difference", "Share"), rows)
+    return Table(caption, ("Class", "Tokens", baseline, model.name, "Difference", "Share"), rows)
 
 
 def repetition_table(comparison: Comparison) -> Table:
-    """How much the models' texts repeat themselves and each other, and how fast they came."""
+    """Make the table of how much the models' texts repeat themselves and each other, and how fast they were written."""
     rows = [
         (
-            name,
+            model.name,
             *(number(about[f"distinct_{n}"], 3) for n in (1, 2, 3)),
             percent(about["repeated_4"]),
             percent(about["self_overlap_4"]),
             f"{about['tokens']:,}",
             number(about["tokens_per_second"], 0),
         )
-        for name, about in comparison.repetition.items()
+        for model in comparison.models
+        if (about := model.repetition)
     ]
-    columns = (
-        "Model",
-        "Distinct-1",
-        "Distinct-2",
-        "Distinct-3",
-        "Repeated 4-grams",
-        "Self-overlap",
-        "Tokens",
-        "Tokens/s",
-    )
+    distinct = ("Distinct-1", "Distinct-2", "Distinct-3")
+    columns = ("Model", *distinct, "Repeated 4-grams", "Self-overlap", "Tokens", "Tokens/s")
     return Table("Repetition in all texts of each model", columns, rows)
 
 
 def overlap_table(comparison: Comparison) -> Table:
-    """What the held-out texts share with the training texts."""
+    """Make the table of what the held-out texts share with the training texts."""
     about = comparison.overlap
     assert about is not None
     rows = [
@@ -208,19 +168,45 @@ def overlap_table(comparison: Comparison) -> Table:
         ("training texts", f"{about['training_documents']:,}"),
         ("exact duplicates", f"{about['exact']:,}"),
         ("exact and near duplicates", f"{about['near']:,}"),
-        ("texts that are mostly contained", f"{about['mostly_contained']:,}"),
-        ("share of all text that is contained", percent(about["contained"], 2)),
+        ("mostly contained texts", f"{about['mostly_contained']:,}"),
+        ("contained share of all text", percent(about["contained"], 2)),
     ]
-    rows += [
-        (
-            f"document {entry['document']}",
-            f"{percent(entry['contained'])} contained"
-            + (
-                f"; nearest: training text {entry['training_document']}, resemblance {number(entry['resemblance'], 2)}"
-                if entry["training_document"] >= 0
-                else ""
-            ),
-        )
-        for entry in about["listed"][:5]
-    ]
-    return Table("Held-out texts that also stand in the training texts", ("What", "How much"), rows)
+    for entry in about["listed"][:5]:
+        found = f"{percent(entry['contained'])} contained"
+        if entry["training_document"] >= 0:
+            found += f"; most similar: training text {entry['training_document']}, "
+            found += f"resemblance {number(entry['resemblance'], 2)}"
+        rows.append((f"document {entry['document']}", found))
+    return Table("Held-out texts that are also in the training texts", ("What", "How much"), rows, False)
+
+
+def settings_table(comparison: Comparison) -> Table:
+    """Make the table of everything that is needed to repeat the comparison."""
+    settings = dataclasses.asdict(comparison.baseline.evaluation.config) | comparison.settings
+    rows = [(name, str(value)) for name, value in settings.items() if value is not None]
+    data = comparison.data
+    rows += [("texts", f"{data['documents']:,}, SHA-256 {data['sha256']}")]
+    names = {"source": "texts from", "split": "split", "revision": "revision"}
+    rows += [(label, str(data[name])) for name, label in names.items() if data.get(name) is not None]
+    for model in comparison.models:
+        info, source = model.info, f"{model.info['source']}, " if model.info["source"] else ""
+        about = f"{source}{info['parameters']:,} parameters, SHA-256 {info['fingerprint']}"
+        rows.append((f"model {model.name}", about))
+    rows += list(comparison.versions.items())
+    rows += [("command", comparison.command)] if comparison.command else []
+    caption = "Settings, texts, models and versions of this comparison"
+    return Table(caption, ("What", "Value"), rows, False)
+
+
+def timing_table(comparison: Comparison) -> Table:
+    """Make the table of times on this machine, the only figures that another run does not repeat."""
+    rows = []
+    for model in comparison.models:
+        later = [generation["seconds"] for generation in model.generations]
+        first, spread = EMPTY, EMPTY
+        if later:
+            first = f"{number(model.first_call_seconds, 2)} s"
+            spread = f"{number(min(later), 2)} to {number(max(later), 2)} s"
+        rows.append((model.name, f"{number(model.evaluation.seconds, 1)} s", first, spread))
+    caption = "Time on this machine; evaluation and first generation include compilation"
+    return Table(caption, ("Model", "Evaluation", "First generation", "Later generations"), rows)

@@ -142,17 +142,17 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["compare", "gpt2-mini"], "takes two models"),
-        (["compare", "a=", "gpt2-mini"], "'a=' names no model: write NAME=MODEL"),
-        (["compare", "=gpt2-mini", "gpt2-mini"], "'=gpt2-mini' names no model"),
+        (["compare", "gpt2-mini"], "models must be at least two, got 1; for one model use evaluate"),
+        (["compare", "a=", "gpt2-mini"], "models must be NAME=MODEL or MODEL each, got 'a='"),
+        (["compare", "=gpt2-mini", "gpt2-mini"], "models must be NAME=MODEL or MODEL each, got '=gpt2-mini'"),
         (
             ["compare", "gpt2-mini", "b=gpt2-mini", "--out", "FILE"],
             "FILE is a file; give the name of a folder",
         ),
-        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "sequence_length=0 must be"),
+        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "sequence_length must be"),
         (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
-        (["evaluate", "--sequence-length", "0"], "sequence_length=0 must be a whole number of at least 2"),
+        (["evaluate", "--sequence-length", "0"], "must be a whole number of at least 2, or None, got 0"),
         (["evaluate", "--model", "gpt2-minni"], "unknown model 'gpt2-minni'; known: gpt2,"),
         (["evaluate", "--data-revision", "main"], "is not on the hub: it has no revision 'main'"),
     ],

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-import gpt2jax.evaluation.evaluate as metrics
+import gpt2jax.evaluation.evaluate as module
 from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.evaluation.resume import read_state
 
@@ -24,15 +24,15 @@ PROGRAM = """
 import json, sys, time
 sys.path.insert(0, {tests!r})
 from tiny_models import random_model
-import gpt2jax.evaluation.evaluate as metrics
+import gpt2jax.evaluation.evaluate as module
 from gpt2jax.evaluation.evaluate import evaluate
-from test_state import LENGTH, TEXTS
+from test_evaluation_resume import LENGTH, TEXTS
 
-metrics.PIECE = 16
+module.CHUNK_SIZE = 16
 
 def texts():
     for index, text in enumerate(TEXTS):
-        if index == 70:  # in the middle of a piece
+        if index == 70:  # in the middle of a chunk
             print("killable", flush=True)
             time.sleep(60)
         yield text
@@ -45,7 +45,7 @@ def figures(result) -> str:
     return json.dumps(result.as_dict(per_document=True), sort_keys=True)
 
 
-def test_the_same_to_the_last_digit_after_a_kill(model, tmp_path, monkeypatch):
+def test_evaluate_resumed_after_a_kill_gives_the_same_to_the_last_digit(model, tmp_path, monkeypatch):
     state = tmp_path / "state.npz"
     tests = str(pathlib.Path(__file__).parents[1])
     program = PROGRAM.format(tests=tests, state=str(state))
@@ -56,10 +56,10 @@ def test_the_same_to_the_last_digit_after_a_kill(model, tmp_path, monkeypatch):
         assert process.stdout is not None and process.stdout.readline() == b"killable\n"
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    monkeypatch.setattr(metrics, "PIECE", 16)
+    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
     scored = []
-    score_piece = metrics._score_piece
-    monkeypatch.setattr(metrics, "_score_piece", lambda *a: scored.append(len(a[1])) or score_piece(*a))
+    score_chunk = module._score_chunk
+    monkeypatch.setattr(module, "_score_chunk", lambda *a: scored.append(len(a[1])) or score_chunk(*a))
     settings = {"sequence_length": LENGTH, "batch_size": 8}
     resumed = evaluate(model, iter(TEXTS), **settings, state=state, resume=True)
     assert scored == [16, 16, 4]  # 64 were done
@@ -72,18 +72,18 @@ def test_the_same_to_the_last_digit_after_a_kill(model, tmp_path, monkeypatch):
     assert scored == [] and figures(again) == figures(whole)
 
 
-def test_pieces_change_no_figure(model, monkeypatch):
+def test_evaluate_chunks_change_no_figure(model, monkeypatch):
     whole = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=8, per_token=True)
-    monkeypatch.setattr(metrics, "PIECE", 16)
-    pieces = evaluate(model, iter(TEXTS), sequence_length=LENGTH, batch_size=8, per_token=True)
-    assert whole.per_token is not None and pieces.per_token is not None
+    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
+    chunks = evaluate(model, iter(TEXTS), sequence_length=LENGTH, batch_size=8, per_token=True)
+    assert whole.per_token is not None and chunks.per_token is not None
     for name, values in vars(whole.per_token).items():
-        np.testing.assert_allclose(getattr(pieces.per_token, name), values, rtol=1e-5)
-    assert pieces.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert pieces.keras_hits == whole.keras_hits and pieces.tokens == whole.tokens
+        np.testing.assert_allclose(getattr(chunks.per_token, name), values, rtol=1e-5)
+    assert chunks.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert chunks.keras_accuracy == whole.keras_accuracy and chunks.tokens == whole.tokens
 
 
-def test_memory_does_not_grow_with_the_texts(model, monkeypatch):
+def test_evaluate_memory_does_not_grow_with_the_texts(model, monkeypatch):
     """100,000 documents: what is held is a few numbers a document, and the texts are never together."""
     alive, most, rows = 0, 0, 100_000
 
@@ -98,21 +98,24 @@ def test_memory_does_not_grow_with_the_texts(model, monkeypatch):
             nonlocal alive
             alive -= 1
 
-    def scorer(model, compute_dtype, devices):
-        def score(tokens, targets, mask):
-            loss = np.ones(tokens.shape, np.float32)
-            return loss, targets.astype(np.int32), loss
+    class Scorer:
+        num_devices = 1
 
-        return score, 1
+        def __init__(self, model, compute_dtype, devices):
+            pass
 
-    monkeypatch.setattr(metrics, "scorer", scorer)  # the device would take minutes
+        def __call__(self, batch):
+            loss = np.ones(batch["tokens"].shape, np.float32)
+            return loss, batch["targets"], loss
+
+    monkeypatch.setattr(module, "Scorer", Scorer)  # the device would take minutes
     texts = (Text([i % 290, 5, 7]) for i in range(rows))
     began = time.perf_counter()
     result = evaluate(model, texts, sequence_length=4, batch_size=512)
     assert result.documents == rows and result.tokens == 4 * rows and result.loss == 1.0
-    assert most <= 2 * metrics.PIECE and result.per_token is None
-    held = sum(value.nbytes for value in vars(result.sums).values())
-    assert held <= 90 * rows
+    assert most <= 2 * module.CHUNK_SIZE and result.per_token is None
+    held = sum(value.nbytes for value in vars(result.per_document).values())
+    assert held <= 80 * rows
     assert time.perf_counter() - began < 60
 
 
@@ -120,13 +123,13 @@ def test_memory_does_not_grow_with_the_texts(model, monkeypatch):
     ("change", "message"),
     [
         ({"sequence_length": 8}, "its sequence_length is 16, not 8"),
-        ({"windows": "disjoint"}, "its windows is 'first', not 'disjoint'"),
-        ({"texts": ["other", *TEXTS[1:4]]}, "the state is of 4 other texts"),
-        ({"texts": TEXTS[:3]}, "the state is of 4 other texts than the first 3"),
+        ({"windows": "non_overlapping"}, "its windows is 'truncate', not 'non_overlapping'"),
+        ({"texts": ["other", *TEXTS[1:4]]}, "the state file belongs to 4 other texts"),
+        ({"texts": TEXTS[:3]}, "the state file belongs to 4 other texts than the first 3"),
         ({"model": 1}, "its model is "),
     ],
 )
-def test_a_state_of_something_else(model, other_model, tmp_path, change, message):
+def test_evaluate_refuses_a_state_of_something_else(model, other_model, tmp_path, change, message):
     state = tmp_path / "state.npz"
     evaluate(model, TEXTS[:4], sequence_length=LENGTH, state=state)
     chosen = other_model if change.pop("model", 0) else model
@@ -135,13 +138,19 @@ def test_a_state_of_something_else(model, other_model, tmp_path, change, message
         evaluate(chosen, texts, **{"sequence_length": LENGTH, **change}, state=state, resume=True)
 
 
-def test_damaged_states_and_wrong_arguments(model, tmp_path):
+def test_read_state_refuses_other_files_and_versions(tmp_path):
     state = tmp_path / "state.npz"
     for content in (b"", b"PK\x03\x04 no", b"x" * 100):
         state.write_bytes(content)
-        with pytest.raises(ValueError, match="no state of an evaluation, or a damaged one"):
+        with pytest.raises(ValueError, match="is not the state of an evaluation, or it is damaged"):
             read_state(state, {})
-    with pytest.raises(ValueError, match="per_token=True"):
-        evaluate(model, TEXTS, sequence_length=LENGTH, state=state, per_token=True)
-    with pytest.raises(ValueError, match="resume=True needs"):
+    np.savez(state, about=np.array(json.dumps({"state_version": 1})))
+    with pytest.raises(ValueError, match="must have state version 2, got 1; .* start it anew"):
+        read_state(state, {})
+
+
+def test_evaluate_refuses_a_state_that_it_cannot_use(model, tmp_path):
+    with pytest.raises(ValueError, match="per_token must be False with a state file"):
+        evaluate(model, TEXTS, sequence_length=LENGTH, state=tmp_path / "state.npz", per_token=True)
+    with pytest.raises(ValueError, match="resume must be False without a state file"):
         evaluate(model, TEXTS, sequence_length=LENGTH, resume=True)

@@ -121,7 +121,7 @@ def test_keras_hub_reads_our_preset(tmp_path):
 
 
 def test_evaluate(tmp_path):
-    """The study's two figures of gpt2-mini on texts, by keras-hub's own preprocessing and `evaluate`.
+    """Compare the two Keras figures of gpt2-mini with keras-hub's own preprocessing and `evaluate`.
 
     Texts of words: keras-hub of today cuts numbers, line breaks and punctuation as Llama 3 does.
     """
@@ -139,6 +139,6 @@ def test_evaluate(tmp_path):
     )
     loss, accuracy = theirs.evaluate(texts, batch_size=8, verbose=0)
     result = gpt2jax.evaluate(ours, texts, sequence_length=32, batch_size=8)
-    assert result.tokens < result.keras_positions  # there is padding
-    assert round(accuracy * result.keras_positions) == result.keras_hits
+    assert result.keras is not None and result.tokens < result.keras.positions  # there is padding
+    assert round(accuracy * result.keras.positions) == result.keras.correct
     assert result.keras_loss == pytest.approx(loss, rel=1e-5)

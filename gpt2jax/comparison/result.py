@@ -1,0 +1,150 @@
+"""The result of a comparison as plain data: every model owns its figures. `gpt2jax.report` renders it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from gpt2jax.comparison.excerpts import Excerpts
+from gpt2jax.comparison.paired import PairedDifference, loss_standard_error
+from gpt2jax.evaluation.result import Evaluation
+
+SCHEMA = "gpt2jax.comparison"
+SCHEMA_VERSION = 2  # 1 had other names for some figures of models, and "gains" for "breakdown"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VersusBaseline:
+    """A model against the baseline.
+
+    Attributes:
+        difference: the difference of the losses and how certain it is.
+        breakdown: which tokens it comes from, see `difference_breakdown`; None if the models' tokens differ.
+        excerpts: the documents with the largest differences; None if the models' tokens differ.
+    """
+
+    difference: PairedDifference
+    breakdown: dict[str, list[dict[str, Any]]] | None
+    excerpts: Excerpts | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelResult:
+    """The figures of one model.
+
+    Attributes:
+        name: unique in the comparison.
+        info: source, parameters, adapter_rank and fingerprint, see `describe_model`.
+        evaluation: of the texts.
+        generations: one dict a prompt: model, prompt, text, seconds, tokens_per_second, token_ids, tokens,
+            finish_reason, seed, mean_logprob, distinct_1, distinct_2, distinct_3, repeated_4.
+        repetition: the figures of `repetition_by_model` over all its texts; None without generations.
+        first_call_seconds: time of the first generation, which compiles; None without generations.
+        versus_baseline: None for the baseline itself, which is the first model.
+    """
+
+    name: str
+    info: dict[str, Any]
+    evaluation: Evaluation
+    generations: list[dict[str, Any]]
+    repetition: dict[str, float | None] | None
+    first_call_seconds: float | None
+    versus_baseline: VersusBaseline | None
+
+    @property
+    def loss_standard_error(self) -> float | None:
+        """Standard error of the loss per token, over documents."""
+        return loss_standard_error(self.evaluation)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """The result of a comparison.
+
+    Attributes:
+        models: results in the given order; the first model is the baseline.
+        overlap: what the texts share with the training texts, see `text_overlap`; None without training texts.
+        settings: of the generation and the bootstrap.
+        data: number of documents and SHA-256 of the texts, and where they come from, if that was given.
+        versions: of Python, the packages and the device.
+        history: what `finetune` logged, for the training curve; or None.
+        command: the command line that made this, or None.
+    """
+
+    models: list[ModelResult]
+    overlap: dict[str, Any] | None
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    history: list[dict[str, float]] | None
+    command: str | None
+
+    @property
+    def baseline(self) -> ModelResult:
+        """The first model, which the others are compared with."""
+        return self.models[0]
+
+    @property
+    def differences(self) -> dict[str, PairedDifference]:
+        """The difference of every other model to the baseline, by name."""
+        return {m.name: m.versus_baseline.difference for m in self.models if m.versus_baseline}
+
+    def __getitem__(self, name: str) -> ModelResult:
+        """Return the result of a model by its name."""
+        return next(model for model in self.models if model.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON.
+
+        Two runs with the same seed on the same machine give the same, except under the keys `seconds` and
+        `tokens_per_second`.
+        """
+        times = [(m.name, "evaluation", m.evaluation.seconds) for m in self.models]
+        times += [(m.name, "first generation", m.first_call_seconds) for m in self.models]
+        return {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "models": [
+                {
+                    "name": model.name,
+                    **model.evaluation.as_dict(),
+                    "loss_standard_error": model.loss_standard_error,
+                    **model.info,
+                }
+                for model in self.models
+            ],
+            "paired": {name: difference.as_dict() for name, difference in self.differences.items()},
+            "breakdown": {
+                model.name: model.versus_baseline.breakdown
+                for model in self.models
+                if model.versus_baseline and model.versus_baseline.breakdown
+            },
+            "overlap": self.overlap,
+            "generations": [generation for model in self.models for generation in model.generations],
+            "repetition": {model.name: model.repetition for model in self.models if model.repetition},
+            "settings": self.settings,
+            "data": self.data,
+            "versions": self.versions,
+            "command": self.command,
+            "timing": [
+                {"model": name, "step": step, "seconds": round(seconds, 3)}
+                for name, step, seconds in times
+                if seconds is not None
+            ],
+        }
+
+    def as_json(self) -> str:
+        """Return `as_dict()` as the text of a JSON file."""
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
+        """Write `report.html`, `report.md` and `comparison.json` into a folder, and return the folder."""
+        from gpt2jax.report.save import save_report
+
+        return save_report(self, folder)
+
+    def __repr__(self) -> str:
+        losses = ", ".join(f"{model.name}: {model.evaluation.loss:.4f}" for model in self.models)
+        return f"Comparison({losses} nats per token)"

@@ -1,0 +1,124 @@
+"""Renders a comparison and writes it into a folder: one HTML file that needs nothing else, Markdown, and JSON."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from importlib import resources
+from typing import Any
+
+from gpt2jax.comparison.excerpts import END_MARK
+from gpt2jax.comparison.result import Comparison
+from gpt2jax.report import summary, tables
+from gpt2jax.report.plots import NUM_COLOURS, comparison_plots, training_plots
+from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.validation import check_path
+
+DEEPEST = 2.0  # nats: the difference from which a token has the deepest colour
+
+
+def save_report(comparison: Comparison, folder: str | pathlib.Path) -> pathlib.Path:
+    """Write `report.html`, `report.md` and `comparison.json` into a folder; all are rendered before one is written.
+
+    Returns:
+        The folder.
+    """
+    folder = check_path("folder", folder)
+    files = {
+        "report.html": render_html(comparison),
+        "report.md": render_markdown(comparison),
+        "comparison.json": comparison.as_json(),
+    }
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            # half of a surrogate pair, which a prompt may hold, cannot be written as UTF-8
+            file.write(content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return folder
+
+
+def render_html(comparison: Comparison) -> str:
+    """Return the report as one page: no script, no network, style and pictures inside."""
+
+    def finalize(value: Any) -> Any:
+        # autoescape leaves control characters, which HTML does not allow
+        is_plain = isinstance(value, str) and not hasattr(value, "__html__")
+        return (
+            re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", value)
+            if is_plain
+            else value
+        )
+
+    style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
+    return _render("report.html.j2", comparison, finalize=finalize, autoescape=True, style=style)
+
+
+def render_markdown(comparison: Comparison) -> str:
+    """Return the report as Markdown."""
+
+    def finalize(value: Any) -> Any:
+        is_plain = isinstance(value, str) and not hasattr(value, "__html__")
+        return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", value) if is_plain else value
+
+    return _render("report.md.j2", comparison, finalize=finalize, autoescape=False)
+
+
+def _render(
+    template: str, comparison: Comparison, *, finalize: Any, autoescape: bool, **variables: Any
+) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gpt2jax.report"),
+        undefined=jinja2.StrictUndefined,
+        finalize=finalize,
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"fenced": _fenced, "one_line": lambda text: re.sub(r"\s+", " ", text)}
+    for module in (tables, summary):
+        environment.globals |= {name: value for name, value in vars(module).items() if callable(value)}
+    training = training_plots(comparison.history or [])
+    return environment.get_template(template).render(
+        comparison=comparison,
+        sections=_sections(comparison, bool(training)),
+        training=training,
+        comparison_plots=comparison_plots,
+        definitions=summary.DEFINITIONS,
+        colour_depth=_colour_depth,
+        deepest=DEEPEST,
+        end_mark=END_MARK,
+        num_colours=NUM_COLOURS,
+        **variables,
+    )
+
+
+def _sections(comparison: Comparison, has_training: bool) -> dict[str, str]:
+    """Return headings by id, of the sections that have content."""
+    others = [model.versus_baseline for model in comparison.models if model.versus_baseline]
+    sections = {"figures": "Figures", "plots": f"Where the {'difference' if others else 'loss'} lies"}
+    if has_training:
+        sections["training"] = "Training"
+    if comparison.overlap is not None:
+        sections["overlap"] = "Overlap with the training texts"
+    if comparison.baseline.generations:
+        sections["texts"] = "Generated text"
+    for index, (model, versus) in enumerate(zip(comparison.models[1:], others, strict=True)):
+        if versus.excerpts and (versus.excerpts.improved or versus.excerpts.regressed):
+            sections[f"documents-{index}"] = f"Documents with the largest difference: {model.name}"
+    return sections | {"repeat": "To repeat it", "meaning": "What the figures mean"}
+
+
+def _colour_depth(difference: float) -> float:
+    """Return how deep the colour of a token is, from 0 to 1; 0 for nan."""
+    return round(min(abs(difference) / DEEPEST, 1.0), 2) if difference == difference else 0.0
+
+
+def _fenced(text: str) -> Any:
+    """Return text word for word, behind a fence longer than any within it."""
+    import markupsafe
+
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return markupsafe.Markup(f"{fence}text\n{text}\n{fence}")

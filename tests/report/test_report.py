@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import re
+
+import pytest
+from comparisons import NASTY, SETTINGS, TEXTS
+
+from gpt2jax.comparison.compare import compare
+from gpt2jax.report.plots import short_name
+from gpt2jax.report.save import save_report
+from gpt2jax.report.summary import print_comparison
+
+
+@pytest.fixture(scope="module")
+def folder(comparison, tmp_path_factory):
+    return save_report(comparison, tmp_path_factory.mktemp("comparison") / "new" / "folder")
+
+
+def test_save_report_writes_the_figures(comparison, folder):
+    assert {path.name for path in folder.iterdir()} == {"report.html", "report.md", "comparison.json"}
+    data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    assert data == json.loads(json.dumps(comparison.as_dict()))
+
+
+def test_short_name_is_one_line():
+    assert short_name("two\nlines") == "two lines" and len(short_name("long" * 9)) == 22
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a page refers to, its text and its open elements."""
+
+    VOID = {"meta", "br", "link", "img", "hr"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text, self.open, self.ids = "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+def test_render_html_needs_nothing_else_and_shows_texts_as_they_are(comparison, folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == [] and len(set(page.ids)) == len(page.ids)
+    tags = {tag for tag, _, _ in page.attributes}
+    assert tags.isdisjoint({"script", "link", "img", "iframe", "object", "b onload"})
+    references = [
+        value for _, name, value in page.attributes if name in ("href", "src", "xlink:href", "action")
+    ]
+    assert references and all(value.startswith("#") for value in references)
+    assert all(value[1:] in page.ids for value in references)
+    assert not re.findall(r"@import|url\((?!#)", text)
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+    assert ("html", "lang", "en") in page.attributes
+    shown = NASTY.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    assert page.text.count(shown) >= 4 and "\x00" not in text  # title, heading, prompts, names of models
+    for generation in (g for result in comparison.models for g in result.generations):
+        assert (
+            re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", generation["text"])
+            in page.text
+        )
+    for evaluation in (result.evaluation for result in comparison.models):
+        assert f"{evaluation.loss:.4f}" in page.text and f"{evaluation.keras_accuracy:.4f}" in page.text
+
+
+def test_render_html_is_accessible(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert text.count("<table") == text.count("<caption>") == 8
+    assert text.count("<figure>") == text.count("<figcaption>") == 9
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    headings = [int(level) for level in re.findall(r"<h(\d)", text)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(headings, headings[1:], strict=False))
+
+
+def test_render_html_pictures_take_their_colours_from_the_page(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    for picture in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        assert not re.findall(r"#[0-9a-fA-F]{6}", picture)
+        assert "DejaVu" not in picture and "<text" in picture
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_style_has_contrast_in_light_and_dark(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    schemes = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+    assert len(schemes) == 3  # light, dark, paper
+    for scheme in schemes:
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", scheme))
+        for background in ("page", "card"):
+            for name, needed in {
+                "ink": 7,
+                "muted": 4.5,
+                **{f"series-{i}": 3 for i in range(6)},
+                "better": 3,
+                "worse": 3,
+            }.items():
+                bright, dark = sorted(
+                    (luminance(colours[name]), luminance(colours[background])), reverse=True
+                )
+                assert (bright + 0.05) / (dark + 0.05) >= needed, (name, background, colours)
+
+
+def test_render_markdown_keeps_texts_and_figures(comparison, folder):
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert (
+        text.startswith("# ") and "\x00" in text
+    )  # generated text and prompts are word for word within fences
+    for line in text.splitlines():
+        if line.startswith("| "):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 5, 6, 7, 9, 13)
+    assert all(f"{result.evaluation.loss:.4f}" in text for result in comparison.models)
+
+
+def test_print_comparison_shows_every_figure(comparison):
+    from rich.console import Console
+
+    stream = io.StringIO()
+    print_comparison(comparison, Console(file=stream, width=200))
+    for evaluation in (result.evaluation for result in comparison.models):
+        assert (
+            f"{evaluation.loss:.4f}" in stream.getvalue()
+            and f"{evaluation.keras_loss:.4f}" in stream.getvalue()
+        )
+
+
+def test_save_report_leaves_no_half_file_and_takes_surrogates(model, tmp_path, monkeypatch):
+    found = compare({"a": model}, TEXTS, ["half a pair: \ud83d"], **SETTINGS)
+    found.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"report.html", "report.md", "comparison.json"}
+    monkeypatch.setattr("gpt2jax.report.save.render_markdown", lambda comparison: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        found.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
