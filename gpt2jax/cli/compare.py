@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from gpt2jax.cli.common import DataOptions, check_folder, command_line, row_length, run_command, say
 from gpt2jax.cli.finetune import default_prompts
+
+if TYPE_CHECKING:
+    from gpt2jax.data.sources import Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Options:
         models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The first is what
             the others are compared with.
         source: of the texts.
-        split: which of them; "all" for everything.
+        eval_split: which of them, with the syntax of the datasets library: test, "test[:100]", all.
         sequence_length: tokens of one row. Default: 128, or the shortest context if that is less.
         batch_size: rows at once.
         windows: "first" (the first tokens of each text, as the study did), "disjoint", "sliding" or "rolling" (all of
@@ -30,7 +33,7 @@ class Options:
         compute_dtype: operands of matrix products.
         training_data: where the models' training texts come from (as --data); the report says how much of the texts
             stands in them.
-        training_split: which of these.
+        train_split: which of these.
         prompts: prompts for the generated texts. Default: a set that suits the data.
         max_new_tokens: length of the generated texts.
         top_k: draw among so many of the likeliest tokens; 0 for all.
@@ -41,14 +44,14 @@ class Options:
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
-    split: Literal["train", "validation", "test", "all"] = "test"
+    eval_split: str = "test"
     sequence_length: int | None = None
     batch_size: int = 32
     windows: Literal["first", "disjoint", "sliding", "rolling"] = "first"
     stride: int | None = None
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     training_data: str | None = None
-    training_split: Literal["train", "validation", "test", "all"] = "train"
+    train_split: str = "train"
     prompts: tuple[str, ...] | None = None
     max_new_tokens: int = 100
     top_k: int = 5
@@ -78,7 +81,7 @@ def run(options: Options) -> None:
         )
     source = options.source.pinned()
     models = {name: load(model) for name, model in names.items()}
-    texts = source.texts(options.split, limit=source.limit)
+    texts = source.texts(options.eval_split, limit=source.limit)
     context = min(model.config.n_positions for model in models.values())
     comparison = compare(
         models,
@@ -94,7 +97,7 @@ def run(options: Options) -> None:
         top_k=options.top_k or None,
         seed=options.seed,
         command=command_line("compare"),
-        source=source.origin(options.split),
+        source=source.origin(options.eval_split),
         progress=True,
     )
     comparison.save(options.out)
@@ -103,13 +106,13 @@ def run(options: Options) -> None:
     say(console, "wrote", f"{options.out}/report.html, report.md, comparison.json")
 
 
-def training_texts(options: Options, source: DataOptions) -> Iterator[str] | None:
+def training_texts(options: Options, source: DataOptions) -> Texts | None:
     """The texts that --training-data names; from the same data set, they are of the same commit."""
     if options.training_data is None:
         return None
     if options.training_data != source.data:
         source = dataclasses.replace(source, data=options.training_data, data_revision=None)
-    return source.iterate(options.training_split)
+    return source.iterate(options.train_split)
 
 
 def named_models(arguments: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ class Options:
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
         source: of the texts.
-        split: which of them; "all" for everything.
+        eval_split: which of them, with the syntax of the datasets library: test, "test[:100]", all.
         sequence_length: tokens of one row. Default: 128, or the model's context if that is less.
         batch_size: rows at once.
         windows: "first" (the first tokens of each text, as the study did), "disjoint", "sliding" or "rolling" (all of
@@ -33,7 +33,7 @@ class Options:
 
     model: str = "gpt2-mini"
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
-    split: Literal["train", "validation", "test", "all"] = "test"
+    eval_split: str = "test"
     sequence_length: int | None = None
     batch_size: int = 32
     windows: Literal["first", "disjoint", "sliding", "rolling"] = "first"
@@ -65,7 +65,7 @@ def run(options: Options) -> None:
     model = load(options.model)
     result = evaluate(
         model,
-        source.iterate(options.split, limit=source.limit),
+        source.iterate(options.eval_split, limit=source.limit),
         sequence_length=row_length(options.sequence_length, model.config.n_positions),
         batch_size=options.batch_size,
         windows=options.windows,
@@ -87,7 +87,7 @@ def run(options: Options) -> None:
             "data": {
                 "documents": result.documents,
                 "sha256": result.data_sha256,
-                **source.origin(options.split),
+                **source.origin(options.eval_split),
             },
             "versions": versions(),
             "command": command_line("evaluate"),
@@ -120,7 +120,7 @@ def figures_table(options: Options, figures: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{options.model} on {options.source.data}, {options.split}")
+    title = Text(f"{options.model} on {options.source.data}, {options.eval_split}")
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
