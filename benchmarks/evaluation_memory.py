@@ -80,7 +80,14 @@ def evaluate(
     kill_at: float | None = None,
 ) -> tuple[float, int]:
     """Seconds and peak bytes of one run; with `kill_at`, one that is killed when its state is as large."""
-    command = [sys.executable, "-c", "from gpt2jax.cli import start; start()", "evaluate", "--split", "all"]
+    command = [
+        sys.executable,
+        "-c",
+        "from gpt2jax.cli import start; start()",
+        "evaluate",
+        "--eval-split",
+        "all",
+    ]
     command += ["--model", options.model, "--data", str(folder / "documents.jsonl")]
     command += ["--limit", str(count), *more]
     command += ["--sequence-length", str(options.sequence_length), "--batch-size", str(options.batch_size)]

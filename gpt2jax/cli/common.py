@@ -9,10 +9,13 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from gpt2jax.utils.validation import check_path
+
+if TYPE_CHECKING:
+    from gpt2jax.data.sources import Texts
 
 T = TypeVar("T")
 
@@ -145,8 +148,9 @@ class DataOptions:
 
     Attributes:
         data: "numeric-docs" (documentation of the installed numpy, jax, flax, optax), "python-docs" (of the standard
-            library), "pubmed", "arxiv", a file or folder (txt, jsonl, json, parquet, csv), or a hub data set id.
-        text_column: the column with the text, where there are several.
+            library), "pubmed", "arxiv", a file or folder (txt, jsonl, json, csv, tsv, parquet, arrow, also compressed,
+            or what datasets saved), a hub data set (owner/name), or an hf:// path.
+        text_column: the column with the text, if there are several.
         documents: what a text is in plain .txt files: "file" (all of it, cut at <|endoftext|>), "paragraph", "line".
         limit: use only the first so many documents.
         streaming: read a hub data set as it comes instead of downloading it first; so does --limit.
@@ -165,29 +169,38 @@ class DataOptions:
             raise ValueError(f"limit={self.limit} must be at least 1")
 
     def pinned(self) -> DataOptions:
-        """The same with the commit of a hub data set, so that all splits are of one and the results can name it."""
+        """Return the same with the commit of a hub data set: all splits are of it, and the results can name it."""
         from gpt2jax.data.sources import pin_revision
 
         return dataclasses.replace(self, data_revision=pin_revision(self.data, self.data_revision))
 
     def origin(self, split: str) -> dict[str, Any]:
-        """Where the texts of a split come from, for results."""
+        """Return where the texts of a split come from, for results."""
         return {"source": self.data, "split": split, "revision": self.data_revision}
 
     def texts(self, split: str, *, limit: int | None = None) -> list[str]:
-        """The texts of "train", "validation", "test" or "all", at most `limit` of them."""
+        """Return the texts of a split such as train, test[:50%] or all, at most `limit` of them."""
         return list(self.iterate(split, limit=limit))
 
-    def iterate(self, split: str, *, limit: int | None = None) -> Iterator[str]:
-        """The same one by one, never all in memory."""
-        from gpt2jax.data.sources import iterate_texts
+    def iterate(
+        self,
+        split: str,
+        *,
+        limit: int | None = None,
+        prompt_column: str | None = None,
+        completion_column: str | None = None,
+    ) -> Texts:
+        """Return the same as a stream, or prompts with completions; see `gpt2jax.data.sources.Texts`."""
+        from gpt2jax.data.sources import Texts
 
-        return iterate_texts(
+        return Texts(
             self.data,
-            split=split,
+            split,
             text_column=self.text_column,
+            prompt_column=prompt_column,
+            completion_column=completion_column,
             limit=limit,
+            documents=self.documents,
             streaming=self.streaming,
             revision=self.data_revision,
-            documents=self.documents,
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from gpt2jax.cli.common import DataOptions, check_folder, command_line, run_command, say
 from gpt2jax.cli.finetune import default_prompts
 from gpt2jax.evaluation.config import EvaluationConfig
+
+if TYPE_CHECKING:
+    from gpt2jax.data.sources import Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +25,11 @@ class Options:
         models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The others are
             compared with the first.
         source: of the texts.
-        split: part of the texts; "all" for everything.
+        eval_split: which texts, in the split syntax of `datasets`: test, "test[:100]", all.
         evaluation: settings of the evaluation. The default length is that of the shortest context, at most 128.
         training_data: where the models' training texts come from (as --data); the report then says how much of the
             texts is in them.
-        training_split: part of the training texts.
+        train_split: which training texts, in the same syntax.
         prompts: prompts for the generated texts. Default: prompts that suit the data.
         max_new_tokens: the most tokens of a generated text.
         top_k: sample from so many of the most likely tokens; 0 for all.
@@ -37,10 +40,10 @@ class Options:
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
-    split: Literal["train", "validation", "test", "all"] = "test"
+    eval_split: str = "test"
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
     training_data: str | None = None
-    training_split: Literal["train", "validation", "test", "all"] = "train"
+    train_split: str = "train"
     prompts: tuple[str, ...] | None = None
     max_new_tokens: int = 100
     top_k: int = 5
@@ -70,7 +73,7 @@ def run(options: Options) -> None:
         )
     source = options.source.pinned()
     models = {name: load(model) for name, model in names.items()}
-    texts = source.texts(options.split, limit=source.limit)
+    texts = source.texts(options.eval_split, limit=source.limit)
     comparison = compare(
         models,
         texts,
@@ -81,7 +84,7 @@ def run(options: Options) -> None:
         top_k=options.top_k or None,
         seed=options.seed,
         command=command_line("compare"),
-        source=source.origin(options.split),
+        source=source.origin(options.eval_split),
         progress=True,
     )
     comparison.save(options.out)
@@ -90,13 +93,13 @@ def run(options: Options) -> None:
     say(console, "wrote", f"{options.out}/report.html, report.md, comparison.json")
 
 
-def training_texts(options: Options, source: DataOptions) -> Iterator[str] | None:
+def training_texts(options: Options, source: DataOptions) -> Texts | None:
     """Return the texts of --training-data; those of the same data set are from the same commit."""
     if options.training_data is None:
         return None
     if options.training_data != source.data:
         source = dataclasses.replace(source, data=options.training_data, data_revision=None)
-    return source.iterate(options.training_split)
+    return source.iterate(options.train_split)
 
 
 def named_models(arguments: Sequence[str]) -> dict[str, str]:

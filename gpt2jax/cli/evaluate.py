@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -21,7 +21,7 @@ class Options:
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
         source: of the texts.
-        split: part of the texts; "all" for everything.
+        eval_split: which texts, in the split syntax of `datasets`: test, "test[:100]", all.
         evaluation: settings of the evaluation.
         seed: has no effect; every command takes it, and an evaluation draws nothing at random.
         out: a file (*.json) for the figures, or a folder for evaluation.json and the state that --resume needs.
@@ -31,7 +31,7 @@ class Options:
 
     model: str = "gpt2-mini"
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
-    split: Literal["train", "validation", "test", "all"] = "test"
+    eval_split: str = "test"
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
     seed: int = 0
     out: pathlib.Path | None = None
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     model = load(options.model)
     result = evaluate(
         model,
-        source.iterate(options.split, limit=source.limit),
+        source.iterate(options.eval_split, limit=source.limit),
         options.evaluation,
         state=state,
         resume=options.resume,
@@ -77,7 +77,7 @@ def run(options: Options) -> None:
             "data": {
                 "documents": result.documents,
                 "sha256": result.data_sha256,
-                **source.origin(options.split),
+                **source.origin(options.eval_split),
             },
             "versions": versions(),
             "command": command_line("evaluate"),
@@ -110,7 +110,7 @@ def figures_table(options: Options, figures: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{options.model} on {options.source.data}, {options.split}")
+    title = Text(f"{options.model} on {options.source.data}, {options.eval_split}")
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from gpt2jax.cli.common import (
@@ -48,13 +48,16 @@ class Options:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
         init: "random" trains a model of that name's shape from scratch.
         source: of the texts.
+        train_split: what is trained on, with the syntax of the datasets library: train, "train[:50%]", train+test.
+        validation_split: what is evaluated during the training.
+        eval_split: what the comparison is made on.
         out: folder for metrics, checkpoints, the model and the report. Default: runs/MODEL-DATA.
         resume: go on where a killed or interrupted run in that folder stopped.
         overwrite: delete the run that the folder holds.
         steps: optimizer steps. Default: 40 for numeric-docs, else as many as make --epochs.
         layout: "windows" trains on every token; "packed" too, with several texts in a row kept apart; "documents" on
             the first tokens of each text, as the study did. Default: "documents" for pubmed and arxiv, else "windows".
-        prompt_column: column whose texts are context only, with --completion-column; of files of one's own.
+        prompt_column: column whose texts are context only, with --completion-column.
         completion_column: column whose texts are learned.
         cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
         lora: train low-rank adapters instead of all parameters.
@@ -77,6 +80,9 @@ class Options:
     model: str = "gpt2-mini"
     init: Literal["pretrained", "random"] = "pretrained"
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
+    train_split: str = "train"
+    validation_split: str = "validation"
+    eval_split: str = "test"
     out: pathlib.Path | None = None
     resume: bool = False
     overwrite: bool = False
@@ -125,9 +131,9 @@ def run(options: Options) -> None:
     # refuse before anything long begins
     RunFolder(output, resume=options.resume, overwrite=options.overwrite)
     check_folder(output)
-    train_texts = _texts(options, "train", limit=options.source.limit)
-    validation_texts = _texts(options, "validation", limit=options.eval_documents)
-    test_texts = _texts(options, "test", limit=options.eval_documents) if options.compare else []
+    train_texts = _texts(options, options.train_split, limit=options.source.limit)
+    validation_texts = _texts(options, options.validation_split, limit=options.eval_documents)
+    test_texts = _texts(options, options.eval_split, limit=options.eval_documents) if options.compare else []
     count = f"{len(train_texts):,} documents" if isinstance(train_texts, list) else "documents as they come"
     say(
         console,
@@ -150,7 +156,7 @@ def run(options: Options) -> None:
         output=output,
         resume=options.resume,
         overwrite=options.overwrite,
-        source=options.source.origin("train"),
+        source=options.source.origin(options.train_split),
     )
     if options.compare:
         if config.base_dtype is not None:
@@ -196,47 +202,28 @@ def _compare(
         seed=options.train.seed,
         history=result.history,
         command=command_line("finetune"),
-        source=options.source.origin("test"),
+        source=options.source.origin(options.eval_split),
     )
     if not console.quiet:  # of several processes all compute it, so that none waits for another one
         comparison.save(result.output)
     print_comparison(comparison, console)
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamedTexts:
-    """The texts of a split, read anew each time that they are walked through; never all in memory."""
-
-    source: DataOptions
-    split: str
-    limit: int | None
-
-    def __iter__(self) -> Iterator[str]:
-        return self.source.iterate(self.split, limit=self.limit)
-
-    @property
-    def fingerprint(self) -> str | None:
-        """What the texts follow from, of a data set of the hub, whose commit is known; None for what may change."""
-        return None if self.source.data_revision is None else repr(self)
-
-
 def _texts(options: Options, split: str, *, limit: int | None) -> Any:
-    """A list of texts, or of prompts with completions; what is to be streamed only where it is trained on."""
-    if options.prompt_column is not None or options.completion_column is not None:
-        from gpt2jax.data.pairs import load_pairs
+    """Return texts, or prompts with completions: a list, or a stream for --streaming where it is trained on."""
+    texts = options.source.iterate(
+        split,
+        limit=limit,
+        prompt_column=options.prompt_column,
+        completion_column=options.completion_column,
+    )
+    return texts if options.source.streaming and split == options.train_split else list(texts)
 
-        columns = options.prompt_column, options.completion_column
-        return load_pairs(options.source.data, *columns, split=split, limit=limit)
-    if options.source.streaming and split == "train":
-        return StreamedTexts(options.source, split, limit)
-    return options.source.texts(split, limit=limit)
 
-
-def _plain(texts: Any) -> Any:
-    """Prompts and completions as single texts."""
-    if isinstance(texts, list) and texts and isinstance(texts[0], dict):
-        return [text["prompt"] + text["completion"] for text in texts]
-    return texts
+def _plain(texts: Iterable[Any]) -> Iterable[Any]:
+    """Return prompts with completions as single texts."""
+    plain = (text["prompt"] + text["completion"] if isinstance(text, dict) else text for text in texts)
+    return list(plain) if isinstance(texts, list) else plain
 
 
 def _rank(text: str) -> tuple[str, int]:

@@ -15,8 +15,8 @@ class Documents:
     Attributes:
         tokens: [total] uint16 or int32, without end tokens; may be memory-mapped.
         offsets: [n + 1] int64; document i is `tokens[offsets[i]:offsets[i + 1]]`.
-        prompts: [n] int64, how many leading tokens of each document are context only: never a label that counts.
-            None: no document has any.
+        prompts: [n] int64, how many leading tokens of each document are context only, never labels.
+            None if no document has any.
     """
 
     tokens: np.ndarray
@@ -31,12 +31,12 @@ class Documents:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[n] number of tokens of each document."""
+        """Count the tokens of each document: [n]."""
         return np.diff(self.offsets)
 
     @property
     def sha256(self) -> str:
-        """Digest (hex) of ids, borders and prompts."""
+        """Return the SHA-256 (hex) of ids, offsets and prompts."""
         arrays = [self.tokens, self.offsets, *([] if self.prompts is None else [self.prompts])]
         digest = hashlib.sha256()
         for array in arrays:
@@ -45,12 +45,12 @@ class Documents:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest dtype that documents of such a vocabulary are kept in."""
+    """Return the smallest dtype that documents of a vocabulary are stored in."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 def to_offsets(lengths: np.ndarray) -> np.ndarray:
-    """[n] lengths -> [n + 1] where each document begins, and the end."""
+    """Return where each document begins, and the end: [n] lengths -> [n + 1]."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets

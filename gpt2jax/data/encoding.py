@@ -9,21 +9,22 @@ from typing import Any
 import numpy as np
 
 from gpt2jax.data.documents import token_dtype
+from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.utils.progress import tokenization_progress
 
-# texts are encoded in pieces of about so many characters: enough for every core, and little to hold
-PIECE = 1 << 22
+# characters of the texts that are encoded at once: enough for every core, and little to hold
+CHUNK_SIZE = 1 << 22
 
 
-def write_pieces(
+def write_chunks(
     texts: Iterable[Any],
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     vocab_size: int,
     write: Callable[[np.ndarray], Any],
     *,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Encodes texts piece by piece and hands the ids of each piece to `write`.
+    """Encode texts chunk by chunk and hand the ids of each chunk to `write`.
 
     Returns:
         ([n] lengths, [n] prompt lengths or None).
@@ -35,39 +36,39 @@ def write_pieces(
     prompts: list[np.ndarray] = []
     done = 0
     with tokenization_progress(texts, show=progress) as count:
-        for piece, characters in cut_in_pieces(texts):
-            rows, prompt_lengths = _encode(piece, tokenizer, first=done)
+        for chunk, characters in iter_chunks(texts):
+            rows, prompt_lengths = _encode(chunk, tokenizer, first=done)
             sizes = np.fromiter(map(len, rows), np.int64, len(rows))
             ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64, sizes.sum())
             _check_range(ids, sizes, vocab_size, first=done)
             write(ids.astype(token_dtype(vocab_size)))
             lengths.append(sizes)
             prompts.append(prompt_lengths)
-            done += len(piece)
-            count(len(piece), characters, len(ids))
+            done += len(chunk)
+            count(len(chunk), characters, len(ids))
     if not done:
         raise ValueError("there are no texts: the data set is empty")
     all_prompts = np.concatenate(prompts)
     return np.concatenate(lengths), all_prompts if all_prompts.any() else None
 
 
-def cut_in_pieces(texts: Iterable[Any]) -> Iterator[tuple[list[Any], int]]:
-    """Lists of texts of about `PIECE` characters together, and how many these are."""
-    piece: list[Any] = []
+def iter_chunks(texts: Iterable[Any]) -> Iterator[tuple[list[Any], int]]:
+    """Yield lists of texts of about `CHUNK_SIZE` characters (or token ids) in total, each with that total."""
+    chunk: list[Any] = []
     size = 0
     for text in texts:
-        piece.append(text)
+        chunk.append(text)
         parts = text.values() if isinstance(text, Mapping) else (text,)
         size += sum(len(part) if hasattr(part, "__len__") else 1 for part in parts)
-        if size >= PIECE:
-            yield piece, size
-            piece, size = [], 0
-    if piece:
-        yield piece, size
+        if size >= CHUNK_SIZE:
+            yield chunk, size
+            chunk, size = [], 0
+    if chunk:
+        yield chunk, size
 
 
-def _encode(texts: list[Any], tokenizer: Any, *, first: int) -> tuple[list[Any], np.ndarray]:
-    """([n] ids of each text, [n] how many of them are its prompt)."""
+def _encode(texts: list[Any], tokenizer: Tokenizer | None, *, first: int) -> tuple[list[Any], np.ndarray]:
+    """Return ([n] ids of each text, [n] how many of them are its prompt); `first` numbers the texts in errors."""
     parts: list[Any] = []
     for index, text in enumerate(texts, start=first):
         if text is None:  # a null in a column
@@ -92,7 +93,7 @@ def _encode(texts: list[Any], tokenizer: Any, *, first: int) -> tuple[list[Any],
 
 
 def prompt_and_completion(text: Mapping[str, Any], index: int) -> tuple[Any, Any]:
-    """The two parts of text number `index`.
+    """Return the two parts of text number `index`.
 
     Raises:
         ValueError: one of them is missing.
@@ -105,6 +106,7 @@ def prompt_and_completion(text: Mapping[str, Any], index: int) -> tuple[Any, Any
 
 
 def _check_range(ids: np.ndarray, sizes: np.ndarray, vocab_size: int, *, first: int) -> None:
+    """Raise ValueError for an id outside of the vocabulary, with the number of its text."""
     bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if bad.size:
         text = first + int(np.searchsorted(np.cumsum(sizes), bad[0], side="right"))
@@ -113,7 +115,8 @@ def _check_range(ids: np.ndarray, sizes: np.ndarray, vocab_size: int, *, first: 
         )
 
 
-def _as_ids(text: Any, index: int, tokenizer: Any) -> Sequence[int] | np.ndarray:
+def _as_ids(text: Any, index: int, tokenizer: Tokenizer | None) -> Sequence[int] | np.ndarray:
+    """Return the ids of one text, which may be ids already."""
     if isinstance(text, str):
         if tokenizer is None:
             raise ValueError("the model has no tokenizer: pass texts as lists of token ids")

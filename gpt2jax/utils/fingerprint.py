@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,10 +37,20 @@ def data_fingerprint(texts: Sequence[Any]) -> str:
 
 
 def add_text(digest: Any, text: Any) -> None:
-    """Feeds one text, a string or token ids, to the hash of `data_fingerprint`."""
+    """Feed one text to the hash of `data_fingerprint`: a string, token ids, or a dict of two of these."""
+    if isinstance(text, Mapping):
+        for name, part in text.items():
+            digest.update(f"{name}: ".encode())
+            add_text(digest, part)
+        return
+    kind = int(isinstance(text, str))
     if isinstance(text, str):
         data = text.encode("utf-8", "surrogatepass")
     else:
-        data = np.asarray(text, "<i8").tobytes()
-    digest.update(f"{isinstance(text, str):d} {len(data)}\n".encode())
+        ids = np.asarray(text)
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):  # not a text, which tokenization will say
+            kind, data = 2, repr(text).encode()
+        else:
+            data = ids.astype("<i8").tobytes()
+    digest.update(f"{kind} {len(data)}\n".encode())
     digest.update(data)

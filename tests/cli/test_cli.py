@@ -20,7 +20,7 @@ from rich.console import Console
 import gpt2jax
 from gpt2jax.cli import compare, evaluate, finetune, main
 from gpt2jax.cli.common import DataOptions, run_command, say
-from gpt2jax.cli.finetune import Options, StreamedTexts, finetune_config
+from gpt2jax.cli.finetune import Options, finetune_config
 from gpt2jax.data import sources
 from gpt2jax.lora.adapters import LoRAConfig
 from gpt2jax.train.stopping import Interrupted
@@ -104,7 +104,7 @@ def test_adapters_on_a_rounded_base(texts, tmp_path, monkeypatch):
 
 
 def test_evaluate(run, texts, tmp_path, capsys):
-    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--split", "test"]
+    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--eval-split", "test"]
     main(["evaluate", "--model", str(run), *data, "--out", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     compared = json.loads((run / "comparison.json").read_text())["models"][1]
@@ -117,7 +117,7 @@ def test_evaluate(run, texts, tmp_path, capsys):
 def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monkeypatch):
     """A seeded repeat is the same file but for times, wherever it is written."""
     models = ["gpt2-mini", f"mine={run}", f"copy={run / 'model'}"]
-    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--split", "test"]
+    data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--eval-split", "test"]
     arguments = ["compare", *models, *data, "--max-new-tokens", "4", "--prompts", "the", "", "--seed", "3"]
     found = []
     for name in ("one", "two"):
@@ -178,7 +178,7 @@ def test_all_splits_are_of_the_commit_that_a_name_has_at_first(monkeypatch):
     assert pinned.origin("test") == {"source": "pubmed", "split": "test", "revision": "c" * 40}
     options = compare.Options(("a", "b"), source=pinned, training_data="pubmed")
     read = []
-    monkeypatch.setattr(sources, "iterate_texts", lambda source, **o: read.append((source, o["revision"])))
+    monkeypatch.setattr(sources, "Texts", lambda source, split, **o: read.append((source, o["revision"])))
     compare.training_texts(options, pinned)
     compare.training_texts(dataclasses.replace(options, training_data="other/data"), pinned)
     assert read == [("pubmed", "c" * 40), ("other/data", None)]
@@ -367,11 +367,12 @@ def test_a_run_that_ends_early_is_one_line_and_a_code(capsys, error, code):
     assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"
 
 
-def test_streamed_texts_of_the_hub_say_what_they_follow_from():
+def test_data_options_streams_of_the_hub_have_a_fingerprint():
     here, hub = DataOptions(data="my.jsonl"), DataOptions(data="a/b", data_revision="c" * 40)
-    assert StreamedTexts(here, "train", None).fingerprint is None  # a file may change
+    assert here.iterate("train").fingerprint is None  # a file may change
     names = [
-        StreamedTexts(hub, *rest).fingerprint for rest in (("train", None), ("test", None), ("train", 3))
+        hub.iterate(split, limit=limit).fingerprint
+        for split, limit in (("train", None), ("test", None), ("train", 3))
     ]
     assert len(set(names)) == 3 and all("c" * 40 in str(name) for name in names)
 

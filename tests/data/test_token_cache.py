@@ -47,7 +47,7 @@ def assert_same(a, b) -> None:
     ],
 )
 def test_cached_is_what_is_not_cached(tmp_path, monkeypatch, texts, vocab_size):
-    monkeypatch.setattr(documents_module, "PIECE", 10)  # several pieces
+    monkeypatch.setattr(documents_module, "CHUNK_SIZE", 10)  # several pieces
     tokenizer = Counting()
     expected = tokenize_documents(texts, tokenizer, vocab_size=vocab_size)
     first = tokenize_documents(texts, tokenizer, vocab_size=vocab_size, cache=tmp_path)
@@ -139,7 +139,7 @@ def test_two_runs_at_once(tmp_path):
 
 def test_more_than_the_memory(tmp_path, monkeypatch):
     """Texts of 24 MB, tokenized and cut into batches with less than 6 MB at once."""
-    monkeypatch.setattr(documents_module, "PIECE", 1 << 16)
+    monkeypatch.setattr(documents_module, "CHUNK_SIZE", 1 << 16)
     ids = np.arange(1000) % 250
 
     def texts() -> Iterator[np.ndarray]:

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import zipfile
+
+import pytest
+from sample_files import TEXTS, json_lines, write
+
+from gpt2jax.data.docs_corpus import SPLITS
+from gpt2jax.data.sources import load_texts
+from gpt2jax.data.splits import split_by_content
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "validation.jsonl", "test.jsonl"),
+        ("train.txt", "val.txt", "test.txt"),
+        ("my-train.jsonl", "my-dev.jsonl", "my.test.jsonl"),
+        ("train-00000-of-00001.json", "valid-00000-of-00001.json", "test-00000-of-00001.json"),
+        ("train/a.jsonl", "valid/a.jsonl", "test/a.jsonl"),
+        ("data/Training/a.jsonl", "data/eval/a.jsonl", "data/testing/a.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_splits_by_name(tmp_path, names, packed):
+    folder = tmp_path / "papers"
+    for name, split in zip(names, SPLITS, strict=True):
+        write(folder / name, json_lines([split, split + " 2"]))
+    write(folder / "vocab", "ignored")
+    write(folder / "notes.jsonl", json_lines(["belongs to no split"]))
+    write(folder / ".hidden" / "train.jsonl", json_lines(["hidden"]))
+    source = folder
+    if packed:
+        source = tmp_path / "papers.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            for file in folder.rglob("*.*"):
+                if file.is_file():
+                    archive.write(file, file.relative_to(tmp_path))
+            archive.writestr("__MACOSX/papers/._train.jsonl", b"\x00")
+    for split in SPLITS:
+        assert load_texts(source, split=split) == [split, split + " 2"]
+    assert load_texts(source, split="all", limit=3) == ["train", "train 2", "validation"]
+
+
+def test_files_are_read_in_order_of_their_names(tmp_path):
+    for number in (2, 0, 1):
+        write(tmp_path / "c" / f"train-0000{number}-of-00003.jsonl", json_lines([str(number)]))
+    assert load_texts(tmp_path / "c") == ["0", "1", "2"]
+
+
+def test_missing_split_names_those_there_are(tmp_path):
+    write(tmp_path / "c" / "train.jsonl", json_lines(TEXTS))
+    with pytest.raises(ValueError, match="c: there is no split 'test'; known: train"):
+        load_texts(tmp_path / "c", split="test")
+    with pytest.raises(ValueError, match="train.jsonl: there is no split 'validation'; known: train"):
+        load_texts(tmp_path / "c" / "train.jsonl", split="validation")
+    assert load_texts(tmp_path / "c" / "train.jsonl", split="train") == TEXTS
+
+
+@pytest.mark.parametrize(
+    "name", ["contest.jsonl", "training_of_dogs_in_general.jsonl", "latest-test-of-x.jsonl"]
+)
+def test_words_inside_a_name_tell_nothing(tmp_path, name):
+    path = write(tmp_path / name, json_lines([f"text {i}" for i in range(40)]))
+    if name.startswith("training"):
+        assert len(load_texts(path)) == 40  # at its begin a word does tell
+    else:
+        assert len(load_texts(path)) == 36
+
+
+@pytest.mark.parametrize("number", [3, 19, 100, 399, 400, 5000])
+def test_split_by_hash_is_a_partition(number):
+    texts = [f"text {i}" for i in range(number)]
+    parts = {split: list(split_by_content(iter(texts), split)) for split in SPLITS}
+    assert sorted(sum(parts.values(), [])) == sorted(texts)
+    for split, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
+        assert parts[split]
+        assert abs(len(parts[split]) - share * number) <= max(2, 0.02 * number)
+        assert parts[split] == [text for text in texts if text in set(parts[split])]  # order kept
+    if number >= 400:  # a text's split is a matter of the text alone
+        fewer = list(split_by_content(texts[: number - 1] + ["other"] * 10, "test"))
+        assert set(parts["test"]) - set(fewer) <= {texts[-1]}
+
+
+@pytest.mark.parametrize("number", [10, 600])
+def test_equal_texts_are_in_one_split(number):
+    texts = [f"text {i % (number // 2)}" for i in range(number)]
+    parts = [set(split_by_content(iter(texts), split)) for split in SPLITS]
+    assert all(parts)
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+
+
+def test_a_book_is_cut_by_position(tmp_path):
+    book = "".join(f"This is line {i} of the book.\n" for i in range(1000))
+    path = write(tmp_path / "book.txt", book)
+    parts = [load_texts(path, split=split) for split in SPLITS]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert "".join(part[0] for part in parts) == book
+    assert all(part[0].endswith(".\n") for part in parts)
+    assert len(parts[0][0]) == pytest.approx(0.9 * len(book), rel=0.01)
+    assert len(parts[1][0]) == pytest.approx(0.05 * len(book), rel=0.05)
+
+
+@pytest.mark.parametrize("text", ["word " * 1000, "x" * 1000, "ab"])
+def test_cuts_lose_nothing(text):
+    assert "".join("".join(split_by_content([text], split)) for split in SPLITS) == text
+
+
+# The syntax of `datasets`
+
+
+def numbered(number: int) -> list[str]:
+    return [f"text {i}" for i in range(number)]
+
+
+def test_split_syntax_slices_files(tmp_path):
+    texts = numbered(20)
+    write(tmp_path / "c" / "train.jsonl", json_lines(texts))
+    write(tmp_path / "c" / "test.jsonl.", "not a known format")
+    write(tmp_path / "c" / "dev.csv", "text\na\nb\n")
+    found = {
+        split: load_texts(tmp_path / "c", split)
+        for split in (
+            "train[:50%]",
+            "train[25%:75%]",
+            "train[-10%:]",
+            "train[:3]",
+            "train[-3:]",
+            "train[5:7]",
+        )
+    }
+    assert list(found.values()) == [texts[:10], texts[5:15], texts[18:], texts[:3], texts[-3:], texts[5:7]]
+    assert load_texts(tmp_path / "c", "train[:2]+validation") == ["text 0", "text 1", "a", "b"]
+    assert load_texts(tmp_path / "c", "validation + train[19:]") == ["a", "b", "text 19"]
+    assert load_texts(tmp_path / "c", "all[20:]") == ["a", "b"]
+    assert load_texts(tmp_path / "c", "train[15:100]") == texts[15:]  # as many as there are
+    assert load_texts(tmp_path / "c", "train[:50%]", limit=2) == texts[:2]
+
+
+@pytest.mark.parametrize("number", [40, 500])
+def test_split_syntax_slices_splits_by_content(tmp_path, number):
+    path = write(tmp_path / "a.jsonl", json_lines(numbered(number)))
+    train, test = load_texts(path), load_texts(path, "test")
+    assert load_texts(path, "train[:50%]") == train[: round(len(train) / 2)]
+    assert load_texts(path, "train[50%:]") == train[round(len(train) / 2) :]
+    assert load_texts(path, "train+test") == train + test
+    assert load_texts("python-docs", "test[:2]") == load_texts("python-docs", "test")[:2]
+
+
+def test_split_syntax_reads_no_more_than_it_needs(tmp_path):
+    path = write(tmp_path / "train.jsonl", json_lines(TEXTS) + "broken\n")
+    assert load_texts(path, "train[:3]") == TEXTS[:3]
+    assert load_texts(path, "train[1:2]+train[:1]") == [TEXTS[1], TEXTS[0]]
+    with pytest.raises(ValueError, match="line 6 is not JSON"):
+        load_texts(path, "train[:50%]")  # needs the length
+
+
+@pytest.mark.parametrize("split", ["train[", "train[:150%]", "train[50]", "", "tr ain", None, 3])
+def test_split_syntax_errors_are_one_line(tmp_path, split):
+    with pytest.raises(ValueError, match="split must be a split such as train, .* got ") as caught:
+        load_texts(write(tmp_path / "a.jsonl", json_lines(TEXTS)), split)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_or_empty_split_is_named(tmp_path):
+    path = write(tmp_path / "train.jsonl", json_lines(TEXTS))
+    with pytest.raises(ValueError, match="there is no split 'trian'; did you mean 'train'"):
+        load_texts(path, "trian")
+    with pytest.raises(ValueError, match="there is no split 'test'; known: train, all"):
+        load_texts(path, "train+test")
+    with pytest.raises(ValueError, match=r"has no texts in its train\[:0\] split"):
+        load_texts(path, "train[:0]")
