@@ -176,7 +176,7 @@ def test_smallest_vocabulary_gives_bytes():
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 50258])
 def test_impossible_vocabulary_size(vocab_size):
-    with pytest.raises(ValueError, match=f"vocab_size={vocab_size}.*257"):
+    with pytest.raises(ValueError, match=f"vocab_size must be .*257 to 50257, got {vocab_size}"):
         Tokenizer.gpt2(vocab_size)
 
 
@@ -241,9 +241,9 @@ def test_batch_is_the_single_encoding_in_order():
 
 def test_wrong_types_are_named():
     tokenizer = Tokenizer.gpt2()
-    with pytest.raises(TypeError, match="int: 3"):
+    with pytest.raises(TypeError, match="text must be a str, got 3"):
         tokenizer.encode(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(TypeError, match="got None"):
         tokenizer.encode_batch(["a", None])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="use encode"):
         tokenizer.encode_batch("text")
@@ -251,7 +251,7 @@ def test_wrong_types_are_named():
 
 @pytest.mark.parametrize("id_", [-1, 4096, 10**12])
 def test_decoding_names_an_id_out_of_range(id_):
-    with pytest.raises(ValueError, match=f"token id {id_} .* 0 to 4095"):
+    with pytest.raises(ValueError, match=f"token id must be in the vocabulary, 0 to 4095, got {id_}"):
         Tokenizer.gpt2(4096).decode([5, id_])
 
 
