@@ -153,7 +153,7 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
         (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--sequence-length", "0"], "sequence_length=0 must be a whole number of at least 2"),
-        (["evaluate", "--model", "gpt2-minni"], "unknown model 'gpt2-minni'; known: gpt2,"),
+        (["evaluate", "--model", "gpt2-minni"], "there is no model 'gpt2-minni'; did you mean 'gpt2-mini'"),
         (["evaluate", "--data-revision", "main"], "is not on the hub: it has no revision 'main'"),
     ],
 )

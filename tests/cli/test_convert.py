@@ -128,15 +128,23 @@ def test_an_adapter_of_keras_becomes_one_of_peft(capsys, tmp_path, run_folder):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("gpt3", [], "unknown model 'gpt3'"),
+        ("gpt3", [], "there is no model 'gpt3'; did you mean 'gpt2'"),
         (GOLDEN / "nothing", [], "there is no model at"),
         (GOLDEN / "tokenizer.json", [], "no weights of a known format"),
         (GOLDEN / "peft", [], "load the model that they are for"),
         (GOLDEN / "hf-tied", ["--format", "peft"], "has no adapters"),
-        (GOLDEN / "hf-tied", ["--format", "keras", "--dtype", "float16"], "is written in float32"),
-        (GOLDEN / "hf-relu-bfloat16", ["--format", "keras"], "activation_function='relu'"),
+        (
+            GOLDEN / "hf-tied",
+            ["--format", "keras", "--dtype", "float16"],
+            "dtype must be float32 for",
+        ),
+        (
+            GOLDEN / "hf-relu-bfloat16",
+            ["--format", "keras"],
+            "activation_function must be 'gelu_new' in",
+        ),
         (GOLDEN / "hf-tied", ["--adapter", "nowhere"], "no adapter folder at nowhere"),
-        (GOLDEN / "hf-tied", ["--adapter", GOLDEN / "hf-tied"], "is no PEFT folder"),
+        (GOLDEN / "hf-tied", ["--adapter", GOLDEN / "hf-tied"], "is not a PEFT folder"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, source, options, message):

@@ -83,7 +83,10 @@ def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
 
 
 def test_wrong_targets(tmp_path):
-    with pytest.raises(ValueError, match="mode='a'"), atomic_write(tmp_path / "a", "a"):
+    with (
+        pytest.raises(ValueError, match="mode must be one of w, wb, got 'a'"),
+        atomic_write(tmp_path / "a", "a"),
+    ):
         pass
     with pytest.raises(IsADirectoryError, match="is a folder"), atomic_write(tmp_path):
         pass

@@ -13,7 +13,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import abstract_params
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.weights.formats import load_weights
-from gpt2jax.weights.keras_preset import save_keras
+from gpt2jax.weights.keras import save_keras
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TINY = GPT2Config(vocab_size=300, n_positions=16, n_embd=24, n_layer=3, n_head=2, n_inner=40)

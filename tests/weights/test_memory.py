@@ -14,7 +14,7 @@ import pytest
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import abstract_params
 from gpt2jax.weights.hf import RULES, save_hf
-from gpt2jax.weights.keras_preset import save_keras
+from gpt2jax.weights.keras import save_keras
 from gpt2jax.weights.mapping import file_shapes
 
 # 106 million bytes, of which the embedding has a third

@@ -145,16 +145,13 @@ def test_dora_in_some_blocks_leaves_the_others_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"layers_to_transform": [0, 1]}, "h.2.attn.c_attn: has tensors, but is none of target_modules"),
-        ({"layers_to_transform": 1, "layers_pattern": "h"}, "h.0.mlp.c_proj: has tensors"),
-        ({"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, "h.0.attn.c_attn: has tensors"),
-        ({"layers_to_transform": ["0"]}, "layers_to_transform=['0'] must be the numbers of layers"),
-        ({"target_modules": ["c_attn"]}, "h.1.mlp.c_proj: has tensors"),
+        ({"layers_to_transform": [0, 1]}, "h.2.attn.c_attn: has tensors, but target_modules and layers_to_"),
+        ({"layers_to_transform": 1}, "h.0.mlp.c_proj: has tensors"),
+        ({"layers_to_transform": "0"}, "layers_to_transform must be a whole number or a list or null"),
+        ({"target_modules": ["c_attn"]}, "h.1.mlp.c_proj: has tensors, but target_modules do not name it"),
         ({"target_modules": ["c_attn", "mlp.c_proj", "c_fc"]}, "h.0.mlp.c_fc: has no tensors"),
-        ({"target_modules": "all-linear"}, "h.2.attn.c_proj: has no tensors, but is one of"),
-        ({"target_modules": r"h\.\d\.attn\.c_attn"}, "h.0.mlp.c_proj: has tensors"),
-        ({"target_modules": "(c_attn"}, "target_modules='(c_attn' is not a regular expression"),
-        ({"target_modules": 5}, "target_modules=5 must be a text or a list of texts"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0, 2]}, "h.1.attn.c_attn: has tensors"),
+        ({"target_modules": 5}, "target_modules must be a text or a list or null, got 5"),
         ({"exclude_modules": ["h.0.mlp.c_proj"]}, "h.0.mlp.c_proj: has tensors"),
     ],
 )
@@ -165,9 +162,14 @@ def test_settings_that_contradict_the_tensors(saved, changes, named):
 
 
 @pytest.mark.parametrize(
-    "targets", [None, r".*(c_attn|mlp\.c_proj)", "((.*)*)*c_attn", ["transformer.h.0.attn.c_attn", "h.1.attn.c_attn",
-    "2.attn.c_attn", "mlp.c_proj"]]
-)  # fmt: skip
+    "targets",
+    [
+        None,
+        r".*(c_attn|mlp\.c_proj)",
+        r".*h\.[0-2]\..*c_(attn|proj)",
+        ["transformer.h.0.attn.c_attn", "h.1.attn.c_attn", "2.attn.c_attn", "mlp.c_proj"],
+    ],
+)
 def test_settings_that_agree_or_say_nothing(saved, targets):
     edit_config(saved, target_modules=targets)
     assert read_adapter(saved, TINY)[0].targets == LORA.targets
@@ -175,7 +177,7 @@ def test_settings_that_agree_or_say_nothing(saved, targets):
 
 def test_adapters_of_fewer_layers_than_the_model_has(saved):
     deeper = dataclasses.replace(TINY, n_layer=5)
-    with pytest.raises(ValueError, match=r"h\.3\.attn\.c_attn: has no tensors, but is one of target_modules"):
+    with pytest.raises(ValueError, match=r"h\.3\.attn\.c_attn: has no tensors, but target_modules name it"):
         read_adapter(saved, deeper)
 
 
@@ -232,7 +234,7 @@ def test_what_is_not_supported_is_refused_by_name(saved, changes):
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match="adapter_config.json") as info:
         read_adapter(saved, TINY)
-    assert f"{next(iter(changes)).removeprefix('lora_')}=" in str(info.value)
+    assert next(iter(changes)).removeprefix("lora_") in str(info.value)
 
 
 def test_all_problems_come_together(saved):
@@ -277,7 +279,7 @@ def test_paths_that_hold_no_adapter(tmp_path, saved):
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         read_adapter(tmp_path, TINY)
     (saved / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is damaged: it is not JSON"):
         read_adapter(saved, TINY)
     (saved / "other.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"other\.txt"):

@@ -246,7 +246,7 @@ def test_nested_copies_stay_small(tmp_path):
 def test_other_contents(tmp_path):
     path = zip_file(tmp_path / "a.bin", pickle.dumps({"epoch": 3, "names": ["a", "b"], "rate": 0.5}, 2))
     assert read_torch(path) == {"epoch": 3, "names": ["a", "b"], "rate": 0.5}
-    with pytest.raises(ValueError, match="epoch is a int, not a tensor"):
+    with pytest.raises(ValueError, match="epoch must be a tensor with a name, got a int"):
         read_state_dict(path)
     (tmp_path / "b.bin").write_bytes(b"something else entirely")
     with pytest.raises(ValueError, match=r"b\.bin is not a file of torch\.save"):
