@@ -91,7 +91,7 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
         if _looks_like_path(source):
             raise FileNotFoundError(f"there is no model at {source}")
         raise ValueError(
-            f"{unknown_name('model', source, PRESETS)}; a hub id (owner/name) or a path also names one"
+            f"{unknown_name('model', source, PRESETS)} (or a hub id such as owner/name, or a path)"
         )
     return _locate_run(path) if (path / "run.json").is_file() else Location(path, None, source)
 

@@ -219,7 +219,9 @@ def test_adapters_whose_base_is_gone(tmp_path):
 
 
 def test_what_is_no_model_is_told_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no weights of a known format; expected .*\(OpenAI\); or") as info:
+    with pytest.raises(
+        ValueError, match=r"holds no weights of a known format; expected .*\(OpenAI\); or"
+    ) as info:
         gpt2jax.load(tmp_path)
     assert "\n" not in str(info.value)
 

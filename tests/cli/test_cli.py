@@ -300,7 +300,7 @@ def test_generate_passes_over_no_option(capsys, options, message):
         (["--data", "missing.jsonl"], "missing.jsonl"),
         (["--text-column", "nope"], "title"),
         (["--sequence-length", "300"], "over the model's context of 256"),
-        (["--model", "gpt3"], "gpt2-medium"),
+        (["--model", "gpt3"], "there is no model 'gpt3'; did you mean"),
         (["--model", "README.md"], "README.md"),
         (["--lora", "--lora-targets", "c_attn"], "attn.c_attn"),
         (["--lora", "--lora-ranks", "h.0=x"], "PATTERN=RANK"),
