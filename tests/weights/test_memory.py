@@ -43,7 +43,7 @@ def params() -> dict:
     ("format", "dtype"),
     [("float32", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("keras", "float32")],
 )
-def test_peak(tmp_path, params, format, dtype):
+def test_load_peak_memory(tmp_path, params, format, dtype):
     if format == "keras":
         save_keras(tmp_path / "model", CONFIG, params)
     else:

@@ -29,7 +29,7 @@ def openai(tmp_path) -> Path:
     return tmp_path / "openai"
 
 
-def test_names_shapes_and_dtypes():
+def test_read_checkpoint_names_shapes_and_dtypes():
     tensors = read_checkpoint(GOLDEN / "openai" / "model.ckpt")
     assert len(tensors) == 2 + 12 * 2 + 2
     kernel = tensors["model/h1/attn/c_attn/w"]
@@ -50,7 +50,7 @@ def test_names_shapes_and_dtypes():
         (b"\x80" * 100, "cut short, or not an index"),
     ],
 )
-def test_files_that_are_no_index(tmp_path, content, message):
+def test_read_checkpoint_refuses_other_files(tmp_path, content, message):
     (tmp_path / "a.ckpt.index").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.ckpt\.index.*{message}"):
         read_checkpoint(tmp_path / "a.ckpt")
@@ -79,7 +79,7 @@ def entry(dtype: int = 1, dims: tuple[int, ...] = (2,), size: int = 8, extra: by
     return bytes([0x08, dtype, 0x12, len(shape)]) + shape + bytes([0x28, size, 0x35]) + bytes(4) + extra
 
 
-def test_a_table_made_by_hand(tmp_path):
+def test_read_checkpoint_table_made_by_hand(tmp_path):
     numbers = np.array([1.5, -2.0], np.float32)
     checksum = masked_crc32c(numbers).to_bytes(4, "little")
     good = entry()[:-4] + checksum
@@ -106,7 +106,7 @@ def test_a_table_made_by_hand(tmp_path):
         (table([HEADER, (b"\xff", entry())]), "damaged"),
     ],
 )
-def test_tables_that_lie(tmp_path, content, message):
+def test_read_checkpoint_refuses_wrong_tables(tmp_path, content, message):
     (tmp_path / "a.index").write_bytes(content)
     (tmp_path / "a.data-00000-of-00001").write_bytes(bytes(8))
     with pytest.raises(ValueError, match=message) as info:
@@ -123,14 +123,14 @@ def test_tables_that_lie(tmp_path, content, message):
         ({"n_vocab": None}, "n_vocab must be a whole number, got None"),
     ],
 )
-def test_hparams_of_another_model(openai, changes, message):
+def test_load_openai_hparams_of_another_model(openai, changes, message):
     path = openai / "hparams.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=message):
         load_openai(openai)
 
 
-def test_folders_that_are_not_openais(openai):
+def test_load_openai_refuses_other_folders(openai):
     for content in ("", "[]", '{"n_vocab": 97}'):
         (openai / "hparams.json").write_text(content)
         with pytest.raises(ValueError, match=r"hparams\.json"):
