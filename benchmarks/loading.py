@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def write_random(folder: Path, model: str, dtype: str) -> tuple[int, int]:
-    """Writes a Hugging Face folder, one tensor at a time; (bytes of the largest tensor, number of parameters)."""
+    """Write a Hugging Face folder; return the bytes of the largest tensor and the number of parameters."""
     import math
 
     import numpy as np
@@ -71,14 +71,14 @@ def write_random(folder: Path, model: str, dtype: str) -> tuple[int, int]:
     shapes = file_shapes(PRESETS[model], RULES)
     rng = np.random.default_rng(0)
     arrays = ((name, rng.standard_normal(shape, np.float32)) for name, shape in shapes.items())
-    write_safetensors(folder / FILE, shapes, arrays, dtype, {"format": "pt"})
+    write_safetensors(folder / FILE, arrays, dtype, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(PRESETS[model].to_hf()))
     sizes = [math.prod(shape) for shape in shapes.values()]
     return max(sizes) * (4 if dtype == "float32" else 2), sum(sizes)
 
 
 def measure(what: str, folder: Path) -> Answer:
-    """Seconds and peak bytes of one read or load in this process."""
+    """Measure seconds and peak bytes of one read or load in this process."""
     if what == "load":
         import jax
 

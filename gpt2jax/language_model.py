@@ -150,7 +150,7 @@ class LanguageModel:
         if format not in SAVE_FORMATS:
             raise ValueError(f"format={format!r} is not known; known: {', '.join(SAVE_FORMATS)}")
         from gpt2jax.weights.hf import save_hf
-        from gpt2jax.weights.keras_preset import save_keras
+        from gpt2jax.weights.keras import save_keras
 
         path = check_path("path", path)
         merged = self.merge_adapter()

@@ -126,7 +126,7 @@ def test_values_too_large_for_16_bits(model, tmp_path):
     dataclasses.replace(model, params=params).save(tmp_path / "large")
     with pytest.raises(ValueError, match=r"wpe\.weight holds values that are not finite numbers in float16"):
         gpt2jax.load(tmp_path / "large", dtype="float16")
-    with pytest.raises(ValueError, match="dtype='int8' is not known; known: float32"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, .*got 'int8'"):
         gpt2jax.load(tmp_path / "large", dtype="int8")
 
 
@@ -158,7 +158,7 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("gpt3", ValueError, "unknown model 'gpt3'; known: gpt2, .*gpt2-mini, hub ids"),
+        ("gpt3", ValueError, "there is no model 'gpt3'; did you mean 'gpt2'.*hub id"),
         ("./nothing/here", FileNotFoundError, "nothing/here"),
         ("a/b/c", FileNotFoundError, "there is no model at a/b/c"),
         ("weights.safetensors", FileNotFoundError, "weights.safetensors"),
@@ -179,7 +179,7 @@ def test_what_is_no_configuration_or_seed_is_named():
         gpt2jax.from_config(TINY, 1.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="tokenizer='gpt2' must be a Tokenizer"):
         gpt2jax.from_config(TINY, tokenizer="gpt2")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="vocab_size='300': GPT-2's tokenizer has"):
+    with pytest.raises(ValueError, match="vocab_size must be a whole number from 257 to 50257, got '300'"):
         gpt2jax.Tokenizer.gpt2("300")  # pyright: ignore[reportArgumentType]
 
 
@@ -200,16 +200,18 @@ def test_what_is_no_model_with_adapters_is_named(call, message):
 def test_a_revision_of_what_is_not_on_the_hub(tmp_path):
     random_model(0).save(tmp_path / "one")
     for name in ("gpt2-mini", tmp_path / "one"):
-        with pytest.raises(ValueError, match="is not on the hub: it has no revision 'main'"):
+        with pytest.raises(ValueError, match="which is not on the hub, got 'main'"):
             gpt2jax.load(name, revision="main")
-    with pytest.raises(ValueError, match="revision=5 must be a commit, tag or branch"):
+    with pytest.raises(ValueError, match="revision must be a text that is not empty, or None, got 5"):
         gpt2jax.load("gpt2", revision=5)  # pyright: ignore[reportArgumentType]
 
 
 def test_adapters_whose_base_is_gone(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "run.json").write_text('{"base_model": "./models/one"}')
-    with pytest.raises(FileNotFoundError, match="holds adapters of a model that can't be had: .*models/one"):
+    with pytest.raises(
+        FileNotFoundError, match="holds adapters of a model that can't be found: .*models/one"
+    ):
         gpt2jax.load(tmp_path)
     (tmp_path / "run.json").write_text('{"base_mo')
     with pytest.raises(ValueError, match="run.json is damaged: it is not JSON"):
@@ -217,7 +219,9 @@ def test_adapters_whose_base_is_gone(tmp_path):
 
 
 def test_what_is_no_model_is_told_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no weights of a known format: .*\(OpenAI\); or") as info:
+    with pytest.raises(
+        ValueError, match=r"holds no weights of a known format; expected .*\(OpenAI\); or"
+    ) as info:
         gpt2jax.load(tmp_path)
     assert "\n" not in str(info.value)
 

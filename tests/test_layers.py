@@ -31,7 +31,7 @@ LAYERS = (
 # methods of data classes that users call, each a late import inside the method: (file, imported folder)
 EXCEPTIONS = {
     ("language_model.py", "weights.hf"),
-    ("language_model.py", "weights.keras_preset"),
+    ("language_model.py", "weights.keras"),
     ("comparison/result.py", "report"),
 }
 
@@ -91,7 +91,7 @@ def test_layers_every_folder_is_in_the_list():
 
 def test_modules_import_each_other_in_no_circle():
     imports = module_imports()
-    imports["language_model"] -= {"weights.hf", "weights.keras_preset"}
+    imports["language_model"] -= {"weights.hf", "weights.keras"}
     imports["comparison.result"] -= {"report.save"}
     remaining = dict(imports)
     while free := [name for name, needed in remaining.items() if not needed & (remaining.keys() - {name})]:

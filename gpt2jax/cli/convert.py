@@ -1,4 +1,4 @@
-"""`gpt2jax convert`: weights of any source into a folder of any format, and proof that they are the same."""
+"""`gpt2jax convert`: write the weights of any source as a folder of any format, and verify them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import collections
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
 from gpt2jax.cli.common import fail, run_command, say
+from gpt2jax.utils.validation import must_be
 
 if TYPE_CHECKING:
     import jax
+    from rich.console import Console
 
     from gpt2jax.language_model import LanguageModel
+    from gpt2jax.model.gpt2 import Params
 
-# logits of the same float32 weights, computed twice; relative to the largest one
+# two computations of logits from the same float32 weights; relative to the largest logit
 TOLERANCE = 1e-5
 
 
@@ -32,10 +35,10 @@ class Options:
         format: "hf" (for transformers, CTranslate2, vLLM, llama.cpp), "keras" (a preset of keras-hub), or "peft" (the
             source's adapters alone).
         adapter: a PEFT folder or *.lora.h5 file to put on the source first; "hf" and "keras" get it merged.
-        dtype: of the weights in the new files; "same" is that of the source, and float32 where it has several, where
-            an adapter was merged, or where the format has no other.
+        dtype: of the weights in the new files. "same" is that of the source; it is float32 if the source has several,
+            if an adapter is merged, or if the format has no other.
         revision: commit, tag or branch of a hub id.
-        overwrite: replace a model that the folder holds.
+        overwrite: replace a saved model in the folder.
         verify: load the result and compare it with the source, tensor by tensor and by logits.
         seed: of the tokens whose logits are compared.
     """
@@ -51,37 +54,33 @@ class Options:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is converted: the model, the format and the dtypes of its files (dtype -> number of tensors)."""
+
+    model: LanguageModel
+    format: str
+    dtypes: collections.Counter[str]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the command."""
+    """Run the command."""
     run_command("convert", Options, run, argv)
 
 
 def run(options: Options) -> None:
-    """Loads, tells what was read, writes, compares."""
+    """Read the source, print what it is, write it, and compare both if asked to."""
     from rich.console import Console
 
-    from gpt2jax.language_model import LanguageModel
-    from gpt2jax.loading import load_adapter, locate, save_adapter
-    from gpt2jax.weights.formats import open_weights, read_tokenizer_beside
+    from gpt2jax.loading import save_adapter
 
     if options.out.is_dir() and any(options.out.iterdir()) and not options.overwrite:
         raise FileExistsError(f"{options.out} is not empty; choose another folder with --out, or --overwrite")
-    place = locate(options.source, revision=options.revision)
-    if options.format == "peft" and place.adapter is None and options.adapter is None:
-        raise ValueError(
-            f"{options.source} has no adapters to write as a PEFT folder; name some with --adapter"
-        )
-    kind, source = open_weights(place.weights)
-    dtypes = collections.Counter(tensor.dtype for tensor in source.tensors.values() if tensor.file)
-    dtype = _target_dtype(options, list(dtypes), plain=place.adapter is None and options.adapter is None)
-    config, params = source.load()
-    beside = place.weights if place.weights.is_dir() else place.weights.parent
-    model = LanguageModel(config, params, read_tokenizer_beside(beside), source=place.name)
-    for adapter in (place.adapter, options.adapter):
-        model = model if adapter is None else load_adapter(model, adapter)
     console = Console()
-    read = {"format": kind, "tensors": f"{dtypes.total()} ({_counted(dtypes)})", **_about(model)}
-    _print(console, options.source, read)
+    source = _read_source(options)
+    model, dtype = source.model, _target_dtype(options, source)
+    tensors = f"{source.dtypes.total()} ({_format_counts(source.dtypes)})"
+    _print(console, options.source, {"format": source.format, "tensors": tensors, **_describe(model)})
     if options.format == "peft":
         save_adapter(model, options.out)
     else:
@@ -95,17 +94,40 @@ def run(options: Options) -> None:
     say(console, "wrote", str(options.out))
 
 
-def _target_dtype(options: Options, dtypes: list[str], *, plain: bool) -> str:
-    """The dtype to write."""
-    if options.format == "hf":
-        known = plain and len(dtypes) == 1 and dtypes[0] in ("float16", "bfloat16")
-        return options.dtype if options.dtype != "same" else dtypes[0] if known else "float32"
-    if options.dtype not in ("same", "float32"):
-        raise ValueError(f"dtype={options.dtype!r}: the format {options.format!r} is written in float32")
-    return "float32"
+def _read_source(options: Options) -> Source:
+    from gpt2jax.language_model import LanguageModel
+    from gpt2jax.loading import load_adapter, locate
+    from gpt2jax.weights.formats import open_weights, read_tokenizer_beside
+
+    place = locate(options.source, revision=options.revision)
+    if options.format == "peft" and place.adapter is None and options.adapter is None:
+        raise ValueError(
+            f"{options.source} has no adapters to write as a PEFT folder; add some with --adapter"
+        )
+    _check_dtype(options)
+    kind, weights = open_weights(place.weights)
+    dtypes = collections.Counter(tensor.dtype for tensor in weights.tensors.values() if tensor.file)
+    config, params = weights.load()
+    model = LanguageModel(config, params, read_tokenizer_beside(place.weights), source=place.name)
+    for adapter in (place.adapter, options.adapter):
+        model = model if adapter is None else load_adapter(model, adapter)
+    return Source(model, kind, dtypes)
 
 
-def _about(model: LanguageModel) -> dict[str, str]:
+def _check_dtype(options: Options) -> None:
+    if options.format != "hf" and options.dtype not in ("same", "float32"):
+        raise ValueError(must_be("dtype", f"float32 for the format {options.format!r}", options.dtype))
+
+
+def _target_dtype(options: Options, source: Source) -> str:
+    """Return the dtype to write."""
+    if options.dtype != "same" or options.format != "hf" or source.model.adapters is not None:
+        return options.dtype if options.dtype != "same" else "float32"
+    (dtype, *others) = source.dtypes
+    return dtype if dtype in ("float16", "bfloat16") and not others else "float32"
+
+
+def _describe(model: LanguageModel) -> dict[str, str]:
     c, lora = model.config, model.lora
     about = {
         "parameters": f"{model.num_parameters():,}",
@@ -120,11 +142,11 @@ def _about(model: LanguageModel) -> dict[str, str]:
     return about
 
 
-def _counted(dtypes: collections.Counter[str]) -> str:
+def _format_counts(dtypes: collections.Counter[str]) -> str:
     return ", ".join(name if len(dtypes) == 1 else f"{count} {name}" for name, count in dtypes.most_common())
 
 
-def _print(console: Any, title: str, rows: dict[str, str]) -> None:
+def _print(console: Console, title: str, rows: dict[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -135,57 +157,62 @@ def _print(console: Any, title: str, rows: dict[str, str]) -> None:
 
 
 def _verify(options: Options, model: LanguageModel, dtype: str) -> dict[str, str]:
-    """Loads what was written; ends the program with exit code 1 where it is not the model."""
+    """Load the result; end the program with exit code 1 if it is not the same model."""
     import numpy as np
 
     from gpt2jax.loading import load, load_adapter
 
     if options.format == "peft":
         base = dataclasses.replace(model, adapters=None, lora=None)
-        again, expected = load_adapter(base, options.out), model
+        result, expected = load_adapter(base, options.out), model
         tensors = "the adapters' own"
     else:
-        again = load(options.out)
-        merged = model.merge_adapter()
-        different = different_tensors(merged.params, again.params, dtype)
+        result, merged = load(options.out), model.merge_adapter()
+        different = different_tensors(merged.params, result.params, dtype)
         if different:
-            problem = (
-                f"{len(different)} tensors are not the source's in {dtype}, the first one {different[0]}"
+            _fail(
+                options,
+                f"{len(different)} tensors are not the source's in {dtype}, the first one {different[0]}",
             )
-            fail("convert", f"{options.out} is not the same model: {problem}", code=1)
-        tokenizers = [m.tokenizer and m.tokenizer.fingerprint for m in (model, again)]
+        tokenizers = [m.tokenizer and m.tokenizer.fingerprint for m in (model, result)]
         if tokenizers[0] != tokenizers[1]:
-            fail("convert", f"{options.out} is not the same model: its tokenizer is another one", code=1)
-        expected = dataclasses.replace(merged, params=again.params)
+            _fail(options, "its tokenizer is another one")
+        expected = dataclasses.replace(merged, params=result.params)
         tensors = f"all identical, bit for bit{'' if dtype == 'float32' else f', once rounded to {dtype}'}"
     length = min(64, model.config.n_positions)
     ids = np.random.default_rng(options.seed).integers(0, model.config.vocab_size, (1, length))
-    wanted, found = np.asarray(expected.logits(ids)), np.asarray(again.logits(ids))
+    wanted, found = np.asarray(expected.logits(ids)), np.asarray(result.logits(ids))
     largest = float(np.abs(wanted - found).max())
     if not largest <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-        fail("convert", f"{options.out} is not the same model: its logits differ by {largest:.3g}", code=1)
-    original = float(np.abs(np.asarray(model.logits(ids)) - found).max())
-    return {"tensors": tensors, "logits": f"at most {original:.3g} from the source's, over {length} tokens"}
+        _fail(options, f"its logits differ by {largest:.3g}")
+    from_source = float(np.abs(np.asarray(model.logits(ids)) - found).max())
+    return {
+        "tensors": tensors,
+        "logits": f"at most {from_source:.3g} from the source's, over {length} tokens",
+    }
 
 
-def different_tensors(params: dict[str, Any], others: dict[str, Any], dtype: str) -> list[str]:
-    """Names of the parameters of `others` that are not those of `params` rounded to `dtype`."""
+def _fail(options: Options, problem: str) -> NoReturn:
+    fail("convert", f"{options.out} is not the same model: {problem}", code=1)
+
+
+def different_tensors(params: Params, others: Params, dtype: str) -> list[str]:
+    """Return the names of the parameters of `others` that are not those of `params` rounded to `dtype`."""
     import jax
     import numpy as np
 
     from gpt2jax.weights.mapping import numpy_dtype
 
-    def leaves(tree: dict[str, Any]) -> dict[str, jax.Array]:
+    def leaves(tree: Params) -> dict[str, jax.Array]:
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]
         return {".".join(entry.key for entry in path): leaf for path, leaf in flat}
 
+    def is_same(value: jax.Array, other: jax.Array) -> bool:
+        rounded = np.asarray(value).astype(numpy_dtype(dtype)).astype(np.float32)
+        return np.array_equal(rounded, np.asarray(other))
+
     ours, theirs = leaves(params), leaves(others)
+    both = ours.keys() & theirs.keys()
     return sorted(
-        name
-        for name in ours.keys() | theirs.keys()
-        if name not in ours
-        or name not in theirs
-        or not np.array_equal(
-            np.asarray(ours[name]).astype(numpy_dtype(dtype)).astype(np.float32), np.asarray(theirs[name])
-        )
+        (ours.keys() ^ theirs.keys()) | {name for name in both if not is_same(ours[name], theirs[name])}
     )

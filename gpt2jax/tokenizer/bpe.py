@@ -2,7 +2,7 @@
 
 A regular expression splits a text into pieces (words with their leading space, numbers, punctuation, runs of
 white space); the UTF-8 bytes of each piece are merged pair by pair, always the pair that was learned first.
-Every byte is a token of its own, so any text can be encoded and comes back byte for byte.
+Every byte is a token, so any text can be encoded and comes back byte for byte.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2, and the files
 `vocab.bpe` and `encoder.json` published with it.
@@ -22,10 +22,11 @@ from importlib import resources
 
 import tiktoken
 
-from gpt2jax.utils.validation import is_integer
+from gpt2jax.utils.validation import check, int_in_range, must_be, one_of
 
 END_TOKEN = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
+MIN_VOCAB_SIZE = 257  # all bytes and the end token
 # The digest that tiktoken publishes for OpenAI's file (tiktoken_ext/openai_public.py, vocab_bpe_hash).
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 # OpenAI's pattern is  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
@@ -47,7 +48,7 @@ _BYTE_TO_CHAR = {
     for rank, byte in enumerate(BYTE_ORDER)
 }
 _CHAR_TO_BYTE = {ord(char): byte for byte, char in _BYTE_TO_CHAR.items()}
-# What no byte is written as: no longer a byte when it is translated.
+# Latin-1 characters that stand for no byte become a character that is not in Latin-1.
 _CHAR_TO_BYTE |= {code: 0xFFFD for code in range(256) if code not in _CHAR_TO_BYTE}
 
 Merge = tuple[bytes, bytes]
@@ -56,16 +57,16 @@ Merge = tuple[bytes, bytes]
 class Tokenizer:
     """Text to token ids and back.
 
-    `Tokenizer.gpt2()` is GPT-2's own; `load_tokenizer(path)` reads the files of any byte-level BPE
-    saved with a GPT-2 model. A tokenizer does not change once made; threads may share it.
+    `Tokenizer.gpt2()` is that of GPT-2; `load_tokenizer(path)` reads the files of any byte-level BPE
+    saved with a GPT-2 model. A tokenizer is immutable; threads may share it.
 
     Attributes:
         vocab_size: number of ids: every id is below it.
         end_token: text of the token that ends a document.
         end_token_id: its id.
-        special_tokens: text to id of the tokens that a text gives only when it is asked for.
-        added_tokens: text to id of whole tokens that every text gives, before any merging.
-        roles: what the files call special tokens: "eos_token" and the like to text.
+        special_tokens: text to id of the tokens that are found in a text only with `allow_special`.
+        added_tokens: text to id of the tokens that are found in every text, before any merging.
+        roles: names of special tokens in the files, such as "eos_token", to their text.
         merges: the pairs of byte strings, in the order they were learned.
     """
 
@@ -85,14 +86,14 @@ class Tokenizer:
 
         Args:
             merges: pairs of byte strings; the token of merge i is their concatenation and has rank 256 + i.
-            token_ids: id of each rank, for the 256 bytes (in `BYTE_ORDER`) and then the merges; -1 = a byte
-                that the vocabulary lacks, left out when encoding. None: the id is the rank.
+            token_ids: id of each rank, for the 256 bytes (in `BYTE_ORDER`) and then the merges; -1 is a byte
+                that the vocabulary lacks and encoding leaves out. None: the id is the rank.
             special_tokens: text to id. None: the end token gets the id after the last one of the merges.
             added_tokens: text to id of tokens looked for in every text.
-            unreachable_tokens: id to bytes of tokens that no merge makes: only ever decoded.
+            unreachable_tokens: id to bytes of tokens that no merge makes; they are only decoded.
             end_token: the special token that ends a document.
-            roles: names of special tokens for `save`. None: the end token begins, ends and stands for
-                unknown.
+            roles: names of special tokens in the files. None: the end token is "bos_token", "eos_token" and
+                "unk_token".
             add_prefix_space: put a space before a text that does not begin with one.
 
         Raises:
@@ -102,34 +103,35 @@ class Tokenizer:
         for rank, (left, right) in enumerate(merges, start=256):
             ranks[left + right] = rank
         if len(ranks) != 256 + len(merges):
-            raise ValueError("two merges make the same token: a byte-pair encoding that was learned has none")
+            raise ValueError(
+                "two merges make the same token; the merges of a learned encoding are all different"
+            )
         ids = list(range(len(ranks)) if token_ids is None else token_ids)
         if len(ids) != len(ranks):
-            raise ValueError(f"{len(ids)} token ids for {len(ranks)} tokens: 256 bytes, {len(merges)} merges")
+            legal = f"{len(ranks)} ids, for 256 bytes and {len(merges)} merges"
+            raise ValueError(must_be("token_ids", legal, len(ids)))
         self.merges = tuple(merges)
         self.special_tokens = dict({end_token: max(ids) + 1} if special_tokens is None else special_tokens)
         self.added_tokens = dict(added_tokens or {})
         self.add_prefix_space = add_prefix_space
-        if end_token not in self.special_tokens:
-            raise ValueError(f"end_token={end_token!r} is not a special token: {sorted(self.special_tokens)}")
-        self.end_token = end_token
+        self.end_token = check("end_token", end_token, one_of(self.special_tokens))
         self.end_token_id = self.special_tokens[end_token]
         self.roles = dict(roles or {role: end_token for role in ("bos_token", "eos_token", "unk_token")})
 
-        # tiktoken has one number for rank and id: it works on ranks, with the whole tokens behind them, and
-        # where these are not the ids, a table follows.
-        whole = {**self.special_tokens, **self.added_tokens}
+        # tiktoken has one number for rank and id: it works on ranks, with the unsplit tokens behind them. If
+        # these are not the ids, a table maps them.
+        unsplit = {**self.special_tokens, **self.added_tokens}
         self._encoding = tiktoken.Encoding(
             name="gpt2jax",
             pat_str=PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={token: rank for rank, token in enumerate(whole, start=len(ranks))},
+            special_tokens={token: rank for rank, token in enumerate(unsplit, start=len(ranks))},
         )
-        table = [*ids, *whole.values()]
+        table = [*ids, *unsplit.values()]
         self._id_of_rank = None if table == list(range(len(table))) else table
         named = itertools.chain(
             zip(ranks, ids, strict=True),
-            ((token.encode(), id_) for token, id_ in whole.items()),
+            ((token.encode(), id_) for token, id_ in unsplit.items()),
             ((token, id_) for id_, token in (unreachable_tokens or {}).items()),
         )
         self._token_of_id = _invert([(token, id_) for token, id_ in named if id_ >= 0])
@@ -138,7 +140,7 @@ class Tokenizer:
     @staticmethod
     @functools.cache
     def gpt2(vocab_size: int = GPT2_VOCAB_SIZE) -> Tokenizer:
-        """GPT-2's tokenizer, or a smaller one made of its first merges.
+        """Return GPT-2's tokenizer, or a smaller one made of its first merges.
 
         Args:
             vocab_size: 257 to 50257: the first `vocab_size - 1` tokens of GPT-2, and the end token as last
@@ -147,31 +149,27 @@ class Tokenizer:
         Raises:
             ValueError: another size, or the packaged file of merges is damaged.
         """
-        if not is_integer(vocab_size) or not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size={vocab_size!r:.60}: GPT-2's tokenizer has 257 (all bytes and the end token) to "
-                f"{GPT2_VOCAB_SIZE} tokens"
-            )
+        vocab_size = check("vocab_size", vocab_size, int_in_range(MIN_VOCAB_SIZE, GPT2_VOCAB_SIZE))
         data = resources.files("gpt2jax").joinpath("assets", "vocab.bpe").read_bytes()
         if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
             raise ValueError(
-                "gpt2jax/assets/vocab.bpe is damaged: its SHA-256 is not that of OpenAI's file "
-                f"({VOCAB_BPE_SHA256}); install gpt2jax again"
+                f"gpt2jax/assets/vocab.bpe is damaged: its SHA-256 must be {VOCAB_BPE_SHA256}, that of OpenAI's "
+                "file; install gpt2jax again"
             )
-        return Tokenizer(parse_merges(data.decode())[: vocab_size - 257])
+        return Tokenizer(parse_merges(data.decode())[: vocab_size - MIN_VOCAB_SIZE])
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Token ids of a text; no special token is put around them.
+        """Return the token ids of a text, without special tokens around them.
 
         Args:
             text: any string. A lone half of a surrogate pair, which UTF-8 cannot express, counts as U+FFFD.
-            allow_special: read "<|endoftext|>" and the like as the special token. False: as plain characters.
+            allow_special: read "<|endoftext|>" and the like as special tokens. False: as plain characters.
 
         Raises:
             TypeError: `text` is not a string.
         """
         if not isinstance(text, str):
-            raise TypeError(f"a text must be a str, not {type(text).__name__}: {text!r:.60}")
+            raise TypeError(must_be("text", "a str", text))
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.add_prefix_space and text and text[0] != " ":
@@ -179,18 +177,18 @@ class Tokenizer:
         allowed = {*self.added_tokens, *(self.special_tokens if allow_special else ())}
         if len(text) <= _LONG_RUN:
             ranks = self._encode_ranks(text, allowed)
-        else:  # a cut before the last space of a run is where the pattern cuts, too
-            cuts = [0, *(match.end() - 1 for match in _LONG_SPACE.finditer(text)), len(text)]
+        else:  # the pattern, too, splits a run before its last space
+            splits = [0, *(match.end() - 1 for match in _LONG_SPACE.finditer(text)), len(text)]
             ranks = [
                 rank
-                for start, end in itertools.pairwise(cuts)
+                for start, end in itertools.pairwise(splits)
                 for rank in self._encode_ranks(text[start:end], allowed)
             ]
         table = self._id_of_rank
         return ranks if table is None else [table[rank] for rank in ranks if table[rank] >= 0]
 
     def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[list[int]]:
-        """Token ids of each text, as `encode(text)` gives them, on several cores.
+        """Return the token ids of each text, as `encode(text)` does, on several cores.
 
         Args:
             texts: strings.
@@ -200,44 +198,44 @@ class Tokenizer:
             TypeError: an element is not a string.
         """
         if isinstance(texts, str):
-            raise TypeError("encode_batch takes several texts; for a single str use encode")
+            raise TypeError(f"{must_be('texts', 'a list of texts', texts)}; use encode for one text")
         texts = list(texts)
-        size = 64  # texts for a thread at a time: handing over costs as much as encoding a short one
+        size = 64  # texts for a thread at a time: handing a task over costs as much as encoding a short text
         chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:  # tiktoken lets go of Python's lock
+        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:  # tiktoken releases Python's lock
             results = pool.map(lambda chunk: [self.encode(text) for text in chunk], chunks)
             return list(itertools.chain.from_iterable(results))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8, as of a character cut in two, become U+FFFD.
+        """Return the text of token ids; bytes that are not UTF-8, such as half a character, become U+FFFD.
 
         Raises:
-            ValueError: an id that the vocabulary lacks, named.
+            ValueError: an id is not in the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of token ids: exact where `decode` has to replace.
+        """Return the bytes of token ids, exact even if they are not UTF-8.
 
         Raises:
-            ValueError: an id that the vocabulary lacks, named.
+            ValueError: an id is not in the vocabulary.
         """
         table = self._token_of_id
         pieces = []
         for id_ in getattr(ids, "tolist", lambda: ids)():  # array scalars are slow to index with
             token = table[id_] if 0 <= id_ < len(table) else None
             if token is None:
-                raise ValueError(f"token id {id_} is not in the vocabulary: ids are 0 to {len(table) - 1}")
+                raise ValueError(must_be("token id", f"in the vocabulary, 0 to {len(table) - 1}", id_))
             pieces.append(token)
         return b"".join(pieces)
 
     def tokens(self) -> list[tuple[int, bytes]]:
-        """(id, bytes) of all tokens, by id."""
+        """Return (id, bytes) of all tokens, by id."""
         return [(id_, token) for id_, token in enumerate(self._token_of_id) if token is not None]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what decides the ids: tokenizers of equal fingerprint encode every text alike."""
+        """SHA-256 (hex) of all that decides the ids: tokenizers of equal fingerprint encode every text alike."""
         options = [PATTERN, self._id_of_rank, self.special_tokens, self.added_tokens]
         digest = hashlib.sha256(json.dumps([*options, self.end_token, self.add_prefix_space]).encode())
         for left, right in self.merges:
@@ -254,12 +252,12 @@ class Tokenizer:
 
 
 def parse_merges(text: str) -> list[Merge]:
-    """The pairs of byte strings in a merges file: one pair a line, after a line "#version: ...".
+    """Return the pairs of byte strings in a merges file: one pair a line, after a line "#version: ...".
 
     Raises:
-        ValueError: a line that is no pair, with its number.
+        ValueError: a line is not a pair; the message has its number.
     """
-    # All characters are put in their place at once, which is fast; what separates them moves out of the way.
+    # One translation of the whole text is fast; the separators become characters that stand for no byte.
     lines = text.translate(_CHAR_TO_BYTE | {ord(" "): 0x100, ord("\n"): 0x101}).split(chr(0x101))
     merges = []
     for number, line in enumerate(lines, start=1):
@@ -272,12 +270,12 @@ def parse_merges(text: str) -> list[Merge]:
             right = ""
         if not left or not right:
             line = text.split("\n")[number - 1]
-            raise ValueError(f"line {number} of the merges is not a pair of byte-level tokens: {line!r}")
+            raise ValueError(must_be(f"line {number} of the merges", "a pair of byte-level tokens", line))
     return merges
 
 
 def token_bytes(token: str) -> bytes | None:
-    """The bytes of a token as files write it; None when it is not written in the byte characters."""
+    """Return the bytes of a token as files write it; None if it has characters that stand for no byte."""
     try:
         return token.translate(_CHAR_TO_BYTE).encode("latin-1")
     except UnicodeEncodeError:
@@ -285,12 +283,12 @@ def token_bytes(token: str) -> bytes | None:
 
 
 def token_chars(token: bytes) -> str:
-    """A token as files write it."""
+    """Return a token as files write it."""
     return "".join(map(_BYTE_TO_CHAR.__getitem__, token))
 
 
 def _invert(tokens: list[tuple[bytes, int]]) -> list[bytes | None]:
-    """The token of each id; None where an id is not used."""
+    """Return the token of each id, None for ids that are not used."""
     table: list[bytes | None] = [None] * (max(id_ for _, id_ in tokens) + 1)
     for token, id_ in tokens:
         if table[id_] is not None:

@@ -17,8 +17,9 @@ from gpt2jax.data.documents import Documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import save_adapter
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.utils.atomic_io import atomic_write, read_object
+from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.fingerprint import params_sha256
+from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.validation import check_path
 
 try:
@@ -145,7 +146,7 @@ class RunFolder:
         return list(self.path.glob(".*.part"))
 
     def _check_same(self, content: dict[str, Any]) -> None:
-        before = read_object(self.path / RUN_FILE, "finetune")
+        before = read_json(self.path / RUN_FILE, ("finetune",))
         # a run of an earlier version lacks settings that came later: it had what is now their default
         before["finetune"] = {**_finetune_fields(FinetuneConfig()), **before["finetune"]}
         flat_before, flat_now = _flatten(before), _flatten(content)

@@ -1,8 +1,7 @@
-"""Write files and folders whole or not at all: aside first, flushed to the disk, then renamed."""
+"""Write files and folders whole or not at all: beside their place, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from gpt2jax.utils.validation import check, one_of
 
 
 @contextmanager
@@ -21,21 +22,18 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
     Args:
         path: the file to write; an existing file is replaced and keeps its permissions. A device or a pipe is written
-            to as it is.
+            to directly.
         mode: "w" for text, "wb" for bytes.
 
     Raises:
-        ValueError: for any other mode.
+        ValueError: another mode.
         IsADirectoryError: `path` is a folder.
     """
-    if mode not in ("w", "wb"):
-        raise ValueError(f"mode={mode!r} is not a way to write a file: 'w' (text) or 'wb' (bytes)")
+    check("mode", mode, one_of(("w", "wb")))
     target = Path(os.path.realpath(path))  # a link keeps pointing to its file
     if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the name of a file")
-    if (
-        Path(path).exists() and not Path(path).is_file()
-    ):  # a device or a pipe, which must not be replaced by a file
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    if target.exists() and not target.is_file():  # a device or a pipe, which must not be replaced by a file
         with open(path, mode, **_as_text(mode)) as stream:
             yield stream
         return
@@ -67,16 +65,16 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
             its name, put back if that fails, and deleted at the end.
 
     Raises:
-        FileExistsError: `path` is a file, or a folder with content and `overwrite` is False, or the folder that the
-            process works in: it would go on in one that is gone.
+        FileExistsError: `path` is a file, or a folder with content and `overwrite` is False, or holds the folder that
+            the process works in, which must not disappear under it.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{path} is a file: give the name of a folder")
+        raise FileExistsError(f"{path} is a file; give the name of a folder")
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{path} exists and is not empty: give another name or allow overwriting")
+        raise FileExistsError(f"{path} exists and is not empty; give another name or allow overwriting")
     if target in _working_folders():
-        raise FileExistsError(f"{path} is the working folder, or holds it: give the name of a folder in it")
+        raise FileExistsError(f"{path} is the working folder, or holds it; give the name of a folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part"))
     try:
@@ -91,23 +89,6 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         shutil.rmtree(aside, ignore_errors=True)
         raise
     _sync_folder(target.parent)
-
-
-def read_object(path: str | os.PathLike[str], *names: str) -> dict[str, Any]:
-    """The object that a JSON file holds, with values of these names in it.
-
-    Raises:
-        ValueError: it holds something else, or is damaged.
-        FileNotFoundError: there is no such file.
-    """
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON: {error}") from None
-    absent = [name for name in names if not isinstance(content, dict) or name not in content]
-    if absent or not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it has no {' and no '.join(absent) or 'object'}")
-    return content
 
 
 def _take_name(aside: Path, target: Path) -> None:
@@ -130,7 +111,7 @@ def _as_text(mode: str) -> dict[str, Any]:
 
 
 def _working_folders() -> tuple[Path, ...]:
-    """The folder that the process works in, and those that hold it; none where it was deleted."""
+    """Return the folder that the process works in, and those that hold it; nothing if it was deleted."""
     try:
         return (Path.cwd(), *Path.cwd().parents)
     except FileNotFoundError:
@@ -138,7 +119,7 @@ def _working_folders() -> tuple[Path, ...]:
 
 
 def _umask() -> int:
-    """The process's umask; it can only be read by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -155,7 +136,7 @@ def _sync_file(path: str | os.PathLike[str]) -> None:
 
 
 def _sync_folder(path: str | os.PathLike[str]) -> None:
-    """Make a rename last through a crash, where the system lets a folder be opened."""
+    """Make a rename survive a crash, on systems that let a folder be opened."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 
+# Two digests of the same parameters, because both are stored: run.json of every run holds `params_sha256` of its base,
+# which resuming compares, and comparison.json holds `params_fingerprint`, which also tells dtypes and shapes apart.
 def params_sha256(params: Any) -> str:
-    """Digest (hex) of all numbers, leaf by leaf."""
+    """Return the SHA-256 (hex) of all numbers, leaf by leaf."""
     digest = hashlib.sha256()
     for array in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # whatever the dtype
@@ -19,7 +21,7 @@ def params_sha256(params: Any) -> str:
 
 
 def params_fingerprint(params: Any) -> str:
-    """SHA-256 (hex) of all arrays of a tree with their places, dtypes and shapes."""
+    """Return the SHA-256 (hex) of all arrays of a tree with their places, dtypes and shapes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(jax.device_get(leaf))
@@ -29,7 +31,7 @@ def params_fingerprint(params: Any) -> str:
 
 
 def data_fingerprint(texts: Sequence[Any]) -> str:
-    """SHA-256 (hex) of the texts, each behind its length, so that where one ends counts too."""
+    """Return the SHA-256 (hex) of the texts, each behind its length, so that the ends of texts count too."""
     digest = hashlib.sha256()
     for text in texts:
         add_text(digest, text)

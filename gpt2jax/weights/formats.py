@@ -1,9 +1,8 @@
-"""The formats of weights that can be read: one entry each in `FORMATS`, told by what lies at a path."""
+"""The formats of weights that can be read: one entry each in `FORMATS`, chosen by the files at a path."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.tokenizer.files import VOCABULARY_FILES, load_tokenizer
-from gpt2jax.utils.validation import check_path
 from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, open_hf
 from gpt2jax.weights.keras import is_keras, is_keras_checkpoint, open_keras, open_keras_checkpoint
 from gpt2jax.weights.mapping import WeightSource
@@ -21,13 +19,13 @@ from gpt2jax.weights.openai import is_openai, open_openai
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A kind of weights that can be read.
+    """A format of weights that can be read.
 
     Attributes:
         name: for messages.
-        expects: what lies at a path of this kind, for messages.
-        matches: whether a path looks like it.
-        open: what is in it, nothing of it read yet.
+        expects: the files at a path of this format, for messages.
+        matches: returns True if a path looks like it.
+        open: returns the weights at a path, no value read.
     """
 
     name: str
@@ -63,44 +61,41 @@ FORMATS = (
 )
 
 
-def load_weights(
-    path: str | os.PathLike[str], dtype: str = "float32"
-) -> tuple[GPT2Config, Params, Tokenizer | None]:
-    """Reads weights of any known format, told by what lies at the path, and the tokenizer beside them.
+def load_weights(path: Path, dtype: str = "float32") -> tuple[GPT2Config, Params, Tokenizer | None]:
+    """Load weights of any known format, and the tokenizer beside them.
 
     Args:
         path: folder, file or prefix.
         dtype: of the parameters: "float32", "bfloat16" or "float16".
 
     Returns:
-        (config, params, tokenizer); the tokenizer is None where no file of one is there.
+        (config, params, tokenizer); the tokenizer is None if no file of one is there.
 
     Raises:
         FileNotFoundError: nothing lies at the path.
-        ValueError: what lies there is of no known format, or damaged.
+        ValueError: the files there are of no known format, or damaged.
     """
-    path = check_path("path", path)
     config, params = open_weights(path)[1].load(dtype)
-    return config, params, read_tokenizer_beside(path if path.is_dir() else path.parent)
+    return config, params, read_tokenizer_beside(path)
 
 
-def open_weights(path: str | os.PathLike[str]) -> tuple[str, WeightSource]:
-    """The name of the format of what lies at a path, and the weights in it, not read; raises as `load_weights`."""
-    path = check_path("path", path)
+def open_weights(path: Path) -> tuple[str, WeightSource]:
+    """Return the name of the format at a path, and its weights, no value read; raises as `load_weights`."""
     if not path.exists() and not is_keras_checkpoint(path):  # a checkpoint's prefix is not a file
         raise FileNotFoundError(f"there are no weights at {path}")
-    kind = next((kind for kind in FORMATS if kind.matches(path)), None)
-    if kind is None and ((path / "adapter_config.json").is_file() or path.name.endswith(".lora.h5")):
+    for kind in FORMATS:
+        if kind.matches(path):
+            return kind.name, kind.open(path)
+    if (path / "adapter_config.json").is_file() or path.name.endswith(".lora.h5"):
         raise ValueError(
-            f"{path} holds adapters: load the model that they are for, and load_adapter(model, path)"
+            f"{path} holds adapters; load the model that they are for, then load_adapter(model, path)"
         )
-    if kind is None:
-        expected = "; or ".join(f"{kind.expects} ({kind.name})" for kind in FORMATS)
-        raise ValueError(f"{path} holds no weights of a known format: expected {expected}")
-    return kind.name, kind.open(path)
+    expected = "; or ".join(f"{kind.expects} ({kind.name})" for kind in FORMATS)
+    raise ValueError(f"{path} holds no weights of a known format; expected {expected}")
 
 
-def read_tokenizer_beside(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder, or None where no file of one is there."""
+def read_tokenizer_beside(weights: Path) -> Tokenizer | None:
+    """Return the tokenizer in the folder of some weights, or None if no file of one is there."""
+    folder = weights if weights.is_dir() else weights.parent
     names = ["tokenizer.json", *(name for pair in VOCABULARY_FILES for name in pair)]
     return load_tokenizer(folder) if any((folder / name).is_file() for name in names) else None

@@ -1,4 +1,4 @@
-"""Hugging Face folders and files: read in every dress they come in, written as transformers writes them.
+"""Hugging Face folders and files: all layouts of GPT-2 weights are read; that of transformers is written.
 
 Source: `GPT2LMHeadModel.save_pretrained` of transformers; its linears, "Conv1D", have kernels [in, out] too.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,16 @@ from gpt2jax.model.gpt2 import Params
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.tokenizer.files import save_tokenizer
 from gpt2jax.utils.atomic_io import atomic_folder
-from gpt2jax.weights.mapping import LazyTensor, ParamRule, WeightSource, export_tensors, numpy_dtype
+from gpt2jax.utils.json_files import read_json
+from gpt2jax.utils.validation import check, must_be, one_of
+from gpt2jax.weights.mapping import (
+    PARAMETER_DTYPES,
+    LazyTensor,
+    ParamRule,
+    WeightSource,
+    export_tensors,
+    numpy_dtype,
+)
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
 from gpt2jax.weights.torch_reader import read_state_dict
 
@@ -42,29 +51,26 @@ RULES = (
     ParamRule("ln_f.bias", "ln_f.bias"),
     ParamRule("lm_head.weight", "lm_head.kernel"),
 )
-WRAPPERS = (
-    "_orig_mod.",
-    "module.",
-    "transformer.",
-)  # torch.compile, data parallel, the model inside the head model
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that old versions saved with the weights
+# prefixes of torch.compile, of data parallelism, and of the model within the model with a head
+WRAPPERS = ("_orig_mod.", "module.", "transformer.")
+# constants that old versions saved with the weights
+MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 INDEX = ".index.json"
 WEIGHT_FILES = tuple(
     f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX)
 )
-DTYPES = ("float32", "float16", "bfloat16")
-# what a folder may hold to be taken for a saved model, and be replaced by a new one
-OURS = re.compile(
+# a folder of only these files is taken for a saved model, and may be replaced by a new one
+KNOWN_FILES = re.compile(
     r"(config|generation_config|vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
     r"|merges\.txt|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 
 
 def load_hf(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
-    """Reads a Hugging Face folder, or a weights file with its config.json beside it.
+    """Load a Hugging Face folder, or a weights file with its config.json beside it.
 
-    Names may begin with `transformer.`, `module.` or `_orig_mod.`; saved attention masks are passed over; the
-    tied head may be in the file once or twice, under either name. Weights in 16 bits become float32.
+    Names may begin with `transformer.`, `module.` or `_orig_mod.`; saved attention masks are skipped; the tied head
+    may be in the file once or twice, under either name. 16-bit weights become float32.
 
     Args:
         path: the folder, or the file.
@@ -74,18 +80,18 @@ def load_hf(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
 
     Raises:
         FileNotFoundError: nothing lies there.
-        ValueError: it is no such folder or file, or tensors do not fit the configuration; all are named.
+        ValueError: the folder or file is of another kind or damaged, or tensors do not fit the configuration; all of
+            them are named.
     """
     return open_hf(path).load()
 
 
 def open_hf(path: str | os.PathLike[str]) -> WeightSource:
-    """The weights that `load_hf` reads; raises ValueError as it does, but for values."""
-    file = _weight_file(Path(path))
+    """Return the weights that `load_hf` loads, no value read; raises as it does, except about values."""
+    file = _find_weights_file(Path(path))
     config = read_config(file.parent)
-    return WeightSource(
-        config, RULES, tie(config, plain_names(_read_tensors(file), str(file)), str(file)), str(file)
-    )
+    tensors = tie_head(config, strip_wrappers(_read_tensors(file), str(file)), str(file))
+    return WeightSource(config, RULES, tensors, str(file))
 
 
 def save_hf(
@@ -97,26 +103,29 @@ def save_hf(
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes config.json, generation_config.json, model.safetensors and the tokenizer's files.
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
-    The folder appears whole or not at all. One that holds a saved model is replaced, other content is not.
+    The folder appears whole or not at all. It replaces a saved model, but no other content. Rounding to 16 bits needs
+    host memory for a rounded copy of one shard.
 
     Args:
         folder: the folder to make.
         config: the architecture.
         params: the parameters, blocks stacked.
-        tokenizer: written too where there is one.
+        tokenizer: also written, unless None.
         dtype: of the weights in the file: "float32", "float16" or "bfloat16".
-        max_shard_bytes: more weights than this are spread over several files, which an index lists.
+        max_shard_bytes: larger weights are split into several files, which an index lists.
 
     Raises:
         ValueError: unknown dtype, or a weight that is not finite in it.
         FileExistsError: the folder holds files that are not part of a saved model.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; known: {', '.join(DTYPES)}")
-    arrays = [(_published_name(name), array) for name, array in export_tensors(config, RULES, params)]
-    refuse_foreign_files(Path(folder), OURS, "a saved model")
+    check("dtype", dtype, one_of(PARAMETER_DTYPES))
+    arrays = [
+        (name if name.startswith("lm_head") else f"transformer.{name}", array)
+        for name, array in export_tensors(config, RULES, params)
+    ]
+    refuse_foreign_files(Path(folder), KNOWN_FILES, "a saved model")
     with atomic_folder(folder, overwrite=True) as aside:
         _write_json(aside / "config.json", {**config.to_hf(), "dtype": dtype})
         tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
@@ -127,7 +136,7 @@ def save_hf(
 
 
 def read_config(folder: Path) -> GPT2Config:
-    """The configuration in a folder's config.json.
+    """Return the configuration in a folder's config.json.
 
     Raises:
         ValueError: there is none, or it is not that of a GPT-2; the message names the file.
@@ -135,41 +144,44 @@ def read_config(folder: Path) -> GPT2Config:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no config.json, which says what the weights are made of: put it beside them"
+            f"{folder} has no config.json with the architecture of the weights; put it beside them"
         )
+    content = read_json(path)
+    for name in ("pruned_heads", "quantization_config"):
+        if content.get(name):
+            raise ValueError(must_be(f"{path}: {name}", "absent or empty", content[name]))
     try:
-        content = json.loads(path.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not an object")
-        for name in ("pruned_heads", "quantization_config"):
-            if content.get(name):
-                raise ValueError(f"{name}={content[name]!r:.100} is not supported")
         return GPT2Config.from_hf(content)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def plain_names(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
-    """The tensors by their names without wrappers, saved masks left out.
+def strip_wrappers(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
+    """Return the tensors by their names without wrappers, saved masks left out.
 
     Raises:
         ValueError: two tensors have the same name without wrappers.
     """
-    plain: dict[str, LazyTensor] = {}
+    stripped: dict[str, LazyTensor] = {}
     for full_name, tensor in tensors.items():
-        name = full_name
-        while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
-            name = name.removeprefix(wrapper)
-        if MASKS.fullmatch(name):
+        name = strip_prefixes(full_name, WRAPPERS)
+        if MASK_BUFFERS.fullmatch(name):
             continue
-        if name in plain:
-            raise ValueError(f"{source}: tensor {name} is there twice, once as {full_name}")
-        plain[name] = tensor
-    return plain
+        if name in stripped:
+            raise ValueError(f"{source} has tensor {name} twice, once as {full_name}")
+        stripped[name] = tensor
+    return stripped
 
 
-def tie(config: GPT2Config, tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
-    """For a tied head one copy of it, named as the embedding.
+def strip_prefixes(name: str, prefixes: Sequence[str]) -> str:
+    """Return a name without any of the prefixes, in whatever order and number they are."""
+    while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def tie_head(config: GPT2Config, tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
+    """Return the tensors with one copy of a tied head, named as the embedding.
 
     Raises:
         ValueError: the two copies differ, so that tying would change the model.
@@ -184,7 +196,7 @@ def tie(config: GPT2Config, tensors: dict[str, LazyTensor], source: str) -> dict
         head.shape != embedding.shape or head.read().tobytes() != embedding.read().tobytes()
     ):
         raise ValueError(
-            f"{source}: lm_head.weight differs from wte.weight, but the config says that they are tied: "
+            f"{source}: lm_head.weight differs from wte.weight, but the config says that they are tied; "
             "set tie_word_embeddings to false to keep both, or remove one of them"
         )
     return {"wte.weight": embedding, **others}
@@ -193,16 +205,16 @@ def tie(config: GPT2Config, tensors: dict[str, LazyTensor], source: str) -> dict
 def refuse_foreign_files(
     folder: Path, known: re.Pattern[str], kind: str, *, folders: tuple[str, ...] = ()
 ) -> None:
-    """Raises FileExistsError where replacing the folder would delete what is not part of `kind`."""
+    """Raise FileExistsError if replacing the folder would delete something that is not part of `kind`."""
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     for entry in entries:
         if not known.fullmatch(entry.name) or entry.is_dir() != (entry.name in folders):
             raise FileExistsError(
-                f"{folder} holds {entry.name!r}, which is not part of {kind}: give the name of a new folder"
+                f"{folder} holds {entry.name!r}, which is not part of {kind}; give the name of a new folder"
             )
 
 
-def _weight_file(path: Path) -> Path:
+def _find_weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
@@ -210,13 +222,13 @@ def _weight_file(path: Path) -> Path:
     for name in WEIGHT_FILES:
         if (path / name).is_file():
             return path / name
-    raise ValueError(f"{path} holds no weights: expected {' or '.join(WEIGHT_FILES)} in it")
+    raise ValueError(f"{path} holds no weights; expected {' or '.join(WEIGHT_FILES)} in it")
 
 
 def _write_weights(
-    folder: Path, arrays: list[tuple[str, np.ndarray]], dtype: str, max_shard_bytes: int
+    folder: Path, arrays: Sequence[tuple[str, np.ndarray]], dtype: str, max_shard_bytes: int
 ) -> None:
-    """One file, or as many as the limit asks for and their index."""
+    """Write one file, or as many as the limit asks for and their index."""
     itemsize = numpy_dtype(dtype).itemsize
     shards: list[list[tuple[str, np.ndarray]]] = [[]]
     room = max_shard_bytes
@@ -226,13 +238,12 @@ def _write_weights(
             room = max_shard_bytes
         shards[-1].append((name, array))
         room -= array.size * itemsize
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         last = len(shards)
         file = "model.safetensors" if last == 1 else f"model-{number:05}-of-{last:05}.safetensors"
-        shapes = {name: array.shape for name, array in shard}
-        write_safetensors(folder / file, shapes, shard, dtype, {"format": "pt"})
-        weight_map.update(dict.fromkeys(shapes, file))
+        write_safetensors(folder / file, shard, dtype, {"format": "pt"})
+        weight_map |= dict.fromkeys((name for name, _ in shard), file)
     if len(shards) > 1:
         count = sum(array.size for _, array in arrays)
         metadata = {"total_parameters": count, "total_size": count * itemsize}
@@ -246,37 +257,29 @@ def _read_tensors(file: Path) -> dict[str, LazyTensor]:
 
 
 def _read_shards(index: Path) -> dict[str, LazyTensor]:
-    """The tensors of all files that an index names.
+    """Return the tensors of all files that an index names.
 
     Raises:
-        ValueError: the index is damaged, names files elsewhere or absent, or disagrees with what is in them.
+        ValueError: the index is damaged, names files elsewhere or absent, or disagrees with their content.
     """
-    try:
-        content = json.loads(index.read_text("utf-8"))
-        places = dict(content["weight_map"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index of weight files: {error!r:.200}") from None
-    files = sorted({str(place) for place in places.values()})
+    weight_map = read_json(index, {"weight_map": dict})["weight_map"]
+    files = sorted({str(file) for file in weight_map.values()})
     for name in files:
         if Path(name).name != name or name.endswith(INDEX):
-            raise ValueError(f"{index} names the file {name!r:.200}, which cannot be one of its own")
+            raise ValueError(must_be(f"{index}: a file", "a name without folders", name))
         if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name!r:.200}, which is not beside it: fetch it again")
+            raise ValueError(f"{index} names {name!r:.200}, which is not beside it; fetch it again")
     tensors: dict[str, LazyTensor] = {}
     for name in files:
         shard = index.parent / name
         found = _read_tensors(shard)
-        expected = {tensor for tensor, place in places.items() if place == name}
+        expected = {tensor for tensor, file in weight_map.items() if file == name}
         wrong = sorted(expected ^ set(found))
         if wrong:
             state = "missing" if wrong[0] in expected else "there, but not in the index"
             raise ValueError(f"{shard} is not as {index.name} says: {wrong[0]} is {state}")
         tensors.update(found)
     return tensors
-
-
-def _published_name(name: str) -> str:
-    return name if name.startswith("lm_head") else f"transformer.{name}"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

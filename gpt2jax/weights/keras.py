@@ -1,31 +1,50 @@
-"""GPT-2 of keras-nlp and keras-hub: preset folders, *.weights.h5 files and TensorFlow checkpoints.
+"""GPT-2 of keras-nlp and keras-hub: presets, *.weights.h5 files and TensorFlow checkpoints read, presets written.
 
-The shapes say all of the architecture, down to the number of heads; epsilon and activation are fixed in that library.
-A `config.json` beside a preset's weights must agree with them, and gives the dropout.
+The shapes give the whole architecture, down to the number of heads; epsilon and activation are fixed in that library.
+A `config.json` beside a preset's weights must agree with them, and gives the dropout. A preset that is written here
+loads with `keras_hub.models.GPT2CausalLM.from_preset(folder)`.
 
-Source: keras_nlp/src/models/gpt2 and keras_hub/src/models/gpt2; keras/src/saving/saving_lib.py (the h5 layout);
-keras 2.15's saving/legacy/save.py (the checkpoint's names).
+Source: keras_nlp/src/models/gpt2 and keras_hub/src/models/gpt2; keras_hub/src/utils/preset_utils.py (the JSON files);
+keras/src/saving/saving_lib.py (the h5 layout); keras 2.15's saving/legacy/save.py (the checkpoint's names).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import Params
-from gpt2jax.weights.mapping import LazyTensor, ParamRule, WeightSource
+from gpt2jax.model.gpt2 import Params, count_parameters
+from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.files import save_tokenizer
+from gpt2jax.utils.atomic_io import atomic_folder
+from gpt2jax.utils.json_files import read_json
+from gpt2jax.utils.validation import must_be
+from gpt2jax.weights.h5_reader import read_h5
+from gpt2jax.weights.hf import refuse_foreign_files
+from gpt2jax.weights.mapping import LazyTensor, ParamRule, WeightSource, export_tensors
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
 
 PRESET_WEIGHTS = "model.weights.h5"
-H5_START = b"\x89HDF\r\n\x1a\n"
+# a folder of only these files is taken for a preset, and may be replaced by a new one
+KNOWN_FILES = re.compile(r"(config|metadata|tokenizer)\.json|model\.weights\.h5|assets")
+# settings that are fixed in keras-hub's GPT-2
+SUPPORTED_VALUES = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
 
 _QKV = ("query", "key", "value")
 RULES = (
@@ -52,24 +71,30 @@ RULES = (
     ParamRule("final_norm/gamma", "ln_f.scale"),
     ParamRule("final_norm/beta", "ln_f.bias"),
 )
-# layers of a block in the files (a leading underscore, which some versions write, aside) and in the table above
-_LAYERS = {
-    "self_attention_layer_norm": "attention_norm",
-    "self_attention_layer/query_dense": "query",
-    "self_attention_layer/key_dense": "key",
-    "self_attention_layer/value_dense": "value",
-    "self_attention_layer/output_dense": "attention_output",
-    "feedforward_layer_norm": "mlp_norm",
-    "feedforward_intermediate_dense": "mlp_in",
-    "feedforward_output_dense": "mlp_out",
+# the layers of the table above, and their names in the files; those of a block have a leading underscore in some
+# versions
+BLOCK_LAYERS = {
+    "attention_norm": "self_attention_layer_norm",
+    "query": "self_attention_layer/query_dense",
+    "key": "self_attention_layer/key_dense",
+    "value": "self_attention_layer/value_dense",
+    "attention_output": "self_attention_layer/output_dense",
+    "mlp_norm": "feedforward_layer_norm",
+    "mlp_in": "feedforward_intermediate_dense",
+    "mlp_out": "feedforward_output_dense",
 }
+OTHER_LAYERS = {
+    "token_embedding": "reversible_embedding",
+    "position_embedding": "position_embedding",
+    "final_norm": "layer_normalization",
+}
+_FROM_BLOCK_LAYER = {theirs: ours for ours, theirs in BLOCK_LAYERS.items()}
+_FROM_OTHER_LAYER = {theirs: ours for ours, theirs in OTHER_LAYERS.items()}
 _NORMS = ("attention_norm", "mlp_norm", "final_norm")
-_H5_LAYER = re.compile(
+_H5_BLOCK = re.compile(
     r"(?P<root>.*?)transformer_decoder(?:_(?P<layer>\d+))?/(?P<rest>.+)/vars/(?P<index>[01])"
 )
-_H5_OTHER = re.compile(
-    r"(?P<root>.*?)(?P<kind>reversible_embedding|position_embedding|layer_normalization)/vars/(?P<index>[01])"
-)
+_H5_OTHER = re.compile(rf"(?P<root>.*?)(?P<kind>{'|'.join(_FROM_OTHER_LAYER)})/vars/(?P<index>[01])")
 _H5_ROOTS = re.compile(r"((layers|_layer_checkpoint_dependencies)/(gpt2_backbone/|functional/)?)*")
 # states that are not weights: of the optimizer, of metrics, of random number generators
 _H5_IGNORED = re.compile(r"(optimizer|metrics)/.*|.*(^|/)seed_generator/.*|.*state_tree/.*")
@@ -83,31 +108,33 @@ _TF_NAME = re.compile(
 
 
 def load_keras(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
-    """Reads a preset folder or a *.weights.h5 file, of the backbone or of the whole model.
+    """Load a preset folder or a *.weights.h5 file, of the backbone or of the whole model.
 
     Returns:
         (config, params), blocks stacked.
 
     Raises:
         FileNotFoundError: nothing lies there.
-        ValueError: it is no such file, or damaged; the message names it and all tensors that do not fit.
+        ValueError: the file is of another kind or damaged; the message names it and all tensors that do not fit.
     """
     return open_keras(path).load()
 
 
 def open_keras(path: str | os.PathLike[str]) -> WeightSource:
-    """The weights that `load_keras` reads; raises ValueError as it does, but for values."""
+    """Return the weights that `load_keras` loads, no value read; raises as it does, except about values."""
     path = Path(path)
     file = path / PRESET_WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there are no Keras weights at {file}")
-    tensors = _h5_names(read_h5(file), file)
+    found = read_h5(file)
+    names = {full: _h5_name(full) for full in found if not _H5_IGNORED.fullmatch(full)}
+    tensors = _rename(found, names, str(file))
     preset = file.parent / "config.json" if file.name == PRESET_WEIGHTS else None
-    return WeightSource(_config(tensors, preset, str(file)), RULES, tensors, str(file))
+    return WeightSource(_infer_config(tensors, preset, str(file)), RULES, tensors, str(file))
 
 
 def load_keras_checkpoint(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
-    """Reads a TensorFlow checkpoint of `model.save_weights("....ckpt")`.
+    """Load a TensorFlow checkpoint of `model.save_weights("....ckpt")`.
 
     Args:
         path: its prefix, its .index file, or the folder with it.
@@ -116,205 +143,227 @@ def load_keras_checkpoint(path: str | os.PathLike[str]) -> tuple[GPT2Config, Par
         (config, params), blocks stacked.
 
     Raises:
-        ValueError: it is no such checkpoint, or damaged; the message names the file and all tensors that do not fit.
+        ValueError: the checkpoint is of another kind or damaged; the message names the file and all tensors that do
+            not fit.
     """
     return open_keras_checkpoint(path).load()
 
 
 def open_keras_checkpoint(path: str | os.PathLike[str]) -> WeightSource:
-    """The weights that `load_keras_checkpoint` reads; raises ValueError as it does, but for values."""
+    """Return the weights that `load_keras_checkpoint` loads, no value read; raises as it, except about values."""
     prefix = checkpoint_prefix(Path(path))
     if prefix is None:
-        raise ValueError(f"{path} is no TensorFlow checkpoint: expected {Path(path).name}.index and its data")
-    tensors = _tf_names(read_checkpoint(prefix), str(prefix))
-    return WeightSource(_config(tensors, None, str(prefix)), RULES, tensors, str(prefix))
+        raise ValueError(
+            f"{path} is not a TensorFlow checkpoint; expected {Path(path).name}.index and its data"
+        )
+    tensors = _rename_checkpoint(read_checkpoint(prefix), str(prefix))
+    return WeightSource(_infer_config(tensors, None, str(prefix)), RULES, tensors, str(prefix))
 
 
 def is_keras(path: Path) -> bool:
-    """Whether a path looks like a preset folder or an h5 file."""
+    """Return True if a path looks like a preset folder or an h5 file."""
     return path.suffix == ".h5" or (path / PRESET_WEIGHTS).is_file()
 
 
 def is_keras_checkpoint(path: Path) -> bool:
-    """Whether a path looks like a TensorFlow checkpoint."""
+    """Return True if a path looks like a TensorFlow checkpoint."""
     return checkpoint_prefix(path) is not None
 
 
-def _config(tensors: Mapping[str, LazyTensor], preset: Path | None, source: str) -> GPT2Config:
-    """The architecture that the shapes say, checked against a preset's config.json where there is one."""
-    needed = {"token_embedding/embeddings": 2, "position_embedding/embeddings": 2, "block_0/query/kernel": 3}
-    needed["block_0/mlp_in/kernel"] = 2
-    for name, ndim in needed.items():
+def save_keras(
+    folder: str | os.PathLike[str], config: GPT2Config, params: Params, tokenizer: Tokenizer | None = None
+) -> None:
+    """Write a preset: config.json, metadata.json, model.weights.h5 and the tokenizer's files.
+
+    The folder appears whole or not at all. It replaces a preset, but no other content.
+
+    Args:
+        folder: the folder to make.
+        config: the architecture.
+        params: the parameters, blocks stacked; float32 in the file.
+        tokenizer: also written, unless None.
+
+    Raises:
+        ValueError: the architecture has a feature that keras-hub's GPT-2 lacks; the message names it.
+        FileExistsError: the folder holds files that are not part of a preset.
+    """
+    import h5py
+
+    for name, legal in SUPPORTED_VALUES.items():
+        if getattr(config, name) not in legal:
+            raise ValueError(must_be(name, f"{legal[0]!r} in a Keras preset", getattr(config, name)))
+    rates = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    if len(set(rates.values())) > 1:
+        raise ValueError(must_be(", ".join(rates), "equal in a Keras preset", tuple(rates.values())))
+    refuse_foreign_files(Path(folder), KNOWN_FILES, "a Keras preset", folders=("assets",))
+    with atomic_folder(folder, overwrite=True) as aside:
+        settings = {**_backbone_settings(config), "dropout": config.resid_pdrop}
+        _write_object(aside / "config.json", "gpt2_backbone", "GPT2Backbone", settings)
+        about = {"parameter_count": count_parameters(params), "tasks": ["CausalLM"]}
+        _write_json(aside / "metadata.json", about)
+        with h5py.File(aside / PRESET_WEIGHTS, "w") as file:
+            for name, values in export_tensors(config, RULES, params):
+                file[_h5_path(name)] = np.asarray(values, np.float32)
+        if tokenizer is not None:
+            _write_tokenizer(aside, tokenizer)
+
+
+# ---- configuration ----
+
+
+def _infer_config(tensors: Mapping[str, LazyTensor], preset: Path | None, source: str) -> GPT2Config:
+    """Return the architecture that the shapes give, checked against a preset's config.json if there is one."""
+    ndims = {"token_embedding/embeddings": 2, "position_embedding/embeddings": 2, "block_0/query/kernel": 3}
+    ndims["block_0/mlp_in/kernel"] = 2
+    for name, ndim in ndims.items():
         if name not in tensors or len(tensors[name].shape) != ndim:
             state = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
-            raise ValueError(f"{source} is no GPT-2 of Keras: {name} {state}")
-    wte, wpe, query, mlp = (tensors[name].shape for name in needed)
-    layers = {int(name.split("/")[0].removeprefix("block_")) for name in tensors if name.startswith("block_")}
-    said: dict[str, Any] = {
-        "vocabulary_size": wte[0],
-        "hidden_dim": wte[1],
-        "max_sequence_length": wpe[0],
-        "num_heads": query[1],
-        "num_layers": len(layers),
-        "intermediate_dim": mlp[1],
-        "dropout": 0.1,
-    }
-    if preset is not None and preset.is_file():
-        said["dropout"] = _check_preset(preset, said)
+            raise ValueError(f"{source} is not a GPT-2 of Keras: {name} {state}")
+    wte, wpe, query, mlp = (tensors[name].shape for name in ndims)
+    layers = {name.split("/")[0] for name in tensors if name.startswith("block_")}
     try:
-        return GPT2Config(
-            vocab_size=said["vocabulary_size"],
-            n_positions=said["max_sequence_length"],
-            n_embd=said["hidden_dim"],
-            n_layer=said["num_layers"],
-            n_head=said["num_heads"],
-            n_inner=None if said["intermediate_dim"] == 4 * said["hidden_dim"] else said["intermediate_dim"],
-            embd_pdrop=said["dropout"],
-            attn_pdrop=said["dropout"],
-            resid_pdrop=said["dropout"],
+        config = GPT2Config(
+            vocab_size=wte[0],
+            n_positions=wpe[0],
+            n_embd=wte[1],
+            n_layer=len(layers),
+            n_head=query[1],
+            n_inner=None if mlp[1] == 4 * wte[1] else mlp[1],
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
+    return config if preset is None or not preset.is_file() else _read_preset(preset, config)
 
 
-def _check_preset(path: Path, said: Mapping[str, Any]) -> float:
-    """The dropout in a preset's config.json, when all else in it is what the shapes say."""
+def _backbone_settings(config: GPT2Config) -> dict[str, Any]:
+    return {
+        "vocabulary_size": config.vocab_size,
+        "num_layers": config.n_layer,
+        "num_heads": config.n_head,
+        "hidden_dim": config.n_embd,
+        "intermediate_dim": config.mlp_dim,
+        "max_sequence_length": config.n_positions,
+    }
+
+
+def _read_preset(path: Path, config: GPT2Config) -> GPT2Config:
+    """Return `config` with the dropout of a preset's config.json; raise ValueError if the rest of the file differs."""
+    content = read_json(path, {"class_name": str, "config": dict})
+    if content["class_name"] != "GPT2Backbone":
+        raise ValueError(must_be(f"{path}: class_name", "GPT2Backbone", content["class_name"]))
+    settings = content["config"]
+    for name, value in _backbone_settings(config).items():
+        if settings.get(name) != value:
+            raise ValueError(must_be(f"{path}: {name}", f"{value} as in the weights", settings.get(name)))
+    rate = settings.get("dropout", 0.1)
     try:
-        content = json.loads(path.read_text("utf-8"))
-        if content["class_name"] != "GPT2Backbone":
-            raise ValueError(f"class_name={content['class_name']!r:.100} is not a GPT2Backbone")
-        config = content["config"]
-        wrong = [name for name in said if name != "dropout" and config[name] != said[name]]
-        if wrong:
-            raise ValueError(f"{wrong[0]}={config[wrong[0]]!r:.100}, but the weights have {said[wrong[0]]}")
-        return config.get("dropout", 0.1)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the config.json of a Keras preset: {error!r:.100}") from None
-    except ValueError as error:
+        return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 # ---- names ----
 
 
-def _h5_names(tensors: Mapping[str, LazyTensor], file: Path) -> dict[str, LazyTensor]:
-    names = {full: _h5_name(full) for full in tensors if not _H5_IGNORED.fullmatch(full)}
-    return _renamed(tensors, names, str(file))
+def _h5_path(name: str) -> str:
+    """Return the place in a preset's h5 file of a tensor of the table."""
+    *block, layer, variable = name.split("/")
+    number = int(block[0].removeprefix("block_")) if block else 0
+    decoder = f"transformer_decoder{f'_{number}' if number else ''}/_{BLOCK_LAYERS[layer]}" if block else ""
+    return f"layers/{decoder or OTHER_LAYERS[layer]}/vars/{int(variable in ('beta', 'bias'))}"
 
 
 def _h5_name(full: str) -> str | None:
-    if match := _H5_LAYER.fullmatch(full):
-        layer = _LAYERS.get(re.sub(r"(^|/)_", r"\1", match["rest"]))
+    """Return the name in the table of a dataset; None if it has none."""
+    name = None
+    if match := _H5_BLOCK.fullmatch(full):
+        layer = _FROM_BLOCK_LAYER.get(_strip_underscores(match["rest"]))
         name = f"block_{int(match['layer'] or 0)}/{layer}" if layer else None
     elif match := _H5_OTHER.fullmatch(full):
-        kinds = {"reversible_embedding": "token_embedding", "layer_normalization": "final_norm"}
-        name = kinds.get(match["kind"], match["kind"])
-    else:
+        name = _FROM_OTHER_LAYER[match["kind"]]
+    if match is None or name is None or not _H5_ROOTS.fullmatch(match["root"]):
         return None
-    if name is None or not _H5_ROOTS.fullmatch(match["root"]):
-        return None
-    return f"{name}/{_variable(name, int(match['index']))}"
-
-
-def _variable(name: str, index: int) -> str:
+    variables = ("kernel", "bias")
     if name.endswith("embedding"):
-        return ("embeddings", "reverse_embeddings")[index]
-    norm = name.endswith(_NORMS)
-    return (("gamma", "beta") if norm else ("kernel", "bias"))[index]
+        variables = ("embeddings", "reverse_embeddings")
+    elif name.endswith(_NORMS):
+        variables = ("gamma", "beta")
+    return f"{name}/{variables[int(match['index'])]}"
 
 
-def _tf_names(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
-    """Layers with weights are numbered: in the backbone token 0, position 1, blocks 2.., the final norm last.
+def _strip_underscores(path: str) -> str:
+    return re.sub(r"(^|/)_", r"\1", path)
 
-    A saved whole model has the backbone as its number 0 and, the shortest way to it, the token embedding as 1.
+
+def _rename_checkpoint(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
+    """Return a checkpoint's tensors by the names of the table.
+
+    Layers with weights are numbered: in the backbone token 0, position 1, blocks 2.., the final norm last. A saved
+    whole model has the backbone as its number 0 and the token embedding, which is nearer to its root, as 1.
     """
     values = {n.removesuffix(_TF_VALUE): t for n, t in tensors.items() if n.endswith(_TF_VALUE)}
     values = {name: tensor for name, tensor in values.items() if not _TF_IGNORED.match(name)}
     matches = {name: _TF_NAME.fullmatch(name) for name in values}
-    whole = any(match and match["outer"] for match in matches.values())
-    return _renamed(
-        values, {name: match and _tf_name(match, whole) for name, match in matches.items()}, source
-    )
+    is_whole = any(match and match["outer"] for match in matches.values())
+    names = {name: match and _checkpoint_name(match, is_whole) for name, match in matches.items()}
+    return _rename(values, names, source)
 
 
-def _tf_name(match: re.Match[str], whole: bool) -> str | None:
+def _checkpoint_name(match: re.Match[str], is_whole: bool) -> str | None:
     number, rest = int(match["number"]), match["rest"]
-    if whole and not match["outer"]:
+    if is_whole and not match["outer"]:
         return "token_embedding/embeddings" if (number, rest) == (1, "embeddings") else None
     if rest in ("gamma", "beta"):
         return f"final_norm/{rest}"
     if rest in ("embeddings", "position_embeddings"):
         return {0: "token_embedding/embeddings", 1: "position_embedding/embeddings"}.get(number)
     layer, _, variable = rest.rpartition("/")
-    name = _LAYERS.get(re.sub(r"(^|/)_", r"\1", layer))
+    name = _FROM_BLOCK_LAYER.get(_strip_underscores(layer))
     return f"block_{number - 2}/{name}/{variable}" if name and number >= 2 else None
 
 
-def _renamed(
+def _rename(
     tensors: Mapping[str, LazyTensor], names: Mapping[str, str | None], source: str
 ) -> dict[str, LazyTensor]:
-    """The tensors by the names of the table; what has none keeps its own and is reported as unknown."""
+    """Return the tensors by the names of the table; one without keeps its own and is reported as unknown."""
     result: dict[str, LazyTensor] = {}
     for full, name in names.items():
         if (name or full) in result:
-            raise ValueError(f"{source}: {name} is there twice, once as {full}")
+            raise ValueError(f"{source} has tensor {name} twice, once as {full}")
         result[name or full] = tensors[full]
     return result
 
 
-# ---- h5 files ----
+# ---- files of a preset ----
 
 
-def read_h5(path: Path) -> dict[str, LazyTensor]:
-    """The datasets of an h5 file by path, nothing read yet.
-
-    Raises:
-        ValueError: the file is not in the format, damaged, or points to others; the message names it.
-    """
-    import h5py
-
-    with open(path, "rb") as file:
-        if file.read(8) != H5_START:
-            raise ValueError(f"{path} is not an HDF5 file: it does not begin with the format's mark")
-    try:
-        with h5py.File(path, "r") as file:
-            return {name: _h5_tensor(path, name, dataset) for name, dataset in _datasets(file)}
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
-        raise ValueError(f"{path} is cut short or damaged: {error}") from None
-
-
-def _datasets(group: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """(path, dataset) below a group; links to other files are not followed."""
-    import h5py
-
-    if depth > 20:
-        raise RuntimeError("its groups are nested too deeply")
-    for name in group:
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise RuntimeError(f"{prefix}{name} is a link, which is refused")
-        item = group[name]
-        if isinstance(item, h5py.Group):
-            yield from _datasets(item, f"{prefix}{name}/", depth + 1)
-        elif isinstance(item, h5py.Dataset):
-            yield f"{prefix}{name}", item
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    settings = {
+        "dtype": "int32",
+        "config_file": "tokenizer.json",
+        "sequence_length": None,
+        "add_prefix_space": tokenizer.add_prefix_space,
+        "unsplittable_tokens": sorted(tokenizer.special_tokens),
+    }
+    _write_object(folder / "tokenizer.json", "gpt2_tokenizer", "GPT2Tokenizer", settings)
+    assets = folder / "assets" / "tokenizer"
+    assets.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as saved:
+        save_tokenizer(tokenizer, saved)
+        shutil.copy(Path(saved) / "vocab.json", assets / "vocabulary.json")
+        shutil.copy(Path(saved) / "merges.txt", assets / "merges.txt")
 
 
-def _h5_tensor(path: Path, name: str, dataset: Any) -> LazyTensor:
-    dtype = dataset.dtype
-    is_bfloat16 = dtype == np.dtype("V2") and str(dataset.attrs.get("dtype", "")) == "bfloat16"
-    stored = dataset.id.get_storage_size()
-    if dataset.external or dataset.is_virtual or (dataset.shape is not None and stored != dataset.nbytes):
-        # also bounds the memory that a damaged file can ask for
-        raise RuntimeError(f"{name} is compressed, or its numbers are not in the file")
+def _write_object(path: Path, module: str, name: str, settings: Mapping[str, Any]) -> None:
+    """Write the description of an object as Keras does."""
+    content = {
+        "module": f"keras_hub.src.models.gpt2.{module}",
+        "class_name": name,
+        "config": {"name": module, "trainable": True, **settings},
+        "registered_name": f"keras_hub>{name}",
+    }
+    _write_json(path, content)
 
-    def read() -> np.ndarray:
-        import h5py
 
-        try:
-            with h5py.File(path, "r") as file:
-                values = np.asarray(file[name])
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
-            raise ValueError(f"{path} is damaged at {name}: {error}") from None
-        return values.view(ml_dtypes.bfloat16) if is_bfloat16 else values
-
-    return LazyTensor(tuple(dataset.shape or ()), "bfloat16" if is_bfloat16 else dtype.name, read, str(path))
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=4) + "\n", "utf-8")

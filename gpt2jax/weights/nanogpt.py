@@ -17,24 +17,25 @@ import numpy as np
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.weights import hf
-from gpt2jax.weights.mapping import LazyTensor, WeightSource
-from gpt2jax.weights.torch_reader import read_torch
+from gpt2jax.weights.mapping import LazyTensor, WeightSource, file_shapes
+from gpt2jax.weights.torch_reader import check_state_dict, read_torch
 
-# the names are Hugging Face's; only the kernels lie the other way
+# the names are Hugging Face's; only the kernels are transposed
 RULES = tuple(
     dataclasses.replace(rule, layout="transposed")
     if rule.path.startswith("h.") and "kernel" in rule.path
     else rule
     for rule in hf.RULES
 )
-FIELDS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
-PADDED, REAL = 50304, 50257  # the rows of the embedding over the 50257 tokens are never trained
+MODEL_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+# the rows of the embedding behind the 50257 tokens are padding that is never trained
+PADDED_VOCAB_SIZE, VOCAB_SIZE = 50304, 50257
 
 
 def load_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
-    """Reads a ckpt.pt, or the folder with one.
+    """Load a ckpt.pt, or the folder with one.
 
-    Absent biases become zeros, which is the same model. A vocabulary of 50304 is cut to GPT-2's 50257 tokens.
+    Absent biases become zeros, which is the same model. A vocabulary of 50304 is truncated to GPT-2's 50257 tokens.
 
     Returns:
         (config, params), blocks stacked.
@@ -47,44 +48,39 @@ def load_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
 
 
 def open_nanogpt(path: str | os.PathLike[str]) -> WeightSource:
-    """The weights that `load_nanogpt` reads; raises ValueError as it does, but for values."""
+    """Return the weights that `load_nanogpt` loads, no value read; raises as it does, except about values."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     content = read_torch(path)
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(k), dict) for k in ("model", "model_args")
-    ):
-        raise ValueError(f"{path} is no checkpoint of nanoGPT: expected `model` and `model_args` in it")
-    saved, arguments = content["model"], content["model_args"]
-    strange = [
-        name
-        for name, value in saved.items()
-        if not isinstance(name, str) or not isinstance(value, LazyTensor)
-    ]
-    if strange:
-        raise ValueError(f"{path}: {strange[0]!s:.100} in `model` is not a tensor with a name")
-    config = _config(path, arguments)
-    tensors = hf.tie(config, hf.plain_names(saved, str(path)), str(path))
-    if config.vocab_size == REAL and arguments["vocab_size"] == PADDED:
-        tensors = {name: _cut(tensor) if name == "wte.weight" else tensor for name, tensor in tensors.items()}
-    if not arguments["bias"]:
+    parts = ("model", "model_args")
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in parts):
+        raise ValueError(f"{path} is not a checkpoint of nanoGPT; expected `model` and `model_args` in it")
+    arguments = content["model_args"]
+    config = _read_config(path, arguments)
+    saved = check_state_dict(content["model"], f"{path}: model")
+    tensors = hf.tie_head(config, hf.strip_wrappers(saved, str(path)), str(path))
+    if arguments["vocab_size"] == PADDED_VOCAB_SIZE:
+        tensors = {name: _drop_padding(t) if name == "wte.weight" else t for name, t in tensors.items()}
+    if not arguments["bias"] and config.n_layer <= len(
+        tensors
+    ):  # else n_layer is damaged, which is reported later
         tensors = {**_zero_biases(config), **tensors}
     return WeightSource(config, RULES, tensors, str(path))
 
 
 def is_nanogpt(path: Path) -> bool:
-    """Whether a path looks like such a file, or a folder with one."""
+    """Return True if a path looks like a checkpoint of nanoGPT, or a folder with one."""
     return path.suffix == ".pt" or (path / "ckpt.pt").is_file()
 
 
-def _config(path: Path, arguments: Mapping[Any, Any]) -> GPT2Config:
-    unknown, missing = set(arguments) - FIELDS, FIELDS - {"dropout"} - set(arguments)
+def _read_config(path: Path, arguments: Mapping[Any, Any]) -> GPT2Config:
+    unknown, missing = set(arguments) - MODEL_ARGS, MODEL_ARGS - {"dropout"} - set(arguments)
     if unknown or missing:
         names = ", ".join(sorted(map(str, unknown or missing)))
         raise ValueError(f"{path}: model_args has {'unknown' if unknown else 'no'} {names:.200}")
     vocab_size, dropout = arguments["vocab_size"], arguments.get("dropout", 0.0)
     try:
         return GPT2Config(
-            vocab_size=REAL if vocab_size == PADDED else vocab_size,
+            vocab_size=VOCAB_SIZE if vocab_size == PADDED_VOCAB_SIZE else vocab_size,
             n_positions=arguments["block_size"],
             n_embd=arguments["n_embd"],
             n_layer=arguments["n_layer"],
@@ -98,29 +94,16 @@ def _config(path: Path, arguments: Mapping[Any, Any]) -> GPT2Config:
         raise ValueError(f"{path}: model_args: {error}") from None
 
 
-def _cut(tensor: LazyTensor) -> LazyTensor:
-    if tensor.shape[:1] != (PADDED,):
-        return tensor
-    return dataclasses.replace(tensor, shape=(REAL, *tensor.shape[1:]), read=lambda: tensor.read()[:REAL])
+def _drop_padding(table: LazyTensor) -> LazyTensor:
+    if table.shape[:1] != (PADDED_VOCAB_SIZE,):
+        return table
+    shape = (VOCAB_SIZE, *table.shape[1:])
+    return dataclasses.replace(table, shape=shape, read=lambda: table.read()[:VOCAB_SIZE])
 
 
 def _zero_biases(config: GPT2Config) -> dict[str, LazyTensor]:
-    dim, wide = config.n_embd, config.mlp_dim
-    widths = {
-        "ln_1": dim,
-        "attn.c_attn": 3 * dim,
-        "attn.c_proj": dim,
-        "ln_2": dim,
-        "mlp.c_fc": wide,
-        "mlp.c_proj": dim,
-    }
+    def zeros(shape: tuple[int, ...]) -> LazyTensor:
+        return LazyTensor(shape, "float32", lambda: np.zeros(shape, np.float32), file="")
 
-    def zeros(width: int) -> LazyTensor:
-        return LazyTensor((width,), "float32", lambda: np.zeros(width, np.float32), file="")
-
-    blocks = {
-        f"h.{layer}.{name}.bias": zeros(width)
-        for layer in range(min(config.n_layer, 10_000))  # a damaged number is reported with the tensors
-        for name, width in widths.items()
-    }
-    return {**blocks, "ln_f.bias": zeros(dim)}
+    shapes = file_shapes(config, RULES).items()
+    return {name: zeros(shape) for name, shape in shapes if name.endswith(".bias")}

@@ -5,17 +5,17 @@ Source: model.py and download_model.py of github.com/openai/gpt-2; its linears a
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
+from gpt2jax.utils.json_files import read_json
 from gpt2jax.weights.mapping import ParamRule, WeightSource
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
 
 HPARAMS = "hparams.json"
-FIELDS = {
+CONFIG_MAP = {
     "n_vocab": "vocab_size",
     "n_ctx": "n_positions",
     "n_embd": "n_embd",
@@ -41,20 +41,21 @@ RULES = (
 
 
 def load_openai(folder: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
-    """Reads a folder of OpenAI's release.
+    """Load a folder of OpenAI's release.
 
     Returns:
         (config, params), blocks stacked.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is not one of OpenAI's, or damaged; the message names the file and all tensors that do not fit.
+        ValueError: the folder is of another kind or damaged; the message names the file and all tensors that do not
+            fit.
     """
     return open_openai(folder).load()
 
 
 def open_openai(folder: str | os.PathLike[str]) -> WeightSource:
-    """The weights that `load_openai` reads; raises ValueError as it does, but for values."""
+    """Return the weights that `load_openai` loads, no value read; raises as it does, except about values."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -62,24 +63,21 @@ def open_openai(folder: str | os.PathLike[str]) -> WeightSource:
     prefix = checkpoint_prefix(folder)
     if prefix is None:
         raise ValueError(
-            f"{folder} has no checkpoint: expected model.ckpt.index and model.ckpt.data-00000-of-00001"
+            f"{folder} has no checkpoint; expected model.ckpt.index and model.ckpt.data-00000-of-00001"
         )
     return WeightSource(config, RULES, read_checkpoint(prefix), str(prefix))
 
 
 def is_openai(path: Path) -> bool:
-    """Whether a path looks like such a folder."""
+    """Return True if a path looks like a folder of OpenAI's release."""
     return (path / HPARAMS).is_file()
 
 
 def _read_hparams(path: Path) -> GPT2Config:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {HPARAMS}, which says what the weights are made of")
+        raise ValueError(f"{path.parent} has no {HPARAMS} with the architecture of the weights")
+    content = read_json(path, dict.fromkeys(CONFIG_MAP, int))
     try:
-        content = json.loads(path.read_text("utf-8"))
-        missing = [name for name in FIELDS if name not in content]
-        if missing:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        return GPT2Config(**{ours: content[theirs] for theirs, ours in FIELDS.items()})
-    except (ValueError, TypeError, RecursionError) as error:
+        return GPT2Config(**{ours: content[theirs] for theirs, ours in CONFIG_MAP.items()})
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2jax.model.gpt2 import Params
-from gpt2jax.utils.atomic_io import read_object
+from gpt2jax.utils.json_files import read_json
 
 
 def eval_params(state: Mapping[str, Any]) -> Params:
@@ -26,7 +26,7 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
     """The description of the run that a checkpoint is of."""
-    return read_object(folder / "run" / "metadata", "finetune", "base_model")
+    return read_json(folder / "run" / "metadata", ("finetune", "base_model"))
 
 
 @contextlib.contextmanager

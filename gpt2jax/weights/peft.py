@@ -1,8 +1,8 @@
-"""LoRA adapters as PEFT folders, both ways: adapter_config.json and adapter_model.safetensors.
+"""LoRA adapters as PEFT folders, read and written: adapter_config.json and adapter_model.safetensors.
 
-Source: `PeftModel.save_pretrained` of peft. GPT-2's linears are "Conv1D" there (fan_in_fan_out), but the factors
-lie as for every linear: lora_A.weight [r, in], lora_B.weight [out, r], each the transpose of ours; DoRA's
-lora_magnitude_vector is [out].
+Source: `PeftModel.save_pretrained` and `check_target_module_exists` of peft. GPT-2's linears are "Conv1D" there
+(fan_in_fan_out), but the factors lie as for every linear: lora_A.weight [r, in], lora_B.weight [out, r], each the
+transpose of ours; DoRA's lora_magnitude_vector is [out].
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import jax
@@ -23,21 +24,23 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.low_rank import column_norms
 from gpt2jax.utils.atomic_io import atomic_folder
-from gpt2jax.weights.hf import refuse_foreign_files
-from gpt2jax.weights.mapping import FLOAT_DTYPES, LazyTensor, is_finite, listed
-from gpt2jax.weights.peft_targets import declared_linears
+from gpt2jax.utils.json_files import read_json
+from gpt2jax.utils.validation import check, is_integer, must_be, positive_int, positive_number
+from gpt2jax.weights.hf import refuse_foreign_files, strip_prefixes
+from gpt2jax.weights.mapping import LazyTensor, check_tensors, read_into
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
 from gpt2jax.weights.torch_reader import read_state_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 TORCH_FILE = "adapter_model.bin"  # of old versions, and of save_pretrained(safe_serialization=False)
-OURS = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md")
-# the tensors of a linear, and ours; all are turned
+# a folder of only these files is taken for a saved adapter, and may be replaced by a new one
+KNOWN_FILES = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md")
+# the tensors of a linear, and their names here; all are transposed
 LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "magnitude"}
 WRAPPERS = ("base_model.", "model.", "_orig_mod.", "module.", "transformer.")
 
-# settings of PEFT that would change the result; any other value than those here is refused by name
-PLAIN = {
+# settings of PEFT that would change the result; other values than these are refused by name
+SUPPORTED_VALUES = {
     "peft_type": ("LORA",),
     "task_type": (None, "CAUSAL_LM"),
     "bias": ("none", None),
@@ -49,8 +52,8 @@ PLAIN = {
     "layer_replication": ([], None),
     "megatron_config": ({}, None),
 }
-# settings that are ours too, by their names here
-SHARED = {
+# settings of PEFT that are fields of LoRAConfig, and their names there
+CONFIG_MAP = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -59,18 +62,21 @@ SHARED = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }
-# they say how training begins, or which linears are adapted, which the tensors must agree with (peft_targets.py)
-WITHOUT_EFFECT = {
+# settings of how training begins, and those that name linears, which `_contradictions` compares with the tensors
+IGNORED_SETTINGS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "eva_config", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "revision",
     "target_modules", "ensure_weight_tying", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 
+# target such as "attn.c_attn" -> leaf such as "lora_a" -> array, stacked over the blocks
+FlatAdapters = dict[str, dict[str, np.ndarray]]
+
 
 def read_adapter(
     folder: str | os.PathLike[str], config: GPT2Config, params: Params | None = None
 ) -> tuple[LoRAConfig, Params]:
-    """Reads the adapters of a PEFT folder.
+    """Read the adapters of a PEFT folder.
 
     Args:
         folder: the folder.
@@ -78,33 +84,47 @@ def read_adapter(
         params: its parameters, needed for DoRA in some of the blocks only.
 
     Returns:
-        (settings, adapters), stacked over the blocks. A linear that PEFT adapted in some blocks only, by what the
-        settings say, has zero factors in the others.
+        (settings, adapters), stacked over the blocks. A linear that has adapters in some blocks only, as the settings
+        say, has zero factors in the others.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no LoRA adapters, they use something that is not known here, are not those that the
-            settings name, or do not fit `config`.
+        ValueError: it holds no LoRA adapters, they use a setting that is not known here, contradict their settings, or
+            do not fit `config`.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no adapter folder at {folder}")
     file = next((folder / name for name in (WEIGHTS_FILE, TORCH_FILE) if (folder / name).is_file()), None)
     if file is None or not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is no PEFT folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
+        raise ValueError(f"{folder} is not a PEFT folder; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     settings = _read_settings(folder / CONFIG_FILE)
     read = read_safetensors if file.name == WEIGHTS_FILE else read_state_dict
-    tensors = {_plain_name(name): tensor for name, tensor in read(file).items()}
+    # the names from the block on; PEFT leaves the adapter's own name out of its files
+    tensors = {strip_prefixes(name, WRAPPERS): tensor for name, tensor in read(file).items()}
     found = [target for target in TARGETS if any(f".{target}.lora_" in f".{name}" for name in tensors)]
     if not found:
         raise ValueError(f"{file} holds no adapters of {', '.join(TARGETS)}")
     try:
-        shared = {SHARED[name]: value for name, value in settings.items() if name in SHARED and value}
+        shared = {CONFIG_MAP[name]: value for name, value in settings.items() if name in CONFIG_MAP and value}
         lora = LoRAConfig(**shared, targets=tuple(found))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-    problems = _contradictions(settings, tensors, config.n_layer, folder / CONFIG_FILE)
-    return lora, _fill(config, lora, tensors, file, params, problems)
+    adapters = _zero_adapters(config, lora, tensors, file)
+    places = dict(_iter_parts(config, lora, adapters))
+    linears = {_linear_of(name) for name in tensors}
+    check_tensors(
+        f"{file} does not fit the model and its {CONFIG_FILE}",
+        tensors,
+        {name: place.T.shape for name, place in places.items()},
+        required=[name for name in places if _linear_of(name) in linears],
+        other_problems=_contradictions(settings, linears, found, config.n_layer),
+    )
+    for name, tensor in tensors.items():
+        read_into(places[name], name, tensor, "transposed")
+    if lora.use_dora:
+        _fill_magnitudes(adapters, linears, params, file)
+    return lora, nest_adapters(adapters)
 
 
 def write_adapter(
@@ -116,37 +136,36 @@ def write_adapter(
     base_model: str | None = None,
     params: Params | None = None,
 ) -> None:
-    """Writes adapters as a PEFT folder, whole or not at all.
+    """Write adapters as a PEFT folder, whole or not at all.
 
-    PEFT knows no slices of a linear: those of query, key and value become one adapter of attn.c_attn, whose
-    factors are theirs side by side with zeros elsewhere.
+    PEFT cannot express adapters of query, key and value alone: they become one adapter of attn.c_attn, which has
+    their factors side by side and zeros elsewhere.
 
     Args:
-        folder: the folder to make. One that holds an adapter is replaced.
+        folder: the folder to make. It replaces a saved adapter, but no other content.
         config: of the model that they are for.
         lora: their settings.
         adapters: the adapters, stacked over the blocks.
         base_model: name or path of that model, for PEFT's AutoPeftModel.
-        params: its parameters, needed for DoRA of slices.
+        params: its parameters, needed for DoRA of query, key or value.
 
     Raises:
-        ValueError: DoRA of slices, and no `params`.
+        ValueError: DoRA of query, key or value without `params`.
         FileExistsError: the folder holds other files.
     """
     if any(target in QKV_TARGETS for target in lora.targets):
         lora, adapters = fuse_qkv(config, lora, adapters, params)
+    flat = {target: jax.tree.map(np.asarray, _get_target(adapters, target)) for target in lora.targets}
     arrays = [
-        (f"base_model.model.transformer.{name}", values.T)
-        for name, values in _parts(config, lora, jax.tree.map(np.asarray, adapters))
+        (f"base_model.model.transformer.{name}", values.T) for name, values in _iter_parts(config, lora, flat)
     ]
-    shapes = {name: values.shape for name, values in arrays}
-    whole = float(lora.alpha).is_integer()  # PEFT declares alpha as a whole number, and computes with any
+    is_whole = float(lora.alpha).is_integer()  # PEFT declares alpha as a whole number, and computes with any
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if whole else lora.alpha,
+        "lora_alpha": int(lora.alpha) if is_whole else lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
@@ -157,50 +176,84 @@ def write_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    refuse_foreign_files(Path(folder), OURS, "a saved adapter")
+    refuse_foreign_files(Path(folder), KNOWN_FILES, "a saved adapter")
     with atomic_folder(folder, overwrite=True) as aside:
         (aside / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-        write_safetensors(aside / WEIGHTS_FILE, shapes, arrays, "float32", {"format": "pt"})
+        write_safetensors(aside / WEIGHTS_FILE, arrays, "float32", {"format": "pt"})
 
 
-def _read_settings(path: Path) -> Mapping[str, Any]:
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, not an object")
+def nest_adapters(adapters: FlatAdapters) -> Params:
+    """Return adapters as a tree of jax arrays, nested as the parameters of the blocks."""
+    blocks: Params = {}
+    for target, leaves in adapters.items():
+        module, linear = target.split(".")
+        blocks.setdefault(module, {})[linear] = jax.tree.map(jax.device_put, leaves)
+    return {"h": blocks}
+
+
+def _get_target(adapters: Params, target: str) -> Params:
+    module, linear = target.split(".")
+    return adapters["h"][module][linear]
+
+
+def _linear_of(name: str) -> str:
+    """Return the linear of a tensor, such as "h.0.attn.c_attn"."""
+    return name.partition(".lora_")[0]
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    named = {"target_modules": (str, list, NoneType), "layers_to_transform": (int, list, NoneType)}
+    settings = read_json(path, {"peft_type": str, "r": int, "lora_alpha": float}, named)
     for name, value in settings.items():
-        if name in PLAIN:
-            if value not in PLAIN[name]:
-                raise ValueError(
-                    f"{path}: {name}={value!r:.100} is not supported, only {PLAIN[name][0]!r} is"
-                )
-        elif (
-            name not in SHARED and name not in WITHOUT_EFFECT and value
-        ):  # what is newer than this table is off when false or empty
-            raise ValueError(f"{path}: {name}={value!r:.100} is not known and may change the result")
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is missing, expected 'LORA'")
-    for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        if type(settings.get(name)) not in kinds or settings[name] <= 0:
-            raise ValueError(f"{path}: {name}={settings.get(name)!r:.100} must be a positive number")
+        if name in SUPPORTED_VALUES:
+            if value not in SUPPORTED_VALUES[name]:
+                raise ValueError(must_be(f"{path}: {name}", repr(SUPPORTED_VALUES[name][0]), value))
+        elif name not in CONFIG_MAP and name not in IGNORED_SETTINGS and value:
+            # settings that are newer than these tables are off when false or empty
+            problem = must_be(f"{path}: {name}", "absent or off", value)
+            raise ValueError(f"{problem}; it is not known here and may change the result")
+    for name, rule in (("r", positive_int), ("lora_alpha", positive_number)):
+        check(f"{path}: {name}", settings[name], rule)
     return settings
 
 
-def _plain_name(name: str) -> str:
-    """The name from the block on, and without the adapter's own name, which PEFT leaves out of its files."""
-    while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
-        name = name.removeprefix(wrapper)
-    return name
+def _contradictions(
+    settings: Mapping[str, Any], linears: set[str], targets: list[str], layers: int
+) -> list[str]:
+    """Return where the tensors are not of the linears that the settings name, as with adapters of a smaller model."""
+    modules, excluded = settings.get("target_modules"), settings.get("exclude_modules") or []
+    if isinstance(modules, str) and not re.search(
+        r"\d", modules
+    ):  # an expression that is the same for all blocks
+        modules = targets
+    if not isinstance(modules, list) or not isinstance(excluded, list):
+        return []
+    chosen = settings.get("layers_to_transform")
+    chosen = range(layers) if chosen in (None, []) else [chosen] if is_integer(chosen) else chosen
+
+    def is_named(name: str, ends: list[Any]) -> bool:
+        return any(f".transformer.{name}".endswith(f".{end}") for end in ends)
+
+    every = {f"h.{layer}.{target}": layer in chosen for layer in range(layers) for target in TARGETS}
+    named = {
+        n
+        for n, is_chosen in every.items()
+        if is_chosen and is_named(n, modules) and not is_named(n, excluded)
+    }
+    where = " and ".join(name for name in ("target_modules", "layers_to_transform") if settings.get(name))
+    missing = [f"{name}: has no tensors, but {where} name it" for name in sorted(named - linears)]
+    return missing + [
+        f"{n}: has tensors, but {where} do not name it" for n in sorted(linears & every.keys() - named)
+    ]
 
 
-def _parts(config: GPT2Config, lora: LoRAConfig, adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """(name from the block on, the part of NumPy `adapters` that it is the transpose of), block by block."""
+def _iter_parts(
+    config: GPT2Config, lora: LoRAConfig, adapters: FlatAdapters
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name of a tensor from the block on, the view of `adapters` that it is the transpose of)."""
     for layer in range(config.n_layer):
         for target in lora.targets:
-            module, linear = target.split(".")
-            adapter, rank = adapters["h"][module][linear], lora.rank_of(layer, target)
+            adapter, rank = adapters[target], lora.rank_of(layer, target)
             parts = {"lora_a": adapter["lora_a"][layer, :, :rank], "lora_b": adapter["lora_b"][layer, :rank]}
             if lora.use_dora:
                 parts["magnitude"] = adapter["magnitude"][layer]
@@ -209,85 +262,33 @@ def _parts(config: GPT2Config, lora: LoRAConfig, adapters: Params) -> Iterator[t
                     yield f"h.{layer}.{target}.{name}", parts[leaf]
 
 
-def _fill(
-    config: GPT2Config,
-    lora: LoRAConfig,
-    tensors: Mapping[str, LazyTensor],
-    file: Path,
-    params: Params | None,
-    problems: list[str],
-) -> Params:
-    """Every tensor to its place; all that do not fit are named in one error, with the problems there are already."""
-    adapters = _empty(config, lora, tensors, file)
-    places = dict(_parts(config, lora, adapters))
-    problems = _problems(tensors, places) + problems
-    if problems:
-        raise ValueError(f"{file} does not fit the model and its {CONFIG_FILE}: {listed(problems)}")
-    for name, tensor in tensors.items():
-        places[name][...] = tensor.read().T
-        if not is_finite(places[name]):
-            raise ValueError(f"{file}: tensor {name} holds values that are not finite numbers")
-    for target in lora.targets if lora.use_dora else ():
-        names = [f"h.{layer}.{target}.lora_magnitude_vector" for layer in range(config.n_layer)]
-        absent = [name not in tensors for name in names]
-        if any(absent):
-            if params is None:
-                raise ValueError(
-                    f"{file} has DoRA in some blocks only: give the model's parameters to read it"
-                )
-            module, linear = target.split(".")
-            lengths = np.asarray(column_norms(kernel_of(params["h"], target)))
-            adapters["h"][module][linear]["magnitude"][absent] = lengths[absent]
-    return jax.tree.map(jax.device_put, adapters)
-
-
-def _empty(config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, LazyTensor], file: Path) -> Params:
-    """Adapters of zeros in NumPy, for tensors to be read into."""
+def _zero_adapters(
+    config: GPT2Config, lora: LoRAConfig, tensors: Mapping[str, LazyTensor], file: Path
+) -> FlatAdapters:
+    """Return adapters of zeros, for tensors to be read into."""
     largest = max(max(tensor.shape, default=0) for tensor in tensors.values())
-    adapters: Params = {}
+    blocks = abstract_params(config)["h"]
+    adapters: FlatAdapters = {}
     for target in lora.targets:
-        module, linear = target.split(".")
-        layers, in_dim, out_dim = kernel_of(abstract_params(config)["h"], target).shape
+        layers, in_dim, out_dim = kernel_of(blocks, target).shape
         rank = max(lora.rank_of(layer, target) for layer in range(layers))
         if rank > largest:  # a damaged number must not ask for memory
             raise ValueError(f"{file}: no tensor is as large as the rank of {rank} in {CONFIG_FILE}")
         shapes = {"lora_a": (layers, in_dim, rank), "lora_b": (layers, rank, out_dim)}
         if lora.use_dora:
             shapes["magnitude"] = (layers, out_dim)
-        zeros = {leaf: np.zeros(shape, np.float32) for leaf, shape in shapes.items()}
-        adapters.setdefault(module, {})[linear] = zeros
-    return {"h": adapters}
+        adapters[target] = {leaf: np.zeros(shape, np.float32) for leaf, shape in shapes.items()}
+    return adapters
 
 
-def _contradictions(
-    settings: Mapping[str, Any], tensors: Mapping[str, LazyTensor], layers: int, path: Path
-) -> list[str]:
-    """Where the tensors are not of the linears that the settings name, as with adapters of a smaller model."""
-    try:
-        declared = declared_linears(settings, layers)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if declared is None:
-        return []
-    every = {f"h.{layer}.{target}" for layer in range(layers) for target in TARGETS}
-    adapted = {name.partition(".lora_")[0] for name in tensors} & every
-    names = f"target_modules={settings['target_modules']!r:.60}"
-    if settings.get("layers_to_transform") is not None:
-        names += f" and layers_to_transform={settings['layers_to_transform']!r:.60}"
-    missing = [f"{name}: has no tensors, but is one of {names}" for name in sorted(declared - adapted)]
-    return missing + [f"{name}: has tensors, but is none of {names}" for name in sorted(adapted - declared)]
-
-
-def _problems(tensors: Mapping[str, LazyTensor], places: Mapping[str, np.ndarray]) -> list[str]:
-    """What keeps the tensors from their places. A linear may be absent from a block, but not in part."""
-    problems = []
-    for name, tensor in tensors.items():
-        if name not in places:
-            problems.append(f"{name}: unknown, {list(tensor.shape)}")
-        elif tensor.shape != places[name].T.shape:
-            problems.append(f"{name}: has shape {list(tensor.shape)}, expected {list(places[name].T.shape)}")
-        elif tensor.dtype not in FLOAT_DTYPES:
-            problems.append(f"{name}: is {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
-    adapted = {name.partition(".lora_")[0] for name in tensors}
-    missing = [n for n in places if n not in tensors and n.partition(".lora_")[0] in adapted]
-    return problems + [f"{name}: missing, though others of this linear are there" for name in missing]
+def _fill_magnitudes(adapters: FlatAdapters, linears: set[str], params: Params | None, file: Path) -> None:
+    """Give DoRA's linears without tensors the column norms of their kernels, which leaves the kernels unchanged."""
+    for target, adapter in adapters.items():
+        magnitude = adapter["magnitude"]
+        absent = [f"h.{layer}.{target}" not in linears for layer in range(len(magnitude))]
+        if any(absent):
+            if params is None:
+                raise ValueError(
+                    f"{file} has DoRA in some blocks only; give the model's parameters to read it"
+                )
+            magnitude[absent] = np.asarray(column_norms(kernel_of(params["h"], target)))[absent]

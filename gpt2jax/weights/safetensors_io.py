@@ -1,132 +1,80 @@
-"""Safetensors files: the header checked in full, then one tensor read at a time; written as a stream.
+"""Safetensors files, read and written by the `safetensors` library.
 
-The reader holds no more than one tensor and knows bfloat16 without torch; the writer takes one tensor after
-the other, where the library wants them all at once.
-
-Source: the format's description in the safetensors repository: 8 bytes little-endian header length; a header
-of JSON, {name: {dtype, shape, data_offsets: [begin, end]}}; the raw little-endian bytes without gaps.
+The library checks the header. The values are read from their place in the file, not by the library's `get_tensor`:
+that makes a copy before the cast, and the pages of its mapped file count as memory of the process.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from gpt2jax.utils.atomic_io import atomic_write
-from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
+from gpt2jax.utils.validation import must_be
+from gpt2jax.weights.mapping import LazyTensor, is_finite, numpy_dtype
 
-MAX_HEADER = 100_000_000  # bytes; the library's own limit
 DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-CODES = {name: code for code, name in DTYPES.items()}
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+}  # fmt: skip
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a file in the order of their data; values are read when asked for.
+    """Return the tensors of a file in the order of their data; values are read when asked for.
 
     Raises:
-        ValueError: the file is not in the format or damaged; the message names file and tensor.
+        ValueError: the file is not a safetensors file, is damaged, or has a dtype that NumPy lacks; the message names
+            the file.
     """
     path = Path(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise ValueError(
-                f"{path} is not a whole safetensors file: its {size} bytes do not hold its header"
-            )
-        raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a safetensors file: its header is not JSON: {error}") from None
-    header.pop("__metadata__", None)
-    data_start = 8 + length
+        with safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            entries = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or damaged: {error!s:.300}") from None
+    with open(path, "rb") as file:
+        position = 8 + int.from_bytes(file.read(8), "little")  # the data begins behind the header
     tensors: dict[str, LazyTensor] = {}
-    position = 0
-    for name, entry in sorted(header.items(), key=lambda item: _begin(path, item)):
-        tensors[name], position = _check(path, name, entry, data_start, position)
-    if data_start + position != size:
-        raise ValueError(
-            f"{path} is cut short or damaged: {size} bytes, but its header describes {data_start + position}"
-        )
+    for name, (shape, code) in entries.items():
+        if code not in DTYPES:
+            raise ValueError(
+                must_be(f"{path}: the dtype of tensor {name}", f"one of {', '.join(DTYPES)}", code)
+            )
+        tensors[name] = _lazy_tensor(path, name, shape, DTYPES[code], position)
+        position += math.prod(shape) * numpy_dtype(DTYPES[code]).itemsize  # the format allows no gaps
     return tensors
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
-
-
-def _begin(path: Path, item: tuple[str, object]) -> int:
-    name, entry = item
-    try:
-        begin, end = entry["data_offsets"]  # pyright: ignore[reportIndexIssue]
-        if type(begin) is int and type(end) is int:
-            return begin
-    except (TypeError, KeyError, ValueError):
-        pass
-    raise ValueError(f"{path}: the header's entry of tensor {name} is damaged: {entry!r:.100}")
-
-
-def _check(path: Path, name: str, entry: dict, data_start: int, position: int) -> tuple[LazyTensor, int]:
-    """One header entry as a tensor and the position behind it, when it begins where the last one ended."""
-    begin, end = entry["data_offsets"]
-    shape, code = entry.get("shape"), entry.get("dtype")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"{path}: tensor {name} has the impossible shape {shape!r:.100}")
-    if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"{path}: tensor {name} has the dtype {code!r:.100}; known: {', '.join(DTYPES)}")
-    dtype = numpy_dtype(DTYPES[code])
-    count = math.prod(shape)
-    if begin != position or end - begin != count * dtype.itemsize:
-        raise ValueError(
-            f"{path}: tensor {name} {shape} {code} cannot lie at bytes {begin} to {end}, after {position}"
-        )
-
+def _lazy_tensor(path: Path, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> LazyTensor:
     def read() -> np.ndarray:
-        values = np.fromfile(path, dtype, count, offset=data_start + begin)
+        count = math.prod(shape)
+        values = np.fromfile(path, numpy_dtype(dtype), count, offset=offset)
         if values.size != count:
             raise ValueError(f"{path} is cut short: tensor {name} is not whole")
         return values.reshape(shape)
 
-    return LazyTensor(tuple(shape), DTYPES[code], read, str(path), data_start + begin), end
+    return LazyTensor(shape, dtype, read, str(path), offset)
 
 
 def write_safetensors(
     path: str | os.PathLike[str],
-    shapes: Mapping[str, tuple[int, ...]],
     arrays: Iterable[tuple[str, np.ndarray]],
     dtype: str,
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a file, holding one tensor at a time; whole or not at all.
+    """Write a file. Callers write into an `atomic_folder`, which flushes it to the disk.
+
+    Host memory holds all of `arrays`, and a copy of those that `dtype` rounds.
 
     Args:
         path: the file.
-        shapes: of all tensors, in the order in which `arrays` delivers them.
         arrays: (name, values).
         dtype: of the file, as NumPy names it; values are rounded to it.
         metadata: strings for the header.
@@ -134,22 +82,11 @@ def write_safetensors(
     Raises:
         ValueError: a value is not a finite number in `dtype`; the message names its tensor.
     """
-    target = numpy_dtype(dtype)
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    position = 0
-    for name, shape in shapes.items():
-        end = position + math.prod(shape) * target.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8 bytes
-    with atomic_write(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for expected, (name, values) in zip(shapes, arrays, strict=True):
-            if name != expected or values.shape != shapes[name]:
-                raise ValueError(f"tensor {name} {values.shape} does not follow the order of the header")
-            with np.errstate(over="ignore"):
-                narrow = np.ascontiguousarray(values, target)
-            if not np.isfinite(narrow).all():
-                raise ValueError(f"tensor {name} holds values that are not finite in {dtype}")
-            file.write(narrow.reshape(-1).view(np.uint8).data)
+    tensors: dict[str, np.ndarray] = {}
+    for name, values in arrays:
+        with np.errstate(over="ignore"):
+            # the library writes the bytes as they lie, so that they must lie in order
+            tensors[name] = np.asarray(values, numpy_dtype(dtype), order="C")
+        if not is_finite(tensors[name]):
+            raise ValueError(f"tensor {name} holds values that are not finite in {dtype}")
+    save_file(tensors, path, dict(metadata))

@@ -1,4 +1,4 @@
-"""TensorFlow checkpoints ("tensor bundles"), read without TensorFlow; every checksum in them is verified.
+"""TensorFlow checkpoints ("tensor bundles"), read without TensorFlow; all their checksums are verified.
 
 PREFIX.index is a LevelDB table of name -> entry, PREFIX.data-0000K-of-0000N are the raw little-endian values.
 
@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
-from gpt2jax.weights.crc32c import masked_crc32c
 from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
@@ -29,26 +29,26 @@ DTYPES = {
 
 
 def read_checkpoint(prefix: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint by name; values are read, and their checksum verified, when asked for.
+    """Return the tensors of a checkpoint by name; values are read, and their checksum verified, when asked for.
 
-    Texts, such as the object graph that Keras saves, are left out.
+    Tensors of text, such as the object graph that Keras saves, are left out.
 
     Args:
         prefix: path without `.index` and `.data-...`.
 
     Raises:
         ValueError: the index or a data file is missing, damaged, or of a kind that cannot be read; the message names
-            the file, and the tensor where it is one.
+            the file, and the tensor if the problem is one tensor.
     """
     index = Path(f"{prefix}.index")
     try:
         size = index.stat().st_size
     except FileNotFoundError:
         raise ValueError(
-            f"there is no checkpoint {prefix}: expected {index.name} and its data beside it"
+            f"there is no checkpoint {prefix}; expected {index.name} and its data beside it"
         ) from None
     if size > MAX_INDEX:
-        raise ValueError(f"{index} has {size} bytes, more than an index of a GPT-2 can have")
+        raise ValueError(f"{index} must have at most {MAX_INDEX} bytes, got {size}")
     try:
         entries = dict(_read_table(index.read_bytes()))
         return _tensors(Path(prefix), entries)
@@ -65,32 +65,32 @@ def _tensors(prefix: Path, entries: dict[bytes, bytes]) -> dict[str, LazyTensor]
     num_shards, endianness = _number(header, 1), _number(header, 2)
     if endianness:
         raise ValueError("it is big-endian, which cannot be read")
-    tensors: dict[str, LazyTensor] = {}
-    for raw_name, raw_entry in entries.items():
-        name = raw_name.decode("utf-8")
-        entry = _fields(raw_entry)
-        shard, offset, size = (_number(entry, field) for field in (3, 4, 5))
-        data = Path(f"{prefix}.data-{shard:05}-of-{num_shards:05}")
-        if not data.is_file():
-            raise ValueError(f"{data} is missing, in which {name} lies")
-        if offset + size > data.stat().st_size:
-            raise ValueError(f"{data} is cut short: {name} ends at {offset + size}")
-        dtype = DTYPES.get(_number(entry, 1))
-        if dtype is None:
-            continue
-        if 7 in entry:
-            raise ValueError(f"tensor {name} is saved in slices, which cannot be read")
-        shape = tuple(_number(_fields(_bytes(dim)), 1) for dim in _fields(_bytes_of(entry, 2)).get(2, []))
-        if size != math.prod(shape) * numpy_dtype(dtype).itemsize:
-            raise ValueError(f"tensor {name} {list(shape)} {dtype} cannot have {size} bytes")
-        checksum = int.from_bytes(_bytes_of(entry, 6), "little")
-        tensors[name] = _tensor(data, name, shape, dtype, offset, checksum)
-    return tensors
+    tensors = {
+        name.decode("utf-8"): _tensor(prefix, num_shards, name.decode("utf-8"), entry)
+        for name, entry in entries.items()
+    }
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _tensor(
-    data: Path, name: str, shape: tuple[int, ...], dtype: str, offset: int, checksum: int
-) -> LazyTensor:
+def _tensor(prefix: Path, num_shards: int, name: str, raw_entry: bytes) -> LazyTensor | None:
+    """Return the tensor that an entry describes; None if it is not of numbers."""
+    entry = _fields(raw_entry)
+    shard, offset, size = (_number(entry, field) for field in (3, 4, 5))
+    data = Path(f"{prefix}.data-{shard:05}-of-{num_shards:05}")
+    if not data.is_file():
+        raise ValueError(f"{data} is missing; it holds {name}")
+    if offset + size > data.stat().st_size:
+        raise ValueError(f"{data} is cut short: {name} ends at {offset + size}")
+    dtype = DTYPES.get(_number(entry, 1))
+    if dtype is None:
+        return None
+    if 7 in entry:
+        raise ValueError(f"tensor {name} is saved in slices, which cannot be read")
+    shape = tuple(_number(_fields(_bytes(dim)), 1) for dim in _fields(_bytes_of(entry, 2)).get(2, []))
+    if size != math.prod(shape) * numpy_dtype(dtype).itemsize:
+        raise ValueError(f"tensor {name} {list(shape)} {dtype} cannot have {size} bytes")
+    checksum = int.from_bytes(_bytes_of(entry, 6), "little")
+
     def read() -> np.ndarray:
         values = np.fromfile(data, numpy_dtype(dtype), math.prod(shape), offset=offset)
         if masked_crc32c(values) != checksum:
@@ -100,11 +100,20 @@ def _tensor(
     return LazyTensor(shape, dtype, read, str(data))
 
 
-def checkpoint_prefix(path: Path) -> Path | None:
-    """The prefix of the checkpoint that a path stands for, or None.
+def masked_crc32c(data: bytes | np.ndarray) -> int:
+    """Return TensorFlow's checksum: the CRC-32C rotated and offset, as in tensorflow/core/lib/hash/crc32c.h."""
+    if isinstance(data, np.ndarray):
+        data = data.reshape(-1).view(np.uint8)
+        data.flags.writeable = False  # google_crc32c takes read-only buffers only; this is a view
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
-    A path is a prefix itself, an index file, or a folder: then its text file `checkpoint` says which one is the
-    newest, and without it the only index is it.
+
+def checkpoint_prefix(path: Path) -> Path | None:
+    """Return the prefix of the checkpoint that a path stands for, or None.
+
+    The path is a prefix, an index file, or a folder. In a folder the text file `checkpoint` names the newest
+    checkpoint; without that file, the folder must have exactly one index.
     """
     if path.name.endswith(".index") and path.is_file():
         return path.with_name(path.name.removesuffix(".index"))
@@ -128,10 +137,10 @@ def checkpoint_prefix(path: Path) -> Path | None:
 
 
 def _read_table(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) of a table."""
+    """Yield (key, value) of a table."""
     if len(raw) < FOOTER or not raw.endswith(MAGIC):
         raise ValueError(
-            "it is cut short, or no index of a checkpoint: its last 8 bytes are not the format's mark"
+            "it is cut short, or not an index of a checkpoint: its last 8 bytes are not the format's mark"
         )
     handles, position = [], len(raw) - FOOTER
     for _ in range(4):  # offset and size of the block of metadata and of the block of blocks
@@ -148,7 +157,7 @@ def _read_table(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) of a block; a key is written as what differs from the key before."""
+    """Yield (key, value) of a block; a key is stored as its difference from the key before."""
     block, trailer = raw[offset : offset + size], raw[offset + size : offset + size + 5]
     if len(block) != size or len(trailer) != 5 or size < 4:
         raise ValueError("a block reaches over its end")
@@ -173,7 +182,7 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _fields(message: bytes) -> dict[int, list[int | bytes]]:
-    """Field number -> its values: numbers for varints, bytes for all else."""
+    """Return field number -> its values: numbers for varints, bytes for everything else."""
     fields: dict[int, list[int | bytes]] = {}
     position = 0
     while position < len(message):
@@ -214,7 +223,7 @@ def _bytes(value: int | bytes) -> bytes:
 
 
 def _varint(raw: bytes, position: int) -> tuple[int, int]:
-    """A number in groups of 7 bits, low ones first, and the position behind it."""
+    """Read a number in groups of 7 bits, low ones first; return it and the position behind it."""
     number = 0
     for shift in range(0, 70, 7):
         byte = raw[position]

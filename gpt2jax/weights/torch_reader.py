@@ -1,7 +1,7 @@
 """Files of `torch.save`, zip and legacy, read without torch and without unpickling.
 
-A pickle is a program that may run any code. Here only the instructions that build dicts, lists, tuples, strings,
-numbers and tensors are carried out, by an interpreter of our own; anything else is refused by its name.
+A pickle is a program that may run any code. The interpreter here carries out only the instructions that build dicts,
+lists, tuples, strings, numbers and tensors; it refuses all others by name.
 
 Source: torch/serialization.py of PyTorch. Zip: `NAME/data.pkl` and one stored entry `NAME/data/KEY` per storage.
 Legacy (before 1.6): five pickles (magic number, protocol, platform, object, storage keys), then for each key the
@@ -16,7 +16,7 @@ import os
 import pickletools
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,17 @@ from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
-MAX_PICKLE = 32_000_000  # bytes; of the largest GPT-2 with its optimizer it has less than one
+MAX_PICKLE = 32_000_000  # bytes; the pickle of the largest GPT-2 with its optimizer has less than one million
 STORAGES = {
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "DoubleStorage": "float64",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
 class _Storage:
-    """A run of numbers in the file; its place is known later than its name in legacy files."""
+    """A run of numbers in the file; in legacy files its place is known later than its name."""
 
     key: str
     dtype: str
@@ -53,7 +46,7 @@ class _Storage:
 
 
 def read_torch(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote: dicts, lists, tuples, strings, numbers, and a `LazyTensor`, not read, for each tensor.
+    """Return what `torch.save` wrote: dicts, lists, tuples, strings, numbers, and an unread `LazyTensor` per tensor.
 
     Raises:
         ValueError: the file is not of this kind, is damaged, or holds anything else; the message names both.
@@ -65,22 +58,36 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
         return _read_zip(path)
     if start == LEGACY_START:
         return _read_legacy(path)
-    raise ValueError(f"{path} is not a file of torch.save: it begins with neither of the two marks of one")
+    raise ValueError(
+        f"{path} is not a file of torch.save: it begins with the mark of neither of its two formats"
+    )
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a saved state dict by name.
+    """Return the tensors of a saved state dict by name.
 
     Raises:
         ValueError: the file is damaged, or something in it is not a tensor with a name.
     """
     content = read_torch(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
+        raise ValueError(f"{path} must hold tensors by name, got a {type(content).__name__}")
+    return check_state_dict(content, str(path))
+
+
+def check_state_dict(content: dict[Any, Any], source: str) -> dict[str, LazyTensor]:
+    """Return `content`; raise ValueError unless all of it is tensors by name."""
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, LazyTensor):
-            raise ValueError(f"{path}: {name!s:.100} is a {type(value).__name__}, not a tensor with a name")
+            raise ValueError(
+                f"{source}: {name!s:.100} must be a tensor with a name, got a {type(value).__name__}"
+            )
     return content
+
+
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, OSError, EOFError, RuntimeError,
+)  # fmt: skip
 
 
 def _read_zip(path: Path) -> Any:
@@ -92,20 +99,13 @@ def _read_zip(path: Path) -> Any:
             root = pickle_name.removesuffix("data.pkl")
             program = archive.read(pickle_name)
             order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        NotImplementedError,
-        OSError,
-        EOFError,
-        RuntimeError,
-    ) as error:
+    except _ZIP_ERRORS as error:
         raise ValueError(f"{path} is cut short or damaged: {error}") from None
     except ValueError as error:
-        message = str(error) if str(path) in str(error) else f"{path} is no file of torch.save: {error}"
+        message = str(error) if str(path) in str(error) else f"{path} is not a file of torch.save: {error}"
         raise ValueError(message) from None
     if order != b"little":
-        raise ValueError(f"{path} has the byte order {order[:20]!r}; only b'little' can be read")
+        raise ValueError(f"{path}: the byte order must be b'little', got {order[:20]!r}")
 
     def locate(storage: _Storage) -> None:
         entry = entries.get(f"{root}data/{storage.key}")
@@ -133,16 +133,12 @@ def _entries(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, zipfi
 
 
 def _data_start(path: Path, entry: zipfile.ZipInfo, size: int) -> int:
-    """Where an entry's bytes begin: behind its own header, whose length only that header says."""
+    """Return where an entry's bytes begin: behind the entry's local header, which has a length that it alone says."""
     with open(path, "rb") as file:
         file.seek(entry.header_offset)
         header = file.read(30)
-    start = (
-        entry.header_offset
-        + 30
-        + int.from_bytes(header[26:28], "little")
-        + int.from_bytes(header[28:30], "little")
-    )
+    name_length, extra_length = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    start = entry.header_offset + 30 + name_length + extra_length
     if not header.startswith(ZIP_START) or start + entry.file_size > size:
         raise ValueError(f"the entry {entry.filename!r:.100} does not lie inside of the file")
     return start
@@ -181,100 +177,85 @@ def _read_legacy(path: Path) -> Any:
     return content
 
 
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    """A name in a pickle; it is never looked up."""
+
+    module: str
+    name: str
+
+
 class _Interpreter:
-    """Carries out the harmless instructions of a pickle."""
+    """Carries out the harmless instructions of a pickle; `_INSTRUCTIONS` lists them."""
 
     def __init__(self, path: Path, locate: Callable[[_Storage], None]):
         self.path, self.locate = path, locate
         self.checked: set[int] = set()
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
 
     def run(self, program: io.BytesIO) -> Any:
-        """The object that one pickle builds; `program` is left behind its end."""
+        """Return the object that one pickle builds; `program` is left behind its end."""
         try:
             return self._run(program)
-        except (
-            ValueError,
-            IndexError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            UnicodeError,
-            OverflowError,
-        ) as error:
-            reason = (
-                f"{type(error).__name__} {error}" if isinstance(error, (IndexError, KeyError)) else str(error)
-            )
+        except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
             raise ValueError(f"{self.path} is damaged or not only tensors: {reason:.500}") from None
 
     def _run(self, program: io.BytesIO) -> Any:
-        stack: list[Any] = []
-        marks: list[int] = []
-        memo: dict[int, Any] = {}
-
-        def since_mark() -> list[Any]:
-            start = marks.pop()
-            items = stack[start:]
-            del stack[start:]
-            return items
-
-        argument: Any
+        self.stack, self.marks, self.memo = [], [], {}
         for opcode, argument, _ in pickletools.genops(program):
-            name = opcode.name
-            if name in ("PROTO", "FRAME"):
-                pass
-            elif name == "STOP":
-                (result,) = stack
+            if opcode.name == "STOP":
+                (result,) = self.stack
                 return result
-            elif name == "MARK":
-                marks.append(len(stack))
-            elif name in _CONSTANTS:
-                stack.append(_CONSTANTS[name]())
-            elif name in _LITERALS:
-                stack.append(argument)
-            elif name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            elif name == "TUPLE":
-                stack.append(tuple(since_mark()))
-            elif name == "APPENDS":
-                items = since_mark()
-                _list(stack[-1]).extend(items)
-            elif name == "APPEND":
-                item = stack.pop()
-                _list(stack[-1]).append(item)
-            elif name in ("SETITEMS", "SETITEM"):
-                items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                if len(items) % 2:
-                    raise ValueError("a key without a value")
-                _dict(stack[-1]).update(zip(items[::2], items[1::2], strict=True))
-            elif name == "GLOBAL":
-                stack.append(_Global(*argument.split(" ", 1)))
-            elif name == "STACK_GLOBAL":
-                attribute, module = stack.pop(), stack.pop()
-                stack.append(_Global(module, attribute))
-            elif name == "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(self._call(function, arguments))
-            elif (
-                name == "BUILD"
-            ):  # attributes of an OrderedDict, such as the versions of a state dict's modules
-                stack.pop()
-                _dict(stack[-1])
-            elif name == "BINPERSID":
-                stack.append(self._storage(stack.pop()))
-            else:
-                raise ValueError(f"the pickle instruction {name} is refused")
+            if opcode.name not in _INSTRUCTIONS:
+                raise ValueError(f"the pickle instruction {opcode.name} is refused")
+            _INSTRUCTIONS[opcode.name](self, argument)
         raise ValueError("the pickle has no end")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop_to_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def make_tuple(self, count: int) -> None:
+        self.stack[-count:] = [tuple(self.stack[-count:])]
+
+    def append(self, items: list[Any]) -> None:
+        top = self.stack[-1]
+        if not isinstance(top, list):
+            raise ValueError(f"it adds to a {type(top).__name__} as if it were a list")
+        top.extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        top = self.stack[-1]
+        if not isinstance(top, dict):
+            raise ValueError(f"it sets items of a {type(top).__name__} as if it were a dict")
+        if len(items) % 2:
+            raise ValueError("a key without a value")
+        top.update(zip(items[::2], items[1::2], strict=True))
+
+    def set_state(self) -> None:
+        """Ignore attributes of an OrderedDict, such as the versions of a state dict's modules."""
+        self.stack.pop()
+        self.set_items([])
+
+    def push_global(self) -> None:
+        attribute, module = self.stack.pop(), self.stack.pop()
+        self.push(_Global(module, attribute))
+
+    def reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.push(self._call(function, arguments))
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise ValueError("a call of something that is no name")
+            raise ValueError("a call of something that is not a function's name")
         if function == _Global("collections", "OrderedDict") and not arguments:
             return {}
         if function == _Global("torch._utils", "_rebuild_tensor_v2") and 6 <= len(arguments) <= 7:
@@ -284,18 +265,14 @@ class _Interpreter:
         raise ValueError(f"it would call {function.module}.{function.name}, which is refused")
 
     def _storage(self, identity: Any) -> _Storage:
-        """("storage", type, key, device, number of elements), with a sixth item None in legacy files."""
+        """Return a storage by its identity: ("storage", type, key, device, numel), in legacy files None behind."""
         if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
             raise ValueError("a reference that is not to a storage")
         _, kind, key, _, numel, *view = identity
         if not isinstance(kind, _Global) or kind.module != "torch" or kind.name not in STORAGES:
             raise ValueError(f"the storage type {getattr(kind, 'name', '?'):.100} is refused")
-        if (
-            not isinstance(key, str)
-            or type(numel) is not int
-            or numel < 0
-            or any(v is not None for v in view)
-        ):
+        is_whole = isinstance(key, str) and type(numel) is int and numel >= 0
+        if not is_whole or any(v is not None for v in view):
             raise ValueError("a storage without a key or size")
         storage = _Storage(key, STORAGES[kind.name], numel)
         self.locate(storage)
@@ -324,7 +301,7 @@ class _Interpreter:
         return LazyTensor(tuple(shape), storage.dtype, read, str(path))
 
     def _check(self, storage: _Storage, values: np.ndarray | None) -> None:
-        """The checksum of a storage's bytes, once; `values` are all of them where they have been read already."""
+        """Verify the checksum of a storage once; `values` are all of its numbers if they have been read already."""
         if storage.checksum is None or storage.start in self.checked:
             return
         if values is not None:
@@ -337,49 +314,58 @@ class _Interpreter:
         self.checked.add(storage.start)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Global:
-    """A name in a pickle; it is never looked up."""
-
-    module: str
-    name: str
+_Instruction = Callable[[_Interpreter, Any], None]
 
 
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
+def _pushes(make: Callable[[], Any]) -> _Instruction:
+    return lambda machine, argument: machine.push(make())
+
+
+def _sets_item(machine: _Interpreter, argument: Any) -> None:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    machine.set_items([key, value])
+
+
+def _memorizes(machine: _Interpreter, argument: Any) -> None:
+    machine.memo[len(machine.memo) if argument is None else argument] = machine.stack[-1]
+
+
+_LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
+_INSTRUCTIONS: dict[str, _Instruction] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
+    **dict.fromkeys(_LITERALS, lambda machine, argument: machine.push(argument)),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _memorizes),
+    **dict.fromkeys(
+        ("BINGET", "LONG_BINGET"), lambda machine, argument: machine.push(machine.memo[argument])
+    ),
+    "NONE": _pushes(lambda: None),
+    "NEWTRUE": _pushes(lambda: True),
+    "NEWFALSE": _pushes(lambda: False),
+    "EMPTY_DICT": _pushes(dict),
+    "EMPTY_LIST": _pushes(list),
+    "EMPTY_TUPLE": _pushes(tuple),
+    "MARK": lambda machine, argument: machine.marks.append(len(machine.stack)),
+    "TUPLE": lambda machine, argument: machine.push(tuple(machine.pop_to_mark())),
+    "TUPLE1": lambda machine, argument: machine.make_tuple(1),
+    "TUPLE2": lambda machine, argument: machine.make_tuple(2),
+    "TUPLE3": lambda machine, argument: machine.make_tuple(3),
+    "APPEND": lambda machine, argument: machine.append([machine.stack.pop()]),
+    "APPENDS": lambda machine, argument: machine.append(machine.pop_to_mark()),
+    "SETITEM": _sets_item,
+    "SETITEMS": lambda machine, argument: machine.set_items(machine.pop_to_mark()),
+    "GLOBAL": lambda machine, argument: machine.push(_Global(*argument.split(" ", 1))),
+    "STACK_GLOBAL": lambda machine, argument: machine.push_global(),
+    "REDUCE": lambda machine, argument: machine.reduce(),
+    "BUILD": lambda machine, argument: machine.set_state(),
+    "BINPERSID": lambda machine, argument: machine.push(machine._storage(machine.stack.pop())),
 }
-_LITERALS = (
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-)  # fmt: skip
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"it adds to a {type(value).__name__} as if it were a list")
-    return value
-
-
-def _dict(value: Any) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"it sets items of a {type(value).__name__} as if it were a dict")
-    return value
 
 
 def _crc32(path: Path, start: int, size: int) -> int:
     checksum = 0
-    for chunk in _chunks(path, start, size):
-        checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
-def _chunks(path: Path, start: int, size: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
         file.seek(start)
         while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+            checksum = zlib.crc32(chunk, checksum)
             size -= len(chunk)
-            yield chunk
+    return checksum

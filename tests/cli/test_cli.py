@@ -153,7 +153,7 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
         (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--sequence-length", "0"], "must be a whole number of at least 2, or None, got 0"),
-        (["evaluate", "--model", "gpt2-minni"], "unknown model 'gpt2-minni'; known: gpt2,"),
+        (["evaluate", "--model", "gpt2-minni"], "there is no model 'gpt2-minni'; did you mean 'gpt2-mini'"),
         (["evaluate", "--data-revision", "main"], "is not on the hub: it has no revision 'main'"),
     ],
 )
@@ -306,7 +306,7 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
         (["--data", "missing.jsonl"], "missing.jsonl"),
         (["--text-column", "nope"], "title"),
         (["--sequence-length", "300"], "over the model's context of 256"),
-        (["--model", "gpt3"], "gpt2-medium"),
+        (["--model", "gpt3"], "there is no model 'gpt3'; did you mean"),
         (["--model", "README.md"], "README.md"),
         (["--lora", "--lora-targets", "c_attn"], "attn.c_attn"),
         (["--lora", "--lora-ranks", "h.0=x"], "PATTERN=RANK"),

@@ -50,7 +50,7 @@ def assert_same(a, b) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source_to_hugging_face(capsys, tmp_path, source):
+def test_convert_every_source_to_hugging_face(capsys, tmp_path, source):
     shown = convert(capsys, GOLDEN / source, "--out", tmp_path / "out", "--verify")
     before, after = gpt2jax.load(GOLDEN / source), gpt2jax.load(tmp_path / "out")
     assert_same(before.params, after.params)
@@ -62,7 +62,7 @@ def test_every_source_to_hugging_face(capsys, tmp_path, source):
     assert "at most 0 from the source's" in shown
 
 
-def test_there_and_back_through_keras(capsys, tmp_path):
+def test_convert_through_keras_and_back(capsys, tmp_path):
     model = random_model(3)
     model.save(tmp_path / "a")
     shown = convert(capsys, tmp_path / "a", "--format", "keras", "--out", tmp_path / "b", "--verify")
@@ -74,7 +74,7 @@ def test_there_and_back_through_keras(capsys, tmp_path):
     assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
 
 
-def test_dtypes(capsys, tmp_path):
+def test_convert_dtypes(capsys, tmp_path):
     def dtypes(name):
         tensors = read_safetensors(tmp_path / name / "model.safetensors").values()
         return {tensor.dtype for tensor in tensors}
@@ -100,7 +100,7 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_with_adapters(capsys, tmp_path, run_folder):
+def test_convert_a_run_with_adapters(capsys, tmp_path, run_folder):
     model = gpt2jax.load(run_folder)
     assert model.source == str(run_folder) and model.adapters is not None
     shown = convert(capsys, run_folder, "--format", "peft", "--out", tmp_path / "peft", "--verify")
@@ -116,7 +116,7 @@ def test_a_run_with_adapters(capsys, tmp_path, run_folder):
     assert_same(gpt2jax.load(tmp_path / "twice").params, twice.params)
 
 
-def test_an_adapter_of_keras_becomes_one_of_peft(capsys, tmp_path, run_folder):
+def test_convert_keras_adapter_to_peft(capsys, tmp_path, run_folder):
     with h5py.File(tmp_path / "a.lora.h5", "w") as file:
         file["lora/vars/rank"] = 1
         file["lora/9/vars/lora_kernel_a"] = np.ones((32, 2, 1), np.float32)
@@ -128,23 +128,31 @@ def test_an_adapter_of_keras_becomes_one_of_peft(capsys, tmp_path, run_folder):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("gpt3", [], "unknown model 'gpt3'"),
+        ("gpt3", [], "there is no model 'gpt3'; did you mean 'gpt2'"),
         (GOLDEN / "nothing", [], "there is no model at"),
         (GOLDEN / "tokenizer.json", [], "no weights of a known format"),
         (GOLDEN / "peft", [], "load the model that they are for"),
         (GOLDEN / "hf-tied", ["--format", "peft"], "has no adapters"),
-        (GOLDEN / "hf-tied", ["--format", "keras", "--dtype", "float16"], "is written in float32"),
-        (GOLDEN / "hf-relu-bfloat16", ["--format", "keras"], "activation_function='relu'"),
+        (
+            GOLDEN / "hf-tied",
+            ["--format", "keras", "--dtype", "float16"],
+            "dtype must be float32 for",
+        ),
+        (
+            GOLDEN / "hf-relu-bfloat16",
+            ["--format", "keras"],
+            "activation_function must be 'gelu_new' in",
+        ),
         (GOLDEN / "hf-tied", ["--adapter", "nowhere"], "no adapter folder at nowhere"),
-        (GOLDEN / "hf-tied", ["--adapter", GOLDEN / "hf-tied"], "is no PEFT folder"),
+        (GOLDEN / "hf-tied", ["--adapter", GOLDEN / "hf-tied"], "is not a PEFT folder"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, source, options, message):
+def test_convert_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, source, options, message):
     assert message in convert(capsys, source, "--out", tmp_path / "out", *options, code=2)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_lies_there_stays_unless_told(capsys, tmp_path):
+def test_convert_overwrites_only_if_told(capsys, tmp_path):
     source, out = GOLDEN / "hf-tied", tmp_path / "out"
     shutil.copytree(GOLDEN / "keras-hub", out)
     before = sorted(path.name for path in out.iterdir())
@@ -158,7 +166,7 @@ def test_what_lies_there_stays_unless_told(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["h.mlp.c_fc.kernel", "ln_f.bias"])
-def test_verification_notices_one_bit(capsys, tmp_path, monkeypatch, name):
+def test_convert_verify_notices_one_bit(capsys, tmp_path, monkeypatch, name):
     save = LanguageModel.save
 
     def damaging(self, path, *args, **kwargs):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gpt2jax
-from gpt2jax.weights.keras_preset import save_keras
+from gpt2jax.weights.keras import save_keras
 
 keras_hub = pytest.importorskip("keras_hub")
 keras = pytest.importorskip("keras")

@@ -115,20 +115,20 @@ def random_text(rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: repr(entry["text"][:20]))
-def test_gives_the_ids_of_transformers(entry):
+def test_encode_gives_the_ids_of_transformers(entry):
     tokenizer = Tokenizer.gpt2()
     assert tokenizer.encode(entry["text"]) == entry["ids"]
     assert tokenizer.encode(entry["text"], allow_special=True) == entry["ids_with_special"]
     assert tokenizer.decode(entry["ids"]) == entry["text"]
 
 
-def test_known_ids():
+def test_encode_known_ids():
     assert Tokenizer.gpt2().encode("Hello world") == [15496, 995]
     assert Tokenizer.gpt2().end_token_id == 50256
     assert Tokenizer.gpt2().decode([50256]) == END_TOKEN
 
 
-def test_agrees_with_the_slow_reference_on_random_unicode(reference):
+def test_encode_equals_the_reference_on_random_unicode(reference):
     tokenizer = Tokenizer.gpt2()
     rng = random.Random(0)
     for _ in range(3000):
@@ -138,7 +138,7 @@ def test_agrees_with_the_slow_reference_on_random_unicode(reference):
         assert tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_agrees_with_the_slow_reference_on_every_kind_of_white_space(reference):
+def test_encode_equals_the_reference_on_every_white_space(reference):
     tokenizer = Tokenizer.gpt2()
     spaces = [chr(code) for code in range(0x3001) if chr(code).isspace() or regex.match(r"\s", chr(code))]
     assert len(spaces) >= 25
@@ -147,7 +147,7 @@ def test_agrees_with_the_slow_reference_on_every_kind_of_white_space(reference):
             assert tokenizer.encode(text) == reference.encode(text), text
 
 
-def test_vocabulary_is_openais(tmp_path):
+def test_gpt2_vocabulary_is_that_of_openai(tmp_path):
     save_tokenizer(Tokenizer.gpt2(), tmp_path)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text())
     canonical = json.dumps(vocabulary, sort_keys=True, separators=(",", ":"))
@@ -156,7 +156,7 @@ def test_vocabulary_is_openais(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300, 4096, 50256])
-def test_smaller_vocabulary_is_a_prefix_that_encodes_everything(vocab_size):
+def test_gpt2_smaller_vocabulary_is_a_prefix(vocab_size):
     small, full = Tokenizer.gpt2(vocab_size), Tokenizer.gpt2()
     assert small.vocab_size == vocab_size
     assert small.end_token_id == vocab_size - 1
@@ -170,17 +170,17 @@ def test_smaller_vocabulary_is_a_prefix_that_encodes_everything(vocab_size):
     ]
 
 
-def test_smallest_vocabulary_gives_bytes():
+def test_gpt2_smallest_vocabulary_gives_bytes():
     assert len(Tokenizer.gpt2(257).encode("日本")) == 6
 
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 50258])
-def test_impossible_vocabulary_size(vocab_size):
-    with pytest.raises(ValueError, match=f"vocab_size={vocab_size}.*257"):
+def test_gpt2_refuses_other_vocabulary_sizes(vocab_size):
+    with pytest.raises(ValueError, match=f"vocab_size must be .*257 to 50257, got {vocab_size}"):
         Tokenizer.gpt2(vocab_size)
 
 
-def test_damaged_merges_are_refused(monkeypatch, tmp_path):
+def test_gpt2_refuses_damaged_merges(monkeypatch, tmp_path):
     data = resources.files("gpt2jax").joinpath("assets", "vocab.bpe").read_bytes()
     assert hashlib.sha256(data).hexdigest() == VOCAB_BPE_SHA256
     (tmp_path / "assets").mkdir()
@@ -190,7 +190,7 @@ def test_damaged_merges_are_refused(monkeypatch, tmp_path):
         Tokenizer.gpt2.__wrapped__(300)
 
 
-def test_lone_surrogates_become_replacement_characters():
+def test_encode_replaces_lone_surrogates():
     tokenizer = Tokenizer.gpt2()
     assert tokenizer.decode(tokenizer.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "😀"
@@ -210,7 +210,7 @@ def test_lone_surrogates_become_replacement_characters():
     ],
     ids=lambda text: f"{len(text)}x{text[0]!r}",
 )
-def test_long_runs_are_fast(text):
+def test_encode_long_runs_are_fast(text):
     tokenizer = Tokenizer.gpt2()
     start = time.process_time()
     ids = tokenizer.encode(text)
@@ -220,7 +220,7 @@ def test_long_runs_are_fast(text):
 
 @pytest.mark.parametrize("tail", ["", "x", "!x", "\n", "\u3000y"])
 @pytest.mark.parametrize("space", [" ", "\n", "\u3000", " \n"])
-def test_cut_in_a_long_run_is_where_the_pattern_cuts(space, tail, monkeypatch):
+def test_encode_splits_long_runs_as_the_pattern_does(space, tail, monkeypatch):
     text = "begin" + space * 3000 + tail + space * 2999 + "end"
     whole = Tokenizer.gpt2().encode(text)
     monkeypatch.setattr("gpt2jax.tokenizer.bpe._LONG_RUN", 1000)
@@ -230,7 +230,7 @@ def test_cut_in_a_long_run_is_where_the_pattern_cuts(space, tail, monkeypatch):
     assert Tokenizer.gpt2().encode(text) == whole
 
 
-def test_batch_is_the_single_encoding_in_order():
+def test_encode_batch_equals_encode():
     tokenizer = Tokenizer.gpt2(4096)
     rng = random.Random(2)
     texts = [random_text(rng) for _ in range(500)]
@@ -239,23 +239,23 @@ def test_batch_is_the_single_encoding_in_order():
     assert tokenizer.encode_batch([]) == []
 
 
-def test_wrong_types_are_named():
+def test_encode_names_wrong_types():
     tokenizer = Tokenizer.gpt2()
-    with pytest.raises(TypeError, match="int: 3"):
+    with pytest.raises(TypeError, match="text must be a str, got 3"):
         tokenizer.encode(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(TypeError, match="got None"):
         tokenizer.encode_batch(["a", None])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="use encode"):
         tokenizer.encode_batch("text")
 
 
 @pytest.mark.parametrize("id_", [-1, 4096, 10**12])
-def test_decoding_names_an_id_out_of_range(id_):
-    with pytest.raises(ValueError, match=f"token id {id_} .* 0 to 4095"):
+def test_decode_names_an_id_out_of_range(id_):
+    with pytest.raises(ValueError, match=f"token id must be in the vocabulary, 0 to 4095, got {id_}"):
         Tokenizer.gpt2(4096).decode([5, id_])
 
 
-def test_decoding_takes_arrays_and_parts_of_characters():
+def test_decode_takes_arrays_and_parts_of_characters():
     tokenizer = Tokenizer.gpt2()
     ids = np.asarray(tokenizer.encode("日本語"), np.uint16)
     assert tokenizer.decode(ids) == "日本語"
@@ -263,19 +263,19 @@ def test_decoding_takes_arrays_and_parts_of_characters():
     assert tokenizer.decode([]) == ""
 
 
-def test_fingerprint_tells_tokenizers_apart():
+def test_fingerprint_differs_between_tokenizers():
     sizes = [257, 4096, 50257]
     assert len({Tokenizer.gpt2(size).fingerprint for size in sizes}) == 3
     assert pickle.loads(pickle.dumps(Tokenizer.gpt2(300))).fingerprint == Tokenizer.gpt2(300).fingerprint
 
 
-def test_loading_is_fast():
+def test_gpt2_loads_fast():
     start = time.process_time()
     Tokenizer.gpt2.__wrapped__()
     assert time.process_time() - start < 1.5  # 0.1 s on an idle machine
 
 
 @pytest.mark.parametrize("text", ["a b\nc", "a  b", "a\u3042 b"])
-def test_bad_merges_are_named_by_line(text):
+def test_parse_merges_names_the_line(text):
     with pytest.raises(ValueError, match="line [12] of the merges"):
         parse_merges(text + "\n")

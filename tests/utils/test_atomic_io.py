@@ -13,7 +13,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_writes_text_and_bytes(tmp_path):
+def test_atomic_write_text_and_bytes(tmp_path):
     with atomic_write(tmp_path / "new" / "a.txt") as file:
         file.write("ä\nb\r\n")
     assert (tmp_path / "new" / "a.txt").read_bytes() == "ä\nb\r\n".encode()
@@ -23,7 +23,7 @@ def test_writes_text_and_bytes(tmp_path):
     assert names(tmp_path) == ["a.bin", "new"]
 
 
-def test_old_content_stays_until_the_end(tmp_path):
+def test_atomic_write_keeps_old_content_until_the_end(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with atomic_write(path) as file:
@@ -34,7 +34,7 @@ def test_old_content_stays_until_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_is_left_after_an_error(tmp_path, error):
+def test_atomic_write_leaves_nothing_after_an_error(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(error), atomic_write(path) as file:
@@ -46,7 +46,7 @@ def test_nothing_is_left_after_an_error(tmp_path, error):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_permissions(tmp_path):
+def test_atomic_write_permissions(tmp_path):
     old = os.umask(0o027)
     try:
         with atomic_write(tmp_path / "a.txt"):
@@ -63,7 +63,7 @@ def test_permissions(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o600
 
 
-def test_a_link_stays_a_link(tmp_path):
+def test_atomic_write_keeps_a_link(tmp_path):
     (tmp_path / "real.txt").write_text("old")
     (tmp_path / "link.txt").symlink_to("real.txt")
     with atomic_write(tmp_path / "link.txt") as file:
@@ -72,7 +72,7 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "real.txt").read_text() == "new"
 
 
-def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+def test_atomic_write_does_not_replace_a_pipe(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -82,8 +82,11 @@ def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
     os.close(reader)
 
 
-def test_wrong_targets(tmp_path):
-    with pytest.raises(ValueError, match="mode='a'"), atomic_write(tmp_path / "a", "a"):
+def test_atomic_write_refuses_wrong_targets(tmp_path):
+    with (
+        pytest.raises(ValueError, match="mode must be one of w, wb, got 'a'"),
+        atomic_write(tmp_path / "a", "a"),
+    ):
         pass
     with pytest.raises(IsADirectoryError, match="is a folder"), atomic_write(tmp_path):
         pass
@@ -92,7 +95,7 @@ def test_wrong_targets(tmp_path):
         pass
 
 
-def test_folder_appears_whole(tmp_path):
+def test_atomic_folder_appears_whole(tmp_path):
     target = tmp_path / "deep" / "run"
     with atomic_folder(target) as folder:
         (folder / "sub").mkdir()
@@ -103,14 +106,14 @@ def test_folder_appears_whole(tmp_path):
     assert names(tmp_path / "deep") == ["run"]
 
 
-def test_folder_error_leaves_nothing(tmp_path):
+def test_atomic_folder_leaves_nothing_after_an_error(tmp_path):
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "run") as folder:
         (folder / "a.txt").write_text("half")
         raise RuntimeError
     assert names(tmp_path) == []
 
 
-def test_folder_with_content_is_kept_unless_told(tmp_path):
+def test_atomic_folder_overwrites_only_if_told(tmp_path):
     target = tmp_path / "run"
     target.mkdir()
     with atomic_folder(target) as folder:  # empty: as good as absent
@@ -127,7 +130,7 @@ def test_folder_with_content_is_kept_unless_told(tmp_path):
 
 
 @pytest.mark.parametrize("path", [".", "..", "../here"])
-def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, path):
+def test_atomic_folder_does_not_replace_the_working_folder(tmp_path, monkeypatch, path):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(FileExistsError, match="is the working folder"), atomic_folder(path, overwrite=True):
@@ -135,7 +138,7 @@ def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, path):
     assert os.path.samefile(".", tmp_path / "here") and names(tmp_path) == ["here"]
 
 
-def test_in_a_working_folder_that_was_deleted(tmp_path, monkeypatch):
+def test_atomic_folder_in_a_deleted_working_folder(tmp_path, monkeypatch):
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
@@ -146,7 +149,7 @@ def test_in_a_working_folder_that_was_deleted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_old_folder_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+def test_atomic_folder_restores_the_old_folder(tmp_path, monkeypatch):
     target = tmp_path / "run"
     target.mkdir()
     (target / "a").write_text("old")

@@ -24,7 +24,7 @@ FOLDERS = (
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_logits(name):
+def test_load_logits_equal_those_of_other_libraries(name):
     model = gpt2jax.load(GOLDEN / name)
     expected = json.loads((GOLDEN / name / "expected.json").read_text())
     logits = np.load(GOLDEN / name / "logits.npy")
@@ -33,7 +33,7 @@ def test_logits(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FOLDERS if name.startswith("hf")])
-def test_greedy_continuation(name):
+def test_load_greedy_continuation_equals_transformers(name):
     model = gpt2jax.load(GOLDEN / name)
     expected = json.loads((GOLDEN / name / "expected.json").read_text())
     # greedy decoding in one forward pass: each of the 40 tokens is the most likely one after all before it
@@ -46,7 +46,7 @@ def test_greedy_continuation(name):
     ("base", "folder", "file"),
     [("hf-tied", "peft", ""), ("hf-tied", "peft-dora", ""), ("keras-hub", "keras-lora", "adapter.lora.h5")],
 )
-def test_adapter(base, folder, file):
+def test_load_adapter_logits_equal_those_of_other_libraries(base, folder, file):
     base = gpt2jax.load(GOLDEN / base)
     model = gpt2jax.load_adapter(base, GOLDEN / folder / file)
     token_ids = json.loads((GOLDEN / folder / "expected.json").read_text())["token_ids"]

@@ -140,7 +140,7 @@ def embedding(folder: str) -> np.ndarray:
     return np.asarray(load_hf(folder)[1]["wte"]["embedding"])
 
 
-def test_fetches_what_is_needed_once_and_works_offline_after(server, tmp_path):
+def test_download_fetches_once_then_works_offline(server, tmp_path):
     server.fetched.clear()
     folder = download(tmp_path, server.url)
     np.testing.assert_array_equal(embedding(folder), init_params(TINY, 0)["wte"]["embedding"])
@@ -155,7 +155,7 @@ def test_fetches_what_is_needed_once_and_works_offline_after(server, tmp_path):
     assert not server.fetched
 
 
-def test_revisions(server, tmp_path):
+def test_download_revisions(server, tmp_path):
     folder = download(tmp_path, server.url, revision="v1")
     np.testing.assert_array_equal(embedding(folder), init_params(TINY, 1)["wte"]["embedding"])
     assert OLD in folder
@@ -165,7 +165,7 @@ def test_revisions(server, tmp_path):
     assert answer.startswith("ValueError") and "'v9'" in answer and "branch" in answer
 
 
-def test_errors_say_what_to_do(server, tmp_path):
+def test_download_errors_say_what_to_do(server, tmp_path):
     answer = download(tmp_path, server.url, "someone/absent")
     assert answer.startswith("ValueError: there is no model someone/absent")
     answer = download(tmp_path, server.url, "someone/gated")
@@ -178,7 +178,7 @@ def test_errors_say_what_to_do(server, tmp_path):
     assert answer.startswith("ValueError") and "someone/-bad-..name" in answer
 
 
-def test_needed_files():
+def test_needed_files_of_a_repository():
     config = ["config.json", "vocab.json"]
     every = ["model.safetensors", "pytorch_model.bin", *config, "onnx/model.onnx", "README.md"]
     assert hub.needed_files(every, REPO) == ["model.safetensors", *config]

@@ -37,7 +37,7 @@ def model() -> LanguageModel:
     return LanguageModel(TINY, random_params())
 
 
-def test_merged_kernels(file, model):
+def test_load_keras_lora_merged_kernels(file, model):
     adapted = load_adapter(model, file)
     assert adapted.lora is not None and adapted.adapters is not None
     assert adapted.lora.targets == ("attn.q", "mlp.c_proj") or adapted.lora.targets == (
@@ -58,7 +58,7 @@ def test_merged_kernels(file, model):
     assert not change[0].any()
 
 
-def test_becomes_a_peft_folder(file, model, tmp_path):
+def test_save_adapter_of_keras_lora(file, model, tmp_path):
     adapted = load_adapter(model, file)
     save_adapter(adapted, tmp_path / "peft")
     ids = np.arange(10)[None]
@@ -89,7 +89,7 @@ def change(h5, name, values=None):
         ("lora/11/vars/lora_kernel_b", np.zeros((3, 16), "i4"), "lora_kernel_b: is int32"),
     ],
 )
-def test_files_that_do_not_fit(file, model, name, values, message):
+def test_load_keras_lora_refuses_files_that_do_not_fit(file, model, name, values, message):
     with h5py.File(file, "a") as h5:
         change(h5, name, values)
     with pytest.raises(ValueError, match=message) as info:
@@ -97,7 +97,7 @@ def test_files_that_do_not_fit(file, model, name, values, message):
     assert "a.lora.h5" in str(info.value)
 
 
-def test_cut_short_anywhere(file, model):
+def test_load_keras_lora_cut_short_anywhere(file, model):
     whole = file.read_bytes()
     rng = random.Random(0)
     for length in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(200))]:
@@ -106,7 +106,7 @@ def test_cut_short_anywhere(file, model):
             load_adapter(model, file)
 
 
-def test_other_files(tmp_path, model):
+def test_load_keras_lora_other_files(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_adapter(model, tmp_path / "nothing.lora.h5")
     (tmp_path / "a.lora.h5").write_bytes(b"no such file")

@@ -13,7 +13,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import abstract_params
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.weights.formats import load_weights
-from gpt2jax.weights.keras_preset import save_keras
+from gpt2jax.weights.keras import save_keras
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TINY = GPT2Config(vocab_size=300, n_positions=16, n_embd=24, n_layer=3, n_head=2, n_inner=40)
@@ -27,7 +27,7 @@ def params() -> dict:
     )
 
 
-def test_round_trip_is_exact(tmp_path, params):
+def test_save_keras_round_trip_is_exact(tmp_path, params):
     tokenizer = Tokenizer.gpt2(300)
     save_keras(tmp_path / "preset", TINY, params, tokenizer)
     config, loaded, read = load_weights(tmp_path / "preset")
@@ -37,7 +37,7 @@ def test_round_trip_is_exact(tmp_path, params):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_same_datasets_as_keras_hub_writes(tmp_path):
+def test_save_keras_writes_the_datasets_of_keras_hub(tmp_path):
     config, params, _ = load_weights(GOLDEN / "keras-hub")
     save_keras(tmp_path / "ours", config, params)
     contents = []
@@ -69,13 +69,13 @@ def test_same_datasets_as_keras_hub_writes(tmp_path):
         {"attn_pdrop": 0.2},
     ],
 )
-def test_what_keras_cannot_express_is_refused_by_name(tmp_path, params, changes):
+def test_save_keras_refuses_unsupported_settings(tmp_path, params, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         save_keras(tmp_path / "preset", dataclasses.replace(TINY, **changes), params)
     assert not list(tmp_path.iterdir())
 
 
-def test_replaces_a_preset_but_nothing_else(tmp_path, params):
+def test_save_keras_replaces_only_a_preset(tmp_path, params):
     for _ in range(2):
         save_keras(tmp_path / "preset", TINY, params, Tokenizer.gpt2(300))
     (tmp_path / "preset" / "notes.txt").write_text("mine")

@@ -14,7 +14,7 @@ import pytest
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import abstract_params
 from gpt2jax.weights.hf import RULES, save_hf
-from gpt2jax.weights.keras_preset import save_keras
+from gpt2jax.weights.keras import save_keras
 from gpt2jax.weights.mapping import file_shapes
 
 # 106 million bytes, of which the embedding has a third
@@ -43,7 +43,7 @@ def params() -> dict:
     ("format", "dtype"),
     [("float32", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("keras", "float32")],
 )
-def test_peak(tmp_path, params, format, dtype):
+def test_load_peak_memory(tmp_path, params, format, dtype):
     if format == "keras":
         save_keras(tmp_path / "model", CONFIG, params)
     else:

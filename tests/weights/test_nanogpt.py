@@ -16,7 +16,7 @@ from gpt2jax.weights.torch_reader import read_torch
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def test_configuration_and_absent_biases():
+def test_load_nanogpt_config_and_absent_biases():
     config, params, tokenizer = load_weights(GOLDEN / "nanogpt-plain")
     assert tokenizer is None
     assert (config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_head) == (
@@ -33,7 +33,7 @@ def test_configuration_and_absent_biases():
     assert not np.any(params["h"]["mlp"]["c_fc"]["bias"]) and not np.any(params["ln_f"]["bias"])
 
 
-def test_kernels_are_turned():
+def test_load_nanogpt_transposes_kernels():
     file = GOLDEN / "nanogpt-bias" / "ckpt.pt"
     saved = read_torch(file)["model"]["transformer.h.1.attn.c_proj.weight"].read()
     config, params = load_nanogpt(file)
@@ -52,7 +52,7 @@ def with_content(monkeypatch, change) -> None:
     monkeypatch.setattr(nanogpt, "read_torch", read)
 
 
-def test_padded_vocabulary_is_cut(monkeypatch):
+def test_load_nanogpt_truncates_the_padded_vocabulary(monkeypatch):
     wide = np.random.default_rng(0).normal(size=(50304, 16)).astype(np.float32)
 
     def widen(content):
@@ -72,12 +72,12 @@ def test_padded_vocabulary_is_cut(monkeypatch):
     [
         (lambda c: c.pop("model_args"), "expected `model` and `model_args`"),
         (lambda c: c.update(model=[1]), "expected `model` and `model_args`"),
-        (lambda c: c["model"].update(extra=3), "extra in `model` is not a tensor"),
+        (lambda c: c["model"].update(extra=3), "model: extra must be a tensor with a name, got a int"),
         (lambda c: c["model_args"].pop("bias"), "model_args has no bias"),
         (lambda c: c["model_args"].update(rotary=True), "model_args has unknown rotary"),
-        (lambda c: c["model_args"].update(n_head=5), "n_head=5"),
+        (lambda c: c["model_args"].update(n_head=5), "n_head.*5"),
         (lambda c: c["model_args"].update(n_layer=10**12), f"n_layer={10**12}"),
-        (lambda c: c["model_args"].update(n_layer="2"), "n_layer='2'"),
+        (lambda c: c["model_args"].update(n_layer="2"), "n_layer.*'2'"),
         (
             lambda c: c["model_args"].update(block_size=64),
             r"wpe\.weight: has shape \[32, 16\], expected \[64, 16\]",
@@ -86,14 +86,14 @@ def test_padded_vocabulary_is_cut(monkeypatch):
         (lambda c: c["model_args"].update(bias=False, n_layer=3), r"h\.2\.ln_1\.weight: missing"),
     ],
 )
-def test_checkpoints_that_do_not_fit(monkeypatch, change, message):
+def test_load_nanogpt_refuses_checkpoints_that_do_not_fit(monkeypatch, change, message):
     with_content(monkeypatch, change)
     with pytest.raises(ValueError, match=message) as info:
         load_nanogpt(GOLDEN / "nanogpt-bias")
     assert "ckpt.pt" in str(info.value)
 
 
-def test_cut_short(tmp_path):
+def test_load_nanogpt_cut_short(tmp_path):
     shutil.copy(GOLDEN / "nanogpt-bias" / "ckpt.pt", tmp_path)
     whole = (tmp_path / "ckpt.pt").read_bytes()
     for length in range(0, len(whole), 997):

@@ -50,7 +50,7 @@ def rewrite(folder, change) -> None:
 
 @pytest.mark.parametrize("targets", [("attn.c_attn",), ("attn.c_proj", "mlp.c_fc"), TARGETS])
 @pytest.mark.parametrize("alpha", [16.0, 2.5])
-def test_round_trip_is_exact(tmp_path, targets, alpha):
+def test_adapter_round_trip_is_exact(tmp_path, targets, alpha):
     lora = LoRAConfig(rank=3, alpha=alpha, dropout=0.05, targets=targets)
     adapters = trained(lora)
     write_adapter(tmp_path / "a", TINY, lora, adapters)
@@ -62,7 +62,7 @@ def test_round_trip_is_exact(tmp_path, targets, alpha):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_files_are_laid_out_as_peft_lays_them_out(saved):
+def test_write_adapter_layout_is_that_of_peft(saved):
     tensors = safetensors_numpy.load_file(saved / "adapter_model.safetensors")
     prefix = "base_model.model.transformer.h.1.attn.c_attn"
     assert tensors[f"{prefix}.lora_A.weight"].shape == (4, 24)
@@ -72,7 +72,7 @@ def test_files_are_laid_out_as_peft_lays_them_out(saved):
     assert settings["fan_in_fan_out"] is True and settings["lora_alpha"] == 6
 
 
-def test_rank_stabilised_scale(saved):
+def test_read_adapter_rank_stabilised_scale(saved):
     edit_config(saved, use_rslora=True)
     lora, _ = read_adapter(saved, TINY)
     assert lora.scale == pytest.approx(6.0 / 2.0, rel=1e-12)
@@ -91,7 +91,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS.keys())
-def test_round_trip_of_its_kin_is_exact(tmp_path, lora):
+def test_adapter_variants_round_trip_is_exact(tmp_path, lora):
     fresh = init_adapters(TINY, lora, params=BASE)
     # where a block's rank is less than the largest, the factors are zero and stay so
     adapters = jax.tree.map(lambda new, noise: jnp.where(new == 0, 0, noise), fresh, trained(lora))
@@ -109,7 +109,7 @@ def test_round_trip_of_its_kin_is_exact(tmp_path, lora):
     assert any("magnitude" in name for name in shapes) == lora.use_dora
 
 
-def test_slices_become_an_adapter_of_the_whole(tmp_path):
+def test_write_adapter_fuses_query_key_value(tmp_path):
     lora = LoRAConfig(
         rank=2, targets=("attn.q", "attn.v", "mlp.c_fc"), rank_pattern={"attn.v": 3}, use_dora=True
     )
@@ -128,7 +128,7 @@ def test_slices_become_an_adapter_of_the_whole(tmp_path):
         write_adapter(tmp_path / "b", TINY, lora, model.adapters)
 
 
-def test_dora_in_some_blocks_leaves_the_others_as_they_are(tmp_path):
+def test_read_adapter_dora_in_some_blocks(tmp_path):
     lora = LoRAConfig(rank=2, use_dora=True)
     write_adapter(tmp_path / "a", TINY, lora, trained(lora))
     rewrite(tmp_path / "a", lambda t: [t.pop(name) for name in list(t) if ".h.1." in name])
@@ -145,41 +145,43 @@ def test_dora_in_some_blocks_leaves_the_others_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"layers_to_transform": [0, 1]}, "h.2.attn.c_attn: has tensors, but is none of target_modules"),
-        ({"layers_to_transform": 1, "layers_pattern": "h"}, "h.0.mlp.c_proj: has tensors"),
-        ({"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, "h.0.attn.c_attn: has tensors"),
-        ({"layers_to_transform": ["0"]}, "layers_to_transform=['0'] must be the numbers of layers"),
-        ({"target_modules": ["c_attn"]}, "h.1.mlp.c_proj: has tensors"),
+        ({"layers_to_transform": [0, 1]}, "h.2.attn.c_attn: has tensors, but target_modules and layers_to_"),
+        ({"layers_to_transform": 1}, "h.0.mlp.c_proj: has tensors"),
+        ({"layers_to_transform": "0"}, "layers_to_transform must be a whole number or a list or null"),
+        ({"target_modules": ["c_attn"]}, "h.1.mlp.c_proj: has tensors, but target_modules do not name it"),
         ({"target_modules": ["c_attn", "mlp.c_proj", "c_fc"]}, "h.0.mlp.c_fc: has no tensors"),
-        ({"target_modules": "all-linear"}, "h.2.attn.c_proj: has no tensors, but is one of"),
-        ({"target_modules": r"h\.\d\.attn\.c_attn"}, "h.0.mlp.c_proj: has tensors"),
-        ({"target_modules": "(c_attn"}, "target_modules='(c_attn' is not a regular expression"),
-        ({"target_modules": 5}, "target_modules=5 must be a text or a list of texts"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0, 2]}, "h.1.attn.c_attn: has tensors"),
+        ({"target_modules": 5}, "target_modules must be a text or a list or null, got 5"),
         ({"exclude_modules": ["h.0.mlp.c_proj"]}, "h.0.mlp.c_proj: has tensors"),
     ],
 )
-def test_settings_that_contradict_the_tensors(saved, changes, named):
+def test_read_adapter_refuses_contradicting_settings(saved, changes, named):
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match=re.escape(named)):
         read_adapter(saved, TINY)
 
 
 @pytest.mark.parametrize(
-    "targets", [None, r".*(c_attn|mlp\.c_proj)", "((.*)*)*c_attn", ["transformer.h.0.attn.c_attn", "h.1.attn.c_attn",
-    "2.attn.c_attn", "mlp.c_proj"]]
-)  # fmt: skip
-def test_settings_that_agree_or_say_nothing(saved, targets):
+    "targets",
+    [
+        None,
+        r".*(c_attn|mlp\.c_proj)",
+        r".*h\.[0-2]\..*c_(attn|proj)",
+        ["transformer.h.0.attn.c_attn", "h.1.attn.c_attn", "2.attn.c_attn", "mlp.c_proj"],
+    ],
+)
+def test_read_adapter_settings_that_agree_or_say_nothing(saved, targets):
     edit_config(saved, target_modules=targets)
     assert read_adapter(saved, TINY)[0].targets == LORA.targets
 
 
-def test_adapters_of_fewer_layers_than_the_model_has(saved):
+def test_read_adapter_of_a_model_with_fewer_layers(saved):
     deeper = dataclasses.replace(TINY, n_layer=5)
-    with pytest.raises(ValueError, match=r"h\.3\.attn\.c_attn: has no tensors, but is one of target_modules"):
+    with pytest.raises(ValueError, match=r"h\.3\.attn\.c_attn: has no tensors, but target_modules name it"):
         read_adapter(saved, deeper)
 
 
-def test_tensors_that_the_kind_does_not_have(saved):
+def test_read_adapter_refuses_tensors_of_another_kind(saved):
     edit_config(saved, use_dora=True)
     with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn\.lora_magnitude_vector: missing"):
         read_adapter(saved, TINY)
@@ -196,7 +198,7 @@ def test_tensors_that_the_kind_does_not_have(saved):
         read_adapter(saved, TINY)
 
 
-def test_blocks_without_adapters_get_zero_ones(saved):
+def test_read_adapter_zeros_in_blocks_without_adapter(saved):
     def change(tensors):
         for name in [name for name in tensors if ".h.1." in name]:
             del tensors[name]
@@ -228,14 +230,14 @@ def test_blocks_without_adapters_get_zero_ones(saved):
         {"lora_dropout": 2.0},
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(saved, changes):
+def test_read_adapter_refuses_unsupported_settings(saved, changes):
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match="adapter_config.json") as info:
         read_adapter(saved, TINY)
-    assert f"{next(iter(changes)).removeprefix('lora_')}=" in str(info.value)
+    assert next(iter(changes)).removeprefix("lora_") in str(info.value)
 
 
-def test_all_problems_come_together(saved):
+def test_read_adapter_names_all_problems(saved):
     first = "base_model.model.transformer.h.0.attn.c_attn"
 
     def change(tensors):
@@ -254,7 +256,7 @@ def test_all_problems_come_together(saved):
         assert problem in str(info.value)
 
 
-def test_cut_short_anywhere(saved):
+def test_read_adapter_cut_short_anywhere(saved):
     for name in (FILE, "adapter_config.json"):
         whole = (saved / name).read_bytes()
         rng = random.Random(0)
@@ -265,26 +267,26 @@ def test_cut_short_anywhere(saved):
         (saved / name).write_bytes(whole)
 
 
-def test_a_model_of_another_size(saved):
+def test_read_adapter_of_a_model_of_another_size(saved):
     small = GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=3, n_head=2)
     with pytest.raises(ValueError, match=r"c_attn\.lora_A\.weight: has shape \[4, 24\], expected \[4, 16\]"):
         read_adapter(saved, small)
 
 
-def test_paths_that_hold_no_adapter(tmp_path, saved):
+def test_read_adapter_paths_without_adapter(tmp_path, saved):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_adapter(tmp_path / "nowhere", TINY)
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         read_adapter(tmp_path, TINY)
     (saved / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is damaged: it is not JSON"):
         read_adapter(saved, TINY)
     (saved / "other.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"other\.txt"):
         write_adapter(saved, TINY, LORA, trained(LORA))
 
 
-def test_values_that_are_no_numbers(saved):
+def test_read_adapter_refuses_values_that_are_not_finite(saved):
     def change(tensors):
         tensors["base_model.model.transformer.h.2.mlp.c_proj.lora_A.weight"][0, 0] = np.nan
 

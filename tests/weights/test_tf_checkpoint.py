@@ -4,43 +4,23 @@ import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from gpt2jax.weights.crc32c import POLYNOMIAL, crc32c, masked_crc32c
 from gpt2jax.weights.openai import load_openai
-from gpt2jax.weights.tf_checkpoint import FOOTER, MAGIC, read_checkpoint
+from gpt2jax.weights.tf_checkpoint import FOOTER, MAGIC, masked_crc32c, read_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def slow_crc32c(data: bytes) -> int:
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = register >> 1 ^ (POLYNOMIAL if register & 1 else 0)
-    return register ^ 0xFFFFFFFF
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b"123456789", 0xE3069283),  # the usual check value
-        (bytes(32), 0x8A9136AA),  # RFC 3720, B.4
-        (b"\xff" * 32, 0x62A8AB43),
-        (bytes(range(32)), 0x46DD794E),
-        (b"", 0),
-    ],
-)
-def test_crc32c_of_known_data(data, expected):
-    assert crc32c(data) == expected
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 511, 512, 513, 1025, 12345, 65536, 65537, 70001, 200_003])
-def test_crc32c_of_any_length(size):
-    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
-    assert crc32c(data) == crc32c(data.tobytes()) == slow_crc32c(data.tobytes())
+def test_masked_crc32c_of_bytes_and_arrays():
+    crc = 0xE3069283  # the usual check value, of b"123456789"
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    data = np.frombuffer(b"123456789", np.uint8)
+    assert masked_crc32c(b"123456789") == masked_crc32c(data) == masked_crc32c(data.copy()) == masked
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3).astype(ml_dtypes.bfloat16)
+    assert masked_crc32c(numbers) == masked_crc32c(numbers.tobytes())
 
 
 @pytest.fixture
@@ -49,7 +29,7 @@ def openai(tmp_path) -> Path:
     return tmp_path / "openai"
 
 
-def test_names_shapes_and_dtypes():
+def test_read_checkpoint_names_shapes_and_dtypes():
     tensors = read_checkpoint(GOLDEN / "openai" / "model.ckpt")
     assert len(tensors) == 2 + 12 * 2 + 2
     kernel = tensors["model/h1/attn/c_attn/w"]
@@ -64,13 +44,13 @@ def test_names_shapes_and_dtypes():
     ("content", "message"),
     [
         (b"", "cut short"),
-        (bytes(FOOTER), "cut short, or no index"),
+        (bytes(FOOTER), "cut short, or not an index"),
         (bytes(FOOTER - 8) + MAGIC, "reaches over its end"),
         (b"\xff" * (FOOTER - 8) + MAGIC, "too many digits"),
-        (b"\x80" * 100, "cut short, or no index"),
+        (b"\x80" * 100, "cut short, or not an index"),
     ],
 )
-def test_files_that_are_no_index(tmp_path, content, message):
+def test_read_checkpoint_refuses_other_files(tmp_path, content, message):
     (tmp_path / "a.ckpt.index").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.ckpt\.index.*{message}"):
         read_checkpoint(tmp_path / "a.ckpt")
@@ -99,7 +79,7 @@ def entry(dtype: int = 1, dims: tuple[int, ...] = (2,), size: int = 8, extra: by
     return bytes([0x08, dtype, 0x12, len(shape)]) + shape + bytes([0x28, size, 0x35]) + bytes(4) + extra
 
 
-def test_a_table_made_by_hand(tmp_path):
+def test_read_checkpoint_table_made_by_hand(tmp_path):
     numbers = np.array([1.5, -2.0], np.float32)
     checksum = masked_crc32c(numbers).to_bytes(4, "little")
     good = entry()[:-4] + checksum
@@ -126,7 +106,7 @@ def test_a_table_made_by_hand(tmp_path):
         (table([HEADER, (b"\xff", entry())]), "damaged"),
     ],
 )
-def test_tables_that_lie(tmp_path, content, message):
+def test_read_checkpoint_refuses_wrong_tables(tmp_path, content, message):
     (tmp_path / "a.index").write_bytes(content)
     (tmp_path / "a.data-00000-of-00001").write_bytes(bytes(8))
     with pytest.raises(ValueError, match=message) as info:
@@ -139,18 +119,18 @@ def test_tables_that_lie(tmp_path, content, message):
     [
         ({"n_layer": 3}, r"model/h2/ln_1/g: missing, expected \[16\]"),
         ({"n_embd": 32}, r"model/wte: has shape \[97, 16\], expected \[97, 32\]"),
-        ({"n_head": 5}, "n_head=5"),
-        ({"n_vocab": None}, r"vocab_size=None"),
+        ({"n_head": 5}, "n_head.*5"),
+        ({"n_vocab": None}, "n_vocab must be a whole number, got None"),
     ],
 )
-def test_hparams_of_another_model(openai, changes, message):
+def test_load_openai_hparams_of_another_model(openai, changes, message):
     path = openai / "hparams.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=message):
         load_openai(openai)
 
 
-def test_folders_that_are_not_openais(openai):
+def test_load_openai_refuses_other_folders(openai):
     for content in ("", "[]", '{"n_vocab": 97}'):
         (openai / "hparams.json").write_text(content)
         with pytest.raises(ValueError, match=r"hparams\.json"):

@@ -40,14 +40,14 @@ def copied(request, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_same_weights_as_in_safetensors(name, expected):
+def test_load_weights_bin_equals_safetensors(name, expected):
     config, params, tokenizer = load_weights(GOLDEN / name)
     assert config == load_hf(GOLDEN / "hf-tied")[0] and tokenizer is None
     assert same(params, expected)
     assert same(load_weights(GOLDEN / name / "pytorch_model.bin")[1], expected)
 
 
-def test_shards_and_their_index(copied, expected):
+def test_load_weights_bin_shards_and_index(copied, expected):
     """Two names for one file do: what is read is what the index says of each."""
     names = list(read_state_dict(copied))
     copied.rename(copied.with_name("pytorch_model-00001-of-00001.bin"))
@@ -60,7 +60,7 @@ def test_shards_and_their_index(copied, expected):
         load_weights(copied.parent)
 
 
-def test_cut_short_anywhere(copied):
+def test_read_torch_cut_short_anywhere(copied):
     whole = copied.read_bytes()
     rng = random.Random(0)
     for length in [0, 1, 20, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(200))]:
@@ -69,7 +69,7 @@ def test_cut_short_anywhere(copied):
             load_hf(copied)
 
 
-def test_flipped_bits_in_what_describes_the_data(copied, expected):
+def test_read_torch_flipped_bits_in_the_description(copied, expected):
     """Every entry of the zip has a checksum; the legacy format has none for the numbers, only its head is hit."""
     whole = copied.read_bytes()
     is_zip = whole.startswith(b"PK")
@@ -110,7 +110,7 @@ def zip_file(path: Path, program: bytes, entries: dict[str, bytes] | None = None
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-def test_a_pickle_that_would_run_a_command(tmp_path, kind, protocol):
+def test_read_torch_refuses_to_run_a_command(tmp_path, kind, protocol):
     victim = tmp_path / "victim"
     program = pickle.dumps({"wte.weight": Command(victim)}, protocol)
     path = tmp_path / "pytorch_model.bin"
@@ -129,7 +129,7 @@ def test_a_pickle_that_would_run_a_command(tmp_path, kind, protocol):
     "call",
     [b"cbuiltins\neval\n", b"cos\nsystem\n", b"ctorch\nload\n", b"ctorch._utils\n_rebuild_qtensor\n"],
 )
-def test_calls_are_refused_by_name(tmp_path, call):
+def test_read_torch_refuses_calls_by_name(tmp_path, call):
     program = b"\x80\x02" + call + b"X\x01\x00\x00\x00a\x85R."
     name = call[1:].decode().strip().replace("\n", ".")
     with pytest.raises(ValueError, match=f"it would call {name}, which is refused"):
@@ -165,7 +165,7 @@ def tensor_program(key=b"0", kind=b"FloatStorage", numel=4, offset=0, shape=(2, 
     return b"\x80\x02}" + text(b"a") + rebuild + b"\x89}tRs."
 
 
-def test_views_of_a_storage(tmp_path):
+def test_read_state_dict_views_of_a_storage(tmp_path):
     data = np.arange(6, dtype=np.float32).tobytes()
     program = tensor_program(numel=6, offset=1, shape=(2, 2), strides=(1, 2))
     tensor = read_state_dict(zip_file(tmp_path / "a.bin", program, {"archive/data/0": data}))["a"]
@@ -190,7 +190,7 @@ def test_views_of_a_storage(tmp_path):
         {"key": b"1"},
     ],
 )
-def test_tensors_that_cannot_be(tmp_path, changes):
+def test_read_state_dict_refuses_impossible_tensors(tmp_path, changes):
     path = zip_file(tmp_path / "a.bin", tensor_program(**changes), {"archive/data/0": bytes(16)})
     with pytest.raises(ValueError, match=r"a\.bin"):
         read_state_dict(path)
@@ -199,13 +199,13 @@ def test_tensors_that_cannot_be(tmp_path, changes):
 @pytest.mark.parametrize(
     "name", ["../../outside", "/outside", "archive/../../outside", "archive\\..\\outside"]
 )
-def test_zip_entries_outside(tmp_path, name):
+def test_read_torch_refuses_zip_entries_outside(tmp_path, name):
     path = zip_file(tmp_path / "a.bin", tensor_program(), {"archive/data/0": bytes(16), name: b"x"})
     with pytest.raises(ValueError, match=r"a\.bin.*outside"):
         read_torch(path)
 
 
-def test_a_compressed_bomb(tmp_path):
+def test_read_torch_refuses_a_compressed_bomb(tmp_path):
     path = zip_file(tmp_path / "a.bin", bytes(10**7), compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match=r"a\.bin.*compressed"):
         read_torch(path)
@@ -230,12 +230,12 @@ def test_a_compressed_bomb(tmp_path):
         b"\x80\x02\x88.",
     ],
 )
-def test_pickles_that_make_no_sense(tmp_path, program):
+def test_read_state_dict_refuses_meaningless_pickles(tmp_path, program):
     with pytest.raises(ValueError, match=r"a\.bin"):
         read_state_dict(zip_file(tmp_path / "a.bin", program))
 
 
-def test_nested_copies_stay_small(tmp_path):
+def test_read_state_dict_nested_copies_stay_small(tmp_path):
     """A thousand lists, each holding the one before it twice, say 2**1000 items and must not be spelled out."""
     step = b"q\x00](h\x00h\x00e"  # remember the last list, and put it into a new one twice
     program = b"\x80\x02]" + 1000 * step + b"."
@@ -243,10 +243,10 @@ def test_nested_copies_stay_small(tmp_path):
         read_state_dict(zip_file(tmp_path / "a.bin", program))
 
 
-def test_other_contents(tmp_path):
+def test_read_torch_other_contents(tmp_path):
     path = zip_file(tmp_path / "a.bin", pickle.dumps({"epoch": 3, "names": ["a", "b"], "rate": 0.5}, 2))
     assert read_torch(path) == {"epoch": 3, "names": ["a", "b"], "rate": 0.5}
-    with pytest.raises(ValueError, match="epoch is a int, not a tensor"):
+    with pytest.raises(ValueError, match="epoch must be a tensor with a name, got a int"):
         read_state_dict(path)
     (tmp_path / "b.bin").write_bytes(b"something else entirely")
     with pytest.raises(ValueError, match=r"b\.bin is not a file of torch\.save"):
