@@ -192,8 +192,6 @@ def _spec(
     """How the array of this shape at this place of a tree is cut."""
     names = _names(path)
     role = PARTITION_RULES.get(".".join(names[-2:])) or PARTITION_RULES.get(names[-1] if names else "")
-    if role is not None and path[-1] == jax.tree_util.GetAttrKey("scale"):
-        role = role[-1:]  # of a rounded kernel, whose values are cut as a plain one: a number for each output
     if role is None or len(shape) < len(role):
         return PartitionSpec()
     leading = (None,) * (len(shape) - len(role))

@@ -2,7 +2,7 @@
 
 Training stacks the blocks and scans over them. Decoding reads every weight once a token and little else
 counts. So, derived once for a model: layers unstacked (a scan would copy each layer's slice every token),
-adapters merged, and kernels in the dtype and layout that thin products stream fastest (streamed.py).
+adapters merged, and kernels in the dtype and layout that thin products stream fastest (ops/linear.py).
 
 Rows of a batch are padded on the left, so that all rows write the same cache slot: slot s of row b holds
 position s - padding[b]. What is padding is said by these numbers, never by a token id.
@@ -21,8 +21,9 @@ from flax import nnx
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import ForwardContext, Params, block_graphdef, final_norm_graphdef, lm_head_weight
-from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul
-from gpt2jax.ops.streamed import TransposedKernel, transpose_kernel
+from gpt2jax.ops.attention import LayerCache
+from gpt2jax.ops.linear import TransposedKernel, matmul, transpose_kernel
+from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision
 
 DecodingParams = dict[str, Any]
 
@@ -194,7 +195,7 @@ def forward_with_cache(
 @functools.partial(jax.jit, static_argnames=("config", "precision"))
 def _apply_block(
     layer: Params,
-    cache: tuple[jax.Array, jax.Array],
+    cache: LayerCache,
     x: jax.Array,
     index: jax.Array | int,
     mask: jax.Array,
@@ -202,9 +203,10 @@ def _apply_block(
     *,
     config: GPT2Config,
     precision: Precision,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, LayerCache | None]:
     block = nnx.merge(block_graphdef(config), layer)
-    return block(x, ForwardContext(precision), layer_index=index, mask=mask, cache=cache, cache_index=slot)
+    ctx = ForwardContext(precision, mask, cache_position=slot)
+    return block(x, ctx, layer_index=index, cache=cache)
 
 
 def lm_head(params: DecodingParams, hidden: jax.Array, precision: Precision) -> jax.Array:

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.model.config import GPT2Config
+from gpt2jax.ops.attention import LayerCache
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]
+Cache = tuple[LayerCache, ...]
 
 
 def init_cache(config: GPT2Config, batch: int, slots: int, dtype) -> Cache:
     """An empty cache: L pairs (keys, values), each [batch * N, slots, H] of zeros."""
     shape = (batch * config.n_head, slots, config.head_dim)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer))
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer))
 
 
 def grow_cache(cache: Cache, slots: int) -> Cache:

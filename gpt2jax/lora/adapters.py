@@ -24,9 +24,8 @@ import numpy as np
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
-from gpt2jax.ops.bits import bitcast_kernel
+from gpt2jax.ops.linear import bitcast_kernel, quantize_kernel
 from gpt2jax.ops.low_rank import add_lora_delta, attach_scales, column_norms, merge_kernel, slice_outputs
-from gpt2jax.ops.quantized import quantize_kernel
 from gpt2jax.utils.validation import check_count, is_number, set_field
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

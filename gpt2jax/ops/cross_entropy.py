@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_to_uint16
-from gpt2jax.ops.precision import FLOAT32, Precision, outer_product_sum
+from gpt2jax.ops.linear import outer_product_sum
+from gpt2jax.ops.precision import FLOAT32, Precision, bitcast_from_uint16, bitcast_to_uint16, einsum_f32
 from gpt2jax.sharding import constrain_batch, num_batch_shards_in_scope, replicate
 
 # the most logits held at once, float32: 100 MiB, and one chunk for a small vocabulary or batch
@@ -184,13 +184,13 @@ def _head_bits(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _logits(h: jax.Array, head_bits: jax.Array) -> jax.Array:
     """Compute logits [C, V] float32 of hidden states [C, D] and the bit-cast head [V, D] of their dtype."""
     if h.dtype.itemsize == 4:
-        return _product("cd,vd->cv", h, head_bits)
+        return einsum_f32("cd,vd->cv", h, head_bits, h.dtype)
     # by slices: all at once a CPU would keep a second head, of floats, and a GPU one filled up to whole tiles
     width, starts, _ = column_slices(len(head_bits))
 
     def columns(logits, start):
         kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bits, start, width), h.dtype)
-        some = _product("cd,vd->cv", h, kernel)
+        some = einsum_f32("cd,vd->cv", h, kernel, h.dtype)
         return jax.lax.dynamic_update_slice_in_dim(logits, some, start, axis=1), None
 
     return jax.lax.scan(columns, jnp.zeros((len(h), len(head_bits)), jnp.float32), starts)[0]
@@ -208,17 +208,12 @@ def _gradients(logits, log_z, h, targets, weights, head_bits, d_head, extras) ->
         d_logits = _logits_gradient(some, log_z, targets - start, weights, vocab_size, extras)
         d_logits = jnp.where(jnp.arange(width) >= repeated, d_logits, 0.0).astype(dtype)
         kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
-        d_h = d_h + _product("cv,vd->cd", d_logits, kernel)
+        d_h = d_h + einsum_f32("cv,vd->cd", d_logits, kernel, d_logits.dtype)
         total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + outer_product_sum(d_logits, h, dtype)
         return (d_h, jax.lax.dynamic_update_slice_in_dim(d_head, total, start, axis=0)), None
 
     start = (jnp.zeros(h.shape, jnp.float32), d_head)
     return jax.lax.scan(columns, start, (starts, repeated))[0]
-
-
-def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
 def _logits_gradient(logits, log_z, targets, weights, vocab_size, extras) -> jax.Array:
