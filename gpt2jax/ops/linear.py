@@ -63,15 +63,15 @@ def dequantize(kernel: Kernel) -> Float32[Array, "*L K M"]:
 # ---- arrays: a gradient in both operands ----
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense_matmul(x, kernel, dtype):
+def _multiply(x, kernel, dtype):
     return einsum_f32("...k,km->...m", x, kernel, dtype)
 
 
 def _dense_forward(x, kernel, dtype):
     # saves the kernel as it came: 16-bit copies of all layers would be kept from the forward to the backward pass
     saved = (bitcast_to_uint16(x.astype(dtype)), kernel, Dtype(x.dtype))
-    return _dense_matmul(x, kernel, dtype), saved
+    # not _dense_matmul: rematerialization policies do not see products inside a custom_vjp
+    return _multiply(x, kernel, dtype), saved
 
 
 def _dense_backward(dtype, saved, g):
@@ -81,6 +81,7 @@ def _dense_backward(dtype, saved, g):
     return dx.astype(x_dtype.dtype), outer_product_sum(x, g, dtype).astype(kernel.dtype)
 
 
+_dense_matmul = jax.custom_vjp(_multiply, nondiff_argnums=(2,))
 _dense_matmul.defvjp(_dense_forward, _dense_backward)
 
 
