@@ -26,7 +26,7 @@ from gpt2jax.generation.decoding import decode
 from gpt2jax.generation.kv_cache import init_cache
 from gpt2jax.generation.requests import Row
 from gpt2jax.generation.runner import Job, initial_progress, make_request
-from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS
 from gpt2jax.model.gpt2 import init_params
 from gpt2jax.plan.devices import described_devices, find_device

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from gpt2jax.lora.adapters import LoRAConfig, merge_adapters, unmerge_adapters
+from gpt2jax.lora.adapters import merge_adapters, unmerge_adapters
 from gpt2jax.lora.combine import concat_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import (
     Params,

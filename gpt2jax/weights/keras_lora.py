@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gpt2jax.lora.adapters import QKV_TARGETS, LoRAConfig, kernel_of
+from gpt2jax.lora.adapters import kernel_of
+from gpt2jax.lora.config import QKV_TARGETS, LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.weights.keras import read_h5

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpt2jax.lora.adapters import TARGETS, is_simple_pattern
+from gpt2jax.lora.config import TARGETS, is_simple_pattern
 from gpt2jax.utils.validation import is_integer
 
 ALL = "all-linear"  # of files that were written by hand: PEFT writes the names

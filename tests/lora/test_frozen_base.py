@@ -14,7 +14,8 @@ from tiny_models import TINY, random_params
 
 import gpt2jax
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import BASE_DTYPES, LoRAConfig, cast_base, init_adapters, kernel_of
+from gpt2jax.lora.adapters import cast_base, init_adapters, kernel_of
+from gpt2jax.lora.config import BASE_DTYPES, LoRAConfig
 from gpt2jax.model.gpt2 import hidden_states, init_params
 from gpt2jax.ops.linear import StoredKernel, dequantize
 from gpt2jax.ops.precision import Precision
