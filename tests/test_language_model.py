@@ -307,7 +307,7 @@ def test_adapters_that_do_not_go_together(model, adapted):
         (
             [adapted, dataclasses.replace(model, adapters=fresh, lora=dora)],
             None,
-            "DoRA adapters can't be summed",
+            "DoRA adapters cannot be combined",
         ),
     ):
         with pytest.raises(ValueError, match=message):
