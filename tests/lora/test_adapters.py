@@ -137,9 +137,6 @@ def test_check_patterns_names_one_that_matches_nothing():
     for settings in ({"rank_pattern": {"h.2.attn.c_attn": 1}}, {"alpha_pattern": {"mlp.c_fc": 3}}):
         message = "must match linear layers with an adapter, got .*; such a layer is h.1.attn.c_attn"
         with pytest.raises(ValueError, match=message):
-            ValueError,
-            match="must match linear layers with an adapter, got .*; such a layer is h.1.attn.c_attn",
-        ):
             check_patterns(LoRAConfig(**settings), TINY.n_layer)
 
 
