@@ -26,7 +26,7 @@ from gpt2jax.generation.decoding import DecoderSpec, initial_state, make_decode_
 from gpt2jax.generation.kv_cache import init_cache
 from gpt2jax.generation.requests import PromptState
 from gpt2jax.generation.strategy import Sampling, decode
-from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS
 from gpt2jax.model.gpt2 import init_params
 from gpt2jax.plan.devices import described_devices, find_device

@@ -62,7 +62,8 @@ def gpt2jax_step(
     import jax.numpy as jnp
     import numpy as np
 
-    from gpt2jax.lora.adapters import LoRAConfig, cast_base, init_adapters
+    from gpt2jax.lora.adapters import cast_base, init_adapters
+    from gpt2jax.lora.config import LoRAConfig
     from gpt2jax.model.gpt2 import init_params
     from gpt2jax.ops.precision import Precision
     from gpt2jax.train.config import FinetuneConfig

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gpt2jax.generation.outputs import Generation
     from gpt2jax.language_model import LanguageModel, combine_adapters, from_config
     from gpt2jax.loading import load, load_adapter, save_adapter
-    from gpt2jax.lora.adapters import LoRAConfig
+    from gpt2jax.lora.config import LoRAConfig
     from gpt2jax.model.config import PRESETS, GPT2Config
     from gpt2jax.tokenizer.bpe import Tokenizer
     from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
@@ -56,7 +56,7 @@ _HOMES = {
     "finetune": "train.loop",
     "Run": "train.loop",
     "FinetuneConfig": "train.config",
-    "LoRAConfig": "lora.adapters",
+    "LoRAConfig": "lora.config",
     # data
     "load_texts": "data.sources",
     # evaluation

@@ -1,6 +1,6 @@
-"""The model as a user holds it: configuration, parameters, tokenizer and adapters.
+"""`LanguageModel`: configuration, parameters, tokenizer and adapters.
 
-Reading models from files is in loading.py. `LanguageModel.save` alone reaches up to the writers in weights/.
+loading.py reads models from files. `LanguageModel.save` imports the writers in weights/ when it is called.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from gpt2jax.lora.adapters import LoRAConfig, merge_adapters, unmerge_adapters
+from gpt2jax.lora.adapters import merge_adapters, unmerge_adapters
 from gpt2jax.lora.combine import concat_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import (
     Params,
@@ -35,7 +36,7 @@ SAVE_FORMATS = ("hf", "keras")
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A GPT-2 with all that belongs to it. Treat it as immutable: functions return new ones.
+    """A GPT-2 with its tokenizer and adapters. Treat it as immutable: functions return new ones.
 
     Attributes:
         config: the architecture.
@@ -44,7 +45,7 @@ class LanguageModel:
         tokenizer: text to ids and back; None for a model made from a configuration alone.
         adapters: LoRA adapters, nested as `params`, or None.
         lora: their settings, or None.
-        source: the name or path that `load` had, or None.
+        source: the name or path given to `load`, or None.
     """
 
     config: GPT2Config
@@ -69,11 +70,11 @@ class LanguageModel:
         return self.config.vocab_size - 1 if eos is None else eos
 
     def num_parameters(self) -> int:
-        """Number of parameters without adapters; a tied head counts once."""
+        """Return the number of parameters without adapters; a tied head counts once."""
         return count_parameters(self.params)
 
     def logits(self, token_ids: Any, attention_mask: Any = None) -> jax.Array:
-        """Next-token logits of every position.
+        """Return the next-token logits of every position.
 
         Args:
             token_ids: [B, T] int.
@@ -83,8 +84,8 @@ class LanguageModel:
             [B, T, V] float32.
 
         Raises:
-            ValueError: wrong shape, an id outside the vocabulary (but within `jax.jit`, which knows no values), or T
-                over the context.
+            ValueError: wrong shape, T above the context, or an id outside the vocabulary (not checked inside
+                `jax.jit`, where values are unknown).
         """
         try:
             ids = _array(token_ids)
@@ -112,20 +113,20 @@ class LanguageModel:
         return _logits(self.params, self.adapters, ids.astype(np.int32), mask, self.config, scale)
 
     def merge_adapter(self) -> LanguageModel:
-        """The same model with its adapters added into plain weights; itself where it has none."""
+        """Return the model with its adapters merged into plain weights; itself if it has none."""
         if self.adapters is None or self.lora is None:
             return self
         params = merge_adapters(self.params, self.adapters, self.lora)
         return dataclasses.replace(self, params=params, adapters=None, lora=None, source=None)
 
     def unmerge_adapter(self) -> LanguageModel:
-        """The same model without its adapters, which its weights hold already: what `merge_adapter` added is taken out.
+        """Undo `merge_adapter`, up to rounding: the weights hold the adapters already, and the result has neither.
 
-        Exact to rounding. A model that was merged in this program need not be unmerged: the one from before is still
-        what it was. This is for merged weights in files: `load_adapter(load(merged), adapter).unmerge_adapter()`.
+        This is for merged weights in files: `load_adapter(load(merged), adapter).unmerge_adapter()`. `merge_adapter`
+        does not change the model that it is called on.
 
         Raises:
-            ValueError: the adapters are DoRA, whose merging can't be undone.
+            ValueError: the adapters are DoRA, whose merging cannot be undone.
         """
         if self.adapters is None or self.lora is None:
             return self
@@ -133,10 +134,10 @@ class LanguageModel:
         return dataclasses.replace(self, params=params, adapters=None, lora=None, source=None)
 
     def save(self, path: str | pathlib.Path, format: str = "hf", *, dtype: str = "float32") -> None:
-        """Writes a folder that transformers, CTranslate2 and llama.cpp's converter load as it is.
+        """Save the model as a folder that transformers, CTranslate2 and llama.cpp's converter load as it is.
 
-        Adapters are merged into the saved weights. A folder that holds a saved
-        model is replaced, whole or not at all; one with anything else in it is refused.
+        Adapters are merged into the saved weights. A folder that holds a saved model is replaced, completely or not at
+        all.
 
         Args:
             path: the folder; "~" is the home folder.
@@ -145,7 +146,7 @@ class LanguageModel:
 
         Raises:
             ValueError: unknown format or dtype, or a configuration that the format cannot express.
-            FileExistsError: the folder holds files that are no saved model's.
+            FileExistsError: the folder holds other files than a saved model's.
         """
         if format not in SAVE_FORMATS:
             raise ValueError(f"format={format!r} is not known; known: {', '.join(SAVE_FORMATS)}")
@@ -163,7 +164,7 @@ class LanguageModel:
 
 
 def _array(values: Any) -> Any:
-    """An array on the host; within `jax.jit` and the like, where values are not known, what was given."""
+    """Return an array on the host; a tracer, whose values are unknown, as it is."""
     return values if isinstance(values, Tracer) else np.asarray(values)
 
 
@@ -182,10 +183,10 @@ def _logits(params, adapters, token_ids, mask, config, lora_scale):
 
 
 def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
-    """A model with random parameters.
+    """Build a model with random parameters.
 
     Raises:
-        ValueError: an argument is of another kind, or `seed` is no whole number of 32 bits.
+        ValueError: an argument has another type, or `seed` is not a whole number of 32 bits.
     """
     if not isinstance(config, GPT2Config):
         raise ValueError(f"config={config!r:.60} must be a GPT2Config, such as gpt2jax.PRESETS['gpt2']")
@@ -198,14 +199,14 @@ def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | Non
 def combine_adapters(
     models: Sequence[LanguageModel], weights: Sequence[float] | None = None
 ) -> LanguageModel:
-    """The base with the adapters of several models together, each times its weight; exact to rounding.
+    """Combine the adapters of several models on one base into their weighted sum, exact to rounding.
 
-    Several adapters of one base are several models: `load_adapter` copies nothing of it, so that they take no more
-    memory than their adapters, and choosing one is choosing a model. This makes one more of them.
+    Models with adapters share the arrays of their base (`load_adapter` copies nothing), so several of them need only
+    the memory of their adapters.
 
     Args:
         models: with LoRA or rsLoRA adapters on the same base.
-        weights: a number for each; below 0 takes away what an adapter adds. None: 1 for all.
+        weights: a number for each; a negative one subtracts the adapter. None: 1 for all.
 
     Raises:
         ValueError: a model without adapters or with DoRA, different bases, or weights that are not one number each.

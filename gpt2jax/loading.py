@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS, GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.utils.fingerprint import params_sha256

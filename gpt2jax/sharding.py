@@ -1,9 +1,9 @@
-"""Several devices: a mesh, and which array is cut along which of its axes.
+"""Several devices: the mesh, and the partition rule of each array.
 
-A mesh has three axes. The rows of a batch are cut over `data` and `fsdp`. Parameters and optimizer moments are
-cut over `fsdp` (each device holds a share of every matrix and fetches the rest layer by layer) and over `tensor`
-(each device computes a share of the heads and of the mlp). What an array's role is, its name in the parameter
-dict says; XLA derives all communication from the cuts, none of it is written by hand.
+A mesh has three axes. The rows of a batch are sharded over `data` and `fsdp`. Parameters and optimizer moments are
+sharded over `fsdp` (each device holds a part of every matrix and fetches the rest layer by layer) and over `tensor`
+(each device computes a part of the heads and of the MLP). Partition specs follow from parameter names; XLA inserts the
+collectives.
 
 Sources: Rajbhandari et al. 2020, "ZeRO"; Shoeybi et al. 2019, "Megatron-LM"; Xu et al. 2021, "GSPMD".
 """
@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# the last axes of an array by its role; leading axes (layers) are never cut
+# the last axes of an array by the end of its name; leading axes (layers) are never sharded
 AxisSpec = str | tuple[str, ...] | None
 PARTITION_RULES: dict[str, tuple[AxisSpec, ...]] = {
     "embedding": (None, "fsdp"),  # [V or positions, D]
@@ -41,15 +41,15 @@ PARTITION_RULES: dict[str, tuple[AxisSpec, ...]] = {
 
 
 def make_mesh(*, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of axes (data, fsdp, tensor) over `devices` (default: all of all processes).
+    """Build a mesh of axes (data, fsdp, tensor) over `devices` (default: all of all processes).
 
     Args:
         fsdp: devices that share one copy of parameters and moments.
         tensor: devices that share the work of one row.
-        devices: what to use; what fsdp and tensor leave over is data parallel.
+        devices: what to use; their number over fsdp * tensor is the number of data-parallel replicas.
 
     Raises:
-        ValueError: the devices can't be divided so.
+        ValueError: the product of fsdp and tensor does not divide the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     for name, size in (("fsdp", fsdp), ("tensor", tensor)):
@@ -64,16 +64,16 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None =
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def num_batch_shards(mesh: Mesh) -> int:
-    """In how many parts the rows of a batch are cut."""
+def num_batch_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Return the number of shards of a batch's rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A `NamedSharding` for every leaf of parameters, adapters or a training state, by the leaf's role.
+    """Return a `NamedSharding` for every leaf of parameters, adapters or a training state, by the leaf's name.
 
-    Moments carry the names of their parameters and are cut as these are. An axis that the mesh does not divide
-    is not cut; nor is a leaf of unknown role (a step count, a loss scale).
+    Moments carry the names of their parameters and are sharded like them. An axis that the mesh does not divide is not
+    sharded; a leaf without a rule (a step count, a loss scale) is replicated.
     """
 
     def leaf_sharding(path, leaf):
@@ -83,7 +83,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays, cut over the mesh; every process gives the whole of each."""
+    """Shard arrays over the mesh; every process passes each array in full."""
 
     def place(leaf, sharding):
         if sharding.is_fully_addressable:
@@ -95,15 +95,15 @@ def shard(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of arrays [B, ...] with its rows cut over the mesh; every process gives the whole batch.
+    """Shard the rows of a batch of arrays [B, ...] over the mesh; every process passes the full batch.
 
     Raises:
-        ValueError: the rows can't be divided among the devices.
+        ValueError: the number of shards does not divide B.
     """
-    ways, sharding = num_batch_shards(mesh), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    num_shards, sharding = num_batch_shards(mesh), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     rows = next(iter(batch.values())).shape[0]
-    if rows % ways:
-        raise ValueError(f"a batch of {rows} rows can't be divided among {ways} devices")
+    if rows % num_shards:
+        raise ValueError(f"a batch of {rows} rows can't be divided among {num_shards} devices")
     return {
         name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
         for name, array in batch.items()
@@ -111,21 +111,21 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def gather(tree: Any) -> Any:
-    """The whole arrays on this process's first device; all processes must call it."""
+    """Return the full arrays on this process's first device; all processes must call it."""
     device = jax.local_devices()[0]
 
-    def whole_array(leaf):
+    def gather_array(leaf):
         if not leaf.is_fully_addressable:
             from jax.experimental import multihost_utils
 
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
         return jax.device_put(leaf, device)
 
-    return jax.tree.map(whole_array, tree)
+    return jax.tree.map(gather_array, tree)
 
 
 def barrier(name: str) -> None:
-    """Of several processes: goes on when all have come here, each with the same name."""
+    """Wait until all processes have called this with the same name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -133,29 +133,29 @@ def barrier(name: str) -> None:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which `constrain_batch` and `replicate` know the mesh; none for one device."""
+    """Return the context in which `constrain_batch` and `replicate` know the mesh; an empty one for None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def num_batch_shards_in_scope() -> int:
-    """Inside `use_mesh`: in how many parts the rows of a batch are cut; 1 outside."""
+    """Return the number of shards of a batch's rows inside `use_mesh`; 1 outside."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh.empty else num_batch_shards(mesh)
 
 
 def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
-    """Inside `use_mesh`: keeps activations cut along their rows, whatever the parameters' cuts suggest.
+    """Constrain activations to be sharded over their rows, inside `use_mesh`.
 
-    Without this XLA may as well cut activations along D and gather the rows of all devices.
+    Without this XLA may follow the sharding of the parameters: shard activations over D and gather all rows.
     """
     return _constrain(x, (*(None,) * axis, BATCH_AXES))
 
 
 def constrain_embedding(x: jax.Array) -> jax.Array:
-    """Inside `use_mesh`: what an embedding table gives, [B, T, D], its rows cut over `data` and D over `fsdp`.
+    """Constrain embeddings [B, T, D] inside `use_mesh`: rows sharded over `data`, D over `fsdp`.
 
-    The step between a table that is cut along D and activations that are cut along rows: XLA changes one cut at a
-    time well, and both at once by gathering the whole.
+    This is the step between a table sharded over D and activations sharded over rows: XLA reshards one axis at a time
+    well, but gathers the full array to reshard both at once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     even = not mesh.empty and x.shape[-1] % mesh.shape["fsdp"] == 0
@@ -163,19 +163,19 @@ def constrain_embedding(x: jax.Array) -> jax.Array:
 
 
 def constrain_params(tree: Any) -> Any:
-    """Inside `use_mesh`: parameters, gradients or a training state cut as `shardings` says."""
+    """Constrain parameters, gradients or a training state to `shardings`, inside `use_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
 
-    def cut(path, leaf):
+    def constrain(path, leaf):
         return jax.lax.with_sharding_constraint(leaf, _spec(path, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(cut, tree)
+    return jax.tree_util.tree_map_with_path(constrain, tree)
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """Inside `use_mesh`: a parameter fetched from all devices once, ahead of a loop that reads it often."""
+    """Constrain a parameter to be replicated inside `use_mesh`: fetched once, before a loop that reads it often."""
     return _constrain(x, ())
 
 
@@ -189,28 +189,23 @@ def _constrain(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
 def _spec(
     path: Sequence[Any], shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh
 ) -> PartitionSpec:
-    """How the array of this shape at this place of a tree is cut."""
+    """Return the partition spec of an array of this shape at this path of a tree."""
     names = _names(path)
-    role = PARTITION_RULES.get(".".join(names[-2:])) or PARTITION_RULES.get(names[-1] if names else "")
-    if role is not None and path[-1] == jax.tree_util.GetAttrKey("scale"):
-        role = role[-1:]  # of a rounded kernel, whose values are cut as a plain one: a number for each output
-    if role is None or len(shape) < len(role):
+    rule = PARTITION_RULES.get(".".join(names[-2:])) or PARTITION_RULES.get(names[-1] if names else "")
+    if rule is None or len(shape) < len(rule):
         return PartitionSpec()
-    leading = (None,) * (len(shape) - len(role))
-    cuts: list[AxisSpec] = [*leading]
-    for cut, size in zip(role, shape[len(leading) :], strict=True):
-        named = (cut,) if isinstance(cut, str) else cut or ()
+    leading = (None,) * (len(shape) - len(rule))
+    specs: list[AxisSpec] = [*leading]
+    for spec, size in zip(rule, shape[len(leading) :], strict=True):
+        named = (spec,) if isinstance(spec, str) else spec or ()
         axes = tuple(axis for axis in named if mesh.shape[axis] > 1)
-        ways = math.prod(mesh.shape[axis] for axis in axes)
-        cuts.append(None if ways == 1 or size % ways else axes[0] if len(axes) == 1 else axes)
-    while cuts and cuts[-1] is None:  # as XLA spells the same cut: another spelling would compile again
-        cuts.pop()
-    return PartitionSpec(*cuts)
+        num_shards = math.prod(mesh.shape[axis] for axis in axes)
+        specs.append(None if num_shards == 1 or size % num_shards else axes[0] if len(axes) == 1 else axes)
+    while specs and specs[-1] is None:  # as XLA spells the same spec: another spelling would compile again
+        specs.pop()
+    return PartitionSpec(*specs)
 
 
 def _names(path: Sequence[Any]) -> list[str]:
-    """The dict keys of a tree path; optax wraps them in tuples and named tuples, which have no names of ours.
-
-    Nor have the arrays of a rounded kernel: they go by its name.
-    """
+    """Return the dict keys of a tree path; tuple and attribute entries (optax states, int8 kernels) are skipped."""
     return [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]

@@ -16,6 +16,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# the shapes in the annotations of these folders are checked at every call; not those of fields, because jax also
+# builds dataclasses of other leaves than arrays
+install_import_hook(["gpt2jax.ops", "gpt2jax.model"], "shape_check.check_shapes")
 
 # compiled programs are mapped into memory piece by piece, and a process may have 65,530 pieces (Linux's default)
 _MAPS, _MANY = pathlib.Path("/proc/self/maps"), 40_000

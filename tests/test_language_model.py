@@ -15,7 +15,8 @@ from tiny_models import CONFIG, TINY, random_model, random_params
 import gpt2jax
 from gpt2jax.language_model import LanguageModel, combine_adapters, from_config
 from gpt2jax.loading import load_adapter, save_adapter
-from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.lora.config import LoRAConfig
 
 LORA = LoRAConfig(rank=2, alpha=5.0, targets=("attn.c_attn", "mlp.c_fc"))
 
@@ -310,7 +311,7 @@ def test_adapters_that_do_not_go_together(model, adapted):
         (
             [adapted, dataclasses.replace(model, adapters=fresh, lora=dora)],
             None,
-            "DoRA adapters can't be summed",
+            "DoRA adapters cannot be combined",
         ),
     ):
         with pytest.raises(ValueError, match=message):

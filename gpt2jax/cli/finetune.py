@@ -236,7 +236,7 @@ def _rank(text: str) -> tuple[str, int]:
 def finetune_config(options: Options) -> FinetuneConfig:
     """The settings of the run, defaults that depend on the data filled in."""
     from gpt2jax.data.token_cache import default_cache
-    from gpt2jax.lora.adapters import LoRAConfig
+    from gpt2jax.lora.config import LoRAConfig
 
     lora = None
     if options.lora:

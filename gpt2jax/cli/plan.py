@@ -103,7 +103,7 @@ def _check(options: Options) -> None:
 
 def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
     from gpt2jax.loading import load
-    from gpt2jax.lora.adapters import LoRAConfig
+    from gpt2jax.lora.config import LoRAConfig
     from gpt2jax.model.config import PRESETS
     from gpt2jax.train.config import FinetuneConfig
     from gpt2jax.train.loop import with_dropout

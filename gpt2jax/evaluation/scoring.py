@@ -28,9 +28,8 @@ from gpt2jax.evaluation.windows import (
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
-from gpt2jax.ops.attention import einsum_f32
-from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_kernel, bitcast_to_uint16
-from gpt2jax.ops.precision import Precision
+from gpt2jax.ops.linear import bitcast_kernel
+from gpt2jax.ops.precision import Precision, bitcast_from_uint16, bitcast_to_uint16, einsum_f32
 from gpt2jax.utils.validation import must_be
 
 # logits held at once on each device: 2048 ids for 4096 rows, 32 MiB at most. On a CPU blocks of the vocabulary take

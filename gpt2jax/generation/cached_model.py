@@ -22,8 +22,9 @@ from gpt2jax.generation.config import DecoderModel
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import ForwardContext, Params, block_graphdef, final_norm_graphdef, lm_head_weight
-from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision, matmul
-from gpt2jax.ops.streamed import TransposedKernel, transpose_kernel
+from gpt2jax.ops.attention import LayerCache
+from gpt2jax.ops.linear import TransposedKernel, matmul, transpose_kernel
+from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision
 from gpt2jax.utils.validation import check, one_of, optional
 
 DecodingParams = dict[str, Any]
@@ -174,7 +175,7 @@ def forward_with_cache(
 @functools.partial(jax.jit, static_argnames=("config", "precision"))
 def _apply_block(
     layer: Params,
-    cache: tuple[jax.Array, jax.Array],
+    cache: LayerCache,
     x: jax.Array,
     index: jax.Array | int,
     mask: jax.Array,
@@ -182,11 +183,10 @@ def _apply_block(
     *,
     config: GPT2Config,
     precision: Precision,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, LayerCache | None]:
     block = nnx.merge(block_graphdef(config), layer)
-    return block(
-        x, ForwardContext(precision), layer_index=index, mask=mask, cache=cache, cache_index=cache_position
-    )
+    ctx = ForwardContext(precision, mask, cache_position=cache_position)
+    return block(x, ctx, layer_index=index, cache=cache)
 
 
 def lm_head(params: DecodingParams, hidden: jax.Array, precision: Precision) -> jax.Array:

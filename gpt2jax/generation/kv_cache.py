@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2jax.model.config import GPT2Config
+from gpt2jax.ops.attention import LayerCache
 from gpt2jax.utils.validation import must_be
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]
+Cache = tuple[LayerCache, ...]
 
 
 def init_cache(config: GPT2Config, batch: int, length: int, dtype) -> Cache:
     """Return an empty cache: L pairs (keys, values), each [batch * N, length, H] of zeros."""
     shape = (batch * config.n_head, length, config.head_dim)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer))
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer))
 
 
 def grow_cache(cache: Any, length: int) -> Any:

@@ -1,4 +1,4 @@
-"""What a GPT-2 is made of: the frozen configuration and the published sizes.
+"""The architecture of a GPT-2: the frozen configuration and the published sizes.
 
 Field names are those of a Hugging Face `config.json`, so that a configuration can be read and written as it is.
 """
@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from gpt2jax.utils.validation import check_count, is_integer, is_number, set_field
+from gpt2jax.utils.validation import (
+    check,
+    in_range,
+    int_in_range,
+    must_be,
+    positive_int,
+    positive_number,
+    set_field,
+    validated,
+)
 
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh")
+Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh"]
+dropout_rate = in_range(0, 1, open_end=True)
 
 
+@validated
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
     """Architecture of a GPT-2.
@@ -25,7 +36,7 @@ class GPT2Config:
         n_layer: L, number of blocks.
         n_head: N, attention heads; `n_embd` must be a multiple of it.
         n_inner: F, width of the MLP; None is 4 * `n_embd`.
-        activation_function: one of `ACTIVATIONS`. GPT-2 was trained with "gelu_new" (the tanh form).
+        activation_function: an `Activation`. GPT-2 was trained with "gelu_new" (the tanh form).
         layer_norm_epsilon: added to the variance in every LayerNorm.
         embd_pdrop, attn_pdrop, resid_pdrop: dropout of the embedding sum, the attention probabilities, and the
             output of attention and MLP. Active in training only.
@@ -35,70 +46,37 @@ class GPT2Config:
             float32 here, which is what it asks for, so both values give the same result.
         tie_word_embeddings: the output head is the token embedding.
         initializer_range: standard deviation of the random initial weights.
-        bos_token_id, eos_token_id: the end-of-text token; None is the last id, `vocab_size - 1`, as in GPT-2.
-
-    Raises:
-        ValueError: a field has an impossible value; the message names field, value and what is legal.
+        bos_token_id, eos_token_id: the end-of-text token; None becomes the last id, `vocab_size - 1`, as in GPT-2.
 
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; field names of Hugging Face.
     """
 
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
+    vocab_size: Annotated[int, positive_int] = 50257
+    n_positions: Annotated[int, positive_int] = 1024
+    n_embd: Annotated[int, positive_int] = 768
+    n_layer: Annotated[int, positive_int] = 12
+    n_head: Annotated[int, positive_int] = 12
+    n_inner: Annotated[int | None, positive_int] = None
+    activation_function: Activation = "gelu_new"
+    layer_norm_epsilon: Annotated[float, positive_number] = 1e-5
+    embd_pdrop: Annotated[float, dropout_rate] = 0.1
+    attn_pdrop: Annotated[float, dropout_rate] = 0.1
+    resid_pdrop: Annotated[float, dropout_rate] = 0.1
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: Annotated[float, positive_number] = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            set_field(self, name, check_count(name, getattr(self, name)))
-        if self.n_inner is not None:
-            set_field(self, "n_inner", check_count("n_inner", self.n_inner))
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function={self.activation_function!r} is not known; known: {', '.join(ACTIVATIONS)}"
-            )
-        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            rate = getattr(self, name)
-            if not is_number(rate) or not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name}={rate!r} must be at least 0 and below 1")
-            set_field(self, name, float(rate))
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            value = getattr(self, name)
-            if not is_number(value) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be a positive number")
-            set_field(self, name, float(value))
-        for name in (
-            "scale_attn_weights",
-            "scale_attn_by_inverse_layer_idx",
-            "reorder_and_upcast_attn",
-            "tie_word_embeddings",
-        ):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
-        # the end-of-text token is the last id unless the file says otherwise
+            raise ValueError(must_be("n_head", f"a divisor of n_embd={self.n_embd}", self.n_head))
+        last = self.vocab_size - 1
         for name in ("bos_token_id", "eos_token_id"):
             token_id = getattr(self, name)
-            if token_id is None:
-                token_id = self.vocab_size - 1
-            elif not is_integer(token_id) or not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"{name}={token_id!r} is outside the vocabulary of {self.vocab_size} ids")
-            set_field(self, name, int(token_id))
+            set_field(self, name, last if token_id is None else check(name, token_id, int_in_range(0, last)))
 
     @property
     def head_dim(self) -> int:
@@ -111,7 +89,7 @@ class GPT2Config:
         return self.n_inner or 4 * self.n_embd
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a Hugging Face `config.json`."""
+        """Return the content of a Hugging Face `config.json`."""
         return {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
@@ -121,22 +99,20 @@ class GPT2Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> GPT2Config:
-        """Reads the content of a Hugging Face `config.json`.
+        """Read the content of a Hugging Face `config.json`.
 
         Raises:
             ValueError: the file describes another architecture, or a feature that this GPT-2 does not have.
         """
         model_type = config.get("model_type", "gpt2")
         if model_type != "gpt2":
-            raise ValueError(f"model_type={model_type!r} is not a GPT-2 (expected 'gpt2')")
+            raise ValueError(must_be("model_type", "'gpt2'", model_type))
         if config.get("add_cross_attention"):
-            raise ValueError(
-                "add_cross_attention=True is not supported: only the decoder without cross-attention is"
-            )
+            raise ValueError(must_be("add_cross_attention", "False", config["add_cross_attention"]))
         known = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in config.items() if name in known}
         eos = values.get("eos_token_id")
-        if isinstance(eos, (list, tuple)):  # newer configurations may list several; the first one ends a text
+        if isinstance(eos, (list, tuple)):  # newer configurations may list several; the first ends a text
             values["eos_token_id"] = eos[0] if eos else None
         vocab_size = values.get("vocab_size", cls.vocab_size)
         for name in ("bos_token_id", "eos_token_id"):
@@ -152,6 +128,6 @@ PRESETS: dict[str, GPT2Config] = {
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
-    # ours, packaged: trained on the documentation inside Python's standard library (see the README)
+    # packaged: trained on the documentation inside Python's standard library (see the README)
     "gpt2-mini": GPT2Config(vocab_size=4096, n_positions=256, n_embd=256, n_layer=4, n_head=4),
 }

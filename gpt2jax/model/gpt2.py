@@ -1,49 +1,50 @@
 """The GPT-2: read this file and you know the model.
 
 Modules are Flax NNX and hold parameters only: no caches, no random streams, no mutation. What varies between calls
-(dropout key, LoRA adapters, key/value cache) is an argument. Outside of this file parameters are a plain nested dict
-with the blocks stacked along a leading layer axis; `hidden_states` merges such a dict with the module structure.
+(dropout key, LoRA adapters, key/value cache) is an argument. Outside this file parameters are a plain nested dict with
+the blocks stacked along a leading layer axis; `hidden_states` merges such a dict with the module structure.
 
-Axis letters: B batch, T query length, S key length, N heads, H head dim, D model dim, F mlp dim, V vocabulary,
-L layers, r adapter rank.
+Axis letters: B batch, T query length, S key length, N heads, H head dim, D model dim, F MLP dim, V vocabulary,
+P positions, L layers, r adapter rank.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.ops.attention import (
-    MASKED,
-    causal_mask,
-    einsum_f32,
-    memory_efficient_attention,
-    supports_memory_efficient_attention,
-)
+from gpt2jax.ops.attention import LayerCache, attention, causal_mask
+from gpt2jax.ops.dropout import dropout, split_key
 from gpt2jax.ops.fused import gelu_tanh, layer_norm
+from gpt2jax.ops.linear import matmul
 from gpt2jax.ops.low_rank import apply_lora, attach_scales
-from gpt2jax.ops.precision import FLOAT32, Precision, matmul
+from gpt2jax.ops.precision import FLOAT32, Precision
 from gpt2jax.sharding import constrain_batch, constrain_embedding
 
 Params = dict[str, Any]
+Ids = Int[Array | np.ndarray, "B T"]
 
-# what a backward pass keeps of each block; all else it computes again
-REMAT = ("none", "dots", "weights", "full")
+# Rematerialization: which residuals of a block are saved for the backward pass; it recomputes the others.
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,  # saves all
+    "dots": jax.checkpoint_policies.dots_saveable,  # saves the results of matrix products
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of products with weights
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+REMAT = tuple(_REMAT_POLICIES)
 
-# the tanh form in three spellings of the same
+# three names of the tanh approximation of GELU
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _OTHER_ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -54,23 +55,34 @@ _OTHER_ACTIVATIONS = {
 }
 
 
-def activation(name: str, x: jax.Array, call: ForwardContext) -> jax.Array:
-    """The nonlinearity between the mlp's two products."""
-    return gelu_tanh(x, call.precision.compute_dtype) if name in _TANH_GELUS else _OTHER_ACTIVATIONS[name](x)
+@dataclasses.dataclass(frozen=True)
+class ForwardContext:
+    """What is the same for every layer of one forward pass.
+
+    Attributes:
+        precision: dtypes.
+        mask: [B or 1, 1, T, S], True = attend.
+        is_causal: `mask` is `causal_mask` and nothing else.
+        cache_position: where the new keys and values go in a `LayerCache`.
+        lora_dropout: dropout of the input of adapters.
+        remat: one of `REMAT`.
+    """
+
+    precision: Precision
+    mask: jax.Array | None = None
+    is_causal: bool = False
+    cache_position: jax.Array | int | None = None
+    lora_dropout: float = 0.0
+    remat: str = "none"
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of `x` and scales up the rest; without a key (inference) it does nothing."""
-    if key is None or rate == 0.0:
-        return x
-    # 16 random bits an element: half the work of a float32 draw, and a rate exact to 1/65536
-    dropped = min(round(rate * 65536), 65535)
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= dropped
-    return jnp.where(keep, x * (65536 / (65536 - dropped)), jnp.zeros((), x.dtype)).astype(x.dtype)
+def activate(name: str, x: Float[Array, "B T F"], ctx: ForwardContext) -> Float[Array, "B T F"]:
+    """Apply the nonlinearity between the two products of the MLP."""
+    return gelu_tanh(x, ctx.precision.compute_dtype) if name in _TANH_GELUS else _OTHER_ACTIVATIONS[name](x)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias, kernel [in, out] as GPT-2's files have it, with an optional low-rank branch."""
+    """y = x @ kernel + bias, kernel [in, out] as in GPT-2's files, with an optional low-rank branch."""
 
     def __init__(self, in_dim: int, out_dim: int, *, layers: tuple[int, ...], std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(
@@ -78,26 +90,32 @@ class Linear(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros((*layers, out_dim), jnp.float32))
 
-    def __call__(self, x: jax.Array, call: ForwardContext, adapter: Any = None, key: jax.Array | None = None):
-        """x [B, T, in] -> [B, T, out]; `adapter` as `low_rank.apply_lora` takes it."""
-        dtype, kernel = call.precision.compute_dtype, self.kernel.get_value()
+    def __call__(
+        self,
+        x: Float[Array, "B T in"],
+        ctx: ForwardContext,
+        adapter: Any = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T out"]:
+        """Apply the layer; for `adapter` see `low_rank.apply_lora`."""
+        dtype, kernel = ctx.precision.compute_dtype, self.kernel.get_value()
         y = matmul(x, kernel, dtype)
         if adapter is not None:
-            y = apply_lora(y, x, dropout(x, call.lora_dropout, key), kernel, adapter, dtype)
-        return (y + self.bias[...]).astype(call.precision.activation_dtype)
+            y = apply_lora(y, x, dropout(x, ctx.lora_dropout, key), kernel, adapter, dtype)
+        return (y + self.bias[...]).astype(ctx.precision.activation_dtype)
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis, with float32 statistics."""
+    """Normalization of the last axis, with float32 statistics."""
 
     def __init__(self, dim: int, *, layers: tuple[int, ...], epsilon: float):
         self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones((*layers, dim), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((*layers, dim), jnp.float32))
 
-    def __call__(self, x: jax.Array, call: ForwardContext) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"], ctx: ForwardContext) -> Float[Array, "B T D"]:
         y: jax.Array = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
-        return y.astype(call.precision.activation_dtype)
+        return y.astype(ctx.precision.activation_dtype)
 
 
 class Embed(nnx.Module):
@@ -106,13 +124,13 @@ class Embed(nnx.Module):
     def __init__(self, rows: int, dim: int, *, std: float, rngs: nnx.Rngs):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, dim), jnp.float32))
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: Ids) -> Float32[Array, "B T D"]:
         # ids are checked on the host; "clip" only spares the kernel that fills out-of-range rows with NaN
         return jnp.take(self.embedding[...], ids, axis=0, mode="clip").astype(jnp.float32)
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with all heads' query, key and value from one product."""
+    """Causal self-attention; one product computes query, key and value of all heads."""
 
     def __init__(self, config: GPT2Config, *, layers: tuple[int, ...], rngs: nnx.Rngs):
         self.config = config
@@ -122,66 +140,53 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x,
-        call: ForwardContext,
+        x: Float[Array, "B T D"],
+        ctx: ForwardContext,
         *,
-        layer_index,
-        mask,
-        cache=None,
-        cache_index: Any = None,
-        adapters=None,
-        key=None,
-    ):
-        """x [B, T, D], mask [B or 1, 1, T, S] or None for causal alone -> ([B, T, D], cache).
-
-        With a cache (keys, values), each [B * N, S, H], the new keys and values are written at `cache_index`, and
-        attention reads the whole of it in its dtype: casting it each step would cost more than narrow products save.
-        """
+        layer_index: jax.Array | int,
+        cache: LayerCache | None = None,
+        adapters: Params | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Attend; with a cache the new keys and values are added to it, and attention reads all of it."""
         adapters = adapters or {}
         keys = split_key(key, 4)
-        slices = tuple(adapters.get(name) for name in "qkv")
-        qkv = self.c_attn(x, call, slices if any(slices) else adapters.get("c_attn"), keys[0])
-        q, k, v = (self._split_heads(part) for part in jnp.split(qkv, 3, axis=-1))  # each [B, N, T, H]
-        q, heads, dtype = q * self._scale(layer_index), q.shape[:2], call.precision.compute_dtype
+        q, k, v = self._project_qkv(x, ctx, adapters, keys[0])
+        q, dtype = q * self._scale(layer_index), ctx.precision.compute_dtype
         if cache is not None:
-            # XLA updates a cache in place only if the products read just what was written: axes that it would
-            # drop or merge for them (a batch of one) cost copies of the whole cache, so there is one axis of both
-            dtype = cache[0].dtype
-            q, k, v = (part.reshape(-1, *part.shape[2:]) for part in (q, k, v))
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(dtype), cache_index, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(dtype), cache_index, axis=1)
-            cache = (k, v)
-        kind = call.precision.attention
-        drops = keys[1] is not None and self.config.attn_pdrop > 0
-        if (
-            mask is None
-            and cache is None
-            and supports_memory_efficient_attention(kind, self.config.head_dim, drops=drops)
-        ):
-            y = memory_efficient_attention(q, k, v, call.causal, dtype, kind)
-        else:
-            mask = call.causal if mask is None else mask
-            scores = einsum_f32("...th,...sh->...ts", q, k, dtype)
-            scores = scores.reshape(*heads, *scores.shape[-2:])
-            probabilities = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)  # float32
-            probabilities = dropout(probabilities, self.config.attn_pdrop, keys[1])
-            probabilities = probabilities.reshape(*k.shape[:-2], *scores.shape[-2:])
-            y = einsum_f32("...ts,...sh->...th", probabilities, v, dtype)
-        y = y.reshape(*heads, *y.shape[-2:]).swapaxes(1, 2).reshape(x.shape)
-        y = self.c_proj(y.astype(call.precision.activation_dtype), call, adapters.get("c_proj"), keys[2])
+            assert ctx.cache_position is not None
+            cache = cache.update(k, v, ctx.cache_position)
+            # read in its own dtype: casting all of it at each step would cost more than 16-bit products save
+            k, v, dtype = *cache, cache.keys.dtype
+        assert ctx.mask is not None
+        y = attention(
+            q,
+            k,
+            v,
+            ctx.mask,
+            dtype=dtype,
+            is_causal=ctx.is_causal,
+            kind=ctx.precision.attention,
+            dropout_rate=self.config.attn_pdrop,
+            dropout_key=keys[1],
+        )
+        y = y.swapaxes(1, 2).reshape(x.shape)
+        y = self.c_proj(y.astype(ctx.precision.activation_dtype), ctx, adapters.get("c_proj"), keys[2])
         return dropout(y, self.config.resid_pdrop, keys[3]), cache
 
-    def _split_heads(self, x: jax.Array) -> jax.Array:
-        batch, length, _ = x.shape
-        return x.reshape(batch, length, self.config.n_head, self.config.head_dim).swapaxes(1, 2)
+    def _project_qkv(self, x, ctx: ForwardContext, adapters: Params, key) -> list[Float[Array, "B N T H"]]:
+        parts = tuple(adapters.get(name) for name in "qkv")
+        qkv = self.c_attn(x, ctx, parts if any(parts) else adapters.get("c_attn"), key)
+        shape = (*x.shape[:2], self.config.n_head, self.config.head_dim)
+        return [part.reshape(shape).swapaxes(1, 2) for part in jnp.split(qkv, 3, axis=-1)]
 
-    def _scale(self, layer_index) -> jax.Array | float:
+    def _scale(self, layer_index: jax.Array | int) -> jax.Array | float:
         scale = 1.0 / math.sqrt(self.config.head_dim) if self.config.scale_attn_weights else 1.0
         return scale / (layer_index + 1.0) if self.config.scale_attn_by_inverse_layer_idx else scale
 
 
 class MLP(nnx.Module):
-    """Widen, activate, narrow."""
+    """Two linear layers with a nonlinearity between them."""
 
     def __init__(self, config: GPT2Config, *, layers: tuple[int, ...], rngs: nnx.Rngs):
         self.config = config
@@ -191,12 +196,20 @@ class MLP(nnx.Module):
             config.mlp_dim, dim, layers=layers, std=std / math.sqrt(2 * config.n_layer), rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, call: ForwardContext, *, adapters=None, key=None) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        ctx: ForwardContext,
+        *,
+        adapters: Params | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Apply the MLP."""
         adapters = adapters or {}
         keys = split_key(key, 3)
-        x = self.c_fc(x, call, adapters.get("c_fc"), keys[0])
-        x = activation(self.config.activation_function, x, call)
-        x = self.c_proj(x, call, adapters.get("c_proj"), keys[1])
+        x = self.c_fc(x, ctx, adapters.get("c_fc"), keys[0])
+        x = activate(self.config.activation_function, x, ctx)
+        x = self.c_proj(x, ctx, adapters.get("c_proj"), keys[1])
         return dropout(x, self.config.resid_pdrop, keys[2])
 
 
@@ -215,35 +228,31 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x,
-        call: ForwardContext,
+        x: Float[Array, "B T D"],
+        ctx: ForwardContext,
         *,
-        layer_index,
-        mask,
-        cache=None,
-        cache_index: Any = None,
-        adapters=None,
-        key=None,
-    ):
-        """x [B, T, D] -> ([B, T, D], cache); see `Attention`."""
+        layer_index: jax.Array | int,
+        cache: LayerCache | None = None,
+        adapters: Params | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Apply the block; for the cache see `Attention`."""
         adapters = adapters or {}
         keys = split_key(key, 2)
         y, cache = self.attn(
-            self.ln_1(x, call),
-            call,
+            self.ln_1(x, ctx),
+            ctx,
             layer_index=layer_index,
-            mask=mask,
             cache=cache,
-            cache_index=cache_index,
             adapters=adapters.get("attn"),
             key=keys[0],
         )
         x = x + y
-        return x + self.mlp(self.ln_2(x, call), call, adapters=adapters.get("mlp"), key=keys[1]), cache
+        return x + self.mlp(self.ln_2(x, ctx), ctx, adapters=adapters.get("mlp"), key=keys[1]), cache
 
 
 class LMHead(nnx.Module):
-    """The output head of a model whose head is not the token embedding."""
+    """The output head [V, D] of a model whose head is not the token embedding."""
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.n_embd)
@@ -254,16 +263,16 @@ class LMHead(nnx.Module):
 class GPT2(nnx.Module):
     """Token and position embedding, the blocks, the final LayerNorm.
 
-    The blocks are stacked, one module with a leading layer axis that a loop runs over; or `apart`, a module for each,
-    written out one after another.
+    The blocks are stacked, one module with a leading layer axis that a scan runs over; or `unrolled`, one module for
+    each layer.
     """
 
-    def __init__(self, config: GPT2Config, *, apart: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, *, unrolled: bool = False, rngs: nnx.Rngs):
         self.config = config
         std = config.initializer_range
         self.wte = Embed(config.vocab_size, config.n_embd, std=std, rngs=rngs)
         self.wpe = Embed(config.n_positions, config.n_embd, std=std, rngs=rngs)
-        if apart:
+        if unrolled:
             self.h = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
         else:
             self.h = Block(config, layers=(config.n_layer,), rngs=rngs)
@@ -271,170 +280,164 @@ class GPT2(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = LMHead(config, rngs=rngs)
 
-    def embed(self, tokens: jax.Array, positions: jax.Array, call: ForwardContext, key=None) -> jax.Array:
-        """Ids [B, T] or their embeddings [B, T, D], positions [B, T] -> [B, T, D]."""
-        x = self.wte(tokens) if tokens.ndim == 2 else tokens
-        x = constrain_embedding(x + self.wpe(positions))
-        return dropout(x, self.config.embd_pdrop, key).astype(call.precision.activation_dtype)
+    def embed(
+        self,
+        tokens: Ids | Float[Array, "B T D"],
+        positions: Ids,
+        ctx: ForwardContext,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Sum the embeddings of tokens (ids, or their embeddings) and positions."""
+        embedded = self.wte(tokens) if tokens.ndim == 2 else jnp.asarray(tokens)
+        x = constrain_embedding(embedded + self.wpe(positions))
+        return dropout(x, self.config.embd_pdrop, key).astype(ctx.precision.activation_dtype)
 
     def __call__(
-        self, tokens, positions, mask, call: ForwardContext, *, adapters=None, key=None
-    ) -> jax.Array:
-        """Ids [B, T] or embeddings [B, T, D], positions [B, T], mask [B or 1, 1, T, T] or None -> hidden states.
-
-        They are [B, T, D], after the last LayerNorm.
-        """
+        self,
+        tokens: Ids | Float[Array, "B T D"],
+        positions: Ids,
+        ctx: ForwardContext,
+        *,
+        adapters: Params | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Return the hidden states of tokens (ids, or their embeddings) after the final LayerNorm."""
         embed_key, blocks_key = split_key(key, 2)
-        x = constrain_batch(self.embed(tokens, positions, call, embed_key))
+        x = constrain_batch(self.embed(tokens, positions, ctx, embed_key))
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
-        apart = list(self.h) if isinstance(self.h, nnx.List) else None
-        graphdef, params = nnx.split(apart[0] if apart else self.h)
+        unrolled = list(self.h) if isinstance(self.h, nnx.List) else None
+        graphdef, params = nnx.split(unrolled[0] if unrolled else self.h)
 
         def block(x, layer):
             params, adapters, key, index = layer
             module = nnx.merge(graphdef, params)
-            x, cache = module(x, call, layer_index=index, mask=mask, adapters=adapters, key=key)
+            x, cache = module(x, ctx, layer_index=index, adapters=adapters, key=key)
             return constrain_batch(x), cache
 
-        if call.remat != "none":
+        if ctx.remat != "none":
             # a scan needs no guard against common subexpressions: its body is not merged with the backward pass
-            block = jax.checkpoint(block, policy=_REMAT_POLICIES[call.remat], prevent_cse=apart is not None)
+            block = jax.checkpoint(block, policy=_REMAT_POLICIES[ctx.remat], prevent_cse=unrolled is not None)
         others = ((adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
-        if apart is None:
+        if unrolled is None:
             x, _ = jax.lax.scan(block, x, (params, *others))
-            return self.ln_f(x, call)
-        for index, module in enumerate(apart):
+            return self.ln_f(x, ctx)
+        for index, module in enumerate(unrolled):
             x, _ = block(x, (nnx.state(module), *jax.tree.map(lambda leaf, i=index: leaf[i], others)))
-        return self.ln_f(x, call)
-
-
-class ForwardContext:
-    """What is the same for every layer of one call; modules take it, whoever walks the layers makes it."""
-
-    def __init__(
-        self, precision: Precision, *, causal: Any = None, lora_dropout: float = 0.0, remat: str = "none"
-    ):
-        self.precision = precision
-        self.causal = causal  # [1, 1, T, T], for layers that are given no other mask
-        self.lora_dropout = lora_dropout
-        self.remat = remat
-
-
-def split_key(key: jax.Array | None, n: int):
-    """n keys out of one, or n times None where there is none."""
-    return [None] * n if key is None else list(jax.random.split(key, n))
+        return self.ln_f(x, ctx)
 
 
 # ---- the functions that the rest of the library calls: plain dicts in, arrays out ----
 
 
 @functools.lru_cache(maxsize=64)
-def graphdef(config: GPT2Config, apart: bool = False) -> nnx.GraphDef:
-    """The module structure of a configuration; with parameters it makes a `GPT2` by `nnx.merge`."""
-    return nnx.split(nnx.eval_shape(lambda: GPT2(config, apart=apart, rngs=nnx.Rngs(0))))[0]
+def graphdef(config: GPT2Config, unrolled: bool = False) -> nnx.GraphDef:
+    """Return the module structure of a configuration; `nnx.merge` makes a `GPT2` of it and parameters."""
+    return nnx.split(nnx.eval_shape(lambda: GPT2(config, unrolled=unrolled, rngs=nnx.Rngs(0))))[0]
 
 
 @functools.lru_cache(maxsize=64)
 def block_graphdef(config: GPT2Config) -> nnx.GraphDef:
-    """The module structure of one block, for callers that walk the layers themselves."""
+    """Return the module structure of one block, for callers that loop over the layers themselves."""
     return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
 
 
 @functools.lru_cache(maxsize=64)
 def final_norm_graphdef(config: GPT2Config) -> nnx.GraphDef:
-    """The module structure of the last LayerNorm, for the same callers."""
+    """Return the module structure of the final LayerNorm, for the same callers."""
     epsilon = config.layer_norm_epsilon
     return nnx.split(nnx.eval_shape(lambda: LayerNorm(config.n_embd, layers=(), epsilon=epsilon)))[0]
 
 
 def abstract_params(config: GPT2Config) -> Params:
-    """Shapes and dtypes of all parameters, without making one."""
-    return _pure(nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0))))
+    """Return shapes and dtypes of all parameters, without allocating them."""
+    return _to_params(nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0))))
 
 
 def init_params(config: GPT2Config, seed: int = 0) -> Params:
-    """Random float32 parameters: normal with `initializer_range`, residual projections scaled by 1/sqrt(2L)."""
+    """Return random float32 parameters: normal with `initializer_range`, residual projections times 1/sqrt(2L)."""
     return _init_params(config, jax.random.key(seed))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init_params(config: GPT2Config, key: jax.Array) -> Params:
-    return _pure(GPT2(config, rngs=nnx.Rngs(params=key)))
+    return _to_params(GPT2(config, rngs=nnx.Rngs(params=key)))
 
 
-def _pure(module: nnx.Module) -> Params:
+def _to_params(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
 def count_parameters(params: Params) -> int:
-    """Number of scalars in a parameter dict; a tied head counts once."""
+    """Return the number of scalars in a parameter dict; a tied head counts once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def hidden_states(
     params: Params,
     config: GPT2Config,
-    token_ids: jax.Array,
+    token_ids: Ids,
     *,
-    token_embeddings: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    attention_mask: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    token_embeddings: Float[Array, "B T D"] | None = None,
+    positions: Ids | None = None,
+    attention_mask: Bool[Array | np.ndarray, "B T"] | Int[Array | np.ndarray, "B T"] | None = None,
+    segment_ids: Ids | None = None,
     precision: Precision = FLOAT32,
     dropout_key: jax.Array | None = None,
     adapters: Params | None = None,
-    lora_scale: float | Params = 1.0,
+    lora_scale: Any = 1.0,
     lora_dropout: float = 0.0,
     remat: str = "none",
-) -> jax.Array:
-    """The model up to the last LayerNorm.
+) -> Float[Array, "B T D"]:
+    """Run the model up to the final LayerNorm.
 
     Args:
-        params: parameters, blocks stacked; or apart, {0: {...}, 1: {...}, ...} in the place of the stack.
+        params: parameters, blocks stacked; or unrolled, {0: {...}, 1: {...}, ...} instead of the stack.
         config: their configuration.
-        token_ids: [B, T] int.
-        token_embeddings: [B, T, D], their rows of the embedding, for a caller who differentiates by these.
-        positions: [B, T] int, rows of the position table. Default: 0, 1, ... counted over real tokens, and anew in
-            each segment.
-        attention_mask: [B, T] bool, False = padding (left or right), which no token attends to.
-        segment_ids: [B, T] int; tokens attend only within their own segment (several documents in one row).
-        precision: dtypes.
+        token_ids: tokens.
+        token_embeddings: the embeddings of `token_ids`, for a caller who differentiates by them.
+        positions: rows of the position table. Default: 0, 1, ... counted over real tokens, and anew in each segment.
+        attention_mask: False = padding (left or right), which no token attends to.
+        segment_ids: tokens attend only within their own segment (several documents in one row).
+        precision: dtypes; the result has `precision.activation_dtype`.
         dropout_key: switches dropout on.
         adapters: LoRA adapters, nested as `params`.
-        lora_scale: of their output, `LoRAConfig.scales`; `lora_dropout` is that of their input.
-        remat: one of `REMAT`: what the backward pass computes again, for less memory and the same result.
-
-    Returns:
-        [B, T, D] in `precision.activation_dtype`.
+        lora_scale: factor of their output, `LoRAConfig.scales`.
+        lora_dropout: dropout of their input.
+        remat: one of `REMAT`: what the backward pass recomputes, for less memory and the same result.
 
     Raises:
-        ValueError: T is longer than the context, or an array has the wrong shape.
+        ValueError: T is longer than the context, or `token_ids` has other axes.
     """
     length = token_ids.shape[-1]
     if token_ids.ndim != 2:
-        raise ValueError(f"token_ids has shape {token_ids.shape}; expected [B, T]")
+        raise ValueError(f"token_ids must be [B, T], got shape {token_ids.shape}")
     if length > config.n_positions:
-        raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.n_positions}")
+        raise ValueError(
+            f"token_ids must be at most {config.n_positions} long (the context), got {length} tokens"
+        )
     if positions is None:
         positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
     # made here and not in the layers, where XLA would keep it for every head of every row
-    causal = causal_mask(length)
-    mask = None  # causal alone, for which there are kernels
+    mask = causal_mask(length)
     if attention_mask is not None:
-        mask = causal & attention_mask.astype(bool)[:, None, None, :]
+        mask = mask & attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:
-        mask = (causal if mask is None else mask) & (
-            segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        )
-    call = ForwardContext(precision, causal=causal, lora_dropout=lora_dropout, remat=remat)
+        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    ctx = ForwardContext(
+        precision,
+        mask,
+        is_causal=attention_mask is None and segment_ids is None,
+        lora_dropout=lora_dropout,
+        remat=remat,
+    )
     if adapters is not None:
         adapters = attach_scales(adapters, lora_scale, config.n_layer)
-    module = nnx.merge(graphdef(config, apart=0 in params["h"]), params)
+    module = nnx.merge(graphdef(config, unrolled=0 in params["h"]), params)
     tokens = token_ids if token_embeddings is None else token_embeddings
-    return module(tokens, positions, mask, call, adapters=adapters, key=dropout_key)
+    return module(tokens, positions, ctx, adapters=adapters, key=dropout_key)
 
 
-def _default_positions(shape, attention_mask, segment_ids) -> jax.Array:
+def _default_positions(shape, attention_mask, segment_ids) -> Int[Array, "B T"]:
     real = jnp.ones(shape, jnp.int32) if attention_mask is None else attention_mask.astype(jnp.int32)
     before = jnp.cumsum(real, axis=1) - real  # real tokens to the left
     if segment_ids is not None:
@@ -445,10 +448,12 @@ def _default_positions(shape, attention_mask, segment_ids) -> jax.Array:
 
 
 def lm_head_weight(params: Params) -> jax.Array:
-    """The output head [V, D]: the token embedding unless the model has a head of its own."""
+    """Return the output head: the token embedding unless the model has its own head."""
     return params["lm_head"]["kernel"] if "lm_head" in params else params["wte"]["embedding"]
 
 
-def output_logits(hidden: jax.Array, head: jax.Array, precision: Precision = FLOAT32) -> jax.Array:
-    """Hidden states [..., D] and head [V, D] -> logits [..., V] float32."""
+def output_logits(
+    hidden: Float[Array, "*B D"], head: Float[Array, "V D"], precision: Precision = FLOAT32
+) -> Float32[Array, "*B V"]:
+    """Multiply hidden states by the output head."""
     return matmul(hidden, head.T, precision.compute_dtype)

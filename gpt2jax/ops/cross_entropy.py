@@ -1,7 +1,7 @@
 """Cross-entropy and accuracy as sums and counts, without ever holding float32 logits of a whole batch.
 
 Losses return sums: they are divided once, by the number of real tokens over all micro-batches, devices and batches, so
-that every token weighs the same however the batch is cut.
+that every token weighs the same however the batch is split.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_to_uint16
-from gpt2jax.ops.precision import FLOAT32, Precision, outer_product_sum
+from gpt2jax.ops.linear import outer_product_sum
+from gpt2jax.ops.precision import FLOAT32, Precision, bitcast_from_uint16, bitcast_to_uint16, einsum_f32
 from gpt2jax.sharding import constrain_batch, num_batch_shards_in_scope, replicate
 
 # the most logits held at once, float32: 100 MiB, and one chunk for a small vocabulary or batch
@@ -26,9 +27,9 @@ ROW_BLOCKS = 8
 
 
 def chunk_size(rows: int, vocab_size: int) -> int:
-    """Of the rows on one device those of one chunk, a multiple of 8 whose logits stay within `MAX_LOGITS`.
+    """Return the rows of one chunk on one device: a multiple of 8 whose logits stay within `MAX_LOGITS`.
 
-    Where chunks that are not much smaller divide the rows evenly it is one of those: nothing has to be filled up.
+    A size that divides the rows evenly and is not much smaller is preferred: then no chunk is padded.
     """
     chunks = max(1, math.ceil(rows * vocab_size / MAX_LOGITS))
     if chunks == 1:
@@ -39,9 +40,9 @@ def chunk_size(rows: int, vocab_size: int) -> int:
 
 
 def column_slices(vocab_size: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Slices of the vocabulary, equally wide: (columns of one, where each starts, how many of it the last one had).
+    """Slice the vocabulary into equal widths: (width, start of each slice, columns that it shares with the one before).
 
-    The width is a multiple of 64, which GPUs need not fill up, so the last slice begins early.
+    The width is a multiple of 64, which GPUs need not pad, so the last slice begins early.
     """
     slices = math.ceil(vocab_size / MAX_COLUMNS)
     width = min(vocab_size, math.ceil(vocab_size / slices / 64) * 64)
@@ -51,46 +52,49 @@ def column_slices(vocab_size: int) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 def token_losses(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, precision: Precision = FLOAT32
-) -> tuple[jax.Array, jax.Array]:
-    """Loss and hit of every token; for evaluation.
+    hidden: Float[Array, "*B D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array | np.ndarray, "*B"],
+    precision: Precision = FLOAT32,
+) -> tuple[Float32[Array, "*B"], Bool[Array, "*B"]]:
+    """Return loss and correctness of every token.
 
     Args:
-        hidden: [..., D] hidden states after the last LayerNorm.
-        head: [V, D] output head.
-        targets: [...] int, the token that follows.
+        hidden: hidden states after the last LayerNorm.
+        head: output head.
+        targets: the token that follows.
         precision: dtypes of the product; softmax and loss are float32.
 
     Returns:
-        (nll [...] float32 in nats, hit [...] bool: no token is more likely than the target).
+        (nll [...] float32 in nats, correct [...] bool: no token is more likely than the target).
     """
 
     dtype = precision.compute_dtype
-    head_bits = _head_bits(head, dtype)
+    head_bitcast = _bitcast_head(head, dtype)
 
     def chunk(_, rows):
         h, target = rows
-        _, nll, hit, _ = _losses(_logits(h.astype(dtype), head_bits), target, (0.0, 0.0))
-        return (), (nll, hit)
+        _, nll, correct, _ = _losses(_logits(h.astype(dtype), head_bitcast), target, (0.0, 0.0))
+        return (), (nll, correct)
 
     def of_device(*rows):
         return _scan_chunks(chunk, (), rows, head.shape[0])[1]
 
-    nll, hit = _on_each_device(of_device, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    return nll.reshape(targets.shape), hit.reshape(targets.shape)
+    nll, correct = _on_each_device(of_device, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    return nll.reshape(targets.shape), correct.reshape(targets.shape)
 
 
 def cross_entropy(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "*B D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array | np.ndarray, "*B"],
+    weights: Float[Array | np.ndarray, "*B"],
     precision: Precision = FLOAT32,
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted sum of the loss of every token; differentiable in `hidden` and `head`.
+) -> tuple[Float32[Array, ""], dict[str, jax.Array]]:
+    """Return the weighted sum of all tokens' losses; differentiable in `hidden` and `head`.
 
     A token's loss is its cross-entropy. With `label_smoothing` e it is that of (1 - e) times the label plus e times
     the uniform distribution (Szegedy et al. 2016); `z_loss` adds that many times log(Z)^2, Z the sum of the
@@ -101,15 +105,15 @@ def cross_entropy(
     the vocabulary after the other, so that no second array of the head's size is needed beside the gradient itself.
 
     Args:
-        hidden: [..., D] hidden states after the last LayerNorm.
-        head: [V, D] output head.
-        targets: [...] int, the token that follows.
-        weights: [...] float32, 0 for padding.
+        hidden: hidden states after the last LayerNorm.
+        head: output head.
+        targets: the token that follows.
+        weights: 0 for padding.
         precision: dtypes of the products; softmax, loss and sums are float32.
 
     Returns:
-        (loss sum, {"nll": sum of the plain cross-entropy, "tokens": sum of weights, "correct": weighted count of
-        hits}), float32 scalars. The three sums carry no gradient.
+        (loss sum, {"nll": sum of the plain cross-entropy, "tokens": sum of weights, "correct": weighted count
+        of correct tokens}), float32 scalars. The three sums carry no gradient.
     """
     dim = hidden.shape[-1]
     loss, nll, correct = _differentiable_sums(
@@ -125,13 +129,13 @@ def cross_entropy(
 
 
 def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array, ...]:
-    """Weighted sums over all tokens of loss, cross-entropy and hits."""
+    """Return the weighted sums over all tokens of loss, cross-entropy and correct predictions."""
     dtype = precision.compute_dtype
-    head_bits = _head_bits(head, dtype)
+    head_bitcast = _bitcast_head(head, dtype)
 
     def chunk(sums, rows):
         h, target, weight = rows
-        losses = _losses(_logits(h.astype(dtype), head_bits), target, extras)[:3]
+        losses = _losses(_logits(h.astype(dtype), head_bitcast), target, extras)[:3]
         return _add_weighted(sums, losses, weight), None
 
     def of_device(*rows):
@@ -142,18 +146,18 @@ def _sums(hidden, head, targets, weights, precision, extras) -> tuple[jax.Array,
 
 def _sums_forward(hidden, head, targets, weights, precision, extras):
     dtype = precision.compute_dtype
-    head_bits = _head_bits(head, dtype)
-    # bfloat16 has float32's range: nothing is lost that the gradient, which is to be of this dtype, could hold
-    kept = jnp.bfloat16 if hidden.dtype == jnp.bfloat16 else jnp.float32
+    head_bitcast = _bitcast_head(head, dtype)
+    # bfloat16 has the range of float32: the gradient, which becomes bfloat16 anyway, loses nothing
+    residual_dtype = jnp.bfloat16 if hidden.dtype == jnp.bfloat16 else jnp.float32
 
     def chunk(carry, rows):
         sums, d_head = carry
         h, target, weight = rows
         h = h.astype(dtype)
-        logits = _logits(h, head_bits)
+        logits = _logits(h, head_bitcast)
         *losses, log_z = _losses(logits, target, extras)
-        d_h, d_head = _gradients(logits, log_z, h, target, weight, head_bits, d_head, extras)
-        return (_add_weighted(sums, losses, weight), d_head), d_h.astype(kept)
+        d_h, d_head = _gradients(logits, log_z, h, target, weight, head_bitcast, d_head, extras)
+        return (_add_weighted(sums, losses, weight), d_head), d_h.astype(residual_dtype)
 
     def of_device(*rows):
         start = ((jnp.zeros(()),) * 3, jnp.zeros(head.shape, jnp.float32))
@@ -176,29 +180,31 @@ _differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4, 5))
 _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _head_bits(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _bitcast_head(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Cast the head [V, D] for products and bit-cast it, for loops to slice; replicated over devices."""
     return bitcast_to_uint16(replicate(head.astype(dtype)))
 
 
-def _logits(h: jax.Array, head_bits: jax.Array) -> jax.Array:
+def _logits(h: jax.Array, head_bitcast: jax.Array) -> jax.Array:
     """Compute logits [C, V] float32 of hidden states [C, D] and the bit-cast head [V, D] of their dtype."""
     if h.dtype.itemsize == 4:
-        return _product("cd,vd->cv", h, head_bits)
+        return einsum_f32("cd,vd->cv", h, head_bitcast, h.dtype)
     # by slices: all at once a CPU would keep a second head, of floats, and a GPU one filled up to whole tiles
-    width, starts, _ = column_slices(len(head_bits))
+    width, starts, _ = column_slices(len(head_bitcast))
 
     def columns(logits, start):
-        kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bits, start, width), h.dtype)
-        some = _product("cd,vd->cv", h, kernel)
+        kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bitcast, start, width), h.dtype)
+        some = einsum_f32("cd,vd->cv", h, kernel, h.dtype)
         return jax.lax.dynamic_update_slice_in_dim(logits, some, start, axis=1), None
 
-    return jax.lax.scan(columns, jnp.zeros((len(h), len(head_bits)), jnp.float32), starts)[0]
+    return jax.lax.scan(columns, jnp.zeros((len(h), len(head_bitcast)), jnp.float32), starts)[0]
 
 
-def _gradients(logits, log_z, h, targets, weights, head_bits, d_head, extras) -> tuple[jax.Array, jax.Array]:
-    """Of one chunk's weighted loss by its hidden states `h`, [C, D], and added to `d_head` [V, D] by the head."""
-    dtype, vocab_size = h.dtype, len(head_bits)
+def _gradients(
+    logits, log_z, h, targets, weights, head_bitcast, d_head, extras
+) -> tuple[jax.Array, jax.Array]:
+    """Return one chunk's gradient by its hidden states `h` [C, D], and `d_head` [V, D] plus that by the head."""
+    dtype, vocab_size = h.dtype, len(head_bitcast)
     width, starts, repeated = column_slices(vocab_size)
 
     def columns(carry, part):
@@ -207,8 +213,8 @@ def _gradients(logits, log_z, h, targets, weights, head_bits, d_head, extras) ->
         some = jax.lax.dynamic_slice_in_dim(logits, start, width, axis=1)
         d_logits = _logits_gradient(some, log_z, targets - start, weights, vocab_size, extras)
         d_logits = jnp.where(jnp.arange(width) >= repeated, d_logits, 0.0).astype(dtype)
-        kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bits, start, width), dtype)
-        d_h = d_h + _product("cv,vd->cd", d_logits, kernel)
+        kernel = bitcast_from_uint16(jax.lax.dynamic_slice_in_dim(head_bitcast, start, width), dtype)
+        d_h = d_h + einsum_f32("cv,vd->cd", d_logits, kernel, d_logits.dtype)
         total = jax.lax.dynamic_slice_in_dim(d_head, start, width) + outer_product_sum(d_logits, h, dtype)
         return (d_h, jax.lax.dynamic_update_slice_in_dim(d_head, total, start, axis=0)), None
 
@@ -216,13 +222,8 @@ def _gradients(logits, log_z, h, targets, weights, head_bits, d_head, extras) ->
     return jax.lax.scan(columns, start, (starts, repeated))[0]
 
 
-def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
-
-
 def _logits_gradient(logits, log_z, targets, weights, vocab_size, extras) -> jax.Array:
-    """Gradient of the weighted loss by logits [C, W], some columns of them; `targets` [C] counts from the first."""
+    """Return the gradient by some columns [C, W] of the logits; `targets` [C] counts from the first of them."""
     label_smoothing, z_loss = extras
     probabilities = jnp.exp(logits - log_z[:, None])
     if z_loss:
@@ -235,7 +236,7 @@ def _logits_gradient(logits, log_z, targets, weights, vocab_size, extras) -> jax
 
 
 def _losses(logits, targets, extras) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Logits [C, V] float32, targets [C] -> (loss, nll, hit, log of the softmax's denominator), each [C]."""
+    """Return loss, nll, correctness and the log of the softmax's denominator, each [C], for logits [C, V]."""
 
     def plain(logits, targets):
         return _losses_of_rows(logits, targets, extras, functools.partial(jnp.sum, axis=-1))
@@ -254,7 +255,7 @@ def _losses(logits, targets, extras) -> tuple[jax.Array, jax.Array, jax.Array, j
 
 
 def _sum_as_product(x: jax.Array) -> jax.Array:
-    """[C, V] -> [C]: on a CPU XLA takes longer for sums over long rows, the longer the more is fused with them."""
+    """Sum rows [C, V] -> [C] as a product: XLA:CPU is slow at sums over long rows, the more it fuses with them."""
     return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=jax.lax.Precision.HIGHEST)[:, 0]
 
 
@@ -277,29 +278,29 @@ def _add_weighted(sums, values, weights) -> tuple[jax.Array, ...]:
 
 
 def _on_each_device(function, *rows):
-    """`function` of arrays [N, ...] of rows, for each device's rows by themselves: its results [devices, ...].
+    """Apply `function` to each device's rows of arrays [N, ...] separately; results are [devices, ...].
 
-    So a loop over chunks needs nothing from other devices: what they add up to is added once, after it.
+    A loop over chunks then needs nothing from other devices: their results are summed once, after it.
     """
     devices = num_batch_shards_in_scope()
     if devices == 1 or len(rows[0]) % devices:
         return jax.tree.map(lambda x: x[None], function(*rows))
-    cut = [constrain_batch(x.reshape(devices, -1, *x.shape[1:])) for x in rows]
-    return jax.tree.map(constrain_batch, jax.vmap(function)(*cut))
+    split = [constrain_batch(x.reshape(devices, -1, *x.shape[1:])) for x in rows]
+    return jax.tree.map(constrain_batch, jax.vmap(function)(*split))
 
 
 def _scan_chunks(function, carry, rows, vocab_size):
-    """`lax.scan` over chunks of arrays [N, ...] of rows, the last one filled up with zeros (weight 0)."""
+    """Scan over chunks of arrays [N, ...] of rows; the last chunk is padded with zeros (weight 0)."""
     count = len(rows[0])
     size = chunk_size(count, vocab_size)
     if size == count:
         return function(carry, rows)
     chunks = -(-count // size)
 
-    def cut(x):
+    def split(x):
         if chunks * size > count:
             x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(chunks, size, *x.shape[1:])
 
-    carry, outputs = jax.lax.scan(function, carry, tuple(map(cut, rows)))
+    carry, outputs = jax.lax.scan(function, carry, tuple(map(split, rows)))
     return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], outputs)

@@ -1,7 +1,7 @@
-"""GELU and LayerNorm with gradients of their own, which keep as little as they can from forward to backward pass.
+"""GELU and LayerNorm with their own gradients, which save as little as possible for the backward pass.
 
-Left to automatic differentiation, tanh GELU keeps six arrays of the mlp's width for every layer and a LayerNorm
-three: that is most of a training step's memory, and on a CPU much of its time. Here each keeps one.
+Under automatic differentiation, tanh GELU saves six arrays of the MLP's width for every layer and a LayerNorm three:
+most of a training step's memory, and on a CPU much of its time. Here each saves one.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
-from gpt2jax.ops.bits import bitcast_from_uint16, bitcast_to_uint16
+from gpt2jax.ops.precision import bitcast_from_uint16, bitcast_to_uint16
 
 _SLOPE, _CUBE = math.sqrt(2.0 / math.pi), 0.044715
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu_tanh(x: jax.Array, kept_dtype: jnp.dtype) -> jax.Array:
-    """The tanh form of GELU, as GPT-2 was trained with; its derivative is kept in `kept_dtype` for the backward pass.
+def gelu_tanh(x: Float[Array, "*axes"], residual_dtype: jnp.dtype) -> Float[Array, "*axes"]:
+    """Apply the tanh approximation of GELU, with which GPT-2 was trained.
+
+    Its derivative is saved for the backward pass in `residual_dtype`.
 
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
     """
@@ -30,16 +33,16 @@ def _inner_tanh(x: jax.Array) -> jax.Array:
     return jnp.tanh(_SLOPE * (x + _CUBE * (x * x * x)))
 
 
-def _gelu_forward(x, kept_dtype):
-    wide = x.astype(jnp.float32)
-    tanh = _inner_tanh(wide)
-    inner_slope = _SLOPE * (1.0 + 3.0 * _CUBE * wide * wide)
-    derivative = 0.5 * (1.0 + tanh) + 0.5 * wide * (1.0 - tanh * tanh) * inner_slope
-    return (0.5 * wide * (1.0 + tanh)).astype(x.dtype), bitcast_to_uint16(derivative.astype(kept_dtype))
+def _gelu_forward(x, residual_dtype):
+    x32 = x.astype(jnp.float32)
+    tanh = _inner_tanh(x32)
+    inner_slope = _SLOPE * (1.0 + 3.0 * _CUBE * x32 * x32)
+    derivative = 0.5 * (1.0 + tanh) + 0.5 * x32 * (1.0 - tanh * tanh) * inner_slope
+    return (0.5 * x32 * (1.0 + tanh)).astype(x.dtype), bitcast_to_uint16(derivative.astype(residual_dtype))
 
 
-def _gelu_backward(kept_dtype, derivative, g):
-    derivative = bitcast_from_uint16(derivative, kept_dtype).astype(jnp.float32)
+def _gelu_backward(residual_dtype, derivative, g):
+    derivative = bitcast_from_uint16(derivative, residual_dtype).astype(jnp.float32)
     return ((g.astype(jnp.float32) * derivative).astype(g.dtype),)
 
 
@@ -47,19 +50,21 @@ gelu_tanh.defvjp(_gelu_forward, _gelu_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Normalises the last axis of x [..., D], then scale [D] and bias [D]; float32 out.
+def layer_norm(
+    x: Float[Array, "*axes D"], scale: Float[Array, " D"], bias: Float[Array, " D"], epsilon: float
+) -> Float32[Array, "*axes D"]:
+    """Normalize the last axis of `x`, then multiply by `scale` and add `bias`.
 
-    Statistics are float32 in two passes: one pass cancels for large means. What is kept is x itself.
+    The statistics are float32, in two passes: one pass cancels for large means. Only `x` itself is saved.
 
     Source: Ba et al. 2016, "Layer Normalization".
     """
-    normal, _ = _normalised(x, epsilon)
+    normal, _ = _normalize(x, epsilon)
     return normal * scale + bias
 
 
-def _normalised(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """x normalised, and one over its standard deviation [..., 1], both float32."""
+def _normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Return `x` normalized and one over its standard deviation [..., 1], both float32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
@@ -70,9 +75,9 @@ def _layer_norm_forward(x, scale, bias, epsilon):
     return layer_norm(x, scale, bias, epsilon), (x, scale, bias)
 
 
-def _layer_norm_backward(epsilon, kept, g):
-    x, scale, bias = kept
-    normal, inverse = _normalised(x, epsilon)
+def _layer_norm_backward(epsilon, residuals, g):
+    x, scale, bias = residuals
+    normal, inverse = _normalize(x, epsilon)
     g = g.astype(jnp.float32)
     rows = tuple(range(g.ndim - 1))
     scaled = g * scale

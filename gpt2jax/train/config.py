@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from gpt2jax.data.batches import LAYOUTS
-from gpt2jax.lora.adapters import BASE_DTYPES, LoRAConfig
+from gpt2jax.lora.config import BASE_DTYPES, LoRAConfig
 from gpt2jax.model.gpt2 import REMAT
 from gpt2jax.ops.precision import COMPUTE_DTYPES
 from gpt2jax.utils.validation import check_count, check_path, check_seed, is_number, set_field

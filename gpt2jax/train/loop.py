@@ -22,7 +22,8 @@ from gpt2jax.data.batches import Batches, check_long_enough
 from gpt2jax.data.documents import Documents
 from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import cast_base, check_patterns, init_adapters
+from gpt2jax.lora.adapters import cast_base, init_adapters
+from gpt2jax.lora.config import check_patterns
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.ops.precision import Precision

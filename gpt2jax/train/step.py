@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import cross_entropy

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2jax.lora.adapters import QKV_TARGETS, LoRAConfig, kernel_of
+from gpt2jax.lora.adapters import kernel_of
+from gpt2jax.lora.config import QKV_TARGETS, LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.weights.h5_reader import read_h5

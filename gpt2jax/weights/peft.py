@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2jax.lora.adapters import QKV_TARGETS, TARGETS, LoRAConfig, kernel_of
+from gpt2jax.lora.adapters import kernel_of
 from gpt2jax.lora.combine import fuse_qkv
+from gpt2jax.lora.config import QKV_TARGETS, TARGETS, LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.low_rank import column_norms

@@ -22,7 +22,7 @@ from gpt2jax.cli import compare, evaluate, finetune, main
 from gpt2jax.cli.common import DataOptions, run_command, say
 from gpt2jax.cli.finetune import Options, finetune_config
 from gpt2jax.data import sources
-from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.stopping import Interrupted
 
 WORDS = "the array of shape and dtype is returned when axis keepdims none".split()

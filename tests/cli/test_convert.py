@@ -16,7 +16,8 @@ from tiny_models import TINY, random_model, random_params
 import gpt2jax
 from gpt2jax.cli import main
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.weights.safetensors_io import read_safetensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -16,7 +16,8 @@ from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.evaluation.keras_metrics import keras_metrics
 from gpt2jax.evaluation.result import Evaluation
 from gpt2jax.evaluation.scoring import Scorer
-from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.tokenizer.bpe import Tokenizer
 
 LENGTH = 16

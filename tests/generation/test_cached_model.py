@@ -24,7 +24,8 @@ from gpt2jax.generation.kv_cache import cache_bytes, grow_cache, init_cache
 from gpt2jax.generation.requests import PromptState
 from gpt2jax.generation.strategy import Sampling, decode
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS, GPT2Config
 from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
 from gpt2jax.ops.precision import Precision

@@ -11,14 +11,8 @@ from tiny_models import TINY, random_params
 
 import gpt2jax
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import (
-    TARGETS,
-    LoRAConfig,
-    check_patterns,
-    init_adapters,
-    merge_adapters,
-    unmerge_adapters,
-)
+from gpt2jax.lora.adapters import init_adapters, merge_adapters, unmerge_adapters
+from gpt2jax.lora.config import TARGETS, LoRAConfig, check_patterns
 from gpt2jax.model.gpt2 import count_parameters, hidden_states
 
 ALL = LoRAConfig(rank=4, alpha=6.0, targets=TARGETS)
@@ -43,7 +37,7 @@ def logits(model):
     return model.logits(np.arange(40).reshape(2, 20) % TINY.vocab_size)
 
 
-def test_shapes():
+def test_init_adapters_shapes():
     adapters = init_adapters(TINY, ALL)
     assert adapters["h"]["mlp"]["c_fc"]["lora_a"].shape == (2, 32, 4)
     assert adapters["h"]["mlp"]["c_fc"]["lora_b"].shape == (2, 4, 128)
@@ -52,12 +46,12 @@ def test_shapes():
     assert count_parameters(one) == 2 * 4 * (32 + 96)
 
 
-def test_fresh_adapters_change_nothing(model):
+def test_init_adapters_change_nothing(model):
     fresh = dataclasses.replace(model, adapters=init_adapters(TINY, ALL), lora=ALL)
     np.testing.assert_array_equal(logits(fresh), logits(model))
 
 
-def test_merged_equals_adapted(model, trained):
+def test_merge_adapter_equals_the_adapters(model, trained):
     before = jax.tree.map(np.array, model.params)
     merged = trained.merge_adapter()
     assert np.abs(logits(trained) - logits(model)).max() > 0.1
@@ -66,7 +60,7 @@ def test_merged_equals_adapted(model, trained):
     jax.tree.map(np.testing.assert_array_equal, before, model.params)
 
 
-def test_merge_is_the_product_in_float64(model, trained):
+def test_merge_adapters_is_the_product_in_float64(model, trained):
     merged = merge_adapters(model.params, trained.adapters, ALL)
     pair = jax.tree.map(lambda x: np.asarray(x, np.float64), trained.adapters["h"]["attn"]["c_proj"])
     kernel = np.asarray(model.params["h"]["attn"]["c_proj"]["kernel"], np.float64)
@@ -84,7 +78,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS.keys())
-def test_every_kind_starts_merges_and_is_taken_out(model, lora):
+def test_adapters_of_every_kind_start_merge_and_unmerge(model, lora):
     fresh = init_adapters(TINY, lora, params=model.params)
     kind = dataclasses.replace(model, adapters=fresh, lora=lora)
     np.testing.assert_allclose(logits(kind), logits(model), atol=5e-6)
@@ -103,7 +97,7 @@ def test_every_kind_starts_merges_and_is_taken_out(model, lora):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7), plain, model.params)
 
 
-def test_dora_in_float64(model):
+def test_merge_adapters_dora_in_float64(model):
     lora = LoRAConfig(rank=4, alpha=6.0, targets=("attn.k",), use_dora=True)
     adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(TINY, lora, params=model.params))
     merged = merge_adapters(model.params, adapters, lora)["h"]["attn"]["c_attn"]["kernel"]
@@ -118,7 +112,7 @@ def test_dora_in_float64(model):
     np.testing.assert_array_equal(merged[..., 64:], kernel[..., 64:])
 
 
-def test_ranks_of_blocks_stay_what_they_are_in_training(model):
+def test_rank_pattern_holds_in_training(model):
     lora = KINDS["ranks"]
     adapters = init_adapters(TINY, lora)
     pair = adapters["h"]["attn"]["c_attn"]
@@ -138,38 +132,42 @@ def test_ranks_of_blocks_stay_what_they_are_in_training(model):
     assert not pair["lora_a"][1, :, 1:].any() and not pair["lora_b"][1, 1:].any()
 
 
-def test_a_pattern_for_no_linear():
+def test_check_patterns_names_one_that_matches_nothing():
     check_patterns(KINDS["ranks"], TINY.n_layer)
     for settings in ({"rank_pattern": {"h.2.attn.c_attn": 1}}, {"alpha_pattern": {"mlp.c_fc": 3}}):
-        with pytest.raises(ValueError, match="is the name of no linear with an adapter; .* h.1.attn.c_attn"):
+        message = "must match linear layers with an adapter, got .*; such a layer is h.1.attn.c_attn"
+        with pytest.raises(ValueError, match=message):
             check_patterns(LoRAConfig(**settings), TINY.n_layer)
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"rank": 0}, "rank=0"),
-        ({"use_dora": 1}, "use_dora=1"),
-        ({"targets": ("attn.c_attn", "attn.q")}, "attn.q is a part of attn.c_attn"),
-        ({"targets": ("lm_*",)}, "lm_"),
-        ({"rank_pattern": {"attn.q": 0}}, r"rank_pattern\['attn.q'\]=0"),
-        ({"alpha_pattern": {"attn.q": -1}}, "alpha_pattern"),
-        ({"rank_pattern": {"(": 2}}, "not a regular expression"),
-        ({"alpha": float("nan")}, "alpha=nan"),
-        ({"dropout": 1.0}, r"dropout=1\.0"),
-        ({"targets": ("c_attn",)}, "c_attn"),
-        ({"targets": ()}, r"targets=\(\)"),
-        ({"targets": None}, "targets=None"),
-        ({"targets": [1]}, r"targets=\[1\]"),
-        ({"dropout": "x"}, "dropout='x'"),
+        ({"rank": 0}, "lora.rank must be a positive whole number, got 0"),
+        ({"use_dora": 1}, "lora.use_dora must be True or False, got 1"),
+        ({"targets": ("attn.c_attn", "attn.q")}, "lora.targets .*; attn.q is a part of attn.c_attn"),
+        ({"targets": ("lm_*",)}, r"lora.targets must be .*, got \('lm_"),
+        ({"rank_pattern": {"attn.q": 0}}, r"lora.rank_pattern\['attn.q'\] must be .*, got 0"),
+        ({"alpha_pattern": {"attn.q": -1}}, r"lora.alpha_pattern\['attn.q'\] must be .*, got -1"),
+        ({"rank_pattern": {"(": 2}}, r"lora.rank_pattern keys must be simple regular .*, got '\('; missing"),
+        ({"rank_pattern": {"(a+)+": 2}}, "lora.rank_pattern keys must be simple regular expressions"),
+        ({"rank_pattern": 3}, "lora.rank_pattern must be values by pattern, got 3"),
+        ({"alpha": float("nan")}, "lora.alpha must be a positive number, got nan"),
+        ({"dropout": 1.0}, r"lora.dropout must be .* below 1, got 1\.0"),
+        ({"targets": ("c_attn",)}, "lora.targets .*, got .*c_attn"),
+        ({"targets": "attn.c_attn"}, "lora.targets must be a list of .*, got 'attn.c_attn'"),
+        ({"targets": ()}, r"lora.targets .*, got \(\)"),
+        ({"targets": None}, "lora.targets .*, got None"),
+        ({"targets": [1]}, r"lora.targets .*, got \[1\]"),
+        ({"dropout": "x"}, "lora.dropout .*, got 'x'"),
     ],
 )
-def test_impossible_settings_are_named(settings, named):
+def test_lora_config_names_an_illegal_value(settings, named):
     with pytest.raises(ValueError, match=named):
         LoRAConfig(**settings)
 
 
-def test_a_run_of_dora_on_slices_comes_back_from_its_folder(model, tmp_path):
+def test_load_run_of_dora_on_slices(model, tmp_path):
     """PEFT has no slices: what the run saves is one adapter of the whole, which computes the same."""
     texts = [list(np.random.default_rng(i).integers(0, 100, 20)) for i in range(8)]
     lora = LoRAConfig(rank=2, targets=("attn.q", "attn.v"), use_dora=True)

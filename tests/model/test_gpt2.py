@@ -14,17 +14,18 @@ import pytest
 from tiny_models import TINY, numpy_logits, random_params
 
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import (
     abstract_params,
-    dropout,
     hidden_states,
     init_params,
     lm_head_weight,
     output_logits,
 )
 from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.dropout import dropout
 from gpt2jax.ops.precision import Precision
 
 
@@ -37,7 +38,7 @@ def ids(*shape: int, seed: int = 0, below: int = TINY.vocab_size) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, below, shape).astype(np.int32)
 
 
-def test_padding_left_and_right_changes_nothing(model):
+def test_logits_ignore_padding_left_and_right(model):
     tokens = ids(2, 20)
     mask = np.ones((2, 20), bool)
     mask[0, :7] = False
@@ -48,7 +49,7 @@ def test_padding_left_and_right_changes_nothing(model):
     assert np.isfinite(padded).all()
 
 
-def test_causal(model):
+def test_logits_are_causal(model):
     tokens = ids(1, 16)
     changed = tokens.copy()
     changed[0, 10] += 1
@@ -57,7 +58,7 @@ def test_causal(model):
     assert np.abs(before[0, 10:] - after[0, 10:]).max() > 1e-3
 
 
-def test_segments_in_one_row_equal_the_documents_alone(model):
+def test_hidden_states_of_segments_equal_the_documents_alone(model):
     tokens = ids(1, 24)
     segments = np.array([[0] * 9 + [1] * 4 + [2] * 11])
     hidden = hidden_states(model.params, TINY, tokens, segment_ids=jnp.asarray(segments))
@@ -66,7 +67,7 @@ def test_segments_in_one_row_equal_the_documents_alone(model):
         np.testing.assert_allclose(hidden[:, begin:end], alone, atol=1e-5)
 
 
-def test_positions_count_real_tokens_of_a_segment(model):
+def test_hidden_states_positions_count_real_tokens_of_a_segment(model):
     """Padding before, between and behind two documents in one row."""
     tokens = ids(1, 20)
     mask = np.array([[False] * 2 + [True] * 6 + [False] * 3 + [True] * 7 + [False] * 2])
@@ -79,7 +80,7 @@ def test_positions_count_real_tokens_of_a_segment(model):
         np.testing.assert_allclose(hidden[:, begin:end], alone, atol=1e-5)
 
 
-def test_given_positions_are_rows_of_the_table(model):
+def test_hidden_states_given_positions_are_rows_of_the_table(model):
     tokens, positions = ids(1, 12), np.arange(12)[None] + 7
     shifted = {**model.params, "wpe": {"embedding": model.params["wpe"]["embedding"][7:]}}
     config = dataclasses.replace(TINY, n_positions=TINY.n_positions - 7)
@@ -92,7 +93,7 @@ def test_given_positions_are_rows_of_the_table(model):
 @pytest.mark.parametrize(
     ("tokens", "mask", "message"),
     [
-        (np.zeros((1, 33), int), None, "longer than the context of 32"),
+        (np.zeros((1, 33), int), None, "token_ids must be at most 32 long .*, got 33 tokens"),
         (np.zeros(5, int), None, "token_ids has shape"),
         (np.zeros((1, 5)), None, "dtype float64"),
         (np.full((1, 5), 101), None, "token id 101 is outside"),
@@ -100,13 +101,13 @@ def test_given_positions_are_rows_of_the_table(model):
         (np.zeros((1, 5), int), np.ones((1, 4), bool), "attention_mask has shape"),
     ],
 )
-def test_wrong_input_is_named(model, tokens, mask, message):
+def test_logits_name_wrong_input(model, tokens, mask, message):
     with pytest.raises(ValueError, match=message):
         model.logits(tokens, mask)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_narrow_products_stay_close(model, name):
+def test_hidden_states_in_16_bits_stay_close(model, name):
     tokens = ids(2, 16)
     precision = Precision.for_backend(name)
     narrow = output_logits(
@@ -133,7 +134,7 @@ def test_dropout_of_almost_everything_is_finite():
     assert np.isfinite(y).all() and (y == 0).mean() > 0.99
 
 
-def test_dropout_acts_with_a_key_only(model):
+def test_hidden_states_drop_with_a_key_only(model):
     config = dataclasses.replace(TINY, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
     tokens = ids(1, 16)
     plain = hidden_states(model.params, config, tokens)
@@ -143,7 +144,7 @@ def test_dropout_acts_with_a_key_only(model):
     assert np.abs(dropped[0] - dropped[2]).max() > 0.1 < np.abs(dropped[0] - plain).max()
 
 
-def test_initial_weights():
+def test_init_params_scales():
     config = GPT2Config(n_layer=4, n_head=2, n_embd=64, vocab_size=500, n_positions=64)
     params = init_params(config, 0)
     np.testing.assert_allclose(params["wte"]["embedding"].std(), 0.02, rtol=0.05)
@@ -153,7 +154,7 @@ def test_initial_weights():
     assert not jnp.array_equal(params["wte"]["embedding"], other["wte"]["embedding"])
 
 
-def test_initial_weights_are_float32_with_64_bits_allowed():
+def test_init_params_are_float32_with_64_bits_allowed():
     config = dataclasses.replace(
         TINY, tie_word_embeddings=False, n_positions=16
     )  # of no other test: traced here

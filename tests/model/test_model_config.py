@@ -22,7 +22,7 @@ from gpt2jax.model.gpt2 import abstract_params, count_parameters
         ("gpt2-mini", 4_273_664),
     ],
 )
-def test_parameter_counts(name, parameters):
+def test_presets_have_the_published_sizes(name, parameters):
     assert count_parameters(abstract_params(PRESETS[name])) == parameters
 
 
@@ -49,18 +49,18 @@ def test_parameter_counts(name, parameters):
         ("resid_pdrop", False),
     ],
 )
-def test_impossible_values_are_named(field, value):
-    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+def test_gpt2_config_names_an_illegal_value(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must be .*, got {value!r}$"):
         GPT2Config(**{field: value})
 
 
-def test_numbers_of_numpy_become_those_of_python():
+def test_gpt2_config_converts_numpy_numbers():
     config = GPT2Config(vocab_size=np.int64(300), n_embd=np.int32(24), embd_pdrop=np.float32(0.5))  # pyright: ignore
     assert config == GPT2Config(vocab_size=300, n_embd=24, embd_pdrop=0.5)
     assert json.loads(json.dumps(config.to_hf()))["vocab_size"] == 300
 
 
-def test_hugging_face_and_back():
+def test_from_hf_undoes_to_hf():
     config = GPT2Config(
         n_inner=100,
         activation_function="relu",
@@ -73,11 +73,11 @@ def test_hugging_face_and_back():
 
 
 @pytest.mark.parametrize("content", [{"model_type": "llama"}, {"add_cross_attention": True}])
-def test_other_architectures_are_refused(content):
+def test_from_hf_rejects_other_architectures(content):
     with pytest.raises(ValueError, match=next(iter(content))):
         GPT2Config.from_hf(content)
 
 
-def test_frozen():
+def test_gpt2_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         GPT2Config().n_layer = 3  # pyright: ignore[reportAttributeAccessIssue]

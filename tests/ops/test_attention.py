@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2jax.ops.attention import MASKED, QUERY_BLOCK, causal_mask, memory_efficient_attention
+from gpt2jax.ops.attention import (
+    MASKED,
+    QUERY_BLOCK,
+    LayerCache,
+    attention,
+    causal_mask,
+    memory_efficient_attention,
+)
 
 
 def plain(q, k, v, causal):
@@ -23,23 +30,23 @@ def plain(q, k, v, causal):
         (QUERY_BLOCK + 5, "bfloat16", 3e-2),
     ],
 )
-def test_blocks_of_queries_are_the_whole(length, dtype, tolerance):
+def test_memory_efficient_attention_equals_plain_softmax(length, dtype, tolerance):
     q, k, v, g = (jax.random.normal(key, (2, 2, length, 8)) for key in jax.random.split(jax.random.key(0), 4))
     causal = causal_mask(length)
-    lean, pull = jax.vjp(
+    ours, pull = jax.vjp(
         lambda *x: memory_efficient_attention(*x, causal, jnp.dtype(dtype), "recompute"), q, k, v
     )
     whole, pull_whole = jax.vjp(lambda *x: plain(*x, causal), q, k, v)
-    np.testing.assert_allclose(lean, whole, atol=tolerance)
+    np.testing.assert_allclose(ours, whole, atol=tolerance)
     for mine, theirs in zip(pull(g), pull_whole(g), strict=True):
         assert mine.dtype == jnp.float32
         np.testing.assert_allclose(mine, theirs, atol=2 * tolerance)
 
 
-def test_nothing_of_length_times_length_is_kept():
+def test_memory_efficient_attention_saves_nothing_of_t_times_t():
     x = jax.ShapeDtypeStruct((1, 2, 300, 8), jnp.float32)
 
-    def kept(q, k, v):
+    def residuals(q, k, v):
         return jax.vjp(
             lambda *x: memory_efficient_attention(*x, causal_mask(300), jnp.dtype("float32"), "recompute"),
             q,
@@ -47,6 +54,24 @@ def test_nothing_of_length_times_length_is_kept():
             v,
         )[1]
 
-    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(kept, x, x, x))]
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(residuals, x, x, x))]
     assert shapes.count(x.shape) == 3
     assert (1, 2, 300, 300) not in shapes
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_over_a_cache_equals_attention_without(batch):
+    q, k, v = (jax.random.normal(key, (batch, 3, 5, 4)) for key in jax.random.split(jax.random.key(1), 3))
+    cache = LayerCache(*(jnp.zeros((batch * 3, 8, 4)) for _ in range(2))).update(k, v, 2)
+    assert not cache.keys[:, :2].any() and not cache.values[:, 7:].any()
+    mask = jnp.pad(causal_mask(5), ((0, 0), (0, 0), (0, 0), (2, 1)))
+    dtype = jnp.dtype("float32")
+    expected = attention(q, k, v, causal_mask(5), dtype=dtype)
+    np.testing.assert_allclose(attention(q, *cache, mask, dtype=dtype), expected, atol=1e-6)
+
+
+def test_attention_of_a_masked_row_is_finite():
+    x = jnp.ones((1, 1, 2, 4))
+    mask = jnp.asarray([[[[True, False], [False, False]]]])
+    gradient = jax.grad(lambda q: attention(q, x, x, mask, dtype=jnp.dtype("float32")).sum())(x)
+    assert np.isfinite(gradient).all()

@@ -47,7 +47,7 @@ def chunks(request, monkeypatch):
 @pytest.mark.parametrize(
     "extras", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.3, "z_loss": 0.1}]
 )
-def test_loss_gradient_and_counts(inputs, chunks, extras):
+def test_cross_entropy_loss_gradient_and_counts(inputs, chunks, extras):
     hidden, head, targets, weights = inputs
 
     def ours(hidden, head):
@@ -77,7 +77,7 @@ def test_token_losses(inputs, chunks):
     np.testing.assert_array_equal(hit.reshape(-1), jnp.argmax(hidden @ head.T, -1) == targets)
 
 
-def test_tokens_of_weight_zero_have_no_say(inputs):
+def test_cross_entropy_ignores_tokens_of_weight_zero(inputs):
     hidden, head, targets, weights = inputs
     weights = weights.at[:10].set(0)
     changed = hidden.at[:10].set(100.0)
@@ -105,7 +105,7 @@ def test_logits_of_all_rows_are_never_held(monkeypatch):
     assert cut.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
 
 
-def test_narrow_products(inputs):
+def test_cross_entropy_bfloat16_stays_close(inputs):
     hidden, head, targets, weights = inputs
     exact = jax.grad(lambda h: cross_entropy(h, head, targets, weights, FLOAT32)[0])(hidden)
     narrow = jax.grad(
@@ -114,7 +114,7 @@ def test_narrow_products(inputs):
     assert 0 < float(jnp.abs(exact - narrow).max()) < 0.1
 
 
-def test_chunks_divide_the_rows_where_they_can():
+def test_chunk_size_divides_the_rows_if_possible():
     vocab = losses.MAX_LOGITS // 512
     assert chunk_size(512, vocab) == 512
     assert chunk_size(16 * 1024, vocab) == 512
@@ -123,7 +123,7 @@ def test_chunks_divide_the_rows_where_they_can():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_of_the_loss_at_full_size(dtype):
+def test_cross_entropy_memory_at_full_size(dtype):
     """16 rows of 1024 tokens, GPT-2's vocabulary: 200 MB beside the activations and the two gradients, its results."""
     rows, dim, vocab = 16 * 1024, 768, 50257
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, dim), "f4"), ((vocab, dim), "f4"))]
@@ -180,7 +180,7 @@ print(json.dumps({
 """
 
 
-def test_devices_add_their_gradients_once():
+def test_cross_entropy_devices_add_their_gradients_once():
     """Four devices, as one alone to rounding; in the loops over chunks and slices none asks another for anything."""
     found = on_four_devices(ON_DEVICES)
     assert max(found["apart"]) < 1e-6

@@ -11,7 +11,7 @@ from devices import on_four_devices
 from jax.sharding import AbstractMesh, AxisType
 
 from gpt2jax.cli.plan import main
-from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS, GPT2Config
 from gpt2jax.model.gpt2 import count_parameters
 from gpt2jax.plan.estimate import estimate_memory, flops_per_token, largest_batch

@@ -17,7 +17,7 @@ import gpt2jax.train.step as training_step
 from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import load
-from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.log import NonFiniteError, TrainLog

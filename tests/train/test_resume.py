@@ -15,7 +15,7 @@ from tiny_models import NO_DROPOUT, random_params
 
 import gpt2jax.train.loop as loop
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import LoRAConfig
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig

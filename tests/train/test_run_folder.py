@@ -10,7 +10,8 @@ from tiny_models import TINY, random_params
 
 from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.run_folder import RunFolder
 

@@ -16,7 +16,8 @@ from tiny_models import TINY, random_params
 
 from gpt2jax.data.batches import make_rows
 from gpt2jax.data.tokenization import tokenize_documents
-from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.gpt2 import REMAT, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import token_losses
 from gpt2jax.ops.precision import Precision

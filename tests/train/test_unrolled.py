@@ -11,7 +11,8 @@ from tiny_models import NO_DROPOUT, TINY, random_params
 
 import gpt2jax.train.loop as loop
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import LoRAConfig, init_adapters
+from gpt2jax.lora.adapters import init_adapters
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS
 from gpt2jax.model.gpt2 import hidden_states
 from gpt2jax.ops.precision import Precision

@@ -13,7 +13,8 @@ from safetensors import numpy as safetensors_numpy
 from tiny_models import random_params
 
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.lora.adapters import TARGETS, LoRAConfig, init_adapters, merge_adapters
+from gpt2jax.lora.adapters import init_adapters, merge_adapters
+from gpt2jax.lora.config import TARGETS, LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.weights.peft import read_adapter, write_adapter
 
