@@ -25,13 +25,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2jax.utils.validation import must_be, unknown_name
+
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 BUILTIN_NAMES = ("python-docs", "numeric-docs")
 NUMERIC_PACKAGES = ("numpy", "jax", "flax", "optax")
 MIN_DOCSTRING = 40  # characters; shorter ones ("Return the value.") say nothing under their heading
 MAX_SIGNATURE = 300  # characters; longer ones end in "..."
-MIN_PARAGRAPH = 80  # characters, of those that count as repeated
-MAX_REPEATED = 0.1  # share of a held-out document that may stand in training documents, too
+MIN_PARAGRAPH = 80  # characters; shorter paragraphs do not count as repeated
+MAX_REPEATED = 0.1  # fraction of a held-out document that may also be in training documents
 
 # Parts of the standard library that some distributions package apart or leave out: without them the documents
 # are the same on every machine with the same version of Python.
@@ -52,7 +54,7 @@ _Definition = _Function | ast.ClassDef
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of documentation: its qualified name, its text, and the split it belongs to."""
+    """A document: its qualified name, its text, and the split that it belongs to."""
 
     name: str
     text: str
@@ -63,7 +65,7 @@ class Document:
 class _Entry:
     """A docstring and its heading. `root` is the definition at the top of a module that it belongs to.
 
-    The heading has `_NAME` in place of the root: the name to print is known only when all modules are.
+    The heading has `_NAME` instead of the root, since the published name is known only when all modules are parsed.
     """
 
     root: str
@@ -73,17 +75,17 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Module:
-    """What is needed of a parsed module: a tree of all of jax at once makes Python slow."""
+    """The needed parts of a parsed module; the syntax trees of all of jax at once would make Python slow."""
 
     entries: Sequence[_Entry]
     imports: Sequence[tuple[str, str]]  # qualified name here, qualified name there
-    handed_on: frozenset[str]  # qualified names of the imports meant for others, not for own use
+    reexported: frozenset[str]  # qualified names of the imports that are meant for users of the module
     star_imports: Sequence[str]
     public: Sequence[str]  # what `from module import *` brings
 
 
 def builtin_texts(name: str, split: str = "train") -> list[str]:
-    """Documents of a built-in data set, sorted by qualified name.
+    """Return the documents of a built-in data set, sorted by qualified name.
 
     Args:
         name: "python-docs" or "numeric-docs".
@@ -94,24 +96,24 @@ def builtin_texts(name: str, split: str = "train") -> list[str]:
         FileNotFoundError: the sources of the standard library or of a package are not installed.
     """
     if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
+        raise ValueError(must_be("split", f"one of {', '.join(SPLITS)}", split))
     return [document.text for document in documents(name) if document.split == split]
 
 
 @functools.cache
 def documents(name: str) -> tuple[Document, ...]:
-    """All documents of a built-in data set, sorted by qualified name. Raises as `builtin_texts`."""
+    """Return all documents of a built-in data set, sorted by qualified name. Raises as `builtin_texts`."""
     if name == "python-docs":
         entries = [*_topic_entries(), *_entries(_standard_library())]
     elif name == "numeric-docs":
         entries = _entries(file for package in NUMERIC_PACKAGES for file in _installed_package(package))
     else:
-        raise ValueError(f"{name!r} is not a built-in data set: {', '.join(BUILTIN_NAMES)}")
+        raise ValueError(unknown_name("built-in data set", name, BUILTIN_NAMES))
     return tuple(_without_leaks(list(_assemble(entries))))
 
 
 def split_of(name: str) -> str:
-    """The split of a document: a function of its name alone, so that it stays when others come or go."""
+    """Return the split of a document: a function of its name alone, so that it stays when others come or go."""
     fraction = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return "validation" if fraction < 0.05 else "test" if fraction < 0.10 else "train"
 
@@ -132,8 +134,7 @@ def _assemble(entries: Iterable[_Entry]) -> Iterator[Document]:
 
 
 def _without_leaks(every: list[Document]) -> Iterator[Document]:
-    """Leave out held-out documents of which more than MAX_REPEATED stands in the training documents word for
-    word.
+    """Leave out held-out documents that repeat more than MAX_REPEATED from training documents word for word.
 
     Documentation repeats itself: chapters include others, functions share the description of their arguments.
     """
@@ -147,7 +148,7 @@ def _without_leaks(every: list[Document]) -> Iterator[Document]:
 
 
 def _paragraphs(text: str) -> Iterator[tuple[str, int]]:
-    """(content, number of characters) of the paragraphs that are long enough to be told from each other."""
+    """Yield (content, number of characters) of the paragraphs of at least MIN_PARAGRAPH characters."""
     for paragraph in re.split(r"\n\s*\n", text):
         content = _content(paragraph)
         if len(content) >= MIN_PARAGRAPH:
@@ -155,12 +156,12 @@ def _paragraphs(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _content(text: str) -> str:
-    """Letters and digits only: the same sentence in other dress is the same text."""
+    """Return letters and digits only, so that the same sentence in another layout is the same text."""
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
 def _topic_entries() -> Iterator[_Entry]:
-    """The chapters of the language reference that `help()` shows."""
+    """Yield the chapters of the language reference that `help()` shows."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -188,7 +189,7 @@ def _installed_package(name: str) -> list[tuple[str, Path]]:
 
 
 def _module_files(root: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """(qualified name, file) of the modules of a top-level module or package, sorted, without its tests."""
+    """Yield (qualified name, file) of the modules of a top-level module or package, sorted, without its tests."""
     if (root / f"{name}.py").is_file():
         yield name, root / f"{name}.py"
     for path in sorted((root / name).rglob("*.py")):
@@ -198,7 +199,7 @@ def _module_files(root: Path, name: str) -> Iterator[tuple[str, Path]]:
 
 
 def _entries(files: Iterable[tuple[str, Path]]) -> list[_Entry]:
-    """The docstrings of modules, sorted by the name under which each is published."""
+    """Return the docstrings of modules, sorted by the name under which each is published."""
     modules = {name: _parse_module(name, path) for name, path in files}
     published = _published_names(modules)
     entries = [
@@ -213,7 +214,7 @@ def _parse_module(name: str, path: Path) -> _Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's sources
         tree = ast.parse(path.read_bytes())
-    imports, star_imports, handed_on = [], [], set()
+    imports, star_imports, reexported = [], [], set()
     is_package = path.name == "__init__.py"
     package = name.split(".") if is_package else name.split(".")[:-1]
     public = _public_names(tree)
@@ -228,12 +229,12 @@ def _parse_module(name: str, path: Path) -> _Module:
                 here = f"{name}.{alias.asname or alias.name}"
                 imports.append((here, f"{source}.{alias.name}"))
                 if is_package or alias.name in (alias.asname, *public) or "._" in source:
-                    handed_on.add(here)
-    return _Module(list(_module_entries(name, tree)), imports, frozenset(handed_on), star_imports, public)
+                    reexported.add(here)
+    return _Module(list(_module_entries(name, tree)), imports, frozenset(reexported), star_imports, public)
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that importing a module may run: on every branch of its `if` and `try`."""
+    """Yield the statements that importing a module may run: on every branch of its `if` and `try`."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try | ast.With):
@@ -244,7 +245,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _public_names(tree: ast.Module) -> list[str]:
-    """A literal `__all__`, or every definition without an underscore."""
+    """Return a literal `__all__`, or every definition without an underscore."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets):
             if isinstance(node.value, ast.List | ast.Tuple):
@@ -255,22 +256,22 @@ def _public_names(tree: ast.Module) -> list[str]:
 
 
 def _published_names(modules: dict[str, _Module]) -> dict[str, str]:
-    """Where a package hands on what its modules define: `json.decoder.JSONDecoder` -> `json.JSONDecoder`.
+    """Map names to those that a package publishes: `json.decoder.JSONDecoder` -> `json.JSONDecoder`.
 
     Follows the `from ... import` statements without running them. Names that a module computes are not seen;
-    for numpy's functions in C, documented apart, the package's own import of that name tells.
+    for numpy's functions in C, whose documentation is in a file of its own, the package's import of that name decides.
     """
     origins: dict[str, str] = {}
-    handed_on = set().union(*(module.handed_on for module in modules.values()))
+    reexported = set().union(*(module.reexported for module in modules.values()))
     for name, module in modules.items():
         for source in module.star_imports:
             for public in modules[source].public if source in modules else ():
                 origins[f"{name}.{public}"] = f"{source}.{public}"
-                handed_on.add(f"{name}.{public}")
+                reexported.add(f"{name}.{public}")
     for module in modules.values():
         origins.update(module.imports)
     published: dict[str, str] = {}
-    for public in sorted(handed_on):
+    for public in sorted(reexported):
         origin = public
         for _ in range(8):  # a name may be handed on several times; the bound ends circles
             origin = origins.get(origin, origin)
@@ -286,7 +287,7 @@ def _published_names(modules: dict[str, _Module]) -> dict[str, str]:
 
 
 def _name_order(name: str) -> tuple[bool, int, str]:
-    """Public before private, short before long."""
+    """Return a sort key: public before private, short before long."""
     return "._" in f".{name}", name.count("."), name
 
 
@@ -301,7 +302,7 @@ def _module_entries(module: str, tree: ast.Module) -> Iterator[_Entry]:
 
 
 def _definition_entries(root: str, path: str, node: _Definition) -> Iterator[_Entry]:
-    """The docstring of a function; of a class, and those of its methods and inner classes."""
+    """Yield the docstrings of a function, or of a class with its methods and inner classes."""
     if docstring := ast.get_docstring(node):
         yield _Entry(root, _heading(path, node), docstring)
     if isinstance(node, ast.ClassDef):
@@ -311,7 +312,7 @@ def _definition_entries(root: str, path: str, node: _Definition) -> Iterator[_En
 
 
 def _heading(path: str, node: _Definition) -> str:
-    """`json.dumps(obj, *, indent=None)`, `class json.JSONDecoder(object)`; `path` is ".method" or nothing."""
+    """Build a heading such as `json.dumps(obj, *, indent=None)`; `path` is ".method" or empty."""
     name = _NAME + path
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)

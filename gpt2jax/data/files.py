@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import shutil
 import tempfile
@@ -108,16 +109,23 @@ def list_files(source: str) -> list[File]:
         FileNotFoundError: there is no such file or folder on the hub.
     """
     from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.implementations.zip import ZipFileSystem
 
-    is_archive = source.lower().endswith(".zip")
+    is_archive, is_remote = source.lower().endswith(".zip") and not os.path.isdir(source), "://" in source
     try:
-        system, root = url_to_fs(f"zip://::{source}" if is_archive else source)
+        if is_archive and not is_remote:
+            system, root = ZipFileSystem(source), ""
+        elif is_remote:
+            system, root = url_to_fs(f"zip://::{source}" if is_archive else source)
+        else:
+            system, root = LocalFileSystem(), os.path.abspath(source)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{source} is not a zip archive: {error}") from None
 
     def as_file(place: str) -> File:
         path = place.removeprefix(root).lstrip("/")
-        url = place if "://" not in source else system.unstrip_protocol(place)
+        url = system.unstrip_protocol(place) if is_remote else place
         separator = ":" if is_archive else "/"
         return File(
             f"{source.rstrip('/')}{separator}{path}" if path else source,
@@ -161,6 +169,10 @@ def read_items(file: File, columns: Columns, documents: str = "file") -> Iterato
             yield from row_items(_csv_rows(file), columns, file.name)
         else:
             yield from row_items(_json_rows(file), columns, file.name)
+    except (
+        RuntimeError
+    ) as error:  # of zipfile: a password, or a method of compression that Python does not know
+        raise ValueError(f"{file.name} can't be unpacked: {error}") from error
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the system's, not a decompressor's
             raise
@@ -282,7 +294,7 @@ def _csv_rows(file: File) -> Iterator[tuple[str, Any]]:
                 names = cells
                 continue
             if len(cells) != len(names):
-                raise ValueError(f"{place} has {len(cells)} cells, the header has {len(names)}")
+                raise ValueError(f"{place}: expected {len(names)} cells as in the header, got {len(cells)}")
             yield place, dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise ValueError(f"{place}: {error}") from None
@@ -296,7 +308,8 @@ def _table_file_items(file: File, columns: Columns) -> Iterator[Item]:
     kind, compression = FORMATS[file.suffixes[0]], file.suffixes[1]
     with contextlib.ExitStack() as stack:
         url = glob.escape(file.url)  # `datasets` takes patterns
-        if compression:  # tables are read from their end, which a compressed stream does not give
+        # tables are read from their end, which a compressed stream does not give; "::" joins parts of an URL
+        if compression or "::" in file.place:
             plain = stack.enter_context(tempfile.NamedTemporaryFile(suffix=f".{kind}"))
             with file.open() as stream:
                 shutil.copyfileobj(stream, plain)
@@ -304,11 +317,13 @@ def _table_file_items(file: File, columns: Columns) -> Iterator[Item]:
             url = plain.name
         verbosity = datasets.logging.get_verbosity()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
+        stack.callback(datasets.logging.set_verbosity, verbosity)
         try:
             table = datasets.load_dataset(kind, data_files=[url], streaming=True, split="train")
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{file.name} is not a file of {str(kind).title()}: {reason}") from None
-        finally:
-            datasets.logging.set_verbosity(verbosity)
-        yield from table_items(table, columns, file.name)
+        try:
+            yield from table_items(table, columns, file.name)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{file.name} is damaged: {str(error).splitlines()[0]}") from None

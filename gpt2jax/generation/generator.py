@@ -187,7 +187,7 @@ class Generator:
         strategy = choose_strategy(request)
         params, draft = self._prepared(), request.config.draft_model
         if draft is not None:
-            params = {**params, "draft": self._opened().draft.get(draft, self._dtype)}
+            params = params, self._opened().draft.get(draft, self._dtype)
         spec = DecoderSpec(self.model.config, self._precision, request.config.logits_processor)
         return Decoder(strategy, spec, params)
 

@@ -75,13 +75,15 @@ def fill_cache(spec: DecoderSpec, params: DecodingParams, prompts: PaddedPrompts
     # prompts need no logits: another processor must not compile their programs anew
     spec = dataclasses.replace(spec, logits_processor=None)
     batch, length = prompts.token_ids.shape
+    dtype = spec.precision.activation_dtype
     if not prompts.prefix:
-        cache = empty_cache(spec, batch, length)
+        cache = empty_cache(spec.config, batch, length, dtype)
         return _fill(spec, params, prompts.token_ids, prompts.padding, 0, prompts.length - 1, cache)
     end = len(prompts.prefix)
     single = np.zeros((1, length), np.int32)
     single[0, :end] = prompts.prefix
-    cache = _fill(spec, params, single, np.zeros(1, np.int32), 0, end, empty_cache(spec, 1, length))
+    cache = empty_cache(spec.config, 1, length, dtype)
+    cache = _fill(spec, params, single, np.zeros(1, np.int32), 0, end, cache)
     cache = broadcast_prefix(cache, prompts.padding, spec.config.n_head)
     return _fill(spec, params, prompts.token_ids, prompts.padding, end, prompts.length - 1, cache)
 
@@ -121,10 +123,10 @@ def prefill_chunk(
     ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_cache(spec: DecoderSpec, batch: int, length: int) -> Cache:
-    """Return an empty cache, made by one program."""
-    return init_cache(spec.config, batch, length, spec.precision.activation_dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_cache(config: GPT2Config, batch: int, length: int, dtype: Any) -> Cache:
+    """Return `init_cache`, made by one program."""
+    return init_cache(config, batch, length, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=2)

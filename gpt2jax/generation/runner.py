@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2jax.generation.cached_model import DecodingParams
 from gpt2jax.generation.config import MAX_TOP_LOGPROBS
 from gpt2jax.generation.decoding import (
     PER_POSITION,
@@ -34,7 +33,7 @@ class Decoder:
 
     strategy: DecodeStrategy
     spec: DecoderSpec
-    params: DecodingParams
+    params: Any
 
 
 class BatchDecoder:

@@ -99,7 +99,7 @@ class PromptLookup:
 class DraftModel:
     """Drafts `num_tokens` tokens a step with a smaller model of the same vocabulary; one row at a time.
 
-    `params` hold the draft model's own under "draft", and the cache is a pair: the model's and the draft model's.
+    Weights and caches are pairs: the model's and the draft model's.
 
     Attributes:
         num_tokens: draft tokens a step.
@@ -115,22 +115,22 @@ class DraftModel:
         return 1 + new_tokens + self.num_tokens
 
     def prefill(
-        self, spec: DecoderSpec, params: DecodingParams, prompts: PaddedPrompts
+        self, spec: DecoderSpec, params: tuple[DecodingParams, DecodingParams], prompts: PaddedPrompts
     ) -> tuple[Cache, Cache]:
         """Return the caches of both models, of all prompt tokens except the last."""
-        cache = fill_cache(spec, params, prompts)
-        return cache, fill_cache(self._spec(spec), params["draft"], prompts)
+        return fill_cache(spec, params[0], prompts), fill_cache(self._spec(spec), params[1], prompts)
 
     def decode(
         self,
         spec: DecoderSpec,
-        params: DecodingParams,
+        params: tuple[DecodingParams, DecodingParams],
         cache: tuple[Cache, Cache],
         state: DecodeState,
         settings: DecodeParams,
         until: jax.Array | int,
     ) -> tuple[tuple[Cache, Cache], DecodeState]:
         """Decode up to `num_tokens` tokens beyond `until`."""
+        model_params, draft_params = params
         draft_spec = self._spec(spec)
 
         def body(carry: Any) -> Any:
@@ -140,14 +140,14 @@ class DraftModel:
             draft_cache, ahead = jax.lax.fori_loop(
                 0,
                 self.num_tokens + 1,
-                lambda _, carry: decode_token(draft_spec, params["draft"], carry[0], carry[1], settings),
+                lambda _, carry: decode_token(draft_spec, draft_params, carry[0], carry[1], settings),
                 (draft_cache, ahead),
             )
             token_ids = jax.lax.dynamic_slice_in_dim(
                 ahead.token_ids, state.cache_position, self.num_tokens, axis=1
             )
             draft = Draft(token_ids, jnp.array(True))
-            cache, state = verify(spec, params, cache, state, settings, draft, until)
+            cache, state = verify(spec, model_params, cache, state, settings, draft, until)
             return (cache, draft_cache), state
 
         return jax.lax.while_loop(lambda carry: is_running(carry[1], until), body, (cache, state))

@@ -37,14 +37,14 @@ class DecodeStrategy(Protocol):
         """Return the cache positions after the prompts that a batch of `new_tokens` begins with."""
         ...
 
-    def prefill(self, spec: DecoderSpec, params: DecodingParams, prompts: PaddedPrompts) -> Any:
+    def prefill(self, spec: DecoderSpec, params: Any, prompts: PaddedPrompts) -> Any:
         """Return the cache of the prompts, as `decode` takes it."""
         ...
 
     def decode(
         self,
         spec: DecoderSpec,
-        params: DecodingParams,
+        params: Any,
         cache: Any,
         state: DecodeState,
         settings: DecodeParams,
@@ -58,7 +58,7 @@ class DecodeStrategy(Protocol):
 def decode(
     strategy: DecodeStrategy,
     spec: DecoderSpec,
-    params: DecodingParams,
+    params: Any,
     cache: Any,
     state: DecodeState,
     settings: DecodeParams,
@@ -71,7 +71,7 @@ def decode(
 
     Args:
         strategy, spec: static.
-        params: from `prepare_decoding_params`.
+        params: what the strategy reads, from `prepare_decoding_params`.
         cache: from the strategy's `prefill` or from the last call; donated, so it must not be used again.
         state: what has been decoded so far.
         settings: constant over the steps.

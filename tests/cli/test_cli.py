@@ -155,6 +155,8 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
         (["evaluate", "--sequence-length", "0"], "must be a whole number of at least 2, or None, got 0"),
         (["evaluate", "--model", "gpt2-minni"], "there is no model 'gpt2-minni'; did you mean 'gpt2-mini'"),
         (["evaluate", "--data-revision", "main"], "is not on the hub: it has no revision 'main'"),
+        (["evaluate", "--eval-split", "tset"], "there is no split 'tset'; did you mean 'test'?"),
+        (["evaluate", "--eval-split", "test[:x]"], "split must be a split such as train, train[:50%]"),
     ],
 )
 def test_mistakes_of_evaluate_and_compare(texts, tmp_path, capsys, options, message):

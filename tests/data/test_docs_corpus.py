@@ -106,9 +106,11 @@ def test_split_depends_on_the_name_alone():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="'docs' is not a built-in data set: python-docs, numeric-docs"):
+    with pytest.raises(
+        ValueError, match="there is no built-in data set 'docs'; known: python-docs, numeric-docs"
+    ):
         builtin_texts("docs")
-    with pytest.raises(ValueError, match="split='dev' is not one of train, validation, test"):
+    with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'dev'"):
         builtin_texts("python-docs", "dev")
 
 

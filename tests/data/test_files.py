@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import tracemalloc
+import zipfile
 
 import pyarrow
 import pyarrow.feather
@@ -223,8 +224,16 @@ def test_odd_rows_are_read(tmp_path, name, content, expected):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "id,text\n1,hello, world and more\n2,b\n", "a.csv, line 2 has 3 cells, the header has 2"),
-        ("b.csv", 'id,text\n1,"two\nlines"\n2\n', "b.csv, line 4 has 1 cells, the header has 2"),
+        (
+            "a.csv",
+            "id,text\n1,hello, world and more\n2,b\n",
+            "a.csv, line 2: expected 2 cells as in the header, got 3",
+        ),
+        (
+            "b.csv",
+            'id,text\n1,"two\nlines"\n2\n',
+            "b.csv, line 4: expected 2 cells as in the header, got 1",
+        ),
         ("c.csv", 'text,id\na,1\n"unclosed,2\nb,3\n', "c.csv, line 3: unexpected end of data"),
         ("d.json", '{"version":"1.0","data":[{"text":"a"}]}', "one object with the keys version, data"),
         ("e.json", '{"text":["a","b"],"id":[1]}', "columns of different lengths"),
@@ -243,6 +252,27 @@ def test_arrow_files(tmp_path, name):
     assert load_texts(tmp_path / name, "all") == TEXTS
     with pytest.raises(ValueError, match="b.arrow is not a file of Arrow"):
         load_texts(write(tmp_path / "b.arrow", "no Arrow at all"), "all")
+
+
+def test_tables_damaged_inside_are_named(tmp_path):
+    path = parquet(tmp_path / "a.parquet", text=[f"text {i}" for i in range(1000)])
+    content = bytearray(path.read_bytes())
+    content[100:1500] = bytes(1400)
+    with pytest.raises(ValueError, match="a.parquet is damaged") as caught:
+        load_texts(write(path, bytes(content)), "all")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "a[1]*.jsonl", "http:a #%20.jsonl"])
+def test_odd_file_names(tmp_path, name):
+    folder = tmp_path / "in [x]::y"
+    path = write(folder / name, json_lines(TEXTS))
+    assert load_texts(path, "all") == load_texts(folder, "all") == TEXTS
+    parquet(path.with_suffix(".parquet"), text=TEXTS)
+    assert load_texts(folder, "all") == 2 * TEXTS
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.write(path, "in/" + name)
+    assert load_texts(tmp_path / "z.zip", "all") == TEXTS
 
 
 def test_files_are_streamed(tmp_path):

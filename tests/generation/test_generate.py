@@ -502,7 +502,7 @@ def test_stream_shows_no_beginning_of_a_stop_string():
 def test_stream_raises_at_the_call(model):
     with pytest.raises(ValueError, match="^temperature"):
         stream(model, "a", temperature=-1)
-    with pytest.raises(ValueError, match="one prompt, not 2"):
+    with pytest.raises(ValueError, match="one prompt, got 2"):
         stream(model, ["a", "b"])  # type: ignore[arg-type]
 
 
