@@ -29,7 +29,7 @@ from gpt2jax.model.gpt2 import (
 )
 from gpt2jax.ops.precision import FLOAT32
 from gpt2jax.tokenizer.bpe import Tokenizer
-from gpt2jax.utils.validation import check_model, check_path, check_seed, is_number
+from gpt2jax.utils.validation import check, check_model, check_path, check_seed, is_number, must_be, one_of
 
 SAVE_FORMATS = ("hf", "keras")
 
@@ -148,8 +148,7 @@ class LanguageModel:
             ValueError: unknown format or dtype, or a configuration that the format cannot express.
             FileExistsError: the folder holds other files than a saved model's.
         """
-        if format not in SAVE_FORMATS:
-            raise ValueError(f"format={format!r} is not known; known: {', '.join(SAVE_FORMATS)}")
+        check("format", format, one_of(SAVE_FORMATS))
         from gpt2jax.weights.hf import save_hf
         from gpt2jax.weights.keras import save_keras
 
@@ -157,7 +156,7 @@ class LanguageModel:
         merged = self.merge_adapter()
         if format == "keras":
             if dtype != "float32":
-                raise ValueError(f"dtype={dtype!r}: Keras presets are written in float32")
+                raise ValueError(must_be("dtype", "float32 for a Keras preset", dtype))
             save_keras(path, merged.config, merged.params, merged.tokenizer)
             return
         save_hf(path, merged.config, merged.params, merged.tokenizer, dtype=dtype)
@@ -189,9 +188,9 @@ def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | Non
         ValueError: an argument has another type, or `seed` is not a whole number of 32 bits.
     """
     if not isinstance(config, GPT2Config):
-        raise ValueError(f"config={config!r:.60} must be a GPT2Config, such as gpt2jax.PRESETS['gpt2']")
+        raise ValueError(f"{must_be('config', 'a GPT2Config', config)}; such as gpt2jax.PRESETS['gpt2']")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        raise ValueError(f"tokenizer={tokenizer!r:.60} must be a Tokenizer, or None")
+        raise ValueError(must_be("tokenizer", "a Tokenizer, or None", tokenizer))
     seed = check_seed(seed)
     return LanguageModel(config, init_params(config, seed), tokenizer)
 
@@ -212,12 +211,12 @@ def combine_adapters(
         ValueError: a model without adapters or with DoRA, different bases, or weights that are not one number each.
     """
     if not isinstance(models, list | tuple):
-        raise ValueError(f"models={models!r:.60} must be a list of models")
+        raise ValueError(must_be("models", "a list of models", models))
     for index, model in enumerate(models):
         check_model(f"models[{index}]", model)
     weights = [1.0] * len(models) if weights is None else list(weights)
     if not models or len(weights) != len(models) or not all(map(is_number, weights)):
-        raise ValueError(f"weights={weights!r} must be a finite number for each of {len(models)} models")
+        raise ValueError(must_be("weights", f"a finite number for each of {len(models)} models", weights))
     parts = [(model.lora, model.adapters) for model in models if model.lora and model.adapters]
     if len(parts) < len(models):
         raise ValueError("a model has no adapters: load_adapter(base, path) gives one that has")
