@@ -100,6 +100,11 @@ def test_load_tokenizer_names_missing_files(saved, tmp_path_factory):
         ({"normalizer": {"type": "NFC"}}, "normalizer must be None.*NFC"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer.type must be 'ByteLevel'.*'Whitespace'"),
         ({"pre_tokenizer": None}, "pre_tokenizer.type must be .*got None"),
+        ({"model": {"vocab": [], "merges": []}}, "model.vocab must be a dict"),
+        ({"model": {"vocab": {}, "merges": [["a"]]}}, "a merge must be a pair"),
+        ({"model": {"vocab": {"a": 10**12}, "merges": []}}, "the id of 'a' must be a whole number from 0"),
+        ({"model": []}, "model must be an object"),
+        ({"added_tokens": [5]}, "an added token is damaged"),
         ({"model": {"type": "WordPiece", "vocab": {}}}, "model.type must be 'BPE'.*'WordPiece'"),
     ],
 )
