@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from gpt2jax.tokenizer.bpe import Tokenizer
     from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
     from gpt2jax.train.config import FinetuneConfig
-    from gpt2jax.train.loop import Run, finetune
+    from gpt2jax.train.finetune import finetune
+    from gpt2jax.train.trainer import Run
 
 _HOMES = {
     # models
@@ -47,8 +48,8 @@ _HOMES = {
     "beam_search": "generation.beam_search",
     "Beam": "generation.beam_search",
     # training
-    "finetune": "train.loop",
-    "Run": "train.loop",
+    "finetune": "train.finetune",
+    "Run": "train.trainer",
     "FinetuneConfig": "train.config",
     "LoRAConfig": "lora.adapters",
     # data

@@ -9,8 +9,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, check_folder, command_line, row_length, run_command, say
-from gpt2jax.cli.finetune import default_prompts
+from gpt2jax.cli.common import (
+    DataOptions,
+    check_folder,
+    command_line,
+    default_prompts,
+    row_length,
+    run_command,
+    say,
+)
 
 
 @dataclasses.dataclass(frozen=True)

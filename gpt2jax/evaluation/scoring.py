@@ -220,14 +220,14 @@ def score_windows(
     for chosen, batch, results in _one_ahead(run()):
         row_loss, row_rank, row_confidence = (np.asarray(x) for x in results)
         for row, index in enumerate(chosen):
-            kept = np.flatnonzero(batch["weights"][row])
+            kept = np.flatnonzero(batch["loss_mask"][row])
             start = windows.offsets[windows.document[index]] + windows.score[index]
             mine = slice(start, start + len(kept))
             loss[mine], rank[mine] = row_loss[row, kept], row_rank[row, kept]
             confidence[mine] = row_confidence[row, kept]
         if study:
             real = len(chosen)
-            on_padding[chosen] = ((row_rank[:real] == 0) & (batch["weights"][:real] == 0)).sum(axis=1)
+            on_padding[chosen] = ((row_rank[:real] == 0) & (batch["loss_mask"][:real] == 0)).sum(axis=1)
         advance(len(chosen))
     labels = window_labels(documents, windows, end_token_id)
     scores = TokenScores(windows.offsets, labels, windows.positions(), loss, rank, confidence)

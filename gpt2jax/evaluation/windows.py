@@ -157,7 +157,7 @@ def window_row(documents: Documents, windows: Windows, index: int, width: int, e
     begin, end = int(windows.begin[index]), int(windows.end[index])
     around = np.concatenate([[end_token_id], ids, [end_token_id]])
     row = pad_row(around[begin:end], around[begin + 1 : end + 1], width)
-    row["weights"][: int(windows.score[index]) - begin] = 0.0
+    row["loss_mask"][: int(windows.score[index]) - begin] = 0.0
     return row
 
 

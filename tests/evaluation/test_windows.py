@@ -48,9 +48,9 @@ def test_rows():
     windows = plan_windows(documents, 4, 2)
     first, second = (window_row(documents, windows, index, 4, END) for index in range(2))
     assert first["tokens"].tolist() == [END, 0, 1, 2] and first["targets"].tolist() == [0, 1, 2, 3]
-    assert first["weights"].tolist() == [1, 1, 1, 1]
+    assert first["loss_mask"].tolist() == [1, 1, 1, 1]
     assert second["tokens"].tolist() == [1, 2, 3, 4] and second["targets"].tolist() == [2, 3, 4, END]
-    assert second["weights"].tolist() == [0, 0, 1, 1]
+    assert second["loss_mask"].tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_rows():
 def test_study_rows(ids, tokens, targets, weights, mask):
     row = study_row(np.array(ids, np.uint16), 8, 6)
     assert row["tokens"].tolist() == tokens and row["targets"].tolist() == targets
-    assert row["weights"].tolist() == weights and row["mask"].tolist() == mask
+    assert row["loss_mask"].tolist() == weights and row["mask"].tolist() == mask
 
 
 def test_cut_documents():
