@@ -34,7 +34,7 @@ from gpt2jax.plan.estimate import estimate_memory
 from gpt2jax.plan.program import compile_for, compile_program, make_program, planned_bytes
 from gpt2jax.sharding import make_mesh
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.loop import with_dropout
+from gpt2jax.train.step import with_dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,13 @@ CASES = (
     Case("gpt2", "v5e", 1, 4),
     Case("gpt2", "v5e", 8, 64),
     Case("gpt2-xl", "v5e", 8, 64, {"fsdp": 8, "remat": "full"}),
-    Case("gpt2-xl", "v5e", 8, 64, {"fsdp": 4, "tensor_parallel": 2, "remat": "full", "accumulation": 4}),
+    Case(
+        "gpt2-xl",
+        "v5e",
+        8,
+        64,
+        {"fsdp": 4, "tensor_parallel": 2, "remat": "full", "gradient_accumulation_steps": 4},
+    ),
 )
 
 

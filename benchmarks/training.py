@@ -87,7 +87,7 @@ def gpt2jax_step(
     inputs = {
         "tokens": ids[:, :-1],
         "targets": ids[:, 1:],
-        "weights": np.ones((rows, length), np.float32),
+        "loss_mask": np.ones((rows, length), np.float32),
     }
     inputs = jax.tree.map(jnp.asarray, inputs)
     frozen = cast_base(params, base_dtype) if lora else None

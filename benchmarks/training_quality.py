@@ -2,7 +2,7 @@
 
     python benchmarks/training_quality.py precision      # 200 steps in float32, bfloat16 and float16, their losses
     python benchmarks/training_quality.py lora           # the gain in held-out loss with --lora beside the full one
-    python benchmarks/training_quality.py lora --lora-rank 8 --lora-targets attn.c_attn
+    python benchmarks/training_quality.py lora --lora.rank 8 --lora.targets attn.c_attn
 
 Options behind the name of the table are those of `finetune`. The runs are kept in --folder: what was stopped goes on
 there, and a second call prints the table only.
@@ -20,7 +20,7 @@ import tyro
 from contenders import print_table
 
 import gpt2jax
-from gpt2jax.cli.finetune import Options, finetune_config
+from gpt2jax.cli.finetune import Options, finetune_config, imply_lora
 from gpt2jax.model.gpt2 import count_parameters
 from gpt2jax.ops.precision import COMPUTE_DTYPES
 
@@ -30,7 +30,7 @@ DEVIATION = 0.01  # of float32's loss, which narrow products are to stay within
 
 def finetune_options(words: Sequence[str]) -> Options:
     """Options of the command."""
-    return tyro.cli(Options, args=list(words), config=(tyro.conf.OmitArgPrefixes,))
+    return tyro.cli(Options, args=imply_lora(words))
 
 
 def train(options: Options, folder: pathlib.Path) -> gpt2jax.Run:
@@ -101,7 +101,7 @@ def lora_table(folder: pathlib.Path, words: Sequence[str]) -> None:
         run = train(finetune_options(own), folder / name.strip("-").replace(" ", "-"))
         after = loss(run.model)
         gains.append(before - after)
-        share = gains[-1] / gains[0]
+        fraction = gains[-1] / gains[0]
         rows.append(
             (
                 " ".join(own) or name,
@@ -109,9 +109,9 @@ def lora_table(folder: pathlib.Path, words: Sequence[str]) -> None:
                 f"{before:.4f}",
                 f"{after:.4f}",
                 f"{gains[-1]:.4f}",
-                f"{share:.1%}",
+                f"{fraction:.1%}",
                 f"{run.history[-1]['seconds']:.0f}",
-                "yes" if share >= REACHED else "no",
+                "yes" if fraction >= REACHED else "no",
             )
         )
     columns = ("trained", "parameters", "loss before", "after", "gain", "of the full gain", "seconds")

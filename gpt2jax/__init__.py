@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from gpt2jax.tokenizer.bpe import Tokenizer
     from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
     from gpt2jax.train.config import FinetuneConfig
-    from gpt2jax.train.loop import Run, finetune
+    from gpt2jax.train.finetune import finetune
+    from gpt2jax.train.trainer import Run
 
 _HOMES = {
     # models
@@ -53,8 +54,8 @@ _HOMES = {
     "GenerationConfig": "generation.config",
     "Generator": "generation.generator",
     # training
-    "finetune": "train.loop",
-    "Run": "train.loop",
+    "finetune": "train.finetune",
+    "Run": "train.trainer",
     "FinetuneConfig": "train.config",
     "LoRAConfig": "lora.config",
     # data

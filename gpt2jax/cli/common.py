@@ -32,15 +32,28 @@ LORA_RANK, LORA_TARGETS = 32, ("*",)
 
 
 def run_command(
-    name: str, options: type[T], run: Callable[[T], None], argv: Sequence[str] | None = None
+    name: str,
+    options: type[T],
+    run: Callable[[T], None],
+    argv: Sequence[str] | None = None,
+    *,
+    prefixes: bool = False,
 ) -> None:
-    """Parses the arguments into `options` and runs; a user's mistake is one line and exit code 2."""
+    """Parse the arguments into `options` and run; a user's mistake is one line and exit code 2.
+
+    Args:
+        name: of the command.
+        options: a dataclass.
+        run: takes the parsed options.
+        argv: the arguments; None: those of the program.
+        prefixes: the names of nested options have a prefix, as in --lora.rank, unless their field is named "".
+    """
     for stream in (sys.stdout, sys.stderr):  # what an encoding does not have must not end a program
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            run(_parse(name, options, argv))
+            run(_parse(name, options, argv, prefixes=prefixes))
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a full disk is told as any other one
@@ -65,13 +78,14 @@ def _drop_unwritten() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(name: str, options: type[T], argv: Sequence[str] | None) -> T:
+def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes: bool) -> T:
     import tyro
 
+    config = () if prefixes else (tyro.conf.OmitArgPrefixes,)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+            parsed = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=config)
     except SystemExit as end:
         if end.code != 2:  # --help, on standard output
             raise
@@ -204,3 +218,63 @@ class DataOptions:
             streaming=self.streaming,
             revision=self.data_revision,
         )
+
+
+DOCUMENTATION_PROMPTS = (
+    "jax.numpy.mean(a, axis=None)\n\n",
+    "numpy.linalg.solve(a, b)\n\nSolve",
+    "Returns the",
+    "Parameters\n----------\n",
+    "This function",
+    "",
+)
+
+
+def default_prompts(data: str) -> tuple[str, ...]:
+    """Return prompts of the kind of text that the data holds."""
+    from gpt2jax.comparison.compare import DEFAULT_PROMPTS
+
+    return DOCUMENTATION_PROMPTS if data in ("numeric-docs", "python-docs") else DEFAULT_PROMPTS
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """Several processes that train together; start each with the same options, except --process.
+
+    Attributes:
+        coordinator: host:port on the machine of process 0, or "auto" if Slurm, Open MPI, Kubernetes or a TPU pod
+            says which processes take part.
+        processes: number of processes.
+        process: the number of this process, from 0.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    def initialize(self) -> None:
+        """Connect the processes; call this before jax looks for its devices.
+
+        Raises:
+            ValueError: the three options do not go together, or "auto" finds no description of the processes.
+        """
+        if self.coordinator is None and self.processes is None and self.process is None:
+            return
+        import jax
+
+        if self.coordinator == "auto":
+            try:
+                jax.distributed.initialize(num_processes=self.processes, process_id=self.process)
+            except ValueError as error:
+                raise ValueError(
+                    f"--coordinator auto found no description of the processes ({error})"
+                ) from None
+            return
+        if self.coordinator is None or self.processes is None or self.process is None:
+            raise ValueError("several processes need --coordinator HOST:PORT, --processes and --process")
+        if not 0 <= self.process < self.processes:
+            legal = f"from 0 to {self.processes - 1}"
+            raise ValueError(f"--process must be {legal}, got {self.process}")
+        if not self.coordinator.rpartition(":")[2].isdecimal():
+            raise ValueError(f"--coordinator must be HOST:PORT or auto, got {self.coordinator!r}")
+        jax.distributed.initialize(self.coordinator, self.processes, self.process)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, check_folder, command_line, run_command, say
-from gpt2jax.cli.finetune import default_prompts
+from gpt2jax.cli.common import DataOptions, check_folder, command_line, default_prompts, run_command, say
 from gpt2jax.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:

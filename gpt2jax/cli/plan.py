@@ -23,7 +23,7 @@ class Options:
         device: h100, a100, a100-40, l4, rtx4090, v5e, v6e.
         devices: how many of them.
         batch_size: rows of one optimizer step, over all devices.
-        accumulation: parts that it is computed in.
+        gradient_accumulation_steps: parts that it is computed in.
         sequence_length: tokens of one row. Default: the model's context, at most 1024.
         compute_dtype: operands of matrix products.
         optimizer: adamw, adafactor, lion, muon or sgd.
@@ -44,7 +44,7 @@ class Options:
     device: str = "h100"
     devices: int = 1
     batch_size: int = 16
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     sequence_length: int | None = None
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     optimizer: str = "adamw"
@@ -91,11 +91,14 @@ def _check(options: Options) -> None:
             f"devices={options.devices} must be a multiple of fsdp={options.fsdp} times "
             f"tensor_parallel={options.tensor_parallel}"
         )
-    rows, ways = options.batch_size // options.accumulation, options.devices // options.tensor_parallel
+    rows, ways = (
+        options.batch_size // options.gradient_accumulation_steps,
+        options.devices // options.tensor_parallel,
+    )
     if rows % ways:
         raise ValueError(
-            f"batch_size={options.batch_size} / accumulation={options.accumulation} can't be divided among "
-            f"{ways} devices"
+            f"batch_size={options.batch_size} / gradient_accumulation_steps="
+            f"{options.gradient_accumulation_steps} can't be divided among {ways} devices"
         )
     if not 0 < options.utilisation <= 1:
         raise ValueError(f"utilisation={options.utilisation} must be above 0 and at most 1")
@@ -106,13 +109,13 @@ def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
     from gpt2jax.lora.config import LoRAConfig
     from gpt2jax.model.config import PRESETS
     from gpt2jax.train.config import FinetuneConfig
-    from gpt2jax.train.loop import with_dropout
+    from gpt2jax.train.step import with_dropout
 
     model = PRESETS[options.model] if options.model in PRESETS else load(options.model).config
     lora = LoRAConfig(options.lora_rank, targets=options.lora_targets) if options.lora else None
     same = (
         "batch_size",
-        "accumulation",
+        "gradient_accumulation_steps",
         "sequence_length",
         "compute_dtype",
         "optimizer",

@@ -1,11 +1,11 @@
-"""Packing: documents put into rows of T tokens so that little of a row is left empty.
+"""Packing: fill rows of T tokens with several documents each, so that little of a row stays empty.
 
-A document becomes [end] + its tokens with its tokens + [end] as labels; what is longer than T is cut into pieces of
-T, each of which begins at position 0 and sees nothing of the one before. Pieces that share a row carry segment ids, by
+A document becomes [end] + its tokens as inputs and its tokens + [end] as labels. A longer one is split into chunks of
+T, each of which begins at position 0 and does not see the chunk before. Chunks that share a row carry segment ids, by
 which attention keeps them apart, so that the loss of each is what it would be alone.
 
-The rows are filled by best fit, longest piece first: within about one row in a hundred of the least possible number
-for documents of mixed lengths. Source: Johnson 1973, "Near-optimal bin packing algorithms".
+Rows are filled by best fit, longest chunk first: for documents of mixed lengths that takes about 1 % more rows than
+the least possible number. Source: Johnson 1973, "Near-optimal bin packing algorithms".
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from gpt2jax.data.documents import Documents, to_offsets
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Which piece of which document stands in which row.
+    """The chunks of documents in each row.
 
     Attributes:
-        documents: [pieces] document of each piece, the pieces of a row side by side.
-        begins: [pieces] where in [end] + tokens + [end] it begins.
-        lengths: [pieces] its labels, at most T.
-        rows: [rows + 1] row r holds the pieces rows[r] to rows[r + 1].
+        documents: [chunks] document of each chunk, the chunks of a row side by side.
+        begins: [chunks] its start in [end] + tokens + [end].
+        lengths: [chunks] its number of labels, at most T.
+        rows: [rows + 1] row r holds the chunks rows[r] to rows[r + 1].
     """
 
     documents: np.ndarray
@@ -39,11 +39,11 @@ class Packing:
 
 
 def pack_documents(documents: Documents, sequence_length: int) -> Packing:
-    """Packs documents into rows of `sequence_length` tokens; the same documents give the same rows."""
+    """Pack documents into rows of `sequence_length` tokens; the same documents give the same rows."""
     labels = documents.lengths + 1
-    pieces = -(-labels // sequence_length)
-    owner = np.repeat(np.arange(len(documents)), pieces)
-    begins = (np.arange(len(owner)) - np.repeat(to_offsets(pieces)[:-1], pieces)) * sequence_length
+    chunks = -(-labels // sequence_length)
+    owner = np.repeat(np.arange(len(documents)), chunks)
+    begins = (np.arange(len(owner)) - np.repeat(to_offsets(chunks)[:-1], chunks)) * sequence_length
     lengths = np.minimum(labels[owner] - begins, sequence_length)
     order = np.argsort(-lengths, kind="stable")
     row_of = np.empty(len(order), np.int64)
@@ -54,9 +54,9 @@ def pack_documents(documents: Documents, sequence_length: int) -> Packing:
 
 
 def _best_fit(lengths: list[int], room: int) -> list[int]:
-    """The row of each piece: the fullest one that still has room for it, else a new one."""
-    open_rows: dict[int, list[int]] = {}  # by the room that is left
-    rooms: list[int] = []  # the keys of it that have rows, sorted
+    """Return the row of each chunk: the fullest row that has room for it, else a new one."""
+    open_rows: dict[int, list[int]] = {}  # by the room left in them
+    rooms: list[int] = []  # the keys of `open_rows` that have rows, sorted
     rows, count = [], 0
     for length in lengths:
         at = bisect.bisect_left(rooms, length)

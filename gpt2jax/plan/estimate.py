@@ -56,7 +56,7 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
     share, ways = fsdp * tensor, devices // tensor  # of parameters, of rows
     parameters = _bytes(state["params"]) + _bytes(program.frozen) + _bytes(state.get("ema"))
     gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(state["params"]))
-    if train.accumulation > 1:
+    if train.gradient_accumulation_steps > 1:
         gradients *= 2  # of one part, and their sum
     rows_kept, weights_kept = _kept(program, train.remat)
     rows_of_all = rows_kept  # of blocks that keep everything
@@ -68,7 +68,7 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
     length = program.batch["tokens"].shape[1]
     if should_unroll(program.model, train, length, program.backend, devices):
         rows_kept = int(rows_kept * _kept_beside_gradients(program, rows_kept))
-    tokens = math.prod(program.batch["tokens"].shape) // train.accumulation // ways
+    tokens = math.prod(program.batch["tokens"].shape) // train.gradient_accumulation_steps // ways
     return Memory(
         parameters=parameters // share,
         optimizer=(_bytes(state["optimizer"]) + _bytes(state.get("loss_scale"))) // share,
@@ -239,7 +239,7 @@ def largest_batch(
     Memory grows in proportion to the rows: two estimates give the line, a third one checks its end.
     """
     ways = mesh.get("devices", 1) // mesh.get("tensor", 1)
-    unit = ways * train.accumulation
+    unit = ways * train.gradient_accumulation_steps
 
     def needed(units: int) -> Memory:
         sized = dataclasses.replace(train, batch_size=units * unit)

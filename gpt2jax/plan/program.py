@@ -17,8 +17,7 @@ from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import BATCH_AXES, shardings, use_mesh
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.optimizer import make_optimizer
-from gpt2jax.train.schedules import resolve_learning_rate
+from gpt2jax.train.optimizer import make_optimizer, resolve_learning_rate
 from gpt2jax.train.step import init_state, make_configured_step
 from gpt2jax.train.unrolled import should_unroll, unstack_layers
 
@@ -68,7 +67,7 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     state = jax.eval_shape(start, trainable)
     shape = (train.batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
-    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     precision = Precision.for_backend(train.compute_dtype, backend=backend)
     return Program(model, train, backend, precision, state, frozen, batch)
 
@@ -80,7 +79,7 @@ def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]
         precision.attention == "cudnn"
     ):  # which can't be traced off a GPU; this keeps the same but for [B, N, T] sums
         precision = dataclasses.replace(precision, attention="recompute")
-    rows = train.batch_size // train.accumulation
+    rows = train.batch_size // train.gradient_accumulation_steps
     batch = {name: jax.ShapeDtypeStruct((rows, s.shape[1]), s.dtype) for name, s in program.batch.items()}
     drops = max(model.embd_pdrop, model.attn_pdrop, model.resid_pdrop, lora.dropout if lora else 0.0) > 0
 
@@ -97,7 +96,9 @@ def loss_gradient(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]
             lora_dropout=lora.dropout if lora else 0.0,
             remat=train.remat,
         )
-        return cross_entropy(hidden, lm_head_weight(params), batch["targets"], batch["weights"], precision)[0]
+        return cross_entropy(hidden, lm_head_weight(params), batch["targets"], batch["loss_mask"], precision)[
+            0
+        ]
 
     return jax.grad(loss), (program.state["params"], program.frozen, batch)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training state: written by Orbax in the background, whole or not at all."""
+"""Checkpoints of a training state: Orbax writes them in the background, whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from gpt2jax.model.gpt2 import Params
 from gpt2jax.train.step import TrainState
 from gpt2jax.weights.orbax import readable_checkpoint
 
+_PENDING = "unlogged"  # the name of the pending metrics on disk
+
 
 class Checkpoints:
-    """The checkpoints of one run, a folder per step; the oldest beyond `keep` are removed.
+    """The checkpoints of one run, a folder for each step; only the newest `keep` of them stay.
 
     Orbax writes into a temporary folder and renames it when everything is on disk, so a run that is killed in the
     middle of a save still has its previous checkpoint.
 
     Args:
         folder: of the checkpoints.
-        keep: how many.
-        run: description of the run, which each of them holds too.
+        keep: number of checkpoints to keep.
+        run: description of the run, which each checkpoint holds too.
     """
 
     def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, run: Mapping[str, Any] | None = None):
@@ -35,48 +37,48 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
+        """Return the step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
-    def good_step(self, failed: int) -> int | None:
-        """The newest of the checkpoints from which a finite step was computed, before step `failed` was not finite."""
+    def last_finite_step(self, failed: int) -> int | None:
+        """Return the newest checkpoint that a finite step followed, if step `failed` was the first that was not."""
         return max((step for step in self._manager.all_steps() if step < failed - 1), default=None)
 
-    def save(self, step: int, state: TrainState, unlogged: list[dict[str, float]]) -> None:
-        """Copies the state and writes it in the background; does nothing for a step that is there already.
+    def save(self, step: int, state: TrainState, pending_metrics: list[dict[str, float]]) -> None:
+        """Copy the state and write it in the background; a step that has been saved is skipped.
 
         Args:
             step: steps done.
             state: the training state.
-            unlogged: metrics of the steps since the last entry of the log, which the next entry sums up.
+            pending_metrics: of the steps since the last entry of the log, which go into the next entry.
         """
         if self.latest_step() != step:
             args = self._ocp.args
-            # written in the background, while the log goes on to grow
-            copied = args.JsonSave({"steps": list(unlogged)})
-            items = {"state": args.StandardSave(state), "unlogged": copied, "run": args.JsonSave(self._run)}
+            # a copy: the list grows while it is written
+            pending = args.JsonSave({"steps": list(pending_metrics)})
+            items = {"state": args.StandardSave(state), _PENDING: pending, "run": args.JsonSave(self._run)}
             self._manager.save(step, args=args.Composite(**items))
 
     def restore(self, template: Any) -> tuple[TrainState, list[dict[str, float]]]:
-        """State and unlogged metrics of the newest checkpoint; the state in structure and dtypes of `template`."""
+        """Read state and pending metrics of the newest checkpoint; the state as `template` in structure and dtypes."""
         args = self._ocp.args
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, template)
-        items = {"state": args.StandardRestore(abstract), "unlogged": args.JsonRestore()}
+        items = {"state": args.StandardRestore(abstract), _PENDING: args.JsonRestore()}
         step = self.latest_step()
         with readable_checkpoint(
             f"step {step} in {self._manager.directory}", "; without it the run goes on from the one before"
         ):
             restored = self._manager.restore(step, args=args.Composite(**items))
-            return restored["state"], restored["unlogged"]["steps"]
+            return restored["state"], restored[_PENDING]["steps"]
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Wait until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 class BestCheckpoint:
-    """The parameters of the best validation: in a folder, or in memory where there is none."""
+    """The parameters of the best validation: in `folder`, or in memory if that is None."""
 
     def __init__(self, folder: pathlib.Path | None):
         import orbax.checkpoint as ocp
@@ -87,7 +89,7 @@ class BestCheckpoint:
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, params: Params) -> None:
-        """Keeps these in place of the ones before. A resumed run meets the same best again and leaves it."""
+        """Replace the parameters kept so far. A resumed run that meets the same best again leaves it."""
         if self._manager is None:
             self._held = jax.tree.map(jnp.copy, params)
         elif self._manager.latest_step() != step:
@@ -96,7 +98,7 @@ class BestCheckpoint:
             self._manager.save(step, args=self._ocp.args.StandardSave(params))
 
     def restore(self, template: Params) -> Params:
-        """The best parameters, in structure and dtypes of `template`; itself where none was kept."""
+        """Return the best parameters, as `template` in structure and dtypes; `template` itself if none were kept."""
         if self._manager is None:
             return template if self._held is None else self._held
         manager = self._ocp.CheckpointManager(self._manager.directory)
@@ -108,7 +110,7 @@ class BestCheckpoint:
         return best
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Wait until everything is on disk."""
         if self._manager is not None:
             self._manager.wait_until_finished()
             self._manager.close()

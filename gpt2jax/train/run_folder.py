@@ -28,36 +28,53 @@ except ModuleNotFoundError:  # Windows has no such locks
     fcntl = None
 
 RUN_FILE = "run.json"
-# these say how to log and keep, not what is computed: a resumed run may change them; nor does it matter under what
-# name the same parameters were loaded, or the same texts
-_FREE_FIELDS = {
-    "base_model",
-    "checkpoint_every",
-    "eval_every",
-    "keep_checkpoints",
-    "log_every",
-    "max_minutes",
-    "patience",
-    "revision",
-    "source",
-    "split",
-    "token_cache",
-    "track",
+# what a run and its resumption must have in common: the parameters that the run began with, whatever name they were
+# loaded by, the texts, and the settings except those below
+_MUST_AGREE = ("base_sha256", "model_config", "finetune", "data.documents", "data.tokens", "data.sha256")
+# settings that do not change what is computed, or (devices) change its rounding only
+_MAY_DIFFER = {
+    f"finetune.{name}"
+    for name in (
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_minutes",
+        "patience",
+        "token_cache",
+        "trackers",
+        "fsdp",
+        "tensor_parallel",
+    )
 }
-_FREE_FIELDS |= {"fsdp", "tensor_parallel"}  # a checkpoint moves to other devices; equal to rounding only
+# names of settings and packings in files of version 1
+_RENAMED = {
+    "accumulation": "gradient_accumulation_steps",
+    "decay_share": "decay_fraction",
+    "final_learning_rate": "final_lr_ratio",
+    "layout": "packing",
+    "track": "trackers",
+}
+_RENAMED_PACKINGS = {"windows": "concat", "documents": "padded"}
 # what a run writes into its folder, here and in the report: `overwrite` deletes this and nothing else
 _OWN = ("checkpoints", "best", "model", "base", "adapter", "tensorboard", "wandb", "metrics.jsonl", RUN_FILE)
 _REPORT = ("comparison.json", "report.html", "report.md")
 
 
 class RunFolder:
-    """A folder with one run in it. Of several processes the first one checks and writes it.
+    """A folder that holds one run. Of several processes the first one checks and writes it.
+
+    Args:
+        path: the folder; it need not exist.
+        resume: go on with the run in the folder, if it holds one.
+        overwrite: delete the run in the folder, if it holds one.
 
     Attributes:
         description: what `run.json` says, once the run has begun; of several processes in the first one.
 
     Raises:
-        FileExistsError: it holds another run, or files that are no run's, and `resume` or `overwrite` is not given.
+        FileExistsError: the folder holds another run, or files that do not belong to a run, and neither `resume` nor
+            `overwrite` is given.
         ValueError: both are given.
     """
 
@@ -66,32 +83,38 @@ class RunFolder:
             raise ValueError("resume=True goes on with the run that overwrite=True deletes: give one of them")
         self.path = check_path("output", path)
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
-        self._writes = jax.process_index() == 0
-        if self._writes:
-            self._check(resume=resume, overwrite=overwrite)
-        self._resumed = resume and (self.path / RUN_FILE).exists()
-        self._overwrite = overwrite
         self.description: dict[str, Any] = {}
+        self._resume, self._overwrite = resume, overwrite
+        self._writes = jax.process_index() == 0
+        self._check_content()
 
-    def _check(self, *, resume: bool, overwrite: bool) -> None:
+    @property
+    def _is_resumed(self) -> bool:
+        return self._resume and (self.path / RUN_FILE).exists()
+
+    def _check_content(self) -> None:
+        """Raise FileExistsError for a folder that this run must not write into."""
         path = self.path
-        if path.exists() and not self.path.is_dir():
+        if not self._writes or not path.exists():
+            return
+        if not path.is_dir():
             raise FileExistsError(f"{path} is a file; expected a folder for the run")
-        holds_run = (self.path / RUN_FILE).exists()
-        if self.path.exists() and set(self.path.iterdir()) - set(self._left_over()):
-            if not holds_run and not overwrite:
-                raise FileExistsError(f"{path} is not empty and holds no run; choose another folder")
-            if holds_run and not (resume or overwrite):
-                raise FileExistsError(
-                    f"{path} holds another run; resume it, overwrite it, or choose another folder"
-                )
+        if not set(path.iterdir()) - set(self._partial_files()):
+            return
+        has_run = (path / RUN_FILE).exists()
+        if not has_run and not self._overwrite:
+            raise FileExistsError(f"{path} is not empty and holds no run; choose another folder")
+        if has_run and not (self._resume or self._overwrite):
+            raise FileExistsError(
+                f"{path} holds another run; resume it, overwrite it, or choose another folder"
+            )
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Makes the folder and holds it, as long as the block runs and the process lives.
+    def lock(self) -> Iterator[None]:
+        """Make the folder and lock it, until the block or the process ends.
 
         Raises:
-            FileExistsError: the run of another program is in it at this moment.
+            FileExistsError: another program runs in the folder now, or has left a run there since it was checked.
         """
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -100,15 +123,15 @@ class RunFolder:
             return
         handle = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise FileExistsError(
-                f"another run is going on in {self.path}: wait for its end, or stop it"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileExistsError(
+                    f"another run is going on in {self.path}: wait for its end, or stop it"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            self._check_content()
             yield
         finally:
             os.close(handle)
@@ -120,46 +143,47 @@ class RunFolder:
         documents: Documents,
         source: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes `run.json`, or checks that the one of a resumed run says the same.
+        """Write `run.json`, or check that the one of a resumed run agrees.
 
         Raises:
             ValueError: a resumed run had other settings, another model or other texts; names what differs.
         """
         if not self._writes:
             return
-        self.description = content = run_description(model, config, documents, source)
-        if self._resumed:
-            self._check_same(content)
-        for entry in self._left_over():
+        is_resumed = self._is_resumed
+        self.description = run_description(model, config, documents, source)
+        if is_resumed:
+            self._check_same(self.description)
+        for entry in self._partial_files():
             _remove(entry)
-        if self._resumed:
+        if is_resumed:
             return
         if self._overwrite and self.path.is_dir():
             for name in (*_OWN, *_REPORT):
                 _remove(self.path / name)
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path / RUN_FILE) as file:
-            json.dump(content, file, indent=2)
+            json.dump(self.description, file, indent=2)
 
-    def _left_over(self) -> list[pathlib.Path]:
-        """What a run was writing when it was killed: its description, its log, its model."""
+    def _partial_files(self) -> list[pathlib.Path]:
+        """Return what a run was writing when it was killed: its description, its log, its model."""
         return list(self.path.glob(".*.part"))
 
     def _check_same(self, content: dict[str, Any]) -> None:
         before = read_json(self.path / RUN_FILE, ("finetune",))
-        # a run of an earlier version lacks settings that came later: it had what is now their default
-        before["finetune"] = {**_finetune_fields(FinetuneConfig()), **before["finetune"]}
+        # a setting that came with a later version had the value that is its default now
+        before["finetune"] = _finetune_fields(FinetuneConfig()) | _current_names(before["finetune"])
         flat_before, flat_now = _flatten(before), _flatten(content)
         different = [
             f"{name} was {flat_before.get(name)!r}, is {flat_now.get(name)!r}"
             for name in sorted(flat_before.keys() | flat_now.keys())
-            if flat_before.get(name) != flat_now.get(name) and name.split(".")[-1] not in _FREE_FIELDS
+            if flat_before.get(name) != flat_now.get(name) and _must_agree(name)
         ]
         if different:
             raise ValueError(f"cannot resume {self.path}: {'; '.join(different)}")
 
     def read_metrics(self, *, up_to: int) -> list[dict[str, float]]:
-        """The log up to a step; later lines, of steps that a resumed run does again, are removed."""
+        """Read the log up to a step; later lines, of steps that a resumed run repeats, are removed."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
@@ -169,7 +193,7 @@ class RunFolder:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # a run killed in the middle of a line
                 continue
-            # a damaged line may be JSON still
+            # a damaged line may still be JSON
             if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= up_to:
                 kept.append(entry)
         if self._writes:
@@ -178,14 +202,14 @@ class RunFolder:
         return kept
 
     def append_metrics(self, entry: dict[str, float]) -> None:
-        """Adds a line to `metrics.jsonl`."""
+        """Add a line to `metrics.jsonl`."""
         if not self._writes:
             return
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def finish(self, model: LanguageModel) -> None:
-        """Saves the trained model, or its adapters, and the base model where no name leads back to it."""
+        """Save the trained model, or its adapters, and the base model if no name leads back to it."""
         if not self._writes:
             return
         if model.adapters is None:
@@ -202,10 +226,10 @@ def run_description(
     documents: Documents,
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What `run.json` says: everything that the result follows from."""
+    """Build the content of `run.json`: everything that the result follows from."""
     return {
         "format": "gpt2jax run",
-        "version": 1,
+        "version": 2,
         "base_model": model.source,
         "base_sha256": params_sha256(model.params),
         "model_config": dataclasses.asdict(model.config),
@@ -225,6 +249,20 @@ def _remove(path: pathlib.Path) -> None:
 
 def _finetune_fields(config: FinetuneConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _current_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Translate the settings of a run of any version to the names and values of now."""
+    settings = {_RENAMED.get(name, name): value for name, value in settings.items()}
+    if "packing" in settings:
+        settings["packing"] = _RENAMED_PACKINGS.get(settings["packing"], settings["packing"])
+    return settings
+
+
+def _must_agree(name: str) -> bool:
+    """Tell whether a flattened name of `run.json` is among those that must agree."""
+    belongs = any(name == part or name.startswith(f"{part}.") for part in _MUST_AGREE)
+    return belongs and name not in _MAY_DIFFER
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,11 @@ from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import constrain_batch, constrain_params
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params
-from gpt2jax.train.optimizer import clip_scale, global_norm
+from gpt2jax.train.optimizer import clip_scale
 
 TrainState = dict[str, Any]
-Step = Callable[[TrainState, Params | None, Params], tuple[TrainState, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Params | None, Params], tuple[TrainState, Metrics]]
 
 # dynamic loss scaling of float16: gradients below 6e-8 would vanish without it
 INITIAL_SCALE, MIN_SCALE, MAX_SCALE = 2.0**15, 1.0, 2.0**24
@@ -31,7 +33,7 @@ GROWTH_INTERVAL = 2000
 def init_state(
     trainable: Params, optimizer: optax.GradientTransformation, *, loss_scaling: bool, ema: bool = False
 ) -> TrainState:
-    """The state of a run at its beginning; it takes `trainable` over (the step donates it)."""
+    """Build the state of a run at its beginning; it takes over `trainable`, which the step donates."""
     state: TrainState = {
         "step": jnp.zeros((), jnp.int32),
         "params": trainable,
@@ -48,6 +50,13 @@ def init_state(
     return state
 
 
+def with_dropout(config: GPT2Config, rate: float | None) -> GPT2Config:
+    """Return the configuration with all three dropout rates set to `rate`; None leaves them as they are."""
+    if rate is None:
+        return config
+    return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
+
+
 def make_configured_step(
     model: GPT2Config,
     train: FinetuneConfig,
@@ -56,14 +65,14 @@ def make_configured_step(
     *,
     mask: Params | None = None,
 ) -> Step:
-    """`make_train_step` as the settings of a run have it."""
+    """Build `make_train_step` with the settings of a run; `model` has the dropout rates of the run."""
     return make_train_step(
         model,
         optimizer,
         precision,
         lora=train.lora,
         max_grad_norm=train.max_grad_norm,
-        accumulation=train.accumulation,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
         seed=train.seed,
         label_smoothing=train.label_smoothing,
         z_loss=train.z_loss,
@@ -80,7 +89,7 @@ def make_train_step(
     *,
     lora: LoRAConfig | None = None,
     max_grad_norm: float | None = 1.0,
-    accumulation: int = 1,
+    gradient_accumulation_steps: int = 1,
     seed: int = 0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -88,26 +97,78 @@ def make_train_step(
     ema_decay: float | None = None,
     mask: Params | None = None,
 ) -> Step:
-    """Builds `step(state, frozen, batch) -> (state, metrics)`.
+    """Build `step(state, frozen, batch) -> (state, metrics)`; the state is donated.
+
+    The batch holds tokens, targets [B, T] int, loss_mask [B, T] float32, and for packed rows segment_ids [B, T] int.
+    Metrics are float32 scalars on the device: loss (mean cross-entropy of the labels), accuracy, tokens, grad_norm,
+    and for float16 loss_scale and skipped (steps so far).
 
     Args:
         config: of the model, its dropout rates included.
         optimizer: an optax transformation of the trainable parameters.
         precision: dtypes; float16 makes the step scale its loss and skip overflowing steps.
-        lora: given, `state["params"]` are adapters and `frozen` the model's parameters; otherwise `frozen` holds the
-            parameters that are not in `state["params"]`, or is None.
-        max_grad_norm: clip to this global norm.
-        accumulation: parts that the batch is computed in.
+        lora: if given, `state["params"]` are adapters and `frozen` the model's parameters; otherwise `frozen` holds
+            the parameters that are not in `state["params"]`, or is None.
         seed: of dropout, whose key is a function of (seed, step).
-        label_smoothing, z_loss: of the loss that is minimised; the metrics are without them.
-        remat: what the backward pass computes again.
-        ema_decay: of the moving average `state["ema"]`.
         mask: factors 0 and 1 of gradients and updates, in the structure of `state["params"]`; None: all 1.
-
-    The state is donated. The batch holds tokens, targets [B, T] int, weights [B, T] float32, and for packed rows
-    segment_ids [B, T] int. Metrics are float32 scalars on the device: loss (mean cross-entropy of the labels),
-    accuracy, tokens, grad_norm, and for float16 loss_scale and skipped (steps so far).
+        max_grad_norm, gradient_accumulation_steps, label_smoothing, z_loss, remat, ema_decay: as in `FinetuneConfig`.
     """
+    loss = _make_loss(
+        config, precision, lora=lora, label_smoothing=label_smoothing, z_loss=z_loss, remat=remat
+    )
+    gradient = _accumulate(_make_gradient(loss, of_adapters=lora is not None), gradient_accumulation_steps)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
+        scale = state["loss_scale"]["scale"] if "loss_scale" in state else 1.0
+        # one division by the whole batch's tokens, inside the scaled loss so that float16 sums stay in range
+        gradients, sums = gradient(state["params"], frozen, batch, key, scale / tokens)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradients)
+        gradients = constrain_params(_masked(gradients, mask))
+        norm = optax.tree.norm(gradients)
+        clip = clip_scale(norm, max_grad_norm)
+        gradients = jax.tree.map(lambda g: g * clip, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+        new = {
+            "step": state["step"] + 1,
+            "params": optax.apply_updates(state["params"], _masked(updates, mask)),
+            "optimizer": optimizer_state,
+        }
+        if ema_decay is not None:
+            # a young average follows closely, or the first parameters would weigh in it for long
+            decay = jnp.minimum(ema_decay, (1.0 + state["step"]) / (10.0 + state["step"]))
+            new["ema"] = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state["ema"], new["params"])
+        new = constrain_params(new)  # sharded as the state that came in, for the next step to take
+        metrics = {
+            "loss": sums["nll"] / tokens,
+            "accuracy": sums["correct"] / tokens,
+            "tokens": sums["tokens"],
+            "grad_norm": norm,
+        }
+        if "loss_scale" in state:
+            finite = jnp.isfinite(norm)
+            # an overflow leaves parameters, moments and the schedule's count as they were
+            for name in {"params", "optimizer", "ema"} & state.keys():
+                new[name] = jax.tree.map(functools.partial(jnp.where, finite), new[name], state[name])
+            new["loss_scale"] = next_loss_scale(state["loss_scale"], finite)
+            metrics |= {"loss_scale": scale, "skipped": new["loss_scale"]["skipped"].astype(jnp.float32)}
+        return new, metrics
+
+    return step
+
+
+def _make_loss(
+    config: GPT2Config,
+    precision: Precision,
+    *,
+    lora: LoRAConfig | None,
+    label_smoothing: float,
+    z_loss: float,
+    remat: str,
+) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """Build the sum of the loss over a batch, times a scale, and the sums that the metrics come from."""
 
     def loss_sum(trainable, token_embeddings, frozen, batch, key, scale):
         params, adapters = (merge_params(trainable, frozen), None) if lora is None else (frozen, trainable)
@@ -128,18 +189,23 @@ def make_train_step(
             hidden,
             lm_head_weight(params),
             batch["targets"],
-            batch["weights"],
+            batch["loss_mask"],
             precision,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
         return total * scale, sums
 
+    return loss_sum
+
+
+def _make_gradient(loss_sum: Callable[..., Any], *, of_adapters: bool) -> Callable[..., Any]:
+    """Build the gradient of the loss sum in the trainable parameters; it returns the sums too."""
+
     def gradient(trainable, frozen, batch, key, scale):
-        """Gradient of the loss sum, and the sums."""
-        if lora is not None or "wte" not in trainable:
+        if of_adapters or "wte" not in trainable:
             return jax.grad(loss_sum, has_aux=True)(trainable, None, frozen, batch, key, scale)
-        # left to the lookup, its gradient would be a second one of the whole table, of zeros for the most part
+        # differentiated through, the lookup would make a second gradient of the whole table, most of it zeros
         table, tokens = trainable["wte"]["embedding"], batch["tokens"]
         looked_up = jnp.take(table, tokens, axis=0, mode="clip")
         gradients, sums = jax.grad(loss_sum, argnums=(0, 1), has_aux=True)(
@@ -149,13 +215,18 @@ def make_train_step(
         of_table = trainable_gradient["wte"]["embedding"].at[tokens].add(of_rows, mode="drop")
         return trainable_gradient | {"wte": {"embedding": of_table}}, sums
 
+    return gradient
+
+
+def _accumulate(gradient: Callable[..., Any], num_parts: int) -> Callable[..., Any]:
+    """Build the sum of `gradient` over parts of the batch, computed one after the other."""
+    if num_parts == 1:
+        return gradient
+
     def summed_gradient(trainable, frozen, batch, key, scale):
-        """Gradient of the loss sum and the sums, over all parts of the batch."""
-        if accumulation == 1:
-            return gradient(trainable, frozen, batch, key, scale)
-        # every part takes rows from all over the batch: where devices hold some rows each, all work on each part
+        # every part takes rows from all over the batch: if devices hold some rows each, all work on each part
         parts = jax.tree.map(
-            lambda x: constrain_batch(x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), axis=1), batch
+            lambda x: constrain_batch(x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), axis=1), batch
         )
 
         def add(total, part):
@@ -168,47 +239,9 @@ def make_train_step(
             jax.tree.map(jnp.zeros_like, trainable),
             {name: jnp.zeros(()) for name in ("nll", "tokens", "correct")},
         )
-        return jax.lax.scan(add, zero, (parts, jnp.arange(accumulation)))[0]
+        return jax.lax.scan(add, zero, (parts, jnp.arange(num_parts)))[0]
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, frozen, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        tokens = jnp.maximum(batch["weights"].sum(), 1.0)
-        scale = state["loss_scale"]["scale"] if "loss_scale" in state else 1.0
-        # one division by the whole batch's tokens, inside the scaled loss so that float16 sums stay in range
-        gradients, sums = summed_gradient(state["params"], frozen, batch, key, scale / tokens)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradients)
-        gradients = constrain_params(_masked(gradients, mask))
-        norm = global_norm(gradients)
-        clip = clip_scale(norm, max_grad_norm)
-        gradients = jax.tree.map(lambda g: g * clip, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
-        new = {
-            "step": state["step"] + 1,
-            "params": optax.apply_updates(state["params"], _masked(updates, mask)),
-            "optimizer": optimizer_state,
-        }
-        if ema_decay is not None:
-            # a young average follows closely, or the first parameters would weigh in it for long
-            decay = jnp.minimum(ema_decay, (1.0 + state["step"]) / (10.0 + state["step"]))
-            new["ema"] = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state["ema"], new["params"])
-        new = constrain_params(new)  # as it came in, for the next step to take
-        metrics = {
-            "loss": sums["nll"] / tokens,
-            "accuracy": sums["correct"] / tokens,
-            "tokens": sums["tokens"],
-            "grad_norm": norm,
-        }
-        if "loss_scale" in state:
-            finite = jnp.isfinite(norm)
-            # an overflow leaves parameters, moments and the schedule's count as they were
-            for name in {"params", "optimizer", "ema"} & state.keys():
-                new[name] = jax.tree.map(functools.partial(jnp.where, finite), new[name], state[name])
-            new["loss_scale"] = next_loss_scale(state["loss_scale"], finite)
-            metrics |= {"loss_scale": scale, "skipped": new["loss_scale"]["skipped"].astype(jnp.float32)}
-        return new, metrics
-
-    return step
+    return summed_gradient
 
 
 def _masked(tree: Any, mask: Params | None) -> Any:
@@ -216,7 +249,7 @@ def _masked(tree: Any, mask: Params | None) -> Any:
 
 
 def next_loss_scale(state: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
-    """Doubles the scale after `GROWTH_INTERVAL` finite steps in a row, halves it on an overflow."""
+    """Double the scale after `GROWTH_INTERVAL` finite steps in a row, halve it on an overflow."""
     finite_steps = jnp.where(finite, state["finite_steps"] + 1, 0)
     grow = finite_steps >= GROWTH_INTERVAL
     scale = jnp.where(finite, jnp.where(grow, state["scale"] * 2, state["scale"]), state["scale"] / 2)

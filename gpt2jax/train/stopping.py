@@ -1,4 +1,4 @@
-"""When a run ends before its last step: no better validation, no more time, or somebody asks."""
+"""The reasons for a run to end before its last step: patience, a time limit, or a signal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpt2jax.train.config import FinetuneConfig
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was asked to stop, and did so between two steps.
+    """A signal stopped a run between two steps.
 
     Attributes:
         signal: the number of the signal.
@@ -30,84 +30,84 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopController:
-    """Early stopping, the limit of time, and SIGINT and SIGTERM, which wait for the end of a step.
+    """Early stopping, the time limit, and SIGINT and SIGTERM, which wait for the end of a step.
 
-    As a context it takes the two signals; a second one of them acts at once, as without it. In a thread other than
-    the main one signals stay as they are. Several processes have to end with the same step, since each step needs all
-    of them: they agree at each entry of the log, where one that is to end ends all.
+    As a context it handles the two signals; the second signal acts at once, as it would without the controller. In
+    threads other than the main one signals are left alone. Several processes must end with the same step, since each
+    step needs all of them: they synchronise at each entry of the log, and one that is to end ends all.
 
     Args:
         config: the settings.
-        history: entries of the log, which grows as the run goes on; early stopping follows from it alone, so that a
-            resumed run stops where the whole one does.
+        history: entries of the log, which grows as the run goes on. Early stopping follows from it alone, so that a
+            resumed run stops at the same step as an uninterrupted one.
     """
 
     def __init__(self, config: FinetuneConfig, history: Sequence[dict[str, float]]):
         self._config, self._history = config, history
         self._start = time.monotonic()
-        self._asked: int | None = None
-        self._agreed: tuple[int, bool] | None = None
-        self._before: dict[int, Any] = {}
+        self._signal: int | None = None
+        self._synced: tuple[int, bool] | None = None  # (signal or 0, time is over) of all processes
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopController:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+                self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._give_back()
+        self._restore_handlers()
 
-    def _give_back(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
+    def _restore_handlers(self) -> None:
+        while self._handlers:
+            number, handler = self._handlers.popitem()
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = number
-        self._give_back()
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        self._restore_handlers()
 
-    def agree(self, step: int) -> None:
-        """Of several processes: what holds for one of them holds for all from here on. All must call it."""
+    def sync(self, step: int) -> None:
+        """Let signals and the time limit of one process count for all from here on. All processes must call it."""
         if jax.process_count() == 1:
             return
-        self._agreed = self._agreed or (0, False)
+        self._synced = self._synced or (0, False)
         if step % self._config.log_every == 0:
-            own = np.array([self._asked or 0, self._own_time_is_over()], np.int32)
-            asked, over = multihost_utils.process_allgather(own).max(axis=0)
-            self._agreed = int(asked), bool(over)
+            own = np.array([self._signal or 0, self._own_time_limit_reached()], np.int32)
+            number, over = multihost_utils.process_allgather(own).max(axis=0)
+            self._synced = int(number), bool(over)
 
-    def stop_if_asked(self) -> None:
-        """Raises Interrupted where a signal came since the last step."""
-        asked = self._asked if self._agreed is None else self._agreed[0]
-        if asked:
-            raise Interrupted(asked)
+    def raise_if_signalled(self) -> None:
+        """Raise Interrupted if a signal came since the last step."""
+        number = self._signal if self._synced is None else self._synced[0]
+        if number:
+            raise Interrupted(number)
 
     def is_best(self, loss: float) -> bool:
-        """Whether a validation loss that is not in the history yet is below all that are."""
-        return loss < min(self._validations(), default=math.inf)
+        """Return True if a validation loss that is not in the history yet is below all that are."""
+        return loss < min(self._validation_losses(), default=math.inf)
 
-    def patience_is_over(self) -> bool:
-        """Whether the last `patience` validations were all no better than the best before them."""
-        losses, patience = self._validations(), self._config.patience
+    def patience_exhausted(self) -> bool:
+        """Return True if none of the last `patience` validations was better than the best before them."""
+        losses, patience = self._validation_losses(), self._config.patience
         if patience is None or len(losses) <= patience:
             return False
         return min(losses[-patience:]) >= min(losses[:-patience])
 
-    def time_is_over(self) -> bool:
-        """Whether the run has taken `max_minutes`."""
-        return self._own_time_is_over() if self._agreed is None else self._agreed[1]
+    def time_limit_reached(self) -> bool:
+        """Return True if the run has taken `max_minutes`."""
+        return self._own_time_limit_reached() if self._synced is None else self._synced[1]
 
-    def _own_time_is_over(self) -> bool:
+    def _own_time_limit_reached(self) -> bool:
         limit = self._config.max_minutes
         return limit is not None and time.monotonic() - self._start >= 60 * limit
 
-    def _validations(self) -> list[float]:
+    def _validation_losses(self) -> list[float]:
         return [entry["validation_loss"] for entry in self._history if "validation_loss" in entry]
 
 
-def stopped(interrupt: KeyboardInterrupt, checkpoints: Any, folder: Any) -> KeyboardInterrupt:
-    """The same interrupt with what was saved and how to go on."""
+def explain_interrupt(interrupt: KeyboardInterrupt, checkpoints: Any, folder: Any) -> KeyboardInterrupt:
+    """Return the interrupt with what was saved and how to go on."""
     number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
     if checkpoints is None:
         return Interrupted(number, "stopped; nothing was saved, since the run has no folder")

@@ -1,8 +1,7 @@
-"""How the parameters of the blocks lie while they are trained: stacked, as everywhere else, or each layer apart.
+"""Unrolled layers: train on parameters of each layer instead of stacked ones, if that is faster.
 
-A loop over stacked layers is compiled once for all of them; it pays with copies, of each layer's gradients into the
-stack. With the layers apart, {"h": {0: {...}, 1: {...}, ...}}, and written out one after another there are none.
-What leaves a run is stacked, its checkpoints too.
+`lax.scan` over stacked layers compiles one layer but copies every layer's gradients into the stack. Unrolled layers,
+{"h": {0: {...}, 1: {...}, ...}}, avoid these copies. What leaves a run is stacked, its checkpoints too.
 """
 
 from __future__ import annotations
@@ -16,33 +15,34 @@ import jax.numpy as jnp
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.train.config import FinetuneConfig
 
-# these work number by number; others take sums or products over a whole array, which a stack changes
+# these are elementwise; others take sums or products over a whole array, which a stack changes
 _ELEMENTWISE = ("adamw", "lion", "sgd")
-# where there is no loop XLA keeps more for the backward pass: little for short rows that are few beside the weights
-_LONGEST = 128
+# without a loop XLA keeps more for the backward pass: little for short rows that are few compared to the weights
+_MAX_LENGTH = 128
 
 
 def should_unroll(model: GPT2Config, train: FinetuneConfig, length: int, backend: str, devices: int) -> bool:
-    """Whether training is faster with the layers apart, in about the same memory.
+    """Return True if training is faster with unrolled layers, in about the same memory.
 
-    It is for all parameters in float32 on one CPU device and for small batches. Elsewhere these copies take little of
-    the time, or what loops save in memory is worth more.
+    That holds for all parameters in float32, on one CPU device and for small batches. Otherwise the copies take
+    little of the time, or what the scan saves in memory is worth more.
 
     Args:
-        model: its configuration.
-        train: settings.
+        model: configuration of the model.
+        train: settings of the run.
         length: T, tokens of a row.
-        backend: jax's name of it.
-        devices: how many.
+        backend: jax's name of the backend, such as "cpu".
+        devices: number of devices.
     """
-    everything = train.lora is None and not train.freeze and train.remat == "none"
+    trains_all = train.lora is None and not train.freeze and train.remat == "none"
     in_float32 = train.compute_dtype == "float32" and train.optimizer in _ELEMENTWISE
-    few = length <= _LONGEST and length * train.batch_size // train.accumulation <= 2 * model.n_embd
-    return everything and in_float32 and few and backend == "cpu" and devices == 1
+    tokens = length * train.batch_size // train.gradient_accumulation_steps
+    is_small = length <= _MAX_LENGTH and tokens <= 2 * model.n_embd
+    return trains_all and in_float32 and is_small and backend == "cpu" and devices == 1
 
 
 def unstack_layers(tree: Any) -> Any:
-    """A training state or parameters with the layers apart."""
+    """Unroll the layers of a training state or of parameters."""
 
     def layers(blocks):
         count = jax.tree.leaves(blocks)[0].shape[0]
@@ -52,7 +52,7 @@ def unstack_layers(tree: Any) -> Any:
 
 
 def stack_layers(tree: Any) -> Any:
-    """The same stacked: undoes `unstack_layers`, and leaves alone what is stacked."""
+    """Undo `unstack_layers`; stacked layers stay as they are."""
 
     def stack(blocks):
         if 0 not in blocks:
@@ -63,12 +63,12 @@ def stack_layers(tree: Any) -> Any:
 
 
 def _map_blocks(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Applies a function to what is at "h" in every dict that is nested as parameters are, moments for example."""
+    """Apply a function to "h" of every dict that is nested as parameters are, such as moments."""
 
     def has_blocks(node):
         return isinstance(node, dict) and "h" in node
 
-    def mapped(node):
+    def apply(node):
         return {**node, "h": function(node["h"])} if has_blocks(node) else node
 
-    return jax.tree.map(mapped, tree, is_leaf=has_blocks)
+    return jax.tree.map(apply, tree, is_leaf=has_blocks)

@@ -1,9 +1,8 @@
-"""The loss on held-out documents along the way of a training."""
+"""Validation: loss and accuracy on held-out documents during a training run."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from gpt2jax.train.freezing import merge_params
 
 
 def place(batch: Batch, mesh: Mesh | None) -> Any:
-    """The batch where the devices want it."""
+    """Put a batch on the devices: as it is without a mesh, else sharded over its rows."""
     return batch if mesh is None else shard_batch(batch, mesh)
 
 
@@ -37,43 +36,40 @@ def validation_loss(
     frozen: Params | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Loss and accuracy per token on held-out documents, laid out as the training batches are.
+    """Compute loss (nats) and accuracy per token on held-out documents, packed as the training batches are.
 
-    `trainable` and `frozen` are those of the training step.
+    Args:
+        trainable: parameters or adapters, as the training step has them.
+        model: the model, for its configuration and end token.
+        config: settings of the run.
+        documents: the held-out documents.
+        length: T, tokens of one row.
+        frozen: the parameters that are not trained, as the training step takes them.
+        mesh: devices of the run; None: one device.
+
+    Returns:
+        {"validation_loss": ..., "validation_accuracy": ...}
     """
     params, adapters = (merge_params(trainable, frozen), None) if config.lora is None else (frozen, trainable)
-    sums = np.zeros(3)
-    batches = _validation_batches(model, config, documents, length)
-    for batch in batches:
-        scale = config.lora.scales(model.config.n_layer) if config.lora else 1.0
-        sums += np.asarray(
-            _batch_sums(
-                params,
-                adapters,
-                place(batch, mesh),
-                model.config,
-                Precision.for_backend(config.compute_dtype),
-                scale,
-            ),
-            np.float64,
-        )
-    return {"validation_loss": float(sums[0] / sums[2]), "validation_accuracy": float(sums[1] / sums[2])}
-
-
-def _validation_batches(
-    model: LanguageModel, config: FinetuneConfig, documents: Documents, length: int
-) -> Iterator[Batch]:
-    return sequential_batches(
+    scale = config.lora.scales(model.config.n_layer) if config.lora else 1.0
+    precision = Precision.for_backend(config.compute_dtype)
+    batches = sequential_batches(
         documents,
-        layout=config.layout,
+        packing=config.packing,
         sequence_length=length,
-        batch_size=config.batch_size // config.accumulation,
+        batch_size=config.batch_size // config.gradient_accumulation_steps,
         end_token_id=model.end_token_id,
     )
+    sums = np.zeros(3)
+    for batch in batches:
+        batch_sums = _batch_sums(params, adapters, place(batch, mesh), model.config, precision, scale)
+        sums += np.asarray(batch_sums, np.float64)
+    return {"validation_loss": float(sums[0] / sums[2]), "validation_accuracy": float(sums[1] / sums[2])}
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _batch_sums(params, adapters, batch, config, precision, lora_scale):
+    """Sum cross-entropy, correct predictions and labels over a batch; [3] float32."""
     hidden = hidden_states(
         params,
         config,
@@ -83,6 +79,6 @@ def _batch_sums(params, adapters, batch, config, precision, lora_scale):
         adapters=adapters,
         lora_scale=lora_scale,
     )
-    nll, hit = token_losses(hidden, lm_head_weight(params), batch["targets"], precision)
-    weights = batch["weights"]
-    return jnp.stack([(nll * weights).sum(), (hit * weights).sum(), weights.sum()])
+    nll, correct = token_losses(hidden, lm_head_weight(params), batch["targets"], precision)
+    mask = batch["loss_mask"]
+    return jnp.stack([(nll * mask).sum(), (correct * mask).sum(), mask.sum()])

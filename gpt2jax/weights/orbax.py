@@ -15,23 +15,23 @@ from gpt2jax.utils.json_files import read_json
 
 
 def eval_params(state: Mapping[str, Any]) -> Params:
-    """What is validated and returned: the moving average where there is one."""
+    """Return the parameters that are validated and returned: the moving average if the run keeps one."""
     return state["ema"] if "ema" in state else state["params"]
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:
-    """Whether a folder looks like a whole checkpoint of a run."""
+    """Return True if a folder looks like a whole checkpoint of a run."""
     return (folder / "state").is_dir() and (folder / "run" / "metadata").is_file()
 
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
-    """The description of the run that a checkpoint is of."""
+    """Read the description of the run that a checkpoint belongs to."""
     return read_json(folder / "run" / "metadata", ("finetune", "base_model"))
 
 
 @contextlib.contextmanager
 def readable_checkpoint(name: str, advice: str = "") -> Iterator[None]:
-    """Names the checkpoint that is read in the block, where orbax finds a fault in its files, of whatever kind."""
+    """Turn any error of Orbax in the block into a ValueError that names the checkpoint."""
     try:
         yield
     except Exception as error:
@@ -39,12 +39,12 @@ def readable_checkpoint(name: str, advice: str = "") -> Iterator[None]:
 
 
 def restore_trained(folder: pathlib.Path) -> Params:
-    """Parameters or adapters of one checkpoint, or their moving average; bound to no device."""
+    """Read parameters or adapters of one checkpoint, or their moving average; not committed to a device."""
     import orbax.checkpoint as ocp
 
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     path = folder.absolute() / "state"
-    # the handler and no checkpointer, which would miss metadata of its own that a manager does not write here
+    # the handler instead of a checkpointer, which expects metadata that a manager does not write here
     handler: Any = ocp.StandardCheckpointHandler()
     with contextlib.closing(handler), readable_checkpoint(str(folder)):
         tree = handler.metadata(path).tree

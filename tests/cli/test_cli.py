@@ -20,7 +20,7 @@ from rich.console import Console
 import gpt2jax
 from gpt2jax.cli import compare, evaluate, finetune, main
 from gpt2jax.cli.common import DataOptions, run_command, say
-from gpt2jax.cli.finetune import Options, finetune_config
+from gpt2jax.cli.finetune import Options, finetune_config, imply_lora
 from gpt2jax.data import sources
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.stopping import Interrupted
@@ -76,7 +76,7 @@ def test_finetune_writes_a_run_and_a_report(run):
     assert gpt2jax.load(run).tokenizer is not None
 
 
-def test_finished_run_repeats_from_its_checkpoint(run, texts, capsys):
+def test_finetune_repeats_a_finished_run_from_its_checkpoint(run, texts, capsys):
     before = json.loads((run / "comparison.json").read_text())
     options = ["--data", str(texts), "--text-column", "body", "--prompts", "the array", "", *SHORT]
     assert "holds another run" in fails(capsys, "finetune", *options, "--out", str(run))
@@ -86,8 +86,8 @@ def test_finished_run_repeats_from_its_checkpoint(run, texts, capsys):
     assert [g["text"] for g in after["generations"]] == [g["text"] for g in before["generations"]]
 
 
-def test_adapters_on_a_rounded_base(texts, tmp_path, monkeypatch):
-    """What is compared is the model in its own weights, back from the host, and the same with the adapters."""
+def test_finetune_with_adapters_on_an_int8_base(texts, tmp_path, monkeypatch):
+    """The comparison has the model's own weights, back from the host, and the same with the adapters."""
     compared = []
     monkeypatch.setattr(
         finetune, "_compare", lambda _, model, result, *rest: compared.append((model, result))
@@ -202,19 +202,20 @@ def test_evaluate_into_a_folder(texts, tmp_path, capsys):
     assert "--out FOLDER" in fails(capsys, "evaluate", *data, "--resume")
 
 
-def test_adapters_of_every_kind():
-    words = "--lora --lora-rank 4 --lora-scaling rslora --dora --lora-targets attn.q mlp.* --lora-ranks h.3.mlp.c_fc=2"
+def test_finetune_config_with_adapters_of_every_kind():
+    words = "--lora.rank 4 --lora.use-rslora --lora.use-dora --lora.targets attn.q mlp.*"
+    words += " --lora.rank-pattern h.3.mlp.c_fc 2"
 
     def config(words: str) -> gpt2jax.FinetuneConfig:
-        options = tyro.cli(Options, args=words.split(), config=(tyro.conf.OmitArgPrefixes,))
-        return finetune_config(options)
+        return finetune_config(tyro.cli(Options, args=imply_lora(words.split())))
 
-    every = config(f"{words} --lora-alpha 16 --base-dtype int8")
+    every = config(f"--lora {words} --lora.alpha 16 --base-dtype int8")
+    assert config(f"{words} --lora.alpha=16 --base-dtype int8") == every  # they ask for adapters
     assert every.base_dtype == "int8" and every.lora == LoRAConfig(
         4, 16, targets=("attn.q", "mlp.*"), use_rslora=True, use_dora=True, rank_pattern={"h.3.mlp.c_fc": 2}
     )
     assert config("").lora is None and config("--lora").lora == LoRAConfig(32, 32, targets=("*",))
-    for words in ("--lora --lora-rank 9", "--lora --lora-rank 9 --lora-scaling rslora"):
+    for words in ("--lora --lora.rank 9", "--lora.rank 9 --lora.use-rslora"):
         plain = config(words).lora
         assert plain is not None and plain.rank == 9 and plain.scale == 1
 
@@ -307,28 +308,34 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
     [
         (["--data", "missing.jsonl"], "missing.jsonl"),
         (["--text-column", "nope"], "title"),
-        (["--sequence-length", "300"], "over the model's context of 256"),
+        (["--sequence-length", "300"], "at most the model's context of 256 tokens, got 300"),
         (["--model", "gpt3"], "there is no model 'gpt3'; did you mean"),
         (["--model", "README.md"], "README.md"),
-        (["--lora", "--lora-targets", "c_attn"], "attn.c_attn"),
-        (["--lora", "--lora-ranks", "h.0=x"], "PATTERN=RANK"),
-        (["--lora-rank", "4", "--dora"], "--lora-rank, --dora is for adapters: give --lora as well"),
-        (["--eval-documents", "0"], "--eval-documents 0 must be at least 1"),
+        (["--lora.targets", "c_attn"], "attn.c_attn"),
+        (["--lora.rank-pattern", "h.0", "x"], "--lora.rank-pattern"),
+        (["--lora.rank", "0"], "rank"),
+        (["--eval-documents", "0"], "--eval-documents must be a positive whole number, got 0"),
         (["--max-new-tokens", "300"], "prompt 0 has"),
         (["--process", "1"], "several processes need --coordinator HOST:PORT"),
-        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process 2 must be at least 0"),
-        (["--coordinator", "here", "--processes", "2", "--process", "0"], "'here' must be HOST:PORT"),
-        (["--steps", "0"], "steps=0"),
+        (
+            ["--coordinator", "a:1", "--processes", "2", "--process", "2"],
+            "--process must be from 0 to 1, got 2",
+        ),
+        (
+            ["--coordinator", "here", "--processes", "2", "--process", "0"],
+            "must be HOST:PORT or auto, got 'here'",
+        ),
+        (["--steps", "0"], "steps must be a positive whole number, or None, got 0"),
         (["--stepz", "3"], "Unrecognized options: --stepz"),
         (["--steps", "many"], "--steps"),
-        (["--layout", "rows"], "'rows'"),
-        (["--freeze", "nothing"], "freeze=['nothing'] is the name of no parameter"),
-        (["--lora", "--lora-ranks", "h.9.attn.c_attn=4"], "is the name of no linear with an adapter"),
+        (["--packing", "rows"], "'rows'"),
+        (["--freeze", "nothing"], "freeze must be patterns that match parameters, got ['nothing']"),
+        (["--lora.rank-pattern", "h.9.attn.c_attn", "4"], "is the name of no linear with an adapter"),
         (["--out", "FILE/inside"], "is a file; give the name of a folder"),
-        (["--init", "random", "--model", "mine"], "--init random"),
+        (["--init", "random", "--model", "mine"], "with --init random, got 'mine'"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, options, message):
+def test_finetune_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, options, message):
     out = tmp_path / "out"
     arguments = ["--data", str(texts), "--out", str(out)]
     if "--text-column" not in options:
@@ -341,7 +348,7 @@ def test_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, option
 @pytest.mark.parametrize(
     ("content", "message"), [("", "empty"), ('{"text": ""}\n' * 30, "shorter than two tokens")]
 )
-def test_texts_without_anything_to_learn(tmp_path, capsys, content, message):
+def test_finetune_refuses_texts_without_anything_to_learn(tmp_path, capsys, content, message):
     (tmp_path / "texts.jsonl").write_text(content)
     line = fails(capsys, "finetune", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "out"))
     assert message in line or "no text" in line
@@ -358,12 +365,12 @@ def test_texts_without_anything_to_learn(tmp_path, capsys, content, message):
         (ValueError("two\nlines"), 2),
     ],
 )
-def test_a_run_that_ends_early_is_one_line_and_a_code(capsys, error, code):
+def test_run_command_ends_with_one_line_and_a_code(capsys, error, code):
     def run(_):
         raise error
 
     with pytest.raises(SystemExit) as exit_:
-        run_command("finetune", Options, run, [])
+        run_command("finetune", Options, run, [], prefixes=True)
     assert exit_.value.code == code
     said = " ".join(str(error).split()) or "interrupted"
     assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"

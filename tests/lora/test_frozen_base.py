@@ -136,7 +136,7 @@ def test_finetune_on_int8_base_learns_as_on_float32():
             steps=20,
             batch_size=8,
             sequence_length=32,
-            layout="documents",
+            packing="padded",
             learning_rate=2e-2,
             lora=LoRAConfig(rank=4, targets=("*",)),
             base_dtype=dtype,
@@ -150,7 +150,7 @@ def test_finetune_on_int8_base_learns_as_on_float32():
 
 
 def loss_of(model, texts) -> float:
-    """As the layout "documents" has the texts: between two end tokens."""
+    """As packing "padded" has the texts: between two end tokens."""
     ids = np.pad(np.asarray(texts), ((0, 0), (1, 1)), constant_values=model.end_token_id)
     logprobs = jax.nn.log_softmax(model.logits(ids[:, :-1]))
     return -float(np.take_along_axis(np.asarray(logprobs), ids[:, 1:, None], axis=-1).mean())

@@ -87,19 +87,19 @@ def batches() -> list[dict[str, np.ndarray]]:
         tokens = generator.integers(0, 20, (ROWS, LENGTH)).astype(np.int32)
         lengths = generator.permutation([LENGTH, 3, 17, 1])[:, None]
         weights = (np.arange(LENGTH) < lengths).astype(np.float32)
-        made.append({"tokens": tokens, "targets": (tokens * 7 + 1) % 20, "weights": weights})
+        made.append({"tokens": tokens, "targets": (tokens * 7 + 1) % 20, "loss_mask": weights})
     return made
 
 
 def torch_loss(model, batch):
     tokens, targets = (torch.tensor(batch[name], dtype=torch.long) for name in ("tokens", "targets"))
-    labels = torch.where(torch.tensor(batch["weights"]) > 0, targets, -100)
+    labels = torch.where(torch.tensor(batch["loss_mask"]) > 0, targets, -100)
     return torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
 
 
 def our_loss(params, config, batch, **options):
     hidden = hidden_states(params, config, batch["tokens"], **options)
-    total, counts = cross_entropy(hidden, lm_head_weight(params), batch["targets"], batch["weights"])
+    total, counts = cross_entropy(hidden, lm_head_weight(params), batch["targets"], batch["loss_mask"])
     return total / counts["tokens"]
 
 
@@ -129,7 +129,7 @@ SETTINGS = FinetuneConfig(
     steps=STEPS,
     learning_rate=5e-3,
     warmup_steps=3,
-    final_learning_rate=0.1,
+    final_lr_ratio=0.1,
     weight_decay=0.1,
     beta2=0.95,
     # some gradients are zero but for rounding, which an epsilon of 1e-8 would blow up to whole steps

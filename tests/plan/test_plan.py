@@ -150,7 +150,7 @@ def test_command_prints_the_estimate(capsys):
         (["--devices", "3", "--fsdp", "2"], "devices=3 must be a multiple of fsdp=2"),
         (
             ["--batch-size", "9", "--devices", "2"],
-            "batch_size=9 / accumulation=1 can't be divided among 2 devices",
+            "batch_size=9 / gradient_accumulation_steps=1 can't be divided among 2 devices",
         ),
         (["--sequence-length", "2000"], "sequence_length=2000 is over the model's context of 1024"),
     ],

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from tiny_models import TINY, random_params
 
-import gpt2jax.train.loop as loop
 import gpt2jax.train.step as training_step
+import gpt2jax.train.trainer as trainer
+from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import load
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.finetune import finetune
 from gpt2jax.train.log import NonFiniteError, TrainLog
-from gpt2jax.train.loop import finetune
 
 CONFIG = FinetuneConfig(
     steps=12, batch_size=4, sequence_length=16, log_every=3, eval_every=6, checkpoint_every=4
@@ -49,14 +50,14 @@ def assert_same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_history(finished, model):
+def test_finetune_history(finished, model):
     history = finished.history
     assert [entry["step"] for entry in history] == [3, 6, 9, 12]
     assert history[-1]["loss"] < history[0]["loss"] - 0.3
     assert ["validation_loss" in entry for entry in history] == [False, True, False, True]
     assert history[-1]["tokens"] == sum(
-        loop.Batches(loop.tokenize_documents(texts(), None, vocab_size=101), "windows", 16, 4, 100, 0)
-        .batch(step)["weights"]
+        trainer.Batches(tokenize_documents(texts(), None, vocab_size=101), "concat", 16, 4, 100, 0)
+        .batch(step)["loss_mask"]
         .sum()
         for step in range(12)
     )
@@ -64,12 +65,12 @@ def test_history(finished, model):
     assert [json.loads(line) for line in lines] == history
 
 
-def test_the_given_model_stays_as_it_is(finished, model):
+def test_finetune_leaves_the_given_model_alone(finished, model):
     assert_same(model.params, random_params(noise=0.02))
     assert (finished.model.params["wte"]["embedding"] != model.params["wte"]["embedding"]).any()
 
 
-def test_the_result_is_like_a_loaded_model(finished, model):
+def test_finetune_returns_a_model_like_a_loaded_one(finished, model):
     """Bound to no device, so that nothing compiles anew for it; and no longer what its name was."""
     leaves = jax.tree.leaves(finished.model.params)
     assert not any(leaf.committed for leaf in leaves)
@@ -82,7 +83,7 @@ def test_the_result_is_like_a_loaded_model(finished, model):
     assert adapted.source == "gpt2-mini" and not any(x.committed for x in jax.tree.leaves(adapted.adapters))
 
 
-def test_run_folder_loads(finished):
+def test_load_of_a_run_folder(finished):
     again = load(finished.output)
     assert_same(again.params, finished.model.params)
     assert again.source == str(finished.output)
@@ -96,19 +97,19 @@ def test_run_folder_loads(finished):
 
 
 @pytest.mark.parametrize("stop", [1, 9])
-def test_interrupted_and_resumed(model, finished, tmp_path, monkeypatch, stop):
+def test_finetune_interrupted_and_resumed(model, finished, tmp_path, monkeypatch, stop):
     options = {"validation_texts": texts(3), "output": tmp_path / "run", "progress": False}
-    batch = loop.Batches.batch
+    batch = trainer.Batches.batch
 
     def interrupted(self, step):
         if step == stop:
             raise KeyboardInterrupt
         return batch(self, step)
 
-    monkeypatch.setattr(loop.Batches, "batch", interrupted)
+    monkeypatch.setattr(trainer.Batches, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finetune(model, texts(), CONFIG, **options)
-    monkeypatch.setattr(loop.Batches, "batch", batch)
+    monkeypatch.setattr(trainer.Batches, "batch", batch)
     with pytest.raises(ValueError, match="has not ended: resume it"):
         load(tmp_path / "run")
     resumed = finetune(model, texts(), CONFIG, resume=True, **options)
@@ -116,7 +117,7 @@ def test_interrupted_and_resumed(model, finished, tmp_path, monkeypatch, stop):
     assert resumed.history[-1]["validation_loss"] == finished.history[-1]["validation_loss"]
 
 
-def test_other_settings_are_not_resumed(model, finished):
+def test_finetune_does_not_resume_with_other_settings(model, finished):
     other = FinetuneConfig(**{**CONFIG.__dict__, "batch_size": 2, "learning_rate": 0.5, "log_every": 1})
     with pytest.raises(
         ValueError, match=r"batch_size was 4, is 2; finetune\.learning_rate was 0\.001, is 0\.5"
@@ -126,7 +127,7 @@ def test_other_settings_are_not_resumed(model, finished):
         finetune(model, texts(29), CONFIG, output=finished.output, resume=True, progress=False)
 
 
-def test_folders_with_something_in_them(model, finished, tmp_path):
+def test_finetune_in_folders_with_content(model, finished, tmp_path):
     with pytest.raises(FileExistsError, match="holds another run"):
         finetune(model, texts(), CONFIG, output=finished.output, progress=False)
     (tmp_path / "mine.txt").write_text("precious")
@@ -140,7 +141,7 @@ def test_folders_with_something_in_them(model, finished, tmp_path):
     assert (tmp_path / "run" / "notes.txt").read_text() == "precious"
 
 
-def test_lora_run(model, tmp_path):
+def test_finetune_with_lora(model, tmp_path):
     config = FinetuneConfig(steps=4, batch_size=4, sequence_length=16, lora=LoRAConfig(rank=2, dropout=0.1))
     run = finetune(model, texts(), config, output=tmp_path / "run", progress=False)
     assert run.model.params is model.params and run.model.lora == config.lora
@@ -151,7 +152,7 @@ def test_lora_run(model, tmp_path):
     assert sum(file.stat().st_size for file in state.rglob("*")) < 200_000  # adapters and their moments only
 
 
-def test_with_64_bits_allowed_the_run_is_the_same(model, finished):
+def test_finetune_with_64_bits_enabled_is_the_same(model, finished):
     with jax.enable_x64(True):
         run = finetune(model, texts(), CONFIG, validation_texts=texts(3), progress=False)
         loss = evaluate(run.model, texts(3), sequence_length=16).loss
@@ -161,8 +162,8 @@ def test_with_64_bits_allowed_the_run_is_the_same(model, finished):
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path, monkeypatch):
-    make = loop.make_configured_step
+def test_finetune_stops_at_a_loss_that_is_not_finite(model, tmp_path, monkeypatch):
+    make = trainer.make_configured_step
 
     def make_failing(*args, **options):
         step = make(*args, **options)
@@ -173,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path, monkeypatch):
 
         return fail
 
-    monkeypatch.setattr(loop, "make_configured_step", make_failing)
+    monkeypatch.setattr(trainer, "make_configured_step", make_failing)
     output = tmp_path / "run"
     for every, where in (
         (1, r"the last good checkpoint is step 3, a model at (.*)"),  # what step 4 left made step 5 fail
@@ -190,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path, monkeypatch):
             assert load(path).source == path == str(output / "checkpoints" / "3")
 
 
-def test_checkpoints_are_models(model, tmp_path, caplog):
+def test_load_of_checkpoints(model, tmp_path, caplog):
     """Of the average of some of the parameters, and of adapters: what the run gave at that step."""
     model.save(tmp_path / "base")
     base = load(tmp_path / "base")
@@ -215,7 +216,7 @@ def test_checkpoints_are_models(model, tmp_path, caplog):
         load(loaded.source, dtype="int4")
 
 
-def test_a_damaged_checkpoint_is_named(model, finished, tmp_path):
+def test_load_and_finetune_name_a_damaged_checkpoint(model, finished, tmp_path):
     run = shutil.copytree(finished.output, tmp_path / "run")
     newest = run / "checkpoints" / "12"
     for file in (newest / "state").rglob("*"):
@@ -230,7 +231,7 @@ def test_a_damaged_checkpoint_is_named(model, finished, tmp_path):
         load(newest)
 
 
-def test_log_of_float16_steps_that_overflow(model, tmp_path, monkeypatch):
+def test_finetune_logs_float16_steps_that_overflow(model, tmp_path, monkeypatch):
     # the first step overflows, and after it the scale is the largest one that is allowed
     monkeypatch.setattr(training_step, "INITIAL_SCALE", 2.0**120)
     monkeypatch.setattr(training_step, "MAX_SCALE", 2.0**10)
@@ -251,7 +252,7 @@ def test_log_of_float16_steps_that_overflow(model, tmp_path, monkeypatch):
         json.loads(line, parse_constant=refuse)
 
 
-def test_float16_that_overflows_at_any_scale_stops(model, tmp_path, monkeypatch):
+def test_finetune_stops_if_float16_overflows_at_any_scale(model, tmp_path, monkeypatch):
     monkeypatch.setattr(training_step, "INITIAL_SCALE", 4.0)
     broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * 1e30, model.params))
     config = FinetuneConfig(steps=9, batch_size=4, sequence_length=16, compute_dtype="float16")
@@ -265,7 +266,7 @@ def test_float16_that_overflows_at_any_scale_stops(model, tmp_path, monkeypatch)
     assert (last["step"], last["loss_scale"], last["skipped"]) == (2, 2.0, 2)
 
 
-def test_a_checkpoint_from_which_all_steps_overflow_is_not_good():
+def test_train_log_counts_float16_overflows_as_not_finite():
     config = FinetuneConfig(learning_rate=1e-3, compute_dtype="float16")
     log = TrainLog(config, 9, None, 0, [])
     for step, norm, scale in ((1, 2.0, 4), (2, np.inf, 4), (3, 2.0, 2), (4, np.inf, 2), (5, np.nan, 1)):
@@ -281,10 +282,14 @@ def test_a_checkpoint_from_which_all_steps_overflow_is_not_good():
     [
         ([[1], []], {}, "shorter than two tokens"),
         ([], {}, "there are no texts"),
-        (texts(2), {"sequence_length": 33}, "sequence_length=33 is over the model's context of 32"),
+        (
+            texts(2),
+            {"sequence_length": 33},
+            "sequence_length must be at most the model's context of 32 tokens, got 33",
+        ),
     ],
 )
-def test_what_cannot_be_trained_on_leaves_nothing(model, tmp_path, rows, settings, message):
+def test_finetune_leaves_nothing_if_it_cannot_train(model, tmp_path, rows, settings, message):
     config = FinetuneConfig(**{"steps": 1, **settings})
     with pytest.raises(ValueError, match=message):
         finetune(model, rows, config, output=tmp_path / "run", progress=False)
@@ -298,31 +303,31 @@ def test_what_cannot_be_trained_on_leaves_nothing(model, tmp_path, rows, setting
         ({"train_texts": None}, TypeError, "train_texts=None is no list of texts"),
         ({"train_texts": {"text": ["a"]}}, TypeError, "train_texts={'text': .* is no list of texts"),
         ({"validation_texts": "a text"}, TypeError, "validation_texts is one string"),
-        ({"config": {}}, ValueError, "config={} must be a FinetuneConfig, or None"),
-        ({"config": LoRAConfig()}, ValueError, r"config=LoRAConfig\(.* must be a FinetuneConfig"),
-        ({"source": "docs"}, ValueError, "source='docs' must be a dict, or None"),
+        ({"config": {}}, ValueError, "config must be a FinetuneConfig, or None, got {}"),
+        ({"config": LoRAConfig()}, ValueError, r"config must be a FinetuneConfig, or None, got LoRAConfig"),
+        ({"source": "docs"}, ValueError, "source must be a Mapping, or None, got 'docs'"),
         ({"output": ""}, ValueError, "output='' must be a name or a path, and not empty"),
         ({"output": 5}, ValueError, "output=5 must be a name or a path"),
     ],
 )
-def test_what_is_given_in_the_wrong_place_is_named(model, given, error, message):
+def test_finetune_names_misplaced_arguments(model, given, error, message):
     arguments = {"model": model, "train_texts": texts(), "config": CONFIG, "progress": False, **given}
     with pytest.raises(error, match=message):
         finetune(**arguments)
 
 
-def test_validation_texts_that_are_too_short_are_called_so(model):
+def test_finetune_names_validation_texts_that_are_too_short(model):
     with pytest.raises(ValueError, match="all 2 validation texts are shorter than two tokens"):
         finetune(model, texts(), CONFIG, validation_texts=[[1], [2]], progress=False)
 
 
-def test_strings_and_epochs():
+def test_finetune_with_strings_and_epochs():
     tokenizer = Tokenizer.gpt2(300)
     from tiny_models import CONFIG as SHAPE
 
     model = LanguageModel(SHAPE, random_params(SHAPE), tokenizer)
     config = FinetuneConfig(
-        epochs=2, batch_size=2, sequence_length=16, layout="documents", compute_dtype="bfloat16"
+        epochs=2, batch_size=2, sequence_length=16, packing="padded", compute_dtype="bfloat16"
     )
     run = finetune(model, ["a text", "another one", "a third"], config, progress=False)
     assert run.output is None and run.history[-1]["step"] == 3

@@ -21,8 +21,8 @@ if "process" in settings:
     jax.distributed.initialize(settings["coordinator"], 2, settings["process"])
 import numpy as np
 import gpt2jax
-import gpt2jax.train.loop as loop
-from gpt2jax.train.loop import finetune
+import gpt2jax.train.trainer as trainer
+from gpt2jax.train.finetune import finetune
 
 config = gpt2jax.GPT2Config(
     n_layer=2, n_head=4, n_embd=32, vocab_size=96, n_positions=32, bos_token_id=95, eos_token_id=95,
@@ -31,14 +31,14 @@ config = gpt2jax.GPT2Config(
 model = gpt2jax.from_config(config, seed=0)
 texts = [list(map(int, np.random.default_rng(i).integers(0, 90, 20 + i))) for i in range(24)]
 out = []
-batch = loop.Batches.batch
+batch = trainer.Batches.batch
 
 def asked(self, step):
     if step == stop and jax.process_index() == jax.process_count() - 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return batch(self, step)
 
-loop.Batches.batch = asked
+trainer.Batches.batch = asked
 for run in settings["runs"]:
     stop = run.pop("stop", None)
     lora = gpt2jax.LoRAConfig(rank=4) if run.pop("lora", False) else None
@@ -105,8 +105,13 @@ def folder(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("moved") / "run")
 
 
-def test_meshes_of_eight_devices_train_as_one_device_does(single, folder):
-    meshes = [{}, {"fsdp": 8, "accumulation": 2}, {"fsdp": 4, "tensor_parallel": 2}, {"fsdp": 4}]
+def test_finetune_on_meshes_of_eight_devices_equals_one_device(single, folder):
+    meshes = [
+        {},
+        {"fsdp": 8, "gradient_accumulation_steps": 2},
+        {"fsdp": 4, "tensor_parallel": 2},
+        {"fsdp": 4},
+    ]
     rounded = {"fsdp": 4, "tensor_parallel": 2, "base_dtype": "int8"}
     runs = [{"config": mesh} for mesh in meshes] + [
         {"lora": True, "config": c} for c in ({"fsdp": 2}, rounded)
@@ -119,7 +124,7 @@ def test_meshes_of_eight_devices_train_as_one_device_does(single, folder):
     same([lora_of_int8], single[2])
 
 
-def test_two_processes_train_as_one_and_their_checkpoint_goes_on_with_one_device(single, folder):
+def test_finetune_in_two_processes_equals_one_and_resumes_on_one_device(single, folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from tiny_models import NO_DROPOUT, random_params
 
-import gpt2jax.train.loop as loop
+import gpt2jax.train.trainer as trainer
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.loop import finetune
+from gpt2jax.train.finetune import finetune
 
 SHAPE = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=16, **NO_DROPOUT)
 # entries of the log at 4, 5, 8, 10, 11; checkpoints at 3, 6, 9, 11: a checkpoint falls between two entries
@@ -40,13 +40,13 @@ def texts() -> list[list[int]]:
     return [generator.integers(0, 49, size).tolist() for size in generator.integers(2, 40, 12)]
 
 
-def train(model: LanguageModel, config: FinetuneConfig, output: Any, **options: Any) -> loop.Run:
+def train(model: LanguageModel, config: FinetuneConfig, output: Any, **options: Any) -> trainer.Run:
     return finetune(
         model, texts(), config, validation_texts=texts()[:2], output=output, progress=False, **options
     )
 
 
-def assert_same_run(a: loop.Run, b: loop.Run) -> None:
+def assert_same_run(a: trainer.Run, b: trainer.Run) -> None:
     jax.tree.map(np.testing.assert_array_equal, a.model.params, b.model.params)
     jax.tree.map(np.testing.assert_array_equal, a.model.adapters, b.model.adapters)
     logs = [[{k: v for k, v in e.items() if k not in TIMINGS} for e in run.history] for run in (a, b)]
@@ -57,7 +57,7 @@ def assert_same_run(a: loop.Run, b: loop.Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(model, tmp_path_factory) -> loop.Run:
+def whole(model, tmp_path_factory) -> trainer.Run:
     return train(model, CONFIG, tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -85,7 +85,7 @@ def in_step(number: int) -> Patch:
     """Stops when a step has been computed, before its result has a name: the state before it is donated."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        make = loop.make_configured_step
+        make = trainer.make_configured_step
 
         def make_stopping(*args, **options):
             step, calls = make(*args, **options), []
@@ -99,7 +99,7 @@ def in_step(number: int) -> Patch:
 
             return stop
 
-        monkeypatch.setattr(loop, "make_configured_step", make_stopping)
+        monkeypatch.setattr(trainer, "make_configured_step", make_stopping)
 
     return patch
 
@@ -107,14 +107,16 @@ def in_step(number: int) -> Patch:
 @pytest.mark.parametrize(
     ("patch", "saved"),
     [
-        pytest.param(at_call(loop.Batches, "batch", 8, after=False), 7, id="between two entries"),
+        pytest.param(at_call(trainer.Batches, "batch", 8, after=False), 7, id="between two entries"),
         pytest.param(in_step(8), 6, id="in a step"),
-        pytest.param(at_call(loop, "validation_loss", 2, after=False), 10, id="in a validation"),
-        pytest.param(at_call(loop.RunFolder, "append_metrics", 3, after=True), 8, id="behind an entry"),
-        pytest.param(at_call(loop.RunFolder, "finish", 1, after=False), 11, id="before the model is written"),
+        pytest.param(at_call(trainer, "validation_loss", 2, after=False), 10, id="in a validation"),
+        pytest.param(at_call(trainer.RunFolder, "append_metrics", 3, after=True), 8, id="behind an entry"),
+        pytest.param(
+            at_call(trainer.RunFolder, "finish", 1, after=False), 11, id="before the model is written"
+        ),
     ],
 )
-def test_stopped_and_resumed(model, whole, tmp_path, patch, saved):
+def test_finetune_stopped_and_resumed_is_the_whole_run(model, whole, tmp_path, patch, saved):
     output = tmp_path / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch(monkeypatch)
@@ -124,7 +126,7 @@ def test_stopped_and_resumed(model, whole, tmp_path, patch, saved):
     assert_same_run(whole, train(model, CONFIG, output, resume=True))
 
 
-def test_stopped_in_the_first_step(model, whole, tmp_path):
+def test_finetune_stopped_in_the_first_step_and_resumed(model, whole, tmp_path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         in_step(1)(monkeypatch)
         with pytest.raises(KeyboardInterrupt):
@@ -132,8 +134,8 @@ def test_stopped_in_the_first_step(model, whole, tmp_path):
     assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
 
 
-def test_everything_that_a_state_may_hold(model, tmp_path):
-    """Adapters on a rounded base, dropout, loss scale, parts of batches, narrow moments and an average."""
+def test_finetune_resumes_everything_that_a_state_may_hold(model, tmp_path):
+    """Adapters on a rounded base, dropout, loss scale, parts of batches, bfloat16 moments and an average."""
     lora = LoRAConfig(rank=2, dropout=0.2)
     config = dataclasses.replace(
         CONFIG,
@@ -141,7 +143,7 @@ def test_everything_that_a_state_may_hold(model, tmp_path):
         base_dtype="int8",
         dropout=0.1,
         compute_dtype="float16",
-        accumulation=2,
+        gradient_accumulation_steps=2,
         moments_dtype="bfloat16",
         ema_decay=0.5,
         steps=6,
@@ -149,13 +151,13 @@ def test_everything_that_a_state_may_hold(model, tmp_path):
     whole = train(model, config, tmp_path / "whole")
     assert whole.history[-1]["loss_scale"] > 1 and whole.history[-1]["skipped"] >= 0
     with pytest.MonkeyPatch.context() as monkeypatch:
-        at_call(loop.Batches, "batch", 5, after=False)(monkeypatch)
+        at_call(trainer.Batches, "batch", 5, after=False)(monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             train(model, config, tmp_path / "run")
     assert_same_run(whole, train(model, config, tmp_path / "run", resume=True))
 
 
-def test_a_finished_run_resumed_is_itself(model, whole):
+def test_finetune_resumed_after_its_end_changes_nothing(model, whole):
     before = (whole.output / "metrics.jsonl").read_text()
     again = train(model, CONFIG, whole.output, resume=True)
     assert again.history == whole.history
@@ -163,11 +165,11 @@ def test_a_finished_run_resumed_is_itself(model, whole):
     assert (whole.output / "metrics.jsonl").read_text() == before
 
 
-def test_a_log_that_grows_behind_a_save_is_not_in_it(tmp_path):
+def test_checkpoints_save_copies_the_pending_metrics(tmp_path):
     """The writing takes place in the background, and the list goes on to be used."""
     checkpoints = Checkpoints(tmp_path)
-    state, unlogged = {"step": jnp.zeros((), jnp.int32)}, [{"step": 1.0}]
-    checkpoints.save(1, state, unlogged)
-    unlogged += [{"step": float(step)} for step in range(2, 50)]
+    state, pending_metrics = {"step": jnp.zeros((), jnp.int32)}, [{"step": 1.0}]
+    checkpoints.save(1, state, pending_metrics)
+    pending_metrics += [{"step": float(step)} for step in range(2, 50)]
     checkpoints.close()
     assert Checkpoints(tmp_path).restore(state)[1] == [{"step": 1.0}]

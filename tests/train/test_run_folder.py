@@ -30,12 +30,12 @@ def path(model, tmp_path):
     return tmp_path / "run"
 
 
-def test_the_home_folder(tmp_path, monkeypatch):
+def test_run_folder_expands_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunFolder("~/runs/one").path == tmp_path / "runs" / "one"
 
 
-def test_log_of_a_killed_run(path):
+def test_read_metrics_after_a_kill(path):
     folder = RunFolder(path, resume=True)
     for step in (2, 4, 6):
         folder.append_metrics({"step": step, "loss": step / 3})
@@ -49,7 +49,7 @@ def test_log_of_a_killed_run(path):
     assert folder.read_metrics(up_to=0) == []
 
 
-def test_a_damaged_log_and_a_damaged_description(path, model):
+def test_run_folder_with_damaged_files(path, model):
     folder = RunFolder(path, resume=True)
     (path / "metrics.jsonl").write_text('[1]\n5\n{"loss": 1.0}\n{"step": "2"}\n{"step": 2, "loss": 1.0}\n')
     assert folder.read_metrics(up_to=5) == [{"step": 2, "loss": 1.0}]
@@ -64,17 +64,17 @@ def test_a_damaged_log_and_a_damaged_description(path, model):
             folder.begin(model, CONFIG, DOCUMENTS)
 
 
-def test_two_runs_at_once(path):
-    with RunFolder(path, resume=True).alone():
+def test_lock_refuses_a_second_run(path):
+    with RunFolder(path, resume=True).lock():
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(FileExistsError, match="another run is going on in .*run"):
-                with RunFolder(path, **how).alone():
+                with RunFolder(path, **how).lock():
                     pass
-    with RunFolder(path, resume=True).alone():
+    with RunFolder(path, resume=True).lock():
         pass
 
 
-def test_the_same_again_and_what_may_differ(path, model):
+def test_begin_resumes_with_settings_that_may_differ(path, model):
     RunFolder(path, resume=True).begin(model, CONFIG, DOCUMENTS)
     renamed = dataclasses.replace(model, source="./models/one")
     config = dataclasses.replace(CONFIG, log_every=1, eval_every=2, checkpoint_every=3, keep_checkpoints=4)
@@ -82,7 +82,7 @@ def test_the_same_again_and_what_may_differ(path, model):
     RunFolder(path, resume=True).begin(renamed, config, DOCUMENTS, source)
 
 
-def test_what_may_not_differ(path, model):
+def test_begin_refuses_what_must_agree(path, model):
     def refused(model=model, documents=DOCUMENTS, **changes) -> str:
         with pytest.raises(ValueError, match="cannot resume") as error:
             RunFolder(path, resume=True).begin(model, dataclasses.replace(CONFIG, **changes), documents)
@@ -102,7 +102,41 @@ def test_what_may_not_differ(path, model):
     )
 
 
-def test_resume_of_nothing_begins(model, tmp_path):
+def test_begin_resumes_a_run_of_version_1(path, model):
+    """Written before settings were renamed, and before some of them existed."""
+    file = path / "run.json"
+    content = json.loads(file.read_text())
+    settings = content["finetune"]
+    for old, new in (
+        ("accumulation", "gradient_accumulation_steps"),
+        ("layout", "packing"),
+        ("final_learning_rate", "final_lr_ratio"),
+        ("decay_share", "decay_fraction"),
+        ("track", "trackers"),
+    ):
+        settings[old] = settings.pop(new)
+    del settings["z_loss"]
+    for old, packing in (("windows", "concat"), ("documents", "padded"), ("packed", "packed")):
+        settings["layout"] = old
+        file.write_text(json.dumps({**content, "version": 1}))
+        RunFolder(path, resume=True).begin(model, dataclasses.replace(CONFIG, packing=packing), DOCUMENTS)
+    with pytest.raises(ValueError, match="finetune.packing was 'packed', is 'concat'"):
+        RunFolder(path, resume=True).begin(model, CONFIG, DOCUMENTS)
+    settings["decay_share"] = 0.5
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"finetune\.decay_fraction was 0\.5, is 0\.2"):
+        RunFolder(path, resume=True).begin(model, CONFIG, DOCUMENTS)
+
+
+def test_lock_refuses_a_run_that_came_after_the_check(path, model):
+    folder = RunFolder(path.parent / "new")
+    RunFolder(path.parent / "new").begin(model, CONFIG, DOCUMENTS)
+    with pytest.raises(FileExistsError, match="holds another run"):
+        with folder.lock():
+            pass
+
+
+def test_begin_resumes_an_empty_folder(model, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new"):
         RunFolder(tmp_path / name, resume=True).begin(model, CONFIG, DOCUMENTS)
@@ -110,7 +144,7 @@ def test_resume_of_nothing_begins(model, tmp_path):
         assert content["base_model"] == "models/one" and content["data"]["tokens"] == 5
 
 
-def test_what_a_killed_run_was_writing_is_no_content(model, tmp_path):
+def test_begin_removes_what_a_killed_run_was_writing(model, tmp_path):
     (tmp_path / ".model.x.part").mkdir()
     for name in (".run.json.x.part", ".model.x.part/model.safetensors"):
         (tmp_path / name).write_text("{")
@@ -120,7 +154,7 @@ def test_what_a_killed_run_was_writing_is_no_content(model, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_overwriting_deletes_the_run_and_nothing_else(path, model):
+def test_begin_overwrites_the_run_and_nothing_else(path, model):
     own = ["checkpoints/3/state", "adapter/adapter_config.json", "base/config.json", "model/config.json"]
     for name in (*own, "mine/notes.txt"):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,18 +166,18 @@ def test_overwriting_deletes_the_run_and_nothing_else(path, model):
     assert json.loads((path / "run.json").read_text())["finetune"]["seed"] == 9
 
 
-def test_a_run_that_is_deleted_is_not_resumed(path):
+def test_run_folder_refuses_resume_with_overwrite(path):
     with pytest.raises(ValueError, match="give one of them"):
         RunFolder(path, resume=True, overwrite=True)
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_run_folder_refuses_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file; expected a folder"):
         RunFolder(tmp_path / "file")
 
 
-def test_finish_keeps_the_base_that_has_no_name(model, tmp_path):
+def test_finish_keeps_a_base_without_a_name(model, tmp_path):
     adapters = init_adapters(TINY, LoRAConfig())
     for source in (None, "models/one"):
         trained = dataclasses.replace(model, adapters=adapters, lora=LoRAConfig(), source=source)

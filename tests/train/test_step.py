@@ -23,8 +23,14 @@ from gpt2jax.ops.cross_entropy import token_losses
 from gpt2jax.ops.precision import Precision
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params, partition_params
-from gpt2jax.train.optimizer import clip_scale, decay_mask, make_optimizer, with_narrow_moments
-from gpt2jax.train.schedules import make_schedule, resolve_learning_rate
+from gpt2jax.train.optimizer import (
+    bfloat16_moments,
+    clip_scale,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    resolve_learning_rate,
+)
 from gpt2jax.train.step import GROWTH_INTERVAL, INITIAL_SCALE, init_state, make_train_step, next_loss_scale
 
 CONFIG = FinetuneConfig(steps=10, learning_rate=1e-2, weight_decay=0.1)
@@ -37,7 +43,7 @@ def batch(seed: int = 0, rows: int = 4) -> dict[str, np.ndarray]:
     return {
         "tokens": generator.integers(0, TINY.vocab_size, (rows, 16)).astype(np.int32),
         "targets": generator.integers(0, TINY.vocab_size, (rows, 16)).astype(np.int32),
-        "weights": (np.arange(16) < lengths).astype(np.float32),
+        "loss_mask": (np.arange(16) < lengths).astype(np.float32),
     }
 
 
@@ -58,7 +64,7 @@ def fresh_state():
     return init_state(random_params(), make_optimizer(CONFIG, 10), loss_scaling=False)
 
 
-def test_state_is_donated_and_compiled_once(plain_step):
+def test_train_step_donates_its_state_and_compiles_once(plain_step):
     state = fresh_state()
     leaves = jax.tree.leaves(state)
     for index in range(3):
@@ -68,7 +74,7 @@ def test_state_is_donated_and_compiled_once(plain_step):
     assert int(state["step"]) == 3 and metrics["tokens"] == 28
 
 
-def test_learns(plain_step):
+def test_train_step_learns(plain_step):
     state, losses = fresh_state(), []
     for _ in range(8):
         state, metrics = plain_step(state, None, batch())
@@ -76,9 +82,9 @@ def test_learns(plain_step):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_parts_of_unequal_token_counts_equal_one_batch(plain_step):
+def test_train_step_accumulates_parts_of_unequal_token_counts(plain_step):
     whole, expected = plain_step(fresh_state(), None, batch())
-    step, state = build(accumulation=4)
+    step, state = build(gradient_accumulation_steps=4)
     parts, metrics = step(state, None, batch())
     assert metrics["tokens"] == 28
     for name in expected:
@@ -88,7 +94,7 @@ def test_parts_of_unequal_token_counts_equal_one_batch(plain_step):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
-def test_dropout_is_a_function_of_seed_and_step():
+def test_train_step_dropout_is_a_function_of_seed_and_step():
     model = dataclasses.replace(TINY, resid_pdrop=0.5)
 
     steps = {seed: build(model=model, seed=seed)[0] for seed in (0, 1)}
@@ -100,7 +106,7 @@ def test_dropout_is_a_function_of_seed_and_step():
     assert len({first_loss(0, 0), first_loss(0, 1), first_loss(1, 0)}) == 3
 
 
-def test_adapters_only():
+def test_train_step_trains_adapters_only():
     lora = LoRAConfig(rank=2, dropout=0.1)
     step, state = build(lora=lora)
     frozen = random_params()
@@ -113,7 +119,7 @@ def test_adapters_only():
     assert state["params"]["h"]["attn"]["c_attn"]["lora_b"].any() and np.isfinite(metrics["loss"])
 
 
-def test_float16_overflow_skips_the_step():
+def test_train_step_skips_a_float16_overflow():
     step, state = build("float16")
     state, metrics = step(state, None, batch())
     assert metrics["loss_scale"] == INITIAL_SCALE and metrics["skipped"] == 0
@@ -131,7 +137,7 @@ def test_float16_overflow_skips_the_step():
     )
 
 
-def test_narrow_gradients_are_close():
+def test_train_step_gradients_in_16_bits_are_close():
     norms = {}
     for dtype in ("float32", "bfloat16", "float16"):
         step, state = build(dtype)
@@ -140,7 +146,7 @@ def test_narrow_gradients_are_close():
     assert norms["float16"] == pytest.approx(norms["float32"], rel=0.005)
 
 
-def test_loss_scale_grows_and_falls():
+def test_next_loss_scale_grows_and_falls():
     state = {"scale": jnp.float32(8), "finite_steps": jnp.int32(GROWTH_INTERVAL - 1), "skipped": jnp.int32(3)}
     grown = next_loss_scale(state, jnp.bool_(True))
     assert (grown["scale"], grown["finite_steps"], grown["skipped"]) == (16, 0, 3)
@@ -149,7 +155,7 @@ def test_loss_scale_grows_and_falls():
     assert next_loss_scale({**state, "scale": jnp.float32(1)}, jnp.bool_(False))["scale"] == 1
 
 
-def test_decay_acts_on_matrices_only():
+def test_decay_mask_is_true_for_matrices_only():
     mask = decay_mask(random_params())
     assert mask["h"]["attn"]["c_attn"] == {"kernel": True, "bias": False}
     assert mask["h"]["ln_1"] == mask["ln_f"] == {"scale": False, "bias": False}
@@ -158,8 +164,8 @@ def test_decay_acts_on_matrices_only():
         decay_mask({"strange": jnp.zeros(3)})
 
 
-def test_schedule():
-    config = FinetuneConfig(learning_rate=2.0, warmup_steps=3, final_learning_rate=0.1)
+def test_make_schedule_warms_up():
+    config = FinetuneConfig(learning_rate=2.0, warmup_steps=3, final_lr_ratio=0.1)
     schedule = make_schedule(config, 13)
     np.testing.assert_allclose([schedule(s) for s in range(4)], [0.5, 1.0, 1.5, 2.0])
     np.testing.assert_allclose(schedule(8), 2.0 * (0.1 + 0.9 * 0.5), rtol=1e-6)
@@ -175,10 +181,10 @@ def test_schedule():
         ("cosine", [2.0, 1.765685, 1.2, 0.4]),
     ],
 )
-def test_schedules_by_name(name, expected):
+def test_make_schedule_by_name(name, expected):
     """At the beginning, after a quarter, a half, and at the end of what follows the warm-up."""
     config = FinetuneConfig(
-        learning_rate=2.0, warmup_steps=4, final_learning_rate=0.2, schedule=name, decay_share=0.4
+        learning_rate=2.0, warmup_steps=4, final_lr_ratio=0.2, schedule=name, decay_fraction=0.4
     )
     schedule = make_schedule(config, 20)
     np.testing.assert_allclose([schedule(step) for step in (4, 8, 12, 20)], expected, rtol=1e-5)
@@ -187,12 +193,12 @@ def test_schedules_by_name(name, expected):
         np.testing.assert_allclose(schedule(16), 1.2, rtol=1e-6)
 
 
-def test_clipping():
+def test_clip_scale():
     assert clip_scale(jnp.float32(4), 1.0) == 0.25 and clip_scale(jnp.float32(0.5), 1.0) == 1
     assert clip_scale(jnp.float32(4), None) == 1 and clip_scale(jnp.float32(0), 1.0) == 1
 
 
-def test_learning_rate_by_size():
+def test_resolve_learning_rate_by_size():
     config = FinetuneConfig()
     assert resolve_learning_rate(config, 4_000_000).learning_rate == 1e-3
     assert resolve_learning_rate(config, 124_000_000).learning_rate == 1e-4
@@ -207,30 +213,30 @@ def test_learning_rate_by_size():
         ("batch_size", 2.5),
         ("learning_rate", float("inf")),
         ("beta2", 1.0),
-        ("layout", "rows"),
+        ("packing", "windows"),
         ("optimizer", "adam"),
         ("schedule", "step"),
         ("remat", "some"),
         ("moments_dtype", "int8"),
         ("label_smoothing", 1.0),
         ("ema_decay", 1.0),
-        ("decay_share", 0.0),
+        ("decay_fraction", 0.0),
         ("patience", 0),
         ("lora_plus_ratio", 16.0),
         ("compute_dtype", "int8"),
         ("base_dtype", "int8"),  # without adapters
-        ("accumulation", 3),
+        ("gradient_accumulation_steps", 3),
         ("dropout", -0.1),
         ("seed", -1),
         ("seed", 2**32),
         ("learning_rate", True),
         ("weight_decay", True),
         ("epochs", "1"),
-        ("layout", 5),
+        ("packing", 5),
         ("freeze", 5),
         ("freeze", ("wte", 5)),
         ("freeze", {"wte"}),  # whose order is not the same in each program
-        ("track", 5),
+        ("trackers", 5),
         ("lora", True),
         ("lora", 8),
         ("lora", {"rank": 8}),
@@ -240,23 +246,42 @@ def test_learning_rate_by_size():
         ("token_cache", ""),
     ],
 )
-def test_impossible_settings_are_named(field, value):
-    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}")):
+def test_finetune_config_names_illegal_settings(field, value):
+    name = "batch_size" if field == "gradient_accumulation_steps" else field
+    got = 16 if field == "gradient_accumulation_steps" else value
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(got))}$"):
         FinetuneConfig(**{field: value})
 
 
-def test_settings_are_kept_as_what_json_takes(monkeypatch):
+def test_finetune_config_names_the_nearest_setting():
+    with pytest.raises(TypeError, match="no setting 'final_learning_ratio'; did you mean 'final_lr_ratio'"):
+        FinetuneConfig(**{"final_learning_ratio": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "muon"}, "optimizer must be one of adamw, adafactor, lion, sgd with lora, got 'muon'"),
+        ({"freeze": ("wte",)}, r"freeze must be empty with lora, got \('wte',\); LoRA trains adapters only"),
+    ],
+)
+def test_finetune_config_refuses_what_does_not_go_with_lora(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(lora=LoRAConfig(), **settings)
+
+
+def test_finetune_config_keeps_settings_as_json_takes_them(monkeypatch):
     monkeypatch.setenv("HOME", "/home/one")
     given: dict[str, Any] = {
         "steps": np.int64(3),
         "learning_rate": np.float32(0.5),
         "freeze": ["wte"],
-        "track": "wandb",
+        "trackers": "wandb",
         "token_cache": pathlib.Path("~/cache"),
     }
     config = FinetuneConfig(**given)
     plain = dataclasses.asdict(config)
-    assert json.loads(json.dumps(plain)) == {**plain, "freeze": ["wte"], "track": ["wandb"]}
+    assert json.loads(json.dumps(plain)) == {**plain, "freeze": ["wte"], "trackers": ["wandb"]}
     assert config.learning_rate == 0.5 and config.token_cache == "/home/one/cache"
     given = {"rank": np.int64(2), "alpha": np.float32(4), "rank_pattern": {"h.0": np.int64(1)}}
     lora = LoRAConfig(**given)
@@ -264,7 +289,7 @@ def test_settings_are_kept_as_what_json_takes(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
-def test_optimizers_beside_their_formulas(name):
+def test_make_optimizer_equals_the_formulas(name):
     """Three updates of a matrix and a bias, from the papers' formulas in NumPy."""
     config = FinetuneConfig(
         optimizer=name, learning_rate=0.1, weight_decay=0.2, schedule="constant", beta2=0.9
@@ -301,7 +326,7 @@ def test_optimizers_beside_their_formulas(name):
         np.testing.assert_allclose(params[key], expected[key], rtol=1e-4)
 
 
-def test_narrow_moments_keep_what_small_changes_add_up_to():
+def test_bfloat16_moments_keep_what_small_changes_add_up_to():
     config = FinetuneConfig(learning_rate=1e-2, moments_dtype="bfloat16", beta2=0.999)
     narrow, wide = (
         make_optimizer(config, 10),
@@ -328,11 +353,11 @@ def test_narrow_moments_keep_what_small_changes_add_up_to():
     ]
     np.testing.assert_allclose(moments[0], moments[1], rtol=0.01)
     assert moments[1][0] == pytest.approx(1 - 0.999**400, rel=1e-3)
-    again = with_narrow_moments(wide, seed=0)
+    again = bfloat16_moments(wide, seed=0)
     jax.tree.map(np.testing.assert_array_equal, again.init(params), states[0])
 
 
-def test_frozen_parameters_stay():
+def test_partition_params_freezes_in_a_step():
     params = random_params()
     trained, frozen, mask = partition_params(params, ["wte", "h.0", "h.*.mlp.c_fc.bias"])
     jax.tree.map(np.testing.assert_array_equal, merge_params(trained, frozen), params)
@@ -350,14 +375,14 @@ def test_frozen_parameters_stay():
     kernels = [tree["h"]["attn"]["c_attn"]["kernel"][1] for tree in (after, before)]
     assert (kernels[0] != kernels[1]).all() and metrics["grad_norm"] > 0
     for wrong, message in (
-        (["h.7"], r"h\.7.* is the name of no parameter"),
-        (["*"], "leaves nothing to train"),
+        (["h.7"], r"freeze must be patterns that match parameters, got \['h\.7'\]"),
+        (["*"], "freeze must be patterns that leave something to train"),
     ):
         with pytest.raises(ValueError, match=message):
             partition_params(params, wrong)
 
 
-def test_moving_average_and_lora_plus():
+def test_train_step_with_moving_average_and_lora_plus():
     config = dataclasses.replace(CONFIG, lora=LoRAConfig(rank=2), lora_plus_ratio=4.0, weight_decay=0.0)
     fast, slow = (make_optimizer(c, 10) for c in (config, dataclasses.replace(config, lora_plus_ratio=1.0)))
     adapters = init_adapters(TINY, config.lora)
@@ -377,7 +402,7 @@ def test_moving_average_and_lora_plus():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state["ema"], expected)
 
 
-def test_remat_changes_memory_and_nothing_else():
+def test_hidden_states_remat_changes_memory_only():
     model = dataclasses.replace(TINY, n_positions=64, n_layer=4)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 99, (4, 64)))
 
@@ -401,7 +426,7 @@ def test_remat_changes_memory_and_nothing_else():
         )
 
 
-def test_muon_moves_the_kernels_and_adam_the_rest():
+def test_make_optimizer_muon_moves_the_kernels_and_adam_the_rest():
     step, state = build(config=FinetuneConfig(steps=10, learning_rate=1e-2, optimizer="muon"))
     before = jax.tree.map(np.array, state["params"])
     after = step(state, None, batch())[0]["params"]
@@ -414,7 +439,7 @@ def test_muon_moves_the_kernels_and_adam_the_rest():
     assert (np.asarray(after["wpe"]["embedding"][:16]) != before["wpe"]["embedding"][:16]).all()
 
 
-def test_a_packed_document_has_the_loss_it_has_alone():
+def test_packed_rows_have_the_loss_of_single_documents():
     """Losses of documents packed into rows, and of each in a row of its own."""
     generator = np.random.default_rng(0)
     rows = [generator.integers(0, 99, size) for size in (5, 20, 3, 70, 0, 1, 14, 9)]

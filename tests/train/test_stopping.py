@@ -18,10 +18,10 @@ import pytest
 from test_resume import CONFIG, SHAPE, TIMINGS, assert_same_run, texts, train
 from tiny_models import random_params
 
-import gpt2jax.train.loop as loop
+import gpt2jax.train.trainer as trainer
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.loop import finetune
+from gpt2jax.train.finetune import finetune
 from gpt2jax.train.stopping import Interrupted, StopController
 
 
@@ -33,10 +33,10 @@ def model() -> LanguageModel:
 def validations(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Lets the validations give these losses, one after the other."""
     given = iter(losses)
-    monkeypatch.setattr(loop, "validation_loss", lambda *_, **__: {"validation_loss": next(given)})
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_, **__: {"validation_loss": next(given)})
 
 
-def parameters_at(model: LanguageModel, steps: int) -> loop.Run:
+def parameters_at(model: LanguageModel, steps: int) -> trainer.Run:
     """A run of so many steps with a rate that does not depend on their number."""
     return finetune(model, texts(), dataclasses.replace(EARLY, steps=steps, patience=None), progress=False)
 
@@ -45,7 +45,7 @@ EARLY = dataclasses.replace(CONFIG, schedule="constant", eval_every=2, log_every
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_early_stopping_gives_the_best(model, tmp_path, monkeypatch, folder):
+def test_finetune_early_stopping_returns_the_best(model, tmp_path, monkeypatch, folder):
     validations(monkeypatch, [3.0, 2.0, 2.5, 2.0, 1.0])
     output = tmp_path / "run" if folder else None
     run = train(model, EARLY, output)
@@ -56,7 +56,7 @@ def test_early_stopping_gives_the_best(model, tmp_path, monkeypatch, folder):
         assert_same_run(run, train(model, EARLY, output, resume=True))  # it has ended already
 
 
-def test_best_of_a_stopped_and_resumed_run(model, tmp_path, monkeypatch):
+def test_finetune_keeps_the_best_of_a_stopped_and_resumed_run(model, tmp_path, monkeypatch):
     """Stopped behind a best validation that no checkpoint has seen."""
     config = dataclasses.replace(EARLY, patience=None, keep_best=True)
     losses = [3.0, 2.0, 2.5, 1.5, 1.7, 1.9]
@@ -65,7 +65,7 @@ def test_best_of_a_stopped_and_resumed_run(model, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole.model.params, parameters_at(model, 8).model.params)
     validations(monkeypatch, losses)
     with monkeypatch.context() as context:
-        flush = loop.TrainLog.flush
+        flush = trainer.TrainLog.flush
 
         def killed(self, extra):
             if self.step == 8:
@@ -73,19 +73,19 @@ def test_best_of_a_stopped_and_resumed_run(model, tmp_path, monkeypatch):
                 raise MemoryError  # no chance to save
             return flush(self, extra)
 
-        context.setattr(loop.TrainLog, "flush", killed)
+        context.setattr(trainer.TrainLog, "flush", killed)
         with pytest.raises(MemoryError):
             train(model, config, tmp_path / "run")
     validations(monkeypatch, losses[3:])
     assert_same_run(whole, train(model, config, tmp_path / "run", resume=True))
 
 
-def test_best_needs_a_validation(model):
-    with pytest.raises(ValueError, match="keep_best and patience go by the validation loss"):
+def test_finetune_keep_best_needs_a_validation(model):
+    with pytest.raises(ValueError, match="keep_best and patience need a validation loss"):
         finetune(model, texts(), EARLY, progress=False)
 
 
-def test_time_limit(model, tmp_path):
+def test_finetune_time_limit(model, tmp_path):
     config = dataclasses.replace(CONFIG, max_minutes=1e-9)
     run = train(model, config, tmp_path / "run")
     assert run.history[-1]["step"] == 1 and "validation_loss" in run.history[-1]
@@ -97,17 +97,17 @@ def test_time_limit(model, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_first(model, tmp_path, monkeypatch, number):
+def test_finetune_saves_before_a_signal_stops_it(model, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
     with monkeypatch.context() as context:
-        batch = loop.Batches.batch
+        batch = trainer.Batches.batch
 
         def send(self, step):
             if step == 6:
                 os.kill(os.getpid(), number)
             return batch(self, step)
 
-        context.setattr(loop.Batches, "batch", send)
+        context.setattr(trainer.Batches, "batch", send)
         with pytest.raises(Interrupted, match="step 7 is saved in .*run, resume goes on") as caught:
             train(model, CONFIG, tmp_path / "run")
     assert caught.value.signal == number and signal.getsignal(number) == before
@@ -115,20 +115,20 @@ def test_signals_save_first(model, tmp_path, monkeypatch, number):
     assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
 
 
-def test_a_second_signal_acts_at_once():
+def test_stop_controller_second_signal_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
-    with StopController(CONFIG, []) as limits:
+    with StopController(CONFIG, []) as controller:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)  # the first one waits for the end of the step
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
         with pytest.raises(Interrupted, match="stopped by SIGINT"):
-            limits.stop_if_asked()
+            controller.raise_if_signalled()
     signal.signal(signal.SIGINT, before)
 
 
-def test_other_threads_leave_signals_alone():
+def test_stop_controller_leaves_signals_alone_in_other_threads():
     before = signal.getsignal(signal.SIGTERM)
 
     def check():
@@ -146,7 +146,7 @@ SCRIPT = """
 import dataclasses, os, pickle, random, signal, sys, time
 sys.path[:0] = {paths!r}
 import jax, optax, orbax.checkpoint, numpy
-from test_limits import KILLED, LanguageModel, SHAPE, finetune, texts
+from test_stopping import KILLED, LanguageModel, SHAPE, finetune, texts
 folder = {folder!r}
 model = LanguageModel(SHAPE, pickle.load(open(folder + "/params", "rb")))
 generator, died, saving = random.Random(0), 0, 0
@@ -155,13 +155,13 @@ for attempt in range(22):
     child = os.fork()
     if child == 0:
         try:
-            import gpt2jax.train.loop as loop
-            batch = loop.Batches.batch
+            import gpt2jax.train.trainer as trainer
+            batch = trainer.Batches.batch
             def told(self, step):
                 os.write(started, b"x")
                 time.sleep(0.02 if attempt < 20 else 0)
                 return batch(self, step)
-            loop.Batches.batch = told
+            trainer.Batches.batch = told
             output, every = (folder + "/run", 1) if attempt < 21 else (folder + "/whole", KILLED.steps)
             config = dataclasses.replace(KILLED, checkpoint_every=every)
             finetune(model, texts(), config, validation_texts=texts()[:2], output=output, progress=False, resume=True)
@@ -188,7 +188,7 @@ KILLED = FinetuneConfig(
 )
 
 
-def test_killed_at_twenty_random_moments(model, tmp_path):
+def test_finetune_killed_at_twenty_random_moments_and_resumed(model, tmp_path):
     """kill -9 while it compiles, computes, logs, and saves after every step."""
     here = os.path.dirname(__file__)
     script = SCRIPT.format(paths=[here, os.path.dirname(here), os.getcwd()], folder=str(tmp_path))

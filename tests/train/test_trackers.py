@@ -1,17 +1,21 @@
-"""The log as TensorBoard and Weights & Biases get it, and what is said where they are not installed."""
+"""The log as TensorBoard and Weights & Biases get it, and the errors if they are not installed."""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import struct
 import sys
 import types
+from typing import Any
 
+import numpy as np
 import pytest
 from test_resume import CONFIG, SHAPE, train
 from tiny_models import random_params
 
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.train.loop import finetune
+from gpt2jax.train.finetune import finetune
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +23,25 @@ def model() -> LanguageModel:
     return LanguageModel(SHAPE, random_params(SHAPE))
 
 
-def test_what_is_not_installed(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    config = dataclasses.replace(CONFIG, track=("wandb",))
-    with pytest.raises(ModuleNotFoundError, match="track='wandb' needs .*: pip install wandb"):
-        train(model, config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="track.* writes into the run folder; give output"):
+def test_check_trackers_says_what_to_install(model, tmp_path, monkeypatch):
+    for name, module, package in (
+        ("wandb", "wandb", "wandb"),
+        ("tensorboard", "tensorboardX", r"gpt2jax\[tensorboard\]"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        config = dataclasses.replace(CONFIG, trackers=(name,))
+        with pytest.raises(ModuleNotFoundError, match=f"trackers='{name}' needs .*: pip install {package}$"):
+            train(model, config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(
+        ValueError, match=r"trackers must be empty without output, got \('tensorboard',\); they write"
+    ):
         finetune(model, [[1, 2, 3]], config, progress=False)
-    with pytest.raises(ValueError, match="track='mlflow' is not known; known: tensorboard, wandb"):
-        dataclasses.replace(CONFIG, track="mlflow")
+    with pytest.raises(ValueError, match="trackers must be .* one of tensorboard, wandb, got 'mlflow'"):
+        dataclasses.replace(CONFIG, trackers="mlflow")
 
 
-def test_weights_and_biases_is_offline(model, tmp_path, monkeypatch):
+def test_wandb_is_offline_and_has_the_log(model, tmp_path, monkeypatch):
     """What the client is called with; the client itself is somebody else's."""
     calls = []
 
@@ -48,21 +58,37 @@ def test_weights_and_biases_is_offline(model, tmp_path, monkeypatch):
 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    run = train(model, dataclasses.replace(CONFIG, track="wandb"), tmp_path / "run")
+    run = train(model, dataclasses.replace(CONFIG, trackers="wandb"), tmp_path / "run")
     assert calls[0]["mode"] == "offline" and calls[0]["config"]["batch_size"] == 2
     logged = [(e["step"], {f"train/{k}": v for k, v in e.items() if k != "step"}) for e in run.history]
     assert calls[1:] == [*logged, "finish"]
 
 
-def test_tensorboard_reads_the_log(model, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def read_events(folder: pathlib.Path) -> list[Any]:
+    """Read an event file: records of a length, its checksum, a protocol buffer, and its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
 
-    run = train(model, dataclasses.replace(CONFIG, track="tensorboard"), tmp_path / "run")
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    for name in ("loss", "validation_loss", "learning_rate"):
-        expected = [(e["step"], e[name]) for e in run.history if name in e]
-        found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
+    (file,) = folder.iterdir()
+    data, at, events = file.read_bytes(), 0, []
+    while at < len(data):
+        (size,) = struct.unpack_from("<Q", data, at)
+        events.append(Event.FromString(data[at + 12 : at + 12 + size]))
+        at += 12 + size + 4
+    return events
+
+
+def test_tensorboard_has_the_log(model, tmp_path):
+    pytest.importorskip("tensorboardX")
+    run = train(model, dataclasses.replace(CONFIG, trackers="tensorboard"), tmp_path / "run")
+    events = read_events(tmp_path / "run" / "tensorboard")
+    values = [
+        (event.step, value.tag, value.simple_value) for event in events for value in event.summary.value
+    ]
+    expected = [
+        (entry["step"], f"train/{name}", value)
+        for entry in run.history
+        for name, value in entry.items()
+        if name != "step"
+    ]
+    assert [value[:2] for value in values] == [value[:2] for value in expected]
+    np.testing.assert_allclose([v[2] for v in values], [v[2] for v in expected], rtol=1e-6)

@@ -39,7 +39,7 @@ def config(golden) -> GPT2Config:
 def run(golden, config) -> list[tuple[Params, dict[str, jax.Array]]]:
     """Parameters and metrics after each of the steps."""
     # a cosine that ends where it begins: torch's rate is constant
-    settings = FinetuneConfig(**golden["training"], steps=STEPS, final_learning_rate=1.0)
+    settings = FinetuneConfig(**golden["training"], steps=STEPS, final_lr_ratio=1.0)
     optimizer = make_optimizer(settings, STEPS)
     step = make_train_step(config, optimizer, FLOAT32, max_grad_norm=settings.max_grad_norm)
     state = init_state(stacked(golden, "before"), optimizer, loss_scaling=False)
@@ -51,7 +51,8 @@ def run(golden, config) -> list[tuple[Params, dict[str, jax.Array]]]:
 
 
 def batch(golden: dict[str, Any], index: int) -> dict[str, np.ndarray]:
-    return {name: golden[name][index] for name in ("tokens", "targets", "weights")}
+    names = {"tokens": "tokens", "targets": "targets", "loss_mask": "weights"}
+    return {name: golden[in_file][index] for name, in_file in names.items()}
 
 
 def stacked(golden: dict[str, Any], prefix: str) -> Params:

@@ -1,4 +1,4 @@
-"""Layers apart while they train: the same training, and stacked wherever a run is looked at."""
+"""Unrolled layers: the same training, and stacked in everything that a run writes or returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import NO_DROPOUT, TINY, random_params
 
-import gpt2jax.train.loop as loop
+import gpt2jax.train.state as state_module
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import init_adapters
 from gpt2jax.lora.config import LoRAConfig
@@ -18,6 +18,7 @@ from gpt2jax.model.gpt2 import hidden_states
 from gpt2jax.ops.precision import Precision
 from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.finetune import finetune
 from gpt2jax.train.optimizer import make_optimizer
 from gpt2jax.train.step import init_state, make_train_step
 from gpt2jax.train.unrolled import should_unroll, stack_layers, unstack_layers
@@ -33,29 +34,29 @@ def state_and_step(config: FinetuneConfig):
 
 def batch() -> dict[str, np.ndarray]:
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 17)).astype(np.int32)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((2, 16), np.float32)}
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": np.ones((2, 16), np.float32)}
 
 
-def test_a_step_apart_is_the_step():
+def test_unstack_layers_keeps_the_step():
     config = dataclasses.replace(CONFIG, optimizer="sgd")
     (state, step), (other, _) = state_and_step(config), state_and_step(config)
-    apart = unstack_layers(other)
-    assert list(apart["params"]["h"]) == list(range(TINY.n_layer))
+    unrolled = unstack_layers(other)
+    assert list(unrolled["params"]["h"]) == list(range(TINY.n_layer))
     for _ in range(2):
         state, metrics = step(state, None, batch())
-        apart, of_apart = step(apart, None, batch())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, of_apart)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, stack_layers(apart))
+        unrolled, unrolled_metrics = step(unrolled, None, batch())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, unrolled_metrics)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, stack_layers(unrolled))
 
 
-def test_put_together_undoes_take_apart():
+def test_stack_layers_undoes_unstack_layers():
     state, _ = state_and_step(CONFIG)
     again = stack_layers(unstack_layers(state))
     assert jax.tree.structure(again) == jax.tree.structure(state) == jax.tree.structure(stack_layers(state))
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
-def test_dropout_adapters_and_remat_with_layers_apart():
+def test_hidden_states_of_unrolled_layers_with_dropout_adapters_and_remat():
     model = dataclasses.replace(TINY, resid_pdrop=0.2)  # each layer draws by its own key
     params, lora = random_params(), LoRAConfig(rank=2)
     adapters = jax.tree.map(lambda leaf: leaf + 0.1, init_adapters(TINY, lora))
@@ -74,35 +75,35 @@ def test_dropout_adapters_and_remat_with_layers_apart():
     )
 
 
-def test_a_run_with_layers_apart_is_seen_stacked(tmp_path, monkeypatch):
+def test_finetune_with_unrolled_layers_writes_and_returns_stacked_ones(tmp_path, monkeypatch):
     model = LanguageModel(dataclasses.replace(TINY, **NO_DROPOUT), random_params())
     texts = [np.random.default_rng(i).integers(0, 49, 30).tolist() for i in range(8)]
     config = dataclasses.replace(CONFIG, keep_best=True)
     options = {"validation_texts": texts[:2], "progress": False}
-    apart = loop.finetune(model, texts, config, output=tmp_path / "apart", **options)
-    assert apart.output is not None
-    checkpoints = Checkpoints(apart.output / "checkpoints")
+    unrolled = finetune(model, texts, config, output=tmp_path / "unrolled", **options)
+    assert unrolled.output is not None
+    checkpoints = Checkpoints(unrolled.output / "checkpoints")
     template, _ = state_and_step(config)
     saved, _ = checkpoints.restore(template)  # has the stacked structure and shapes, or it would refuse
     checkpoints.close()
     assert int(saved["step"]) == 6
-    monkeypatch.setattr(loop, "pays_apart", lambda *_: False)
-    stacked = loop.finetune(model, texts, config, **options)
-    assert jax.tree.structure(apart.model.params) == jax.tree.structure(stacked.model.params)
-    for a, b in zip(apart.history, stacked.history, strict=True):
+    monkeypatch.setattr(state_module, "should_unroll", lambda *_: False)
+    stacked = finetune(model, texts, config, **options)
+    assert jax.tree.structure(unrolled.model.params) == jax.tree.structure(stacked.model.params)
+    for a, b in zip(unrolled.history, stacked.history, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a.get("validation_loss", 0) == pytest.approx(b.get("validation_loss", 0), abs=1e-5)
 
 
-def test_where_it_pays():
-    model, study = PRESETS["gpt2"], FinetuneConfig(batch_size=8)
-    assert should_unroll(model, study, 128, "cpu", 1)
-    assert not should_unroll(model, study, 1024, "cpu", 1)
-    assert not should_unroll(model, study, 128, "gpu", 1)
-    assert not should_unroll(model, study, 128, "cpu", 8)
-    many = dataclasses.replace(study, batch_size=64)
+def test_should_unroll():
+    model, small = PRESETS["gpt2"], FinetuneConfig(batch_size=8)
+    assert should_unroll(model, small, 128, "cpu", 1)
+    assert not should_unroll(model, small, 1024, "cpu", 1)
+    assert not should_unroll(model, small, 128, "gpu", 1)
+    assert not should_unroll(model, small, 128, "cpu", 8)
+    many = dataclasses.replace(small, batch_size=64)
     assert not should_unroll(model, many, 128, "cpu", 1)
-    assert should_unroll(model, dataclasses.replace(many, accumulation=8), 128, "cpu", 1)
+    assert should_unroll(model, dataclasses.replace(many, gradient_accumulation_steps=8), 128, "cpu", 1)
     for change in (
         {"lora": LoRAConfig()},
         {"freeze": ("wte",)},
@@ -111,4 +112,4 @@ def test_where_it_pays():
         {"optimizer": "muon"},
         {"optimizer": "adafactor"},
     ):
-        assert not should_unroll(model, dataclasses.replace(study, **change), 128, "cpu", 1)
+        assert not should_unroll(model, dataclasses.replace(small, **change), 128, "cpu", 1)

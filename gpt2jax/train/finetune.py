@@ -1,0 +1,120 @@
+"""Fine-tuning: from a model and texts to a trained model, its history and a run folder that can be resumed.
+
+A run folder holds `run.json` (settings), `metrics.jsonl`, `checkpoints/`, and at the end `model/` (all parameters) or
+`adapter/` (LoRA).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from gpt2jax.data.batches import check_long_enough
+from gpt2jax.data.tokenization import tokenize_documents
+from gpt2jax.language_model import LanguageModel
+from gpt2jax.lora.config import check_patterns
+from gpt2jax.sharding import barrier
+from gpt2jax.train.config import FinetuneConfig, instance_of
+from gpt2jax.train.freezing import partition_params
+from gpt2jax.train.optimizer import resolve_learning_rate
+from gpt2jax.train.run_folder import RunFolder
+from gpt2jax.train.trackers import check_trackers
+from gpt2jax.train.trainer import Run, Trainer, plan_run
+from gpt2jax.utils.validation import check, check_model, check_texts, optional
+
+
+def finetune(
+    model: LanguageModel,
+    train_texts: Iterable[Any],
+    config: FinetuneConfig | None = None,
+    *,
+    validation_texts: Iterable[Any] | None = None,
+    output: str | pathlib.Path | RunFolder | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    source: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Run:
+    """Fine-tune a model on texts.
+
+    Args:
+        model: where to start; it is not changed. Adapters that it has are merged first.
+        train_texts: list of str, list of token-id lists, a `datasets.Dataset` column, or any iterable of these; or of
+            {"prompt": ..., "completion": ...}, of which only the completions are learned.
+        config: settings.
+        validation_texts: held-out texts; their loss is logged along the way.
+        output: run folder for metrics, checkpoints and the result; None writes nothing. A `RunFolder` says itself
+            whether to resume or to overwrite.
+        resume: go on from the newest checkpoint in `output` (from the start if it has none). On the same number of
+            devices the run ends with the same parameters, bit for bit, as one that was never stopped.
+        overwrite: start anew in a folder that holds another run, which is deleted.
+        source: where the texts come from, for `run.json`.
+        progress: show a progress bar (a line per logged step if standard error is not a terminal); of several
+            processes the first one does.
+
+    Raises:
+        ValueError: impossible settings, no trainable text, a resumed run with other settings or texts, or both `resume`
+            and `overwrite`.
+        TypeError: the texts are one string, or not a list.
+        FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given, or a run goes on in
+            it now.
+        FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
+            good checkpoint.
+        ModuleNotFoundError: `config.trackers` names what is not installed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, when the step is done and a checkpoint written; says how to go on.
+    """
+    check_model("model", model)
+    check_texts("train_texts", train_texts)
+    if validation_texts is not None:
+        check_texts("validation_texts", validation_texts)
+    check("source", source, optional(instance_of(Mapping)))
+    check("config", config, optional(instance_of(FinetuneConfig)))
+    config = resolve_learning_rate(config or FinetuneConfig(), model.num_parameters())
+    model = model.merge_adapter()
+    _check_config(config, model, output, has_validation=validation_texts is not None)
+    progress = progress and jax.process_index() == 0
+    tokenize = functools.partial(
+        tokenize_documents,
+        tokenizer=model.tokenizer,
+        vocab_size=model.config.vocab_size,
+        cache=config.token_cache,
+        progress=progress,
+    )
+    documents, validation = tokenize(train_texts), None
+    if validation_texts is not None:
+        validation = tokenize(validation_texts)
+        check_long_enough(validation, "validation texts")
+    plan = plan_run(model, config, documents)
+    folder = _run_folder(output, resume=resume, overwrite=overwrite)
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(folder.lock())
+            folder.begin(model, config, documents, source)
+            barrier("the run folder")
+        with Trainer(model, config, plan, validation, folder, show_progress=progress) as trainer:
+            trainer.train()
+        return trainer.finish()
+
+
+def _run_folder(output: Any, *, resume: bool, overwrite: bool) -> RunFolder | None:
+    if isinstance(output, RunFolder) and (resume or overwrite):
+        raise ValueError("resume and overwrite must be given to the RunFolder, got output=RunFolder(...)")
+    if output is None or isinstance(output, RunFolder):
+        return output
+    return RunFolder(output, resume=resume, overwrite=overwrite)
+
+
+def _check_config(config: FinetuneConfig, model: LanguageModel, output: Any, *, has_validation: bool) -> None:
+    """Check what the settings need from the other arguments, before anything is written."""
+    check_trackers(config, output)
+    if config.freeze:
+        partition_params(model.params, config.freeze)
+    if config.lora is not None:
+        check_patterns(config.lora, model.config.n_layer)
+    if not has_validation and (config.keep_best or config.patience is not None):
+        raise ValueError("keep_best and patience need a validation loss; give validation_texts")
