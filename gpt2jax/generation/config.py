@@ -24,7 +24,7 @@ from gpt2jax.utils.validation import (
 )
 
 if TYPE_CHECKING:
-    from gpt2jax.lora.adapters import LoRAConfig
+    from gpt2jax.lora.config import LoRAConfig
     from gpt2jax.model.config import GPT2Config
     from gpt2jax.tokenizer.bpe import Tokenizer
 

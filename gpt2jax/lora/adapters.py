@@ -48,7 +48,7 @@ def init_adapters(
     for index, target in enumerate((*TARGETS, *QKV_TARGETS)):
         if target not in lora.targets:
             continue
-        layers, in_dim, out_dim = jax.eval_shape(lambda h, t=target: kernel_of(h, t), blocks).shape
+        layers, in_dim, out_dim = kernel_shape(blocks, target)
         ranks = np.asarray([lora.rank_of(layer, target) for layer in range(layers)])
         bound = 1.0 / math.sqrt(in_dim)
         # the key of a target does not depend on the other targets
@@ -120,6 +120,11 @@ def kernel_of(blocks: Params, target: str) -> Any:
         return slice_outputs(kernel, QKV_TARGETS.index(target), len(QKV_TARGETS))
     module, linear = target.split(".")
     return blocks[module][linear]["kernel"]
+
+
+def kernel_shape(blocks: Params, target: str) -> tuple[int, ...]:
+    """Return (L, in, out) of the kernel of a target; the parameters may be abstract."""
+    return jax.eval_shape(lambda blocks: kernel_of(blocks, target), blocks).shape
 
 
 def _map_kernels(

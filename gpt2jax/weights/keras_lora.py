@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2jax.lora.adapters import kernel_of
+from gpt2jax.lora.adapters import kernel_shape
 from gpt2jax.lora.config import QKV_TARGETS, LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
@@ -88,7 +88,7 @@ def _factor_shapes(config: GPT2Config, target: str, rank: int) -> tuple[Shape, S
 
 
 def _zero_factors(config: GPT2Config, target: str, rank: int) -> dict[str, np.ndarray]:
-    layers, in_dim, out_dim = kernel_of(abstract_params(config)["h"], target).shape
+    layers, in_dim, out_dim = kernel_shape(abstract_params(config)["h"], target)
     rank *= config.n_head if target in QKV_TARGETS else 1
     return {
         "lora_a": np.zeros((layers, in_dim, rank), np.float32),

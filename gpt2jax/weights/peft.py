@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2jax.lora.adapters import kernel_of
+from gpt2jax.lora.adapters import kernel_of, kernel_shape
 from gpt2jax.lora.combine import fuse_qkv
 from gpt2jax.lora.config import QKV_TARGETS, TARGETS, LoRAConfig
 from gpt2jax.model.config import GPT2Config
@@ -271,7 +271,7 @@ def _zero_adapters(
     blocks = abstract_params(config)["h"]
     adapters: FlatAdapters = {}
     for target in lora.targets:
-        layers, in_dim, out_dim = kernel_of(blocks, target).shape
+        layers, in_dim, out_dim = kernel_shape(blocks, target)
         rank = max(lora.rank_of(layer, target) for layer in range(layers))
         if rank > largest:  # a damaged number must not ask for memory
             raise ValueError(f"{file}: no tensor is as large as the rank of {rank} in {CONFIG_FILE}")
