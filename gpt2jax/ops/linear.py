@@ -55,7 +55,7 @@ def matmul(x: Float[Array, "*B K"], kernel: Kernel, dtype: jnp.dtype) -> Float32
     return kernel.matmul(x, dtype) if isinstance(kernel, StoredKernel) else _dense_matmul(x, kernel, dtype)
 
 
-def dequantize(kernel: Kernel) -> Float32[Array, "..."]:
+def dequantize(kernel: Kernel) -> Float32[Array, ...]:
     """Return a kernel of any form as a float32 array [..., in, out]."""
     return kernel.dequantize() if isinstance(kernel, StoredKernel) else kernel.astype(jnp.float32)
 

@@ -275,7 +275,10 @@ def _zero_adapters(
         rank = max(lora.rank_of(layer, target) for layer in range(layers))
         if rank > largest:  # a damaged number must not ask for memory
             raise ValueError(f"{file}: no tensor is as large as the rank of {rank} in {CONFIG_FILE}")
-        shapes = {"lora_a": (layers, in_dim, rank), "lora_b": (layers, rank, out_dim)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_a": (layers, in_dim, rank),
+            "lora_b": (layers, rank, out_dim),
+        }
         if lora.use_dora:
             shapes["magnitude"] = (layers, out_dim)
         adapters[target] = {leaf: np.zeros(shape, np.float32) for leaf, shape in shapes.items()}

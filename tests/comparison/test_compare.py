@@ -196,13 +196,23 @@ def test_params_fingerprint_tells_models_apart(model, other_model):
         (None, {"max_length": 20}, ValueError, "give one of them"),
         (None, {"prompts": ["long " * 60]}, ValueError, "prompt 0 has .* tokens"),
         (None, {"prompts": 5}, ValueError, "prompts must be .*, got 5"),
-        (None, {"temperature": [1.0]}, ValueError, r"temperature must be a number of at least 0, got \[1.0\]"),
+        (
+            None,
+            {"temperature": [1.0]},
+            ValueError,
+            r"temperature must be a number of at least 0, got \[1.0\]",
+        ),
         (None, {"top_p": 7}, ValueError, "top_p must be .*, got 7"),
         (None, {"max_new_tokens": 0}, ValueError, "max_new_tokens=0 must be"),
         (None, {"seed": 1.5}, ValueError, "seed=1.5 must be a whole number from 0"),
         (None, {"seed": 2**32}, ValueError, "seed=4294967296 must be a whole number from 0"),
         (None, {"prompts": {"a": 1}}, ValueError, "prompts must be .*, got {'a': 1}"),
-        (None, {"prompts": {"a"}}, ValueError, "prompts must be .*, got {'a'}"),  # in an order of its own each time
+        (
+            None,
+            {"prompts": {"a"}},
+            ValueError,
+            "prompts must be .*, got {'a'}",
+        ),  # in an order of its own each time
         (None, {"texts": {"a text"}}, TypeError, "texts={'a text'} is no list of texts"),
         (None, {"source": "docs"}, ValueError, "source must be a dict, or None, got 'docs'"),
         (None, {"training_texts": "one"}, TypeError, "training_texts is one string"),
