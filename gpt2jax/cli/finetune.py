@@ -38,6 +38,9 @@ class TrainOptions(FinetuneConfig):
     lora: tyro.conf.Suppress[None] = None
     token_cache: tyro.conf.Suppress[str | None] = None
 
+    def __post_init__(self) -> None:
+        """Check nothing: rules between fields need those of `Options`, so `finetune_config` checks all of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions(LoRAConfig):

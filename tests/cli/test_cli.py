@@ -362,7 +362,7 @@ def test_run_command_ends_with_one_line_and_a_code(capsys, error, code):
         raise error
 
     with pytest.raises(SystemExit) as exit_:
-        run_command("finetune", Options, run, [])
+        run_command("finetune", Options, run, [], prefixes=True)
     assert exit_.value.code == code
     said = " ".join(str(error).split()) or "interrupted"
     assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"
