@@ -123,9 +123,9 @@ def test_other_bases_are_named():
     for settings, named in (
         (
             {"base_dtype": "int4", "lora": LoRAConfig()},
-            "base_dtype='int4' is not known; known: float32, bfloat16, int8",
+            "base_dtype must be one of float32, bfloat16, int8, or None, got 'int4'",
         ),
-        ({"base_dtype": "bfloat16"}, "base_dtype='bfloat16' is for LoRA only; expected None"),
+        ({"base_dtype": "bfloat16"}, "base_dtype must be None without lora, got 'bfloat16'"),
     ):
         with pytest.raises(ValueError, match=named):
             gpt2jax.FinetuneConfig(**settings)
