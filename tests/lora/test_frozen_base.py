@@ -89,8 +89,14 @@ def test_cast_base_casts_matrices_only(params, dtype):
 
 
 def test_base_dtype_unknown_or_without_lora():
-    for settings in ({"base_dtype": "int4", "lora": LoRAConfig()}, {"base_dtype": "bfloat16"}):
-        with pytest.raises(ValueError, match="base_dtype"):
+    for settings, named in (
+        (
+            {"base_dtype": "int4", "lora": LoRAConfig()},
+            "base_dtype must be one of float32, bfloat16, int8, or None, got 'int4'",
+        ),
+        ({"base_dtype": "bfloat16"}, "base_dtype must be None without lora, got 'bfloat16'"),
+    ):
+        with pytest.raises(ValueError, match=named):
             gpt2jax.FinetuneConfig(**settings)
 
 
