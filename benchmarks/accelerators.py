@@ -1,12 +1,13 @@
-"""Training steps and decoding loops compiled for GPUs and TPUs that need not be here: their memory and kernels.
+"""Compile training steps and decoding loops for GPUs and TPUs that need not be here; show memory and kernels.
 
     python benchmarks/accelerators.py                 all cases
     python benchmarks/accelerators.py --only gpt2-xl  those whose name holds that
-    python benchmarks/accelerators.py --decoding      decoding loops in place of training steps
+    python benchmarks/accelerators.py --decoding      decoding loops instead of training steps
 
 Needs jax's plugins (`pip install -e ".[cuda]"`, `".[tpu]"`), not their devices. Nothing is run and nothing timed:
-"estimate" is what `gpt2jax plan` says, "compiled" what XLA's own plan of the compiled program says. Of a decoding loop
-the largest array that a step copies or converts is named beside its smallest weight and its cache.
+"estimate" and "compiled" are the figures of `gpt2jax plan`: a rough estimate, and the peak that XLA plans for the
+compiled program. "ratio" is the second over the first. For a decoding loop the table names the largest array that a
+step copies or converts, beside its smallest weight and its cache.
 """
 
 from __future__ import annotations
@@ -29,37 +30,34 @@ from gpt2jax.generation.strategy import Sampling, decode
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS
 from gpt2jax.model.gpt2 import init_params
-from gpt2jax.plan.devices import described_devices, find_device
+from gpt2jax.plan.devices import find_device, topology_devices
 from gpt2jax.plan.estimate import estimate_memory
-from gpt2jax.plan.program import compile_for, compile_program, make_program, planned_bytes
+from gpt2jax.plan.program import compile_for, compile_program, make_program, peak_bytes
 from gpt2jax.sharding import make_mesh
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.step import with_dropout
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A training step: model, device, how many of them, rows of 1,024 tokens, and settings that are not the default."""
+    """A training step: model, device, number of devices, rows of 1,024 tokens, and settings other than the defaults."""
 
     model: str
     device: str
     devices: int
     rows: int
     settings: dict = dataclasses.field(default_factory=dict)
-    dropout: float = 0.0
 
     @property
     def name(self) -> str:
-        """As the table shows it."""
+        """Return the name that the table shows."""
         settings = [f"{k}={v}" if not isinstance(v, LoRAConfig) else "lora" for k, v in self.settings.items()]
-        settings += [f"dropout={self.dropout}"] if self.dropout else []
         return " ".join([self.model, f"B={self.rows}", *settings])
 
 
 CASES = (
     Case("gpt2", "h100", 1, 16),
     Case("gpt2", "h100", 1, 64),
-    Case("gpt2", "h100", 1, 16, dropout=0.1),
+    Case("gpt2", "h100", 1, 16, {"dropout": 0.1}),
     Case("gpt2", "h100", 1, 16, {"compute_dtype": "float32"}),
     Case("gpt2", "h100", 1, 16, {"lora": LoRAConfig()}),
     Case("gpt2-medium", "h100", 1, 16),
@@ -93,7 +91,7 @@ class Decoding:
 
     @property
     def name(self) -> str:
-        """As the table shows it."""
+        """Return the name that the table shows."""
         return f"{self.model} B={self.rows} S={self.slots} {self.dtype}"
 
 
@@ -110,12 +108,12 @@ DECODING = (
 
 
 def main() -> None:
-    """Compiles the cases one after the other and prints a table of all that could be compiled."""
+    """Compile the cases one after the other and print a table of those that could be compiled."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--decoding", action="store_true", help="decoding loops in place of training steps")
+    parser.add_argument("--decoding", action="store_true", help="decoding loops instead of training steps")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     console = Console(width=150)
@@ -145,36 +143,38 @@ def main() -> None:
 
 
 def measure_training(case: Case) -> tuple[str, ...]:
-    """A row of the table."""
+    """Return a row of the table of training steps."""
     device = find_device(case.device)
     train = FinetuneConfig(
-        batch_size=case.rows, sequence_length=1024, **{"compute_dtype": "bfloat16"} | case.settings
+        batch_size=case.rows,
+        sequence_length=1024,
+        **{"compute_dtype": "bfloat16", "dropout": 0.0} | case.settings,
     )
-    program = make_program(with_dropout(PRESETS[case.model], case.dropout), train, device.backend)
+    program = make_program(PRESETS[case.model], train, device.backend)
     mesh = make_mesh(
-        fsdp=train.fsdp, tensor=train.tensor_parallel, devices=described_devices(device, case.devices)
+        fsdp=train.fsdp, tensor=train.tensor_parallel, devices=topology_devices(device, case.devices)
     )
     estimate = estimate_memory(
         program, fsdp=train.fsdp, tensor=train.tensor_parallel, devices=case.devices
     ).total
     compiled = compile_program(program, mesh)
-    memory, total = compiled.memory_analysis(), planned_bytes(compiled, device.backend)
+    memory, total = compiled.memory_analysis(), peak_bytes(compiled, device.backend)
     kernels = compiled.as_text().count('custom_call_target="__cudnn$fmha')
     return (
         case.name,
         f"{case.devices} x {case.device}",
         f"{estimate / 1e9:.2f}",
         f"{total / 1e9:.2f}",
-        f"{estimate / total:.2f}",
+        f"{total / estimate:.2f}",
         f"{memory.argument_size_in_bytes / 1e9:.2f}",
         str(kernels) if device.backend == "gpu" else "",
     )
 
 
 def measure_decoding(case: Decoding) -> tuple[str, ...]:
-    """A row of the other table."""
+    """Return a row of the table of decoding loops."""
     device = find_device(case.device)
-    [place] = described_devices(device, 1)
+    [place] = topology_devices(device, 1)
     here = jax.sharding.SingleDeviceSharding(place)
     config = PRESETS[case.model]
     numbers = decoding_precision(case.dtype, backend=device.backend)
@@ -190,7 +190,7 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
         (params, cache, state, settings, np.int32(case.slots)),
     )
     compiled = compile_for(device.backend, decode, Sampling(), DecoderSpec(config, numbers), *arguments)
-    memory, total = compiled.memory_analysis(), planned_bytes(compiled, device.backend)
+    memory, total = compiled.memory_analysis(), peak_bytes(compiled, device.backend)
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     smallest = min(leaf.size for layer in params["h"] for leaf in jax.tree.leaves(layer) if leaf.ndim == 2)
     text = compiled.as_text()
@@ -209,7 +209,7 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
 
 
 def largest(text: str, operation: str) -> int:
-    """Numbers in the largest array that kernels of their own, or parts of them, copy or convert."""
+    """Return the size of the largest array that an instruction of this operation makes in a compiled program."""
     sizes = [
         math.prod(int(dim) for dim in dims.split(","))
         for dims in re.findall(rf"= \w+\[([\d,]+)\]\S* {operation}\(", text)

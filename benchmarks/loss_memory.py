@@ -21,7 +21,7 @@ from training import dense_loss
 from gpt2jax.model.config import PRESETS
 from gpt2jax.ops.cross_entropy import cross_entropy
 from gpt2jax.ops.precision import Precision
-from gpt2jax.plan.devices import described_devices, find_device
+from gpt2jax.plan.devices import find_device, topology_devices
 from gpt2jax.plan.program import compile_for
 
 
@@ -53,7 +53,7 @@ def find_place(name: str) -> tuple[jax.Device, str]:
     if name == "cpu":
         return jax.devices("cpu")[0], "cpu"
     device = find_device(name)
-    [place] = described_devices(device, 1)
+    [place] = topology_devices(device, 1)
     return place, device.backend
 
 

@@ -1,10 +1,13 @@
-"""Devices by name: memory and peak speed as their makers state them, and descriptions that XLA compiles for."""
+"""Accelerators by name: memory and peak speed from their makers' data sheets, and descriptions to compile for."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import Any
+
+from gpt2jax.utils.validation import unknown_name
 
 GB = 10**9
 
@@ -19,7 +22,7 @@ class Device:
         backend: jax's name of its platform.
         memory: bytes.
         flops: peak FLOP/s of dense matrix products by dtype of their operands.
-        topology: of a slice of so many devices that can be compiled for without one, by their number.
+        topologies: number of devices to the name of a slice of so many, where XLA can compile for it without one.
     """
 
     name: str
@@ -30,12 +33,12 @@ class Device:
     topologies: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
-def _peaks(narrow: float, wide: float) -> dict[str, float]:
-    """Peaks in TFLOP/s: of both 16-bit types, and of float32."""
-    return {"bfloat16": narrow * 1e12, "float16": narrow * 1e12, "float32": wide * 1e12}
+def _peaks(half: float, single: float) -> dict[str, float]:
+    """Return the peaks by dtype, given in TFLOP/s for both 16-bit types and for float32."""
+    return {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
 
 
-# of one host: hosts by processes by GPUs
+# hosts x processes x GPUs
 _H100S = {count: f"1x1x{count}" for count in (1, 2, 4, 8)}
 
 # sources: the makers' data sheets; float32 without TF32, on a TPU as six passes of bfloat16
@@ -54,7 +57,7 @@ DEVICES = {
     )
 }
 
-# what XLA asks of a GPU it compiles for: the figures of cudaGetDeviceProperties, in its own text format
+# cudaGetDeviceProperties of the GPU to compile for, in XLA's text format
 _H100 = """gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
   core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
@@ -72,32 +75,32 @@ runtime_version { major: 12 minor: 9 }
 
 
 def find_device(name: str) -> Device:
-    """The device of that name.
+    """Return the device of that name.
 
     Raises:
-        ValueError: it is not known; names those that are.
+        ValueError: it is not known; gives the nearest known one.
     """
     if name not in DEVICES:
-        raise ValueError(f"device={name!r} is not known; known: {', '.join(DEVICES)}")
+        raise ValueError(unknown_name("device", name, DEVICES))
     return DEVICES[name]
 
 
-def described_devices(device: Device, count: int) -> list[Any]:
-    """jax devices to compile for, without having one.
+def topology_devices(device: Device, count: int) -> list[Any]:
+    """Return jax devices to compile for on a machine without them.
 
     Raises:
-        LookupError: XLA has no description of so many of them here, or jax's plugin for them is not installed; says
-            what to install.
+        LookupError: there is no description of so many of them, or jax's plugin for them is not installed; says what
+            to install.
     """
     if count not in device.topologies:
-        known = ", ".join(map(str, device.topologies)) or "none"
-        raise LookupError(f"compiling for {count} x {device.name} is not possible here (described: {known})")
+        counts = ", ".join(map(str, device.topologies)) or "none"
+        raise LookupError(f"XLA has no description of {count} x {device.name} here; described: {counts}")
     try:
         return list(_describe(device, device.topologies[count]))
     except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
         extra = "cuda" if device.backend == "gpu" else "tpu"
         raise LookupError(
-            f'compiling for {device.name} needs pip install "gpt2jax[{extra}]" ({error})'
+            f'compiling for {device.name} needs pip install "gpt2jax[{extra}]"; {error}'
         ) from None
 
 
@@ -105,18 +108,15 @@ def _describe(device: Device, topology: str) -> Any:
     from jax.experimental import topologies
 
     if device.backend == "gpu":
-
-        def described():
-            return topologies.get_topology_desc(
-                platform="cuda", target_config=_H100, topology=topology
-            ).devices
-
+        describe = functools.partial(
+            topologies.get_topology_desc, platform="cuda", target_config=_H100, topology=topology
+        )
         try:
-            return described()
-        except Exception:  # jax registers its CUDA plugin only where it looks for a GPU
+            return describe().devices
+        except Exception:  # jax registers its CUDA plugin only on a machine with a GPU
             _register_cuda()
-            return described()
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask off a TPU machine
+            return describe().devices
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # only a TPU machine has a metadata server to ask
     bounds = tuple(int(size) for size in topology.partition(":")[2].split("x"))
     return topologies.get_topology_desc(
         platform="tpu",
@@ -129,10 +129,10 @@ def _describe(device: Device, topology: str) -> Any:
 
 
 def _register_cuda() -> None:
-    """Makes jax's CUDA plugin known on a machine that has no GPU."""
+    """Register jax's CUDA plugin on a machine without a GPU."""
     import contextlib
 
     import jax_plugins.xla_cuda12 as plugin  # pyright: ignore[reportMissingImports]
 
-    with contextlib.suppress(Exception):  # it is registered already
+    with contextlib.suppress(Exception):  # already registered
         plugin.initialize()

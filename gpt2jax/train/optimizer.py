@@ -120,7 +120,7 @@ class BFloat16MomentsState(NamedTuple):
     """An optimizer's state with moments in bfloat16, and the number of updates, which seeds the rounding."""
 
     inner: Any
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name for it
 
 
 def bfloat16_moments(optimizer: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformation:

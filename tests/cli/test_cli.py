@@ -386,12 +386,24 @@ def test_data_options_streams_of_the_hub_have_a_fingerprint():
     assert len(set(names)) == 3 and all("c" * 40 in str(name) for name in names)
 
 
-def test_launcher_help_and_unknown_command(capsys):
-    for name in ("finetune", "generate", "evaluate", "compare", "convert"):
-        shown = subprocess.run(
-            [sys.executable, f"scripts/{name}.py", "--help"], capture_output=True, text=True
-        )
-        assert shown.returncode == 0 and "--seed" in shown.stdout and "--out" in shown.stdout
-    assert "known: finetune, generate, evaluate, compare" in fails(capsys, "finetuen")
+def test_start_by_the_script_lists_the_options():
+    command = [sys.executable, "scripts/finetune.py", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--seed" in shown.stdout and "--out" in shown.stdout
+
+
+def test_main_lists_the_commands_and_names_the_nearest_one(capsys):
+    assert (
+        fails(capsys, "finetuen")
+        == "gpt2jax: error: there is no command 'finetuen'; did you mean 'finetune'?"
+    )
     main(["--help"])
     assert "finetune" in capsys.readouterr().out
+
+
+def test_main_command_has_seed_and_out(capsys):
+    for name in ("generate", "evaluate", "compare", "convert"):
+        with pytest.raises(SystemExit) as exit_:
+            main([name, "--help"])
+        shown = capsys.readouterr().out
+        assert exit_.value.code == 0 and "--seed" in shown and "--out" in shown
