@@ -29,7 +29,8 @@ from gpt2jax.model.gpt2 import (
 )
 from gpt2jax.ops.precision import FLOAT32
 from gpt2jax.tokenizer.bpe import Tokenizer
-from gpt2jax.utils.validation import check, check_model, check_path, check_seed, is_number, must_be, one_of
+from gpt2jax.utils.validation import check, check_model, check_path, is_number, must_be, one_of
+from gpt2jax.utils.validation import seed as seed_rule
 
 SAVE_FORMATS = ("hf", "keras")
 
@@ -191,7 +192,7 @@ def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | Non
         raise ValueError(f"{must_be('config', 'a GPT2Config', config)}; such as gpt2jax.PRESETS['gpt2']")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise ValueError(must_be("tokenizer", "a Tokenizer, or None", tokenizer))
-    seed = check_seed(seed)
+    seed = check("seed", seed, seed_rule)
     return LanguageModel(config, init_params(config, seed), tokenizer)
 
 

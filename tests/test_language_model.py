@@ -163,9 +163,9 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path):
         ("./nothing/here", FileNotFoundError, "nothing/here"),
         ("a/b/c", FileNotFoundError, "there is no model at a/b/c"),
         ("weights.safetensors", FileNotFoundError, "weights.safetensors"),
-        ("", ValueError, "name='' must be a name or a path, and not empty"),
-        (None, ValueError, "name=None must be a name or a path"),
-        ("a\0b", ValueError, "name='a.x00b' must be a name or a path"),
+        ("", ValueError, "name must be a name or a path, and not empty, got ''"),
+        (None, ValueError, "name must be a name or a path, and not empty, got None"),
+        ("a\0b", ValueError, "name must be a name or a path, and not empty, got 'a.x00b'"),
     ],
 )
 def test_names_that_are_none(name, error, message):
@@ -176,7 +176,7 @@ def test_names_that_are_none(name, error, message):
 def test_what_is_no_configuration_or_seed_is_named():
     with pytest.raises(ValueError, match="config must be a GPT2Config, got 'gpt2'"):
         gpt2jax.from_config("gpt2")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="seed=1.5 must be a whole number"):
+    with pytest.raises(ValueError, match="seed must be a whole number.*, got 1.5"):
         gpt2jax.from_config(TINY, 1.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="tokenizer must be a Tokenizer, or None, got 'gpt2'"):
         gpt2jax.from_config(TINY, tokenizer="gpt2")  # pyright: ignore[reportArgumentType]
@@ -187,10 +187,10 @@ def test_what_is_no_configuration_or_seed_is_named():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: gpt2jax.load_adapter("gpt2-mini", "adapter"), "model='gpt2-mini' is no model"),
-        (lambda: gpt2jax.save_adapter("gpt2-mini", "adapter"), "model='gpt2-mini' is no model"),
+        (lambda: gpt2jax.load_adapter("gpt2-mini", "adapter"), "model must be a LanguageModel, got 'gpt2-mini'"),
+        (lambda: gpt2jax.save_adapter("gpt2-mini", "adapter"), "model must be a LanguageModel, got 'gpt2-mini'"),
         (lambda: gpt2jax.combine_adapters(None), "models must be a list of models, got None"),
-        (lambda: gpt2jax.combine_adapters(["one"]), r"models\[0\]='one' is no model"),
+        (lambda: gpt2jax.combine_adapters(["one"]), r"models\[0\] must be a LanguageModel, got 'one'"),
     ],
 )
 def test_what_is_no_model_with_adapters_is_named(call, message):

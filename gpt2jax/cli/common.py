@@ -97,7 +97,7 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
 
 
 def _what_is_wrong(box: str) -> str:
-    """The words of the box that tyro draws around a mistake, without its title and the help texts that it repeats."""
+    """Return the words of the box that tyro draws around a mistake, without its title and repeated help texts."""
     kept: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip(" │")
@@ -112,14 +112,14 @@ def _what_is_wrong(box: str) -> str:
 
 
 def say(console: Any, what: str, text: str) -> None:
-    """Prints a line that begins with a word in bold; brackets in paths and names are no markup."""
+    """Print a line that begins with a bold word; rich markup in the text is not interpreted."""
     from rich.text import Text
 
     console.print(Text.assemble((what, "bold"), "  ", text), highlight=False, soft_wrap=True)
 
 
 def command_line(name: str) -> str:
-    """The command as the user typed it, for a report, without what says where the results go."""
+    """Return the command as the user typed it, for a report, without the options for the place of the results."""
     kept, words = [], iter(sys.argv[2:] if sys.argv[1:2] == [name] else sys.argv[1:])
     for word in words:
         if word == "--out":
@@ -130,7 +130,7 @@ def command_line(name: str) -> str:
 
 
 def fail(name: str, message: str, *, code: int = 2) -> NoReturn:
-    """Prints one line and ends the program."""
+    """Print one line and end the program."""
     line = " ".join(message.split())
     print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
@@ -148,7 +148,7 @@ def check_folder(path: pathlib.Path) -> None:
 
 
 def check_file(path: pathlib.Path, *, overwrite: bool) -> None:
-    """The same for the name of a file, which may be there only where it is to be replaced."""
+    """Check the name of a file for results; an existing file needs `overwrite`."""
     if path.is_dir():
         raise IsADirectoryError(f"--out {path} is a folder: give the name of a file")
     if path.exists() and not overwrite:

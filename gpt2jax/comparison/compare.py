@@ -18,7 +18,8 @@ from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.requests import Prompt, as_prompts
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import data_fingerprint
-from gpt2jax.utils.validation import check, check_count, check_seed, check_texts, must_be, positive_int
+from gpt2jax.utils.validation import check, check_texts, must_be, positive_int
+from gpt2jax.utils.validation import seed as seed_rule
 
 # an unfinished statement, five questions on medicine and networks, and the empty prompt twice
 DEFAULT_PROMPTS = (
@@ -89,7 +90,7 @@ def compare(
     config = EvaluationConfig.merge(config, overrides, compare.__kwdefaults__)
     config = config.resolve(min(model.config.n_positions for model in models.values()))
     resamples = check("resamples", resamples, positive_int)
-    seed = check_seed(seed)
+    seed = check("seed", seed, seed_rule)
     sampling = _sampling(temperature, top_k, top_p, do_sample)
     sampling |= _length_limit(models, max_length, max_new_tokens)
     prompts = _default_prompts(models) if prompts is None else as_prompts(prompts)
@@ -186,10 +187,10 @@ def _length_limit(
     if max_length is not None and max_new_tokens is not None:
         raise ValueError(f"max_length={max_length} and max_new_tokens={max_new_tokens}: give one of them")
     if max_new_tokens is not None:
-        return {"max_new_tokens": check_count("max_new_tokens", max_new_tokens)}
+        return {"max_new_tokens": check("max_new_tokens", max_new_tokens, positive_int)}
     context = min(model.config.n_positions for model in models.values())
     default = min(DEFAULT_MAX_LENGTH, context)
-    return {"max_length": default if max_length is None else check_count("max_length", max_length)}
+    return {"max_length": default if max_length is None else check("max_length", max_length, positive_int)}
 
 
 def _sampling(temperature: float, top_k: int | None, top_p: float, do_sample: bool) -> dict[str, Any]:

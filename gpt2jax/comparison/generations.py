@@ -64,7 +64,7 @@ def generate_texts(
 
 
 def _timed(call: Callable[[], Generation]) -> tuple[Generation, float, bool]:
-    """What a call gives, its seconds, and whether anything was compiled for it."""
+    """Return the result of a call, its seconds, and whether it compiled anything."""
     events: list[str] = []
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:

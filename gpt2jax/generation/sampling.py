@@ -73,7 +73,7 @@ def sample(logits: jax.Array, keys: jax.Array, filters: Filters) -> jax.Array:
 
 
 def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """That of one token a row under softmax(logits): [B, V], [B] -> [B] float32."""
+    """Return the log-probability [B] float32 of one token [B] a row under softmax(logits [B, V])."""
     return _pick(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -89,7 +89,7 @@ def window_weights(values: jax.Array, filters: Filters) -> jax.Array:
 
 
 def full_weights(logits: jax.Array, filters: Filters) -> jax.Array:
-    """Filtered probabilities, up to a factor a row, of the whole vocabulary: logits [B, V] -> [B, V]."""
+    """Filter the probabilities of the whole vocabulary: logits [B, V] -> weights [B, V], not normalized."""
     temperature, top_k, top_p, min_p, _ = _columns(filters)
     order = _ordered_bits(logits)
     weights = _tempered(logits, temperature)
@@ -144,7 +144,7 @@ def draw_from_all(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def _largest(order: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
-    """Marks the smallest set of entries, largest `order` first, whose mass reaches `target`.
+    """Mark the smallest set of entries, largest `order` first, whose mass reaches `target`.
 
     Of entries of equal order, the first ones.
 
@@ -198,5 +198,5 @@ def _columns(filters: Filters) -> list[jax.Array]:
 
 
 def _column(value: jax.Array | float) -> jax.Array:
-    """A scalar or [B] that stands against [B, V]."""
+    """Add an axis to a scalar or [B], to broadcast against [B, V]."""
     return jnp.asarray(value)[..., None]

@@ -36,7 +36,7 @@ Count = Callable[[int, int, int], None]
 
 @contextlib.contextmanager
 def tokenization_progress(texts: Iterable[Any], *, show: bool) -> Iterator[Count]:
-    """Yields `count(documents, characters, tokens)`, to be called for each piece that is done.
+    """Yield `count(documents, characters, tokens)`, to be called for each piece that is done.
 
     Draws a bar on a terminal; elsewhere prints one line at the end, if it took more than a moment.
     """
@@ -72,7 +72,7 @@ Report = Callable[[int, dict[str, float]], None]
 
 @contextlib.contextmanager
 def training_progress(steps: int, start: int, *, show: bool = True) -> Iterator[Report]:
-    """Yields `report(step, metrics)`: draws the bar on a terminal, prints a line per logged step elsewhere."""
+    """Yield `report(step, metrics)`: draws the bar on a terminal, prints a line per logged step elsewhere."""
     if not show:
         yield lambda step, metrics: None
     elif not is_interactive():
@@ -93,7 +93,7 @@ def training_progress(steps: int, start: int, *, show: bool = True) -> Iterator[
 
 
 def figures(metrics: dict[str, float]) -> str:
-    """The figures of one logged step in a few words."""
+    """Format the figures of one logged step."""
     parts = [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
     if "validation_loss" in metrics:
         parts.append(f"validation {metrics['validation_loss']:.3f}")
@@ -112,7 +112,7 @@ def _print_line(steps: int) -> Report:
 
 @contextlib.contextmanager
 def evaluation_progress(total: int | None, done: int, show: bool) -> Iterator[Callable[[float], None]]:
-    """Yields `advance(documents)`: a bar on stderr where that is a terminal, or nothing."""
+    """Yield `advance(documents)`, which moves a bar on a terminal and does nothing elsewhere."""
     if not (show and is_interactive()):
         yield lambda documents: None
         return

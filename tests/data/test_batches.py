@@ -181,12 +181,12 @@ def test_batches_refuse_texts_that_are_too_short():
 
 
 def test_tokenize_documents_refuses_one_string():
-    with pytest.raises(TypeError, match="texts is one string"):
+    with pytest.raises(TypeError, match="texts must be a list of texts, got one string"):
         tokenize_documents("a text", None, vocab_size=100)
 
 
 @pytest.mark.parametrize("texts", [None, 5, {"train": ["a text"]}])
 def test_tokenize_documents_refuses_what_is_not_a_list(texts):
     """The names of columns or splits are no texts."""
-    with pytest.raises(TypeError, match="texts=.* is no list of texts"):
+    with pytest.raises(TypeError, match="texts must be a list of texts, got"):
         tokenize_documents(texts, None, vocab_size=100)

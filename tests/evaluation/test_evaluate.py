@@ -401,7 +401,7 @@ def test_evaluate_refuses_what_is_not_a_list_of_texts(model):
         evaluate(model, "some text", sequence_length=LENGTH)
     with pytest.raises(TypeError, match="texts=None is no list"):
         evaluate(model, None, sequence_length=LENGTH)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="model='gpt2-mini' is no model; gpt2jax.load"):
+    with pytest.raises(ValueError, match="model must be a LanguageModel, got 'gpt2-mini'; gpt2jax.load"):
         evaluate("gpt2-mini", ["some text"])  # pyright: ignore[reportArgumentType]
 
 

@@ -684,5 +684,5 @@ def test_impossible_prompts_are_named(model, prompts, message):
 
 @pytest.mark.parametrize("call", [generate, stream, beam_search])
 def test_a_name_is_no_model(call):
-    with pytest.raises(ValueError, match="model='gpt2-mini' is no model; gpt2jax.load"):
+    with pytest.raises(ValueError, match="model must be a LanguageModel, got 'gpt2-mini'; gpt2jax.load"):
         call("gpt2-mini", "a")

@@ -299,15 +299,15 @@ def test_finetune_leaves_nothing_if_it_cannot_train(model, tmp_path, rows, setti
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"model": "gpt2-mini"}, ValueError, "model='gpt2-mini' is no model; gpt2jax.load"),
-        ({"train_texts": None}, TypeError, "train_texts=None is no list of texts"),
-        ({"train_texts": {"text": ["a"]}}, TypeError, "train_texts={'text': .* is no list of texts"),
-        ({"validation_texts": "a text"}, TypeError, "validation_texts is one string"),
+        ({"model": "gpt2-mini"}, ValueError, "model must be a LanguageModel, got 'gpt2-mini'; gpt2jax.load"),
+        ({"train_texts": None}, TypeError, "train_texts must be a list of texts, got None"),
+        ({"train_texts": {"text": ["a"]}}, TypeError, "train_texts must be a list of texts, got {'text'"),
+        ({"validation_texts": "a text"}, TypeError, "validation_texts must be a list of texts, got one string"),
         ({"config": {}}, ValueError, "config must be a FinetuneConfig, or None, got {}"),
         ({"config": LoRAConfig()}, ValueError, r"config must be a FinetuneConfig, or None, got LoRAConfig"),
         ({"source": "docs"}, ValueError, "source must be a Mapping, or None, got 'docs'"),
-        ({"output": ""}, ValueError, "output='' must be a name or a path, and not empty"),
-        ({"output": 5}, ValueError, "output=5 must be a name or a path"),
+        ({"output": ""}, ValueError, "output must be a name or a path, and not empty, got ''"),
+        ({"output": 5}, ValueError, "output must be a name or a path, and not empty, got 5"),
     ],
 )
 def test_finetune_names_misplaced_arguments(model, given, error, message):
