@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gpt2jax.utils.validation import check, must_be, positive_int
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -53,13 +55,10 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None =
     """
     devices = list(jax.devices() if devices is None else devices)
     for name, size in (("fsdp", fsdp), ("tensor", tensor)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r} must be a positive whole number of devices")
+        check(name, size, positive_int)
     if len(devices) % (fsdp * tensor):
-        raise ValueError(
-            f"{len(devices)} devices can't be divided into fsdp={fsdp} times tensor={tensor}: the product must "
-            f"divide the number of devices"
-        )
+        legal = f"a multiple of fsdp={fsdp} times tensor={tensor}"
+        raise ValueError(must_be("the number of devices", legal, len(devices)))
     shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -103,7 +102,7 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     num_shards, sharding = num_batch_shards(mesh), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     rows = next(iter(batch.values())).shape[0]
     if rows % num_shards:
-        raise ValueError(f"a batch of {rows} rows can't be divided among {num_shards} devices")
+        raise ValueError(must_be("the number of rows", f"a multiple of {num_shards}, that of shards", rows))
     return {
         name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
         for name, array in batch.items()

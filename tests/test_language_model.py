@@ -187,8 +187,14 @@ def test_what_is_no_configuration_or_seed_is_named():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: gpt2jax.load_adapter("gpt2-mini", "adapter"), "model must be a LanguageModel, got 'gpt2-mini'"),
-        (lambda: gpt2jax.save_adapter("gpt2-mini", "adapter"), "model must be a LanguageModel, got 'gpt2-mini'"),
+        (
+            lambda: gpt2jax.load_adapter("gpt2-mini", "adapter"),
+            "model must be a LanguageModel, got 'gpt2-mini'",
+        ),
+        (
+            lambda: gpt2jax.save_adapter("gpt2-mini", "adapter"),
+            "model must be a LanguageModel, got 'gpt2-mini'",
+        ),
         (lambda: gpt2jax.combine_adapters(None), "models must be a list of models, got None"),
         (lambda: gpt2jax.combine_adapters(["one"]), r"models\[0\] must be a LanguageModel, got 'one'"),
     ],

@@ -10,9 +10,9 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
-from gpt2jax.utils.validation import check_path
+from gpt2jax.utils.validation import check_path, positive_int, validated
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
@@ -156,6 +156,7 @@ def check_file(path: pathlib.Path, *, overwrite: bool) -> None:
     check_folder(path.parent)
 
 
+@validated
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
     """Where texts come from.
@@ -174,13 +175,9 @@ class DataOptions:
     data: str = "numeric-docs"
     text_column: str | None = None
     documents: Literal["file", "paragraph", "line"] = "file"
-    limit: int | None = None
+    limit: Annotated[int | None, positive_int] = None
     streaming: bool = False
     data_revision: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} must be at least 1")
 
     def pinned(self) -> DataOptions:
         """Return the same with the commit of a hub data set: all splits are of it, and the results can name it."""

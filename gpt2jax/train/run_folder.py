@@ -80,7 +80,9 @@ class RunFolder:
 
     def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
         if resume and overwrite:
-            raise ValueError("resume=True goes on with the run that overwrite=True deletes: give one of them")
+            raise ValueError("resume must be False with overwrite=True, which deletes the run to resume; got True")
+                "resume must be False with overwrite=True, got True; overwrite deletes the run that resume continues"
+            )
         self.path = check_path("output", path)
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
         self.description: dict[str, Any] = {}

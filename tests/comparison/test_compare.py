@@ -215,7 +215,12 @@ def test_params_fingerprint_tells_models_apart(model, other_model):
         ),  # in an order of its own each time
         (None, {"texts": {"a text"}}, TypeError, "texts must be a list of texts, got {'a text'}"),
         (None, {"source": "docs"}, ValueError, "source must be a dict, or None, got 'docs'"),
-        (None, {"training_texts": "one"}, TypeError, "training_texts must be a list of texts, got one string"),
+        (
+            None,
+            {"training_texts": "one"},
+            TypeError,
+            "training_texts must be a list of texts, got one string",
+        ),
         (None, {"resample": 3}, TypeError, "there is no setting 'resample'; did you mean 'resamples'"),
         (None, {"window": "rolling"}, TypeError, "did you mean 'windows'"),
     ],

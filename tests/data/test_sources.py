@@ -27,7 +27,9 @@ def test_limit_and_streaming(tmp_path):
 @pytest.mark.parametrize("source", ["", None, ["a text"]])
 def test_what_is_no_source_is_named(source):
     """The empty name is not the working folder."""
-    with pytest.raises(ValueError, match=re.escape(f"source must be a name or a path, and not empty, got {source!r}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"source must be a name or a path, and not empty, got {source!r}")
+    ):
         load_texts(source)
 
 

@@ -302,7 +302,11 @@ def test_finetune_leaves_nothing_if_it_cannot_train(model, tmp_path, rows, setti
         ({"model": "gpt2-mini"}, ValueError, "model must be a LanguageModel, got 'gpt2-mini'; gpt2jax.load"),
         ({"train_texts": None}, TypeError, "train_texts must be a list of texts, got None"),
         ({"train_texts": {"text": ["a"]}}, TypeError, "train_texts must be a list of texts, got {'text'"),
-        ({"validation_texts": "a text"}, TypeError, "validation_texts must be a list of texts, got one string"),
+        (
+            {"validation_texts": "a text"},
+            TypeError,
+            "validation_texts must be a list of texts, got one string",
+        ),
         ({"config": {}}, ValueError, "config must be a FinetuneConfig, or None, got {}"),
         ({"config": LoRAConfig()}, ValueError, r"config must be a FinetuneConfig, or None, got LoRAConfig"),
         ({"source": "docs"}, ValueError, "source must be a Mapping, or None, got 'docs'"),
