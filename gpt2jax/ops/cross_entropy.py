@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gpt2jax.ops.linear import outer_product_sum
 from gpt2jax.ops.precision import FLOAT32, Precision, bitcast_from_uint16, bitcast_to_uint16, einsum_f32
@@ -56,7 +56,7 @@ def token_losses(
     head: Float[Array, "V D"],
     targets: Int[Array | np.ndarray, "*B"],
     precision: Precision = FLOAT32,
-) -> tuple[Float32[Array, "*B"], Bool[Array, "*B"]]:
+) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
     """Return loss and correctness of every token.
 
     Args:
@@ -93,7 +93,7 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> tuple[Float32[Array, ""], dict[str, jax.Array]]:
+) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
     """Return the weighted sum of all tokens' losses; differentiable in `hidden` and `head`.
 
     A token's loss is its cross-entropy. With `label_smoothing` e it is that of (1 - e) times the label plus e times

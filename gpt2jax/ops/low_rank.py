@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from gpt2jax.ops.linear import Kernel, dequantize, matmul
 
-Adapter = dict[str, jax.Array]
+Adapter = dict[str, jax.Array | np.ndarray]
 
 
 def apply_lora(

@@ -148,7 +148,7 @@ def test_more_than_the_memory(tmp_path, monkeypatch):
 
     tracemalloc.start()
     documents = tokenize_documents(texts(), None, vocab_size=300, cache=tmp_path)
-    batch = Batches(documents, "windows", 64, 8, 299, 0).batch(5)
+    batch = Batches(documents, "concat", 64, 8, 299, 0).batch(5)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert batch["tokens"].shape == (8, 64) and documents.offsets[-1] == 3_000_000

@@ -110,7 +110,7 @@ def test_finetune_interrupted_and_resumed(model, finished, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         finetune(model, texts(), CONFIG, **options)
     monkeypatch.setattr(trainer.Batches, "batch", batch)
-    with pytest.raises(ValueError, match="has not ended: resume it"):
+    with pytest.raises(ValueError, match="has not ended; resume it"):
         load(tmp_path / "run")
     resumed = finetune(model, texts(), CONFIG, resume=True, **options)
     assert_same(resumed.model.params, finished.model.params)

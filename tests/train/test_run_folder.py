@@ -56,7 +56,7 @@ def test_run_folder_with_damaged_files(path, model):
     for content, message in (
         ('{"finetune', "not JSON"),
         ("", "not JSON"),
-        ("[]", "no finetune"),
+        ("[]", "must hold an object"),
         ("{}", "no f"),
     ):
         (path / "run.json").write_text(content)

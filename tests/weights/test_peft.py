@@ -125,7 +125,7 @@ def test_write_adapter_fuses_query_key_value(tmp_path):
     again = dataclasses.replace(model, adapters=adapters, lora=read)
     ids = np.arange(14)[None]
     np.testing.assert_allclose(again.logits(ids), model.logits(ids), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="DoRA of slices"):
+    with pytest.raises(ValueError, match="to fuse DoRA of attn.q, attn.k or attn.v, got None"):
         write_adapter(tmp_path / "b", TINY, lora, model.adapters)
 
 
@@ -195,7 +195,7 @@ def test_read_adapter_refuses_tensors_of_another_kind(saved):
     with pytest.raises(ValueError, match="rank of 1000000000"):
         read_adapter(saved, TINY)
     edit_config(saved, rank_pattern={"(x+x+)+y": 3})
-    with pytest.raises(ValueError, match="not a simple expression"):
+    with pytest.raises(ValueError, match="must be simple regular expressions"):
         read_adapter(saved, TINY)
 
 
