@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from gpt2jax.ops.linear import Kernel, dequantize, matmul
 
-Adapter = dict[str, jax.Array | np.ndarray]
+Adapter = dict[str, Any]  # arrays of JAX or NumPy
 
 
 def apply_lora(

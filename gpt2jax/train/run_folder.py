@@ -80,8 +80,8 @@ class RunFolder:
 
     def __init__(self, path: str | pathlib.Path, *, resume: bool = False, overwrite: bool = False):
         if resume and overwrite:
-            raise ValueError("resume must be False with overwrite=True, which deletes the run to resume; got True")
-                "resume must be False with overwrite=True, got True; overwrite deletes the run that resume continues"
+            raise ValueError(
+                "resume must be False with overwrite=True, which deletes the run to resume; got True"
             )
         self.path = check_path("output", path)
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"

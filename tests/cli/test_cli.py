@@ -330,7 +330,10 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
         (["--steps", "many"], "--steps"),
         (["--packing", "rows"], "'rows'"),
         (["--freeze", "nothing"], "freeze must be patterns that match parameters, got ['nothing']"),
-        (["--lora.rank-pattern", "h.9.attn.c_attn", "4"], "lora.rank_pattern must match linear layers with an adapter"),
+        (
+            ["--lora.rank-pattern", "h.9.attn.c_attn", "4"],
+            "lora.rank_pattern must match linear layers with an adapter",
+        ),
         (["--out", "FILE/inside"], "is a file; give the name of a folder"),
         (["--init", "random", "--model", "mine"], "with --init random, got 'mine'"),
     ],
