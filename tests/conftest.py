@@ -8,10 +8,11 @@ import pathlib
 # XLA cuts each program into 32 parts for as many compiler threads; on few cores that only costs
 os.environ.setdefault("XLA_FLAGS", f"--xla_cpu_parallel_codegen_split_count={max(1, os.cpu_count() or 1)}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled")
-)
-os.environ.setdefault("GPT2JAX_CACHE", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "gpt2jax"))
+# a cache for each process: jax does not write its entries atomically
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "compiled" / _WORKER))
+os.environ.setdefault("GPT2JAX_CACHE", str(_CACHE / "gpt2jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
@@ -28,7 +29,7 @@ _MAPS, _MANY = pathlib.Path("/proc/self/maps"), 40_000
 
 @pytest.fixture(autouse=True, scope="module")
 def drop_programs_when_many():
-    """Frees the compiled programs of earlier files before the system refuses to map more."""
+    """Free the compiled programs of earlier files before the system refuses to map more."""
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
         jax.clear_caches()
 
