@@ -9,10 +9,16 @@ import pathlib
 os.environ.setdefault("XLA_FLAGS", f"--xla_cpu_parallel_codegen_split_count={max(1, os.cpu_count() or 1)}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # a cache for each process: jax does not write its entries atomically
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
-_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "compiled" / _WORKER))
-os.environ.setdefault("GPT2JAX_CACHE", str(_CACHE / "gpt2jax"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(
+        pathlib.Path(__file__).parents[1]
+        / ".pytest_cache"
+        / "compiled"
+        / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    ),
+)
+os.environ.setdefault("GPT2JAX_CACHE", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "gpt2jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
