@@ -147,9 +147,7 @@ def _print_estimate(options: Options, device: Device, program: Program, console:
         "attention": attention,
         "FLOPs a step": f"{each * batch * length:.3g} ({each:.3g} a token)",
         f"tokens/s at {options.utilisation:.0%} of the peak": f"{rate:,.0f} ({batch * length / rate:.3f} s a step)",
-        "largest batch that fits": f"about {rows:,} rows, by the estimate"
-        if rows
-        else "none, by the estimate",
+        "largest batch that fits": f"at most {rows:,} rows, by the estimate" if rows else "none",
     }
     for name, value in lines.items():
         say(console, name, value)

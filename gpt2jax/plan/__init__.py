@@ -1,1 +1,1 @@
-"""What a training run needs on a device that need not be here: memory by kind, FLOPs, tokens per second."""
+"""Memory and FLOPs of a training step on a device, which need not be here: compiled by XLA, or estimated."""

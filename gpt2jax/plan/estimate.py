@@ -67,9 +67,8 @@ def _residual_bytes(program: Program) -> int:
     if precision.attention == "cudnn":  # it can be traced on a GPU only; this one saves the same
         precision = dataclasses.replace(precision, attention="recompute")
     frozen = program.frozen
-    if (
-        frozen is not None
-    ):  # int8 kernels save no inputs for a gradient; XLA drops those of other frozen kernels
+    if frozen is not None:
+        # int8 kernels save no inputs for a gradient; XLA drops those of other frozen kernels
         frozen = jax.eval_shape(lambda p: cast_base(p, "int8"), abstract_params(model))
     rates = (model.embd_pdrop, model.attn_pdrop, model.resid_pdrop, lora.dropout if lora else 0.0)
     rows, length = train.batch_size // train.gradient_accumulation_steps, program.batch["tokens"].shape[1]
