@@ -30,7 +30,7 @@ class Contender:
     """A process of the running script with arguments of its own."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None):
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
         self._process = subprocess.Popen(
             [sys.executable, sys.argv[0], *arguments],
             stdin=subprocess.PIPE,

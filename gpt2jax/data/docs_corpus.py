@@ -247,10 +247,13 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def _public_names(tree: ast.Module) -> list[str]:
     """Return a literal `__all__`, or every definition without an underscore."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets):
-            if isinstance(node.value, ast.List | ast.Tuple):
-                values = [getattr(item, "value", None) for item in node.value.elts]
-                return [value for value in values if isinstance(value, str)]
+        if (
+            isinstance(node, ast.Assign)
+            and any(getattr(target, "id", "") == "__all__" for target in node.targets)
+            and isinstance(node.value, ast.List | ast.Tuple)
+        ):
+            values = [getattr(item, "value", None) for item in node.value.elts]
+            return [value for value in values if isinstance(value, str)]
     names = [node.name for node in tree.body if isinstance(node, _Definition)]
     return [name for name in names if not name.startswith("_")]
 

@@ -227,7 +227,9 @@ def _json_rows(file: File) -> Iterator[tuple[str, Any]]:
     if not start:
         return iter(())
     is_array = start[0][1].lstrip().startswith("[")
-    if len(start) == 2 and _is_json(start[0][1], dict | str) or file.suffixes[0] != ".json" and not is_array:
+    if (len(start) == 2 and _is_json(start[0][1], dict | str)) or (
+        file.suffixes[0] != ".json" and not is_array
+    ):
         return _json_lines(file, lines)
     try:
         value = json.loads("".join(line for _, line in lines))

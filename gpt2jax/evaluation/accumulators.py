@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -167,7 +168,7 @@ def sum_text(scores: TokenScores, tokenizer: Tokenizer | None, vocab_size: int) 
     sizes, characters = text_lengths(tokenizer, vocab_size)
     is_text = sizes[scores.labels] > 0
     words = []
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in itertools.pairwise(offsets):
         ids = scores.labels[begin:end][is_text[begin:end]]
         text = tokenizer.decode_bytes(ids.tolist()).decode("utf-8", "ignore")
         words.append(len(re.split(r"\s+", text)) if text else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -181,7 +182,7 @@ def bin_by_position(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
     edges = sorted({round(2 ** (step / 3)) for step in powers} | {last + 1})
     edges = [edge for edge in edges if edge <= last + 1]
     centres, means = [], []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         count = counts[begin - 1 : end - 1].sum()
         if count:
             centres.append(math.sqrt(begin * (end - 1)))

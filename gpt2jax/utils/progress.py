@@ -50,7 +50,11 @@ def tokenization_progress(texts: Iterable[Any], *, show: bool) -> Iterator[Count
     if not show:
         yield lambda *counts: None
     elif not is_interactive():
-        yield lambda *counts: None if add(*counts) else None
+
+        def count(*counts: int) -> None:
+            add(*counts)
+
+        yield count
         if time.perf_counter() - start > SHOWN_AFTER:
             print(f"tokenized {sums[0]:,} documents  {add(0, 0, 0)}", file=sys.stderr, flush=True)
     else:

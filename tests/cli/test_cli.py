@@ -25,7 +25,7 @@ from gpt2jax.data import sources
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.stopping import Interrupted
 
-WORDS = "the array of shape and dtype is returned when axis keepdims none".split()
+WORDS = ["the", "array", "of", "shape", "and", "dtype", "is", "returned", "when", "axis", "keepdims", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def texts(tmp_path_factory):
     return path
 
 
-SHORT = "--steps 2 --batch-size 4 --sequence-length 32 --max-new-tokens 8".split()
+SHORT = ["--steps", "2", "--batch-size", "4", "--sequence-length", "32", "--max-new-tokens", "8"]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -44,7 +46,7 @@ def test_batches_concat_has_every_token_as_label_once_an_epoch(documents, epoch)
     for row in rows_of_epoch(make(documents), epoch):
         real = row["loss_mask"] == 1
         pairs += list(zip(row["tokens"][real], row["targets"][real], strict=True))
-    assert sorted(pairs) == sorted(zip(stream[:-1], stream[1:], strict=True))
+    assert sorted(pairs) == sorted(itertools.pairwise(stream))
 
 
 def test_concat_rows_stream_has_end_tokens_around_documents(documents):

@@ -118,7 +118,7 @@ def test_resolve_configs_gives_each_row_its_values():
     assert [(row.temperature, row.top_k, row.top_p) for row in rows] == [(0.5, 3, 0.5), (1.0, 4, 0.5)]
     shared, rows = resolve_configs(None, {"num_return_sequences": 3}, 2)
     assert len(rows) == 6
-    assert resolve_configs([base] * 2, {"seed": 1} and {}, 2)[1] == [base, base]
+    assert resolve_configs([base] * 2, {}, 2)[1] == [base, base]
     assert (
         resolve_configs(None, {"num_beams": 3, "num_return_sequences": 3}, 2)[1]
         == [GenerationConfig(num_beams=3, num_return_sequences=3)] * 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html.parser
 import io
+import itertools
 import json
 import re
 
@@ -90,7 +91,7 @@ def test_render_html_is_accessible(folder):
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     headings = [int(level) for level in re.findall(r"<h(\d)", text)]
     assert headings[0] == 1 and headings.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(headings, headings[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(headings))
 
 
 def test_render_html_pictures_take_their_colours_from_the_page(folder):

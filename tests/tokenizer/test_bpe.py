@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
 import random
@@ -85,7 +86,7 @@ class SlowReference:
         for piece in ORIGINAL_PATTERN.findall(text):
             word = [self.char[byte] for byte in piece.encode()]
             while len(word) > 1:
-                best = min(zip(word, word[1:], strict=False), key=lambda pair: self.rank.get(pair, 10**9))
+                best = min(itertools.pairwise(word), key=lambda pair: self.rank.get(pair, 10**9))
                 if best not in self.rank:
                     break
                 merged, i = [], 0

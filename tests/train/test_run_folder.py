@@ -131,9 +131,8 @@ def test_begin_resumes_a_run_of_version_1(path, model):
 def test_lock_refuses_a_run_that_came_after_the_check(path, model):
     folder = RunFolder(path.parent / "new")
     RunFolder(path.parent / "new").begin(model, CONFIG, DOCUMENTS)
-    with pytest.raises(FileExistsError, match="holds another run"):
-        with folder.lock():
-            pass
+    with pytest.raises(FileExistsError, match="holds another run"), folder.lock():
+        pass
 
 
 def test_begin_resumes_an_empty_folder(model, tmp_path):
@@ -167,7 +166,7 @@ def test_begin_overwrites_the_run_and_nothing_else(path, model):
 
 
 def test_run_folder_refuses_resume_with_overwrite(path):
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="resume must be False with overwrite=True"):
         RunFolder(path, resume=True, overwrite=True)
 
 

@@ -36,7 +36,7 @@ def test_load_nanogpt_config_and_absent_biases():
 def test_load_nanogpt_transposes_kernels():
     file = GOLDEN / "nanogpt-bias" / "ckpt.pt"
     saved = read_torch(file)["model"]["transformer.h.1.attn.c_proj.weight"].read()
-    config, params = load_nanogpt(file)
+    _config, params = load_nanogpt(file)
     np.testing.assert_array_equal(params["h"]["attn"]["c_proj"]["kernel"][1], saved.T)
     assert np.any(params["h"]["attn"]["c_proj"]["bias"])
 
