@@ -399,7 +399,7 @@ def test_keras_metrics_refuses_no_texts(model):
 def test_evaluate_refuses_what_is_not_a_list_of_texts(model):
     with pytest.raises(TypeError, match="one string"):
         evaluate(model, "some text", sequence_length=LENGTH)
-    with pytest.raises(TypeError, match="texts=None is no list"):
+    with pytest.raises(TypeError, match="texts must be a list of texts, got None"):
         evaluate(model, None, sequence_length=LENGTH)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="model must be a LanguageModel, got 'gpt2-mini'; gpt2jax.load"):
         evaluate("gpt2-mini", ["some text"])  # pyright: ignore[reportArgumentType]
