@@ -91,8 +91,9 @@ def compare(
     config = config.resolve(min(model.config.n_positions for model in models.values()))
     resamples = check("resamples", resamples, positive_int)
     seed = check("seed", seed, seed_rule)
-    sampling = _sampling(temperature, top_k, top_p, do_sample)
+    sampling: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
     sampling |= _length_limit(models, max_length, max_new_tokens)
+    generation = GenerationConfig(**sampling)
     prompts = _default_prompts(models) if prompts is None else as_prompts(prompts)
     if source is not None and not isinstance(source, Mapping):
         raise ValueError(must_be("source", "a dict, or None", source))
@@ -104,7 +105,7 @@ def compare(
         check_scorable(model, texts)
     same_tokens = _same_tokens(list(models.values()), config.windows)
     # generation comes first: it is short, and finds a prompt that does not fit
-    generations, first_calls = generate_texts(models, prompts, sampling, seed)
+    generations, first_calls = generate_texts(models, prompts, generation, seed)
     repetition = repetition_by_model(generations)
     evaluations = {
         name: evaluate(model, texts, config, per_token=same_tokens, progress=progress)
@@ -136,7 +137,8 @@ def compare(
             for name, model in models.items()
         ],
         overlap=None if training_texts is None else text_overlap(training_texts, texts),
-        settings={"seed": seed, "resamples": resamples, **sampling},
+        settings={"seed": seed, "resamples": resamples}
+        | {name: getattr(generation, name) for name in sampling},
         data={"documents": len(texts), "sha256": data_fingerprint(texts), **(source or {})},
         versions=versions(),
         history=None if history is None else [dict(entry) for entry in history],
@@ -191,17 +193,6 @@ def _length_limit(
     context = min(model.config.n_positions for model in models.values())
     default = min(DEFAULT_MAX_LENGTH, context)
     return {"max_length": default if max_length is None else check("max_length", max_length, positive_int)}
-
-
-def _sampling(temperature: float, top_k: int | None, top_p: float, do_sample: bool) -> dict[str, Any]:
-    """One value of each for all texts, as plain values, checked."""
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
-    GenerationConfig(**given)
-    return given | {
-        "temperature": float(temperature),
-        "top_k": None if top_k is None else int(top_k),
-        "top_p": float(top_p),
-    }
 
 
 def _default_prompts(models: Mapping[str, LanguageModel]) -> list[str]:

@@ -21,14 +21,13 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event
 
 
 def generate_texts(
-    models: Mapping[str, LanguageModel], prompts: Sequence[Any], sampling: Mapping[str, Any], seed: int
+    models: Mapping[str, LanguageModel], prompts: Sequence[Any], config: GenerationConfig, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Each model's text for each prompt, prompt by prompt, and the time of each model's very first call.
+    """Continue each prompt with each model; also return the time of each model's first call.
 
     Raises:
         ValueError: a prompt does not fit a model.
     """
-    config = GenerationConfig(**sampling)
     for model in models.values():  # all of them before the first is continued
         check_prompts(model, prompts, config)
     generations, first_calls = [], {}

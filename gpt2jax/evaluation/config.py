@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from gpt2jax.utils.validation import (
     at_least,
     check,
+    check_names,
     int_in_range,
     must_be,
     positive_int,
-    unknown_name,
     validated,
 )
 
@@ -68,9 +68,7 @@ class EvaluationConfig:
             ValueError: a value is not legal, or `config` is not an EvaluationConfig.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in overrides:
-            if name not in known:
-                raise TypeError(unknown_name("setting", name, [*known, *(others or ())]))
+        check_names("setting", overrides, [*known, *(others or ())])
         config = cls() if config is None else config
         if not isinstance(config, cls):
             raise ValueError(must_be("config", "an EvaluationConfig, or None", config))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from gpt2jax.utils.validation import (
     Rule,
+    check_names,
     each,
     in_range,
     int_in_range,
@@ -19,7 +20,6 @@ from gpt2jax.utils.validation import (
     one_of,
     positive_int,
     positive_number,
-    unknown_name,
     validated,
 )
 
@@ -255,8 +255,7 @@ def resolve_configs(
             )
         end = overrides.pop("eos_token_id")
         overrides["stop_token_ids"] = [end] if is_integer(end) else end
-    for name in overrides.keys() - set(known):
-        raise TypeError(unknown_name("setting", name, known))
+    check_names("setting", overrides, known)
     by_row = {k: v for k, v in overrides.items() if k in ROW_FIELDS and isinstance(v, list | tuple)}
     shared: dict[str, Any] = {name: value for name, value in overrides.items() if name not in by_row}
     given: Any = list(config) if isinstance(config, list | tuple) else [config or GenerationConfig()]

@@ -71,6 +71,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     return f"there is no {kind} {name!r}; {hint}"
 
 
+def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for the first of `names` that is not known; the message gives the nearest known one."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise TypeError(unknown_name(kind, name, known))
+
+
 def _accept(test: Callable[[Any], bool], kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
         if not test(value):
@@ -207,9 +215,8 @@ def validated(cls: type[T]) -> type[T]:
 
     @functools.wraps(build)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
-        for name in kwargs.keys() - set(known):
-            raise TypeError(unknown_name("setting", name, known))
+        fields = dataclasses.fields(typing.cast(Any, cls))
+        check_names("setting", kwargs, [field.name for field in fields if field.init])
         build(self, *args, **kwargs)
         if own is None:  # the __init__ that dataclasses wrote calls no method that was not there
             __post_init__(self)

@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from gpt2jax.lora.adapters import kernel_shape
-from gpt2jax.lora.config import QKV_TARGETS, LoRAConfig
+from gpt2jax.lora.config import QKV_TARGETS, LoRAConfig, nest_targets
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.weights.h5_reader import read_h5
 from gpt2jax.weights.mapping import LazyTensor, Shape, check_tensors, read_into
-from gpt2jax.weights.peft import FlatAdapters, nest_adapters
+from gpt2jax.weights.peft import FlatAdapters
 
 FIRST_BLOCK, LAYERS_PER_BLOCK = 2, 10  # layers 0 and 1 are the embeddings
 LINEARS = {2: "mlp.c_proj", 3: "mlp.c_fc", 6: "attn.c_proj", 7: "attn.v", 8: "attn.k", 9: "attn.q"}
@@ -72,7 +73,7 @@ def load_keras_lora(path: str | os.PathLike[str], config: GPT2Config) -> tuple[L
         _read_factor(adapters[target], name, tensor, layer)
     wide = {target: config.n_head * rank for target in adapters if target in QKV_TARGETS}
     lora = LoRAConfig(rank, float(rank), targets=tuple(adapters), rank_pattern=wide, alpha_pattern=wide)
-    return lora, nest_adapters(adapters)
+    return lora, jax.tree.map(jax.device_put, nest_targets(adapters))
 
 
 def _factor_shapes(config: GPT2Config, target: str, rank: int) -> tuple[Shape, Shape]:

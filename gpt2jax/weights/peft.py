@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt2jax.lora.adapters import kernel_of, kernel_shape
 from gpt2jax.lora.combine import fuse_qkv
-from gpt2jax.lora.config import QKV_TARGETS, TARGETS, LoRAConfig
+from gpt2jax.lora.config import QKV_TARGETS, TARGETS, LoRAConfig, nest_targets
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.low_rank import column_norms
@@ -125,7 +125,7 @@ def read_adapter(
         read_into(places[name], name, tensor, "transposed")
     if lora.use_dora:
         _fill_magnitudes(adapters, linears, params, file)
-    return lora, nest_adapters(adapters)
+    return lora, jax.tree.map(jax.device_put, nest_targets(adapters))
 
 
 def write_adapter(
@@ -181,15 +181,6 @@ def write_adapter(
     with atomic_folder(folder, overwrite=True) as aside:
         (aside / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         write_safetensors(aside / WEIGHTS_FILE, arrays, "float32", {"format": "pt"})
-
-
-def nest_adapters(adapters: FlatAdapters) -> Params:
-    """Return adapters as a tree of jax arrays, nested as the parameters of the blocks."""
-    blocks: Params = {}
-    for target, leaves in adapters.items():
-        module, linear = target.split(".")
-        blocks.setdefault(module, {})[linear] = jax.tree.map(jax.device_put, leaves)
-    return {"h": blocks}
 
 
 def _get_target(adapters: Params, target: str) -> Params:

@@ -6,6 +6,7 @@ import pytest
 
 from gpt2jax.comparison import generations
 from gpt2jax.comparison.generations import repetition, repetition_by_model
+from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.generate import generate
 
 
@@ -20,7 +21,9 @@ def test_generate_texts_times_a_call_that_compiles_again(model, monkeypatch):
 
     generate(model, ["a"], max_new_tokens=2)  # compiles what the next ones need
     monkeypatch.setattr(generations, "generate", generate_and_compile)
-    found, first = generations.generate_texts({"m": model}, ["a", "b", "c"], {"max_new_tokens": 2}, 0)
+    found, first = generations.generate_texts(
+        {"m": model}, ["a", "b", "c"], GenerationConfig(max_new_tokens=2), 0
+    )
     assert asked == ["a", "a", "b", "c", "c"] and [entry["prompt"] for entry in found] == ["a", "b", "c"]
     assert first["m"] > 0
 
