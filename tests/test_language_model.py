@@ -36,6 +36,7 @@ def assert_same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_what_it_says_of_itself(model, adapted):
     assert model.num_parameters() == adapted.num_parameters() == 101 * 32 + 32 * 32 + 2 * 12704 + 64
     untied = from_config(dataclasses.replace(TINY, tie_word_embeddings=False))
@@ -46,6 +47,7 @@ def test_what_it_says_of_itself(model, adapted):
     assert model.end_token_id == 100
 
 
+@pytest.mark.slow
 def test_logits_within_transformations(model):
     """What a user's own `jax.jit` and `jax.grad` make of them."""
     ids, mask = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[0, 1, 1], [1, 1, 1]])
@@ -65,6 +67,7 @@ def test_random_models_follow_their_seed():
     assert (first != other).any()
 
 
+@pytest.mark.slow
 def test_packaged_model_loads_offline_and_fast(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     began = time.perf_counter()
@@ -95,6 +98,7 @@ def test_loaded_in_16_bits(source, dtype):
     assert_same(loaded, expected)
 
 
+@pytest.mark.slow
 def test_16_bits_compute_what_their_values_do(narrow, tmp_path):
     loaded, rounded = narrow
     ids = np.arange(24).reshape(2, 12)
@@ -109,6 +113,7 @@ def test_16_bits_compute_what_their_values_do(narrow, tmp_path):
         assert_same(gpt2jax.load(tmp_path / format).params, rounded.params)
 
 
+@pytest.mark.slow
 def test_training_from_16_bits(narrow, tmp_path):
     """All parameters become float32; under adapters they stay as they are."""
     texts = [list(range(i, i + 20)) for i in range(8)]
@@ -281,6 +286,7 @@ SEVERAL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SEVERAL.values(), ids=SEVERAL.keys())
 def test_several_adapters_together(model, settings, tmp_path):
     weights, single, expected = (1.5, -0.25), [], jax.tree.map(np.array, model.params)

@@ -58,6 +58,7 @@ def fails(capsys, *argv: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_finetune_writes_a_run_and_a_report(run):
     names = {path.name for path in run.iterdir()}
     assert names >= {
@@ -76,6 +77,7 @@ def test_finetune_writes_a_run_and_a_report(run):
     assert gpt2jax.load(run).tokenizer is not None
 
 
+@pytest.mark.slow
 def test_finetune_repeats_a_finished_run_from_its_checkpoint(run, texts, capsys):
     before = json.loads((run / "comparison.json").read_text())
     options = ["--data", str(texts), "--text-column", "body", "--prompts", "the array", "", *SHORT]
@@ -86,6 +88,7 @@ def test_finetune_repeats_a_finished_run_from_its_checkpoint(run, texts, capsys)
     assert [g["text"] for g in after["generations"]] == [g["text"] for g in before["generations"]]
 
 
+@pytest.mark.slow
 def test_finetune_with_adapters_on_an_int8_base(texts, tmp_path, monkeypatch):
     """The comparison has the model's own weights, back from the host, and the same with the adapters."""
     compared = []
@@ -103,6 +106,7 @@ def test_finetune_with_adapters_on_an_int8_base(texts, tmp_path, monkeypatch):
     assert trained.adapters["h"]["attn"]["c_attn"]["lora_b"].any()
 
 
+@pytest.mark.slow
 def test_evaluate(run, texts, tmp_path, capsys):
     data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--eval-split", "test"]
     main(["evaluate", "--model", str(run), *data, "--out", str(tmp_path / "figures.json")])
@@ -114,6 +118,7 @@ def test_evaluate(run, texts, tmp_path, capsys):
     assert "there already" in fails(capsys, "evaluate", *data, "--out", str(tmp_path / "figures.json"))
 
 
+@pytest.mark.slow
 def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monkeypatch):
     """A seeded repeat is the same file but for times, wherever it is written."""
     models = ["gpt2-mini", f"mine={run}", f"copy={run / 'model'}"]
@@ -220,6 +225,7 @@ def test_finetune_config_with_adapters_of_every_kind():
         assert plain is not None and plain.rank == 9 and plain.scale == 1
 
 
+@pytest.mark.slow
 def test_generate(tmp_path, capsys, monkeypatch):
     settings = ["--max-new-tokens", "8", "--seed", "3"]
     main(["generate", "Return the", *settings])
@@ -237,6 +243,7 @@ def test_generate(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == str(expected) + "\n"
 
 
+@pytest.mark.slow
 def test_generate_by_search(capsys):
     model, settings = gpt2jax.load("gpt2-mini"), ["--max-new-tokens", "8"]
     main(["generate", "Return the", *settings, "--num-beams", "3", "--num-return-sequences", "2"])
@@ -247,6 +254,7 @@ def test_generate_by_search(capsys):
     assert capsys.readouterr().out == f"{output}\n"
 
 
+@pytest.mark.slow
 def test_generate_takes_a_draft_model_and_every_kind_of_option(capsys):
     model = gpt2jax.load("gpt2-mini")
     words = "--no-do-sample --top-k None --stop-token-ids 1 2 --bad-words x --max-new-tokens 6"

@@ -50,6 +50,7 @@ def assert_same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_convert_every_source_to_hugging_face(capsys, tmp_path, source):
     shown = convert(capsys, GOLDEN / source, "--out", tmp_path / "out", "--verify")
@@ -75,6 +76,7 @@ def test_convert_through_keras_and_back(capsys, tmp_path):
     assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
 
 
+@pytest.mark.slow
 def test_convert_dtypes(capsys, tmp_path):
     def dtypes(name):
         tensors = read_safetensors(tmp_path / name / "model.safetensors").values()
@@ -101,6 +103,7 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_convert_a_run_with_adapters(capsys, tmp_path, run_folder):
     model = gpt2jax.load(run_folder)
     assert model.source == str(run_folder) and model.adapters is not None
@@ -117,6 +120,7 @@ def test_convert_a_run_with_adapters(capsys, tmp_path, run_folder):
     assert_same(gpt2jax.load(tmp_path / "twice").params, twice.params)
 
 
+@pytest.mark.slow
 def test_convert_keras_adapter_to_peft(capsys, tmp_path, run_folder):
     with h5py.File(tmp_path / "a.lora.h5", "w") as file:
         file["lora/vars/rank"] = 1

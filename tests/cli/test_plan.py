@@ -25,6 +25,7 @@ def test_plan_prints_the_estimate(capsys):
         assert part in text
 
 
+@pytest.mark.slow
 def test_plan_compiles_for_the_device_and_says_whether_it_fits(capsys, monkeypatch):
     monkeypatch.setattr(devices, "topology_devices", lambda device, count: jax.devices()[:count])
     options = [

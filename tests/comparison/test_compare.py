@@ -18,6 +18,7 @@ from gpt2jax.report.tables import figures_table
 from gpt2jax.utils.fingerprint import params_fingerprint
 
 
+@pytest.mark.slow
 def test_compare_evaluations_are_those_of_evaluate(comparison, model):
     alone = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=8)
     found = comparison["generic"].evaluation.per_document
@@ -60,6 +61,7 @@ def without_times(value):
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 def test_compare_again_gives_the_same_to_the_last_digit(comparison, model, other_model):
     again = make_comparison(model, other_model)
     assert json.dumps(without_times(again.as_dict())) == json.dumps(without_times(comparison.as_dict()))
@@ -110,6 +112,7 @@ def test_compare_one_model(model, tmp_path):
     assert "only: " in text and "Where the loss lies" in text and "Where the difference lies" not in text
 
 
+@pytest.mark.slow
 def test_compare_different_tokenizers_per_byte(model):
     larger = random_model(2, dataclasses.replace(CONFIG, vocab_size=350, bos_token_id=None, eos_token_id=349))
     models = {"a": model, "b": larger}
@@ -145,6 +148,7 @@ def test_excerpts_show_the_texts_by_difference(comparison, model):
         assert shown == decode_bytes(model, ids).decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_compare_model_without_finite_loss(model, tmp_path):
     broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * np.nan, model.params))
     found = compare({"good": model, "broken": broken}, TEXTS, [], **SETTINGS)
@@ -167,6 +171,7 @@ def test_compare_without_a_tokenizer(model):
     assert generation["prompt"] == [1, 2] and generation["tokens"] > 0
 
 
+@pytest.mark.slow
 def test_compare_takes_numpy_numbers(model):
     settings = {"seed": np.uint32(2**32 - 1), "resamples": np.int64(20), "max_new_tokens": np.int16(2)}
     settings |= {"top_k": np.int64(3), "temperature": np.float32(0.5), "sequence_length": np.int32(LENGTH)}

@@ -22,6 +22,7 @@ def write(path: Path, content: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
 def test_size_and_splits(name):
     every = documents(name)
@@ -35,6 +36,7 @@ def test_size_and_splits(name):
         assert 0.03 * len(every) < len(parts[split]) < 0.065 * len(every)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
 def test_held_out_documents_repeat_nothing_that_is_trained_on(name):
     def paragraphs(text: str) -> set[str]:
@@ -83,6 +85,7 @@ def test_tests_are_no_documentation():
             )
 
 
+@pytest.mark.slow
 def test_same_in_another_process_and_nothing_is_imported():
     code = (
         "import sys, hashlib; from gpt2jax.data.docs_corpus import documents;"

@@ -69,6 +69,7 @@ def test_missing_and_unknown_sources(tmp_path):
         load_texts(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_built_in(tmp_path):
     parts = [load_texts("python-docs", split=split) for split in SPLITS]
     assert load_texts("python-docs", split="all") == sum(parts, [])

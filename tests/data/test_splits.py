@@ -139,6 +139,7 @@ def test_split_syntax_slices_files(tmp_path):
     assert load_texts(tmp_path / "c", "train[:50%]", limit=2) == texts[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [40, 500])
 def test_split_syntax_slices_splits_by_content(tmp_path, number):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(number)))

@@ -123,6 +123,7 @@ def _tokenize(folder, barrier, results) -> None:
     results.put((len(documents), documents.sha256))
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(tmp_path):
     # spawned: a fork of a process with the threads of jax may hang
     context = multiprocessing.get_context("spawn")
@@ -137,6 +138,7 @@ def test_two_runs_at_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_more_than_the_memory(tmp_path, monkeypatch):
     """Texts of 24 MB, tokenized and cut into batches with less than 6 MB at once."""
     monkeypatch.setattr(documents_module, "CHUNK_SIZE", 1 << 16)

@@ -63,6 +63,7 @@ def keen_model():
     return dataclasses.replace(model, params={**model.params, "wte": {"embedding": embedding}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_evaluate_keras_figures_equal_float64_numpy(keen_model, batch_size):
     result = evaluate(keen_model, TEXTS, sequence_length=LENGTH, batch_size=batch_size)
@@ -153,6 +154,7 @@ def test_evaluate_windows_score_the_tokens_they_promise(model):
     assert sliding.as_dict()["keras_loss"] is None
 
 
+@pytest.mark.slow
 def test_evaluate_scores_every_token_once_with_one_pass(model, monkeypatch):
     """No windows pay for the rows of Keras."""
     rows = []
@@ -164,6 +166,7 @@ def test_evaluate_scores_every_token_once_with_one_pass(model, monkeypatch):
         assert [batch["tokens"].shape[0] for batch in rows] == [4]
 
 
+@pytest.mark.slow
 def test_evaluate_figures_do_not_depend_on_batches(model):
     texts = [text for text in TEXTS for _ in range(3)]
     for windows in ("truncate", "sliding"):
@@ -237,6 +240,7 @@ def test_evaluate_token_ids_need_no_tokenizer(model):
     assert result.as_dict()["bits_per_byte"] is None
 
 
+@pytest.mark.slow
 def test_evaluate_vocabulary_with_ids_without_text():
     """Vocabularies are padded to round sizes: the ids behind the tokenizer's have no bytes."""
     config = dataclasses.replace(CONFIG, vocab_size=320, eos_token_id=299)
@@ -254,6 +258,7 @@ def test_evaluate_counts_adapters(model):
     assert result.loss == merged.loss != evaluate(model, TEXTS, sequence_length=LENGTH).loss
 
 
+@pytest.mark.slow
 def test_evaluate_16_bit_dtypes_are_close(model):
     exact = evaluate(model, TEXTS, sequence_length=LENGTH)
     for dtype, tolerance in (("float16", 2e-3), ("bfloat16", 2e-2)):

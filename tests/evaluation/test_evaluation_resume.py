@@ -45,6 +45,7 @@ def figures(result) -> str:
     return json.dumps(result.as_dict(per_document=True), sort_keys=True)
 
 
+@pytest.mark.slow
 def test_evaluate_resumed_after_a_kill_gives_the_same_to_the_last_digit(model, tmp_path, monkeypatch):
     state = tmp_path / "state.npz"
     tests = str(pathlib.Path(__file__).parents[1])
@@ -83,6 +84,7 @@ def test_evaluate_chunks_change_no_figure(model, monkeypatch):
     assert chunks.keras_accuracy == whole.keras_accuracy and chunks.tokens == whole.tokens
 
 
+@pytest.mark.slow
 def test_evaluate_memory_does_not_grow_with_the_texts(model, monkeypatch):
     """100,000 documents: what is held is a few numbers a document, and the texts are never together."""
     alive, most, rows = 0, 0, 100_000

@@ -51,6 +51,7 @@ def every_text(small):
     return texts, np.cumsum(each, axis=1)
 
 
+@pytest.mark.slow
 def test_beams_for_all_beginnings_find_the_best_of_all_texts(small, every_text):
     texts, sums = every_text
     beams = VOCAB ** (LENGTH - 1)
@@ -69,6 +70,7 @@ def test_beams_for_all_beginnings_find_the_best_of_all_texts(small, every_text):
     assert {beam.finish_reason for beam in found} == {"length"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 2.5])
 def test_a_stop_token_and_the_length_penalty(small, every_text, length_penalty):
     """All texts that end with the stop token or at the greatest length, by score."""
@@ -93,6 +95,7 @@ def test_a_stop_token_and_the_length_penalty(small, every_text, length_penalty):
     assert [beam.finish_reason == "stop" for beam in found] == [text[-1] == STOP for text in best]
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy(model):
     outputs = generate(model, PROMPTS, max_new_tokens=12, do_sample=False)
     beams = beam_search(model, PROMPTS, num_beams=1, max_new_tokens=12)
@@ -109,6 +112,7 @@ def test_one_beam_is_greedy(model):
             np.testing.assert_allclose(beam.score, np.mean(output.logprobs), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 def test_prompts_together_and_alone(model, early_stopping):
     settings: dict[str, Any] = {
@@ -128,6 +132,7 @@ def test_prompts_together_and_alone(model, early_stopping):
     assert any(beam.finish_reason == "stop" for beams in together for beam in beams)
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_with_the_first_full_set(model):
     """Each token ends a text, so the first step has all that is wanted."""
     [beams] = beam_search(
@@ -142,6 +147,7 @@ def test_early_stopping_ends_with_the_first_full_set(model):
     assert [(beam.token_ids, beam.finish_reason) for beam in beams] == [([], "stop"), ([], "stop")]
 
 
+@pytest.mark.slow
 def test_forbidden_tokens(model):
     prompt = [5, 6, 7, 5, 6]
     [[free]] = beam_search(model, prompt, max_new_tokens=20, stop_token_ids=[])
@@ -163,6 +169,7 @@ def test_forbidden_tokens(model):
         assert bad not in beam.token_ids and len(beam.token_ids) >= 19
 
 
+@pytest.mark.slow
 def test_settings_compile_nothing(model):
     beam_search(model, "one two", num_beams=2, max_new_tokens=4)
     before = search._cache_size()
@@ -173,6 +180,7 @@ def test_settings_compile_nothing(model):
     assert search._cache_size() == before
 
 
+@pytest.mark.slow
 def test_length_by_max_length_and_another_dtype(model):
     [[beam]] = beam_search(model, [1, 2, 3], max_length=8, stop_token_ids=[], dtype="int8")
     assert len(beam.token_ids) == 5

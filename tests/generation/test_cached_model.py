@@ -83,6 +83,7 @@ def prefill(params, ids, padding, *, config, precision):
     return np.asarray(logits)[:, -1], cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TINY, ODD, PRESETS["gpt2"]], ids=["tiny", "odd", "gpt2"])
 def test_decoding_equals_the_forward_pass_at_every_split(config):
     """A prompt of each length in one call, the rest token by token: each logit is that of the plain forward
@@ -108,6 +109,7 @@ def test_decoding_equals_the_forward_pass_at_every_split(config):
             np.testing.assert_allclose(got[:, 0], want[:, split + i], atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_several_tokens_behind_a_cache():
     """T tokens at once behind a prefix, as verifying drafts needs them."""
     params, ids = params_of(TINY), ids_of(TINY, 2, 12)
@@ -119,6 +121,7 @@ def test_several_tokens_behind_a_cache():
     np.testing.assert_allclose(got, want[:, 5:], atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_what_is_in_the_padding_does_not_matter():
     params, ids = params_of(TINY), ids_of(TINY, 3, 10)
     derived = prepare_decoding_params(params, TINY, dtype="float32")
@@ -134,6 +137,7 @@ def test_what_is_in_the_padding_does_not_matter():
         np.testing.assert_allclose(first[row], want, atol=2e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_stay_near(dtype):
     params, ids = params_of(TINY), ids_of(TINY, 1, 10)
@@ -147,6 +151,7 @@ def test_narrow_weights_stay_near(dtype):
     assert 0 < error < (0.1 if dtype == "bfloat16" else 0.02)
 
 
+@pytest.mark.slow
 def test_derived_weights_have_their_dtype_and_layout():
     params = params_of(ODD)
     derived = prepare_decoding_params(params, ODD, dtype="bfloat16", vocab_size=50)
@@ -164,6 +169,7 @@ def test_derived_weights_have_their_dtype_and_layout():
     assert prepare_decoding_params(params, ODD, dtype="float32")["head"].values is params["lm_head"]["kernel"]
 
 
+@pytest.mark.slow
 def test_prepare_model_merges_adapters():
     params, lora = params_of(TINY), LoRAConfig(rank=4, alpha=6.0, targets=("attn.c_attn", "mlp.c_proj"))
     adapters = jax.tree.map(lambda x: x + 0.2, init_adapters(TINY, lora, 1))
@@ -223,6 +229,7 @@ def compiled_decode(batch, dtype) -> tuple[Any, Any]:
     return lowered.compile(), cache
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA:CPU compiles")
 @pytest.mark.parametrize(
     ("batch", "dtype"),
@@ -247,6 +254,7 @@ def test_a_step_copies_neither_weights_nor_cache(batch, dtype):
     assert not large, large
 
 
+@pytest.mark.slow
 def test_the_cache_handed_in_is_used_up():
     params = prepare_decoding_params(params_of(TINY), TINY, dtype="float32")
     cache = init_cache(TINY, 1, 32, jnp.float32)

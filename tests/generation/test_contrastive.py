@@ -53,6 +53,7 @@ def naive(model, ids: list[int], count: int, top_k: int, alpha: float) -> tuple[
     return text[len(ids) :], logprobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "alpha"), [(4, 0.6), (7, 0.2), (3, 1.0)])
 def test_tokens_are_those_of_the_paper(model, top_k, alpha):
     """Prompts of different lengths together."""
@@ -63,6 +64,7 @@ def test_tokens_are_those_of_the_paper(model, top_k, alpha):
         np.testing.assert_allclose(output.logprobs, logprobs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_candidate_or_no_weight_is_greedy(model):
     greedy = generate(model, PROMPTS, max_new_tokens=9, do_sample=False)
     for settings in ({"top_k": 1, "penalty_alpha": 0.9}, {"top_k": 4, "penalty_alpha": 1e-9}):
@@ -70,6 +72,7 @@ def test_one_candidate_or_no_weight_is_greedy(model):
         assert [a.token_ids for a in outputs] == [b.token_ids for b in greedy]
 
 
+@pytest.mark.slow
 def test_all_that_generate_offers(model):
     """Stops, penalties, log-probabilities of others, going past the context, and pieces as they come."""
     settings = {"max_new_tokens": 12, "top_k": 4, "penalty_alpha": 0.5}

@@ -86,6 +86,7 @@ def naive(model, prompt, *, seed=0, max_new_tokens=12, stop=(END,), **settings):
     return tokens, logprobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -109,6 +110,7 @@ def test_ragged_batch_equals_naive_loops(model, settings):
         assert output.finish_reason == ("length" if len(tokens) == 12 else "stop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"do_sample": False}, {}], ids=str)
 def test_a_row_equals_its_single_run(model, settings):
     together = generate(model, PROMPTS, max_new_tokens=10, seed=3, **settings)
@@ -221,6 +223,7 @@ def test_a_row_of_sixteen_is_its_single_run(model):
         np.testing.assert_allclose(row.logprobs, alone.logprobs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_that_outgrows_its_cache_again_and_again():
     """64, 128, 192 and 256 positions for several rows; 256 for one."""
     config = dataclasses.replace(CONFIG, n_layer=1, n_positions=256)
@@ -237,6 +240,7 @@ def test_a_batch_that_outgrows_its_cache_again_and_again():
     assert next_cache_length(256, 1) == 512
 
 
+@pytest.mark.slow
 def test_stop_token_ids():
     text = [10, 11, END, 12, 13, 14]
     model = speller(text)
@@ -256,6 +260,7 @@ def test_stop_token_ids():
     assert run(stop_token_ids=range(12, 40)).token_ids == [10, 11, END]
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_end_on_their_own():
     """One row stops at its first token, one later, one never; the others' tokens are not touched by it."""
     text = [10, 11, 12, END, 13, 14, 15, 16]
@@ -268,6 +273,7 @@ def test_rows_of_a_batch_end_on_their_own():
 TEXT = "naïve 日本語 text…\n\nend. 🙂🙂 done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stops", "want"),
     [
@@ -318,6 +324,7 @@ def test_stop_strings_in_a_batch():
 # ---- more settings ----
 
 
+@pytest.mark.slow
 def test_top_logprobs(model):
     """Those of the model before penalties and filters, best first, of as many tokens as asked for."""
     (output,) = generate(model, "hello", max_new_tokens=5, top_logprobs=3, temperature=3.0, seed=2)
@@ -349,6 +356,7 @@ def test_a_list_gives_each_row_its_settings(model):
         assert alone.token_ids == together[i].token_ids
 
 
+@pytest.mark.slow
 def test_a_processor_changes_logits(model):
     """It sees the text so far: here each token is one more than the one before."""
 
@@ -382,6 +390,7 @@ def test_bad_words_and_least_length(model):
     assert TOKENIZER.encode("a")[0] not in worded.token_ids
 
 
+@pytest.mark.slow
 def test_with_64_bits_allowed_the_text_is_the_same(model):
     settings: dict[str, Any] = {"max_new_tokens": 6, "top_k": 50, "seed": 3, "prompt_lookup_num_tokens": 3}
     (plain,) = generate(model, "abcabc", **settings)
@@ -434,6 +443,7 @@ def test_a_prompt_of_the_context_and_more_slides_at_once(model, length):
     assert output.prompt_ids == prompt and len(output.token_ids) == 5
 
 
+@pytest.mark.slow
 def test_a_context_of_one_token_cannot_slide():
     config = dataclasses.replace(CONFIG, n_positions=1)
     with pytest.raises(ValueError, match="context .n_positions. is 1"):
@@ -536,6 +546,7 @@ def test_text_stream_equals_one_shot_decoding():
 # ---- odd models ----
 
 
+@pytest.mark.slow
 def test_ids_without_text_are_never_drawn():
     """A vocabulary that is padded beyond its tokenizer: the padding's logits are the highest here."""
     model = speller([310, 10, 310], vocab_size=320)
@@ -553,6 +564,7 @@ def test_end_token_of_a_padded_vocabulary():
     assert end_token_id(model_of(GPT2Config(vocab_size=300, eos_token_id=7), None)) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights(model, dtype):
     exact, narrow = (
@@ -603,6 +615,7 @@ def test_settings_compile_nothing_anew(model, caplog):
     assert compiled_in(caplog, lambda: generate(model, "b", logits_processor=lambda logits, context: logits))
 
 
+@pytest.mark.slow
 def test_two_hundred_calls_compile_twelve_programs(caplog):
     """Prompts of 1 to 900 tokens, any settings, seeds and lengths, at GPT-2's context."""
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300)

@@ -33,6 +33,7 @@ def prepared(monkeypatch):
     return models
 
 
+@pytest.mark.slow
 def test_generator_prepares_its_weights_and_its_drafts_once(prepared):
     model, draft = random_model(0), random_model(1)
     with Generator(model) as generator:
@@ -55,6 +56,7 @@ def test_generator_frees_its_weights_when_closed():
     assert kernel() is None
 
 
+@pytest.mark.slow
 def test_generate_keeps_the_weights_of_the_last_model(prepared):
     model, other = random_model(0), random_model(1)
     for asked in (model, model, other, other, model):
@@ -87,6 +89,7 @@ def test_generate_keeps_no_model_alive():
     assert known() is None and kernel() is None
 
 
+@pytest.mark.slow
 def test_generator_takes_a_config_for_each_row():
     model = random_model(0)
     configs = [GenerationConfig(max_new_tokens=n, temperature=n / 2) for n in (2, 4)]

@@ -79,6 +79,7 @@ def reference(
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [

@@ -124,6 +124,7 @@ def test_reference_at_the_size_of_gpt2():
         assert (got ^ want).sum() <= 6, settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 3, 7, 20])
 def test_ties_keep_exactly_k_lowest_ids_first(top_k):
     logits = np.zeros((1, V), np.float32)
@@ -152,6 +153,7 @@ def test_minus_zero_equals_zero():
     assert np.flatnonzero(full_weights(logits, filters()._replace(top_k=1))[0]).tolist() == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [64, None])
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.6, "top_p": 0.9}, {"temperature": 2.0, "min_p": 0.1}], ids=str
@@ -218,6 +220,7 @@ def test_greedy_takes_the_lowest_of_the_best():
         np.testing.assert_allclose(logprobs, want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [64, None])
 def test_logprobs_are_those_of_the_model_before_the_filters(window):
     logits = normal_logits(16, seed=8)
@@ -228,6 +231,7 @@ def test_logprobs_are_those_of_the_model_before_the_filters(window):
     np.testing.assert_allclose(logprobs, want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [64, None])
 def test_a_row_draws_by_its_own_key_and_logits(window):
     logits, keys = normal_logits(6, scale=1.0), keys_of(6)
@@ -238,6 +242,7 @@ def test_a_row_draws_by_its_own_key_and_logits(window):
     assert len(set(together.tolist())) > 1
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_settings():
     """Greedy, small and large top-k, nucleus and typical side by side: each row as if it were alone."""
     logits, keys = normal_logits(len(CASES), scale=1.5), keys_of(len(CASES))

@@ -34,6 +34,7 @@ def with_draft(guesses, models):
     return {**guesses, "draft_model": models[guesses["draft_model"]]} if "draft_model" in guesses else guesses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guesses", GUESSES, ids=str)
 @pytest.mark.parametrize(
     "settings",
@@ -63,6 +64,7 @@ def test_tokens_are_those_of_plain_decoding(models, guesses, settings):
         assert {output.finish_reason for output in plain} == {"stop"}
 
 
+@pytest.mark.slow
 def test_guesses_are_counted(models):
     settings: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "stop_token_ids": []}
     (same,) = generate(models[0], TEXT, draft_model=models[0], num_draft_tokens=3, **settings)
@@ -81,6 +83,7 @@ def test_guesses_are_counted(models):
     assert looked.accepted >= 25 and looked.drafted - looked.accepted <= 5  # the last ones go beyond the end
 
 
+@pytest.mark.slow
 def test_stream_with_guesses(models):
     settings: dict[str, Any] = {"max_new_tokens": 30, "seed": 2, "stop_token_ids": []}
     (plain,) = generate(models[0], TEXT, **settings)
@@ -90,6 +93,7 @@ def test_stream_with_guesses(models):
     )
 
 
+@pytest.mark.slow
 def test_frequencies_are_those_of_the_model(models):
     """The third token over 1,200 seeds, against its exact distribution over the paths of two tokens before it."""
     model, draft = models
@@ -138,6 +142,7 @@ def test_look_up_takes_the_longest_and_the_latest():
     assert guess([1, 2, 3, 4, 1, 2], begin=1) == []  # what lies before the text is none of it
 
 
+@pytest.mark.slow
 def test_impossible_guesses_are_named(models):
     from gpt2jax.model.config import GPT2Config
 

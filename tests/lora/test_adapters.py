@@ -37,6 +37,7 @@ def logits(model):
     return model.logits(np.arange(40).reshape(2, 20) % TINY.vocab_size)
 
 
+@pytest.mark.slow
 def test_init_adapters_shapes():
     adapters = init_adapters(TINY, ALL)
     assert adapters["h"]["mlp"]["c_fc"]["lora_a"].shape == (2, 32, 4)
@@ -46,11 +47,13 @@ def test_init_adapters_shapes():
     assert count_parameters(one) == 2 * 4 * (32 + 96)
 
 
+@pytest.mark.slow
 def test_init_adapters_change_nothing(model):
     fresh = dataclasses.replace(model, adapters=init_adapters(TINY, ALL), lora=ALL)
     np.testing.assert_array_equal(logits(fresh), logits(model))
 
 
+@pytest.mark.slow
 def test_merge_adapter_equals_the_adapters(model, trained):
     before = jax.tree.map(np.array, model.params)
     merged = trained.merge_adapter()
@@ -60,6 +63,7 @@ def test_merge_adapter_equals_the_adapters(model, trained):
     jax.tree.map(np.testing.assert_array_equal, before, model.params)
 
 
+@pytest.mark.slow
 def test_merge_adapters_is_the_product_in_float64(model, trained):
     merged = merge_adapters(model.params, trained.adapters, ALL)
     pair = jax.tree.map(lambda x: np.asarray(x, np.float64), trained.adapters["h"]["attn"]["c_proj"])
@@ -77,6 +81,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS.keys())
 def test_adapters_of_every_kind_start_merge_and_unmerge(model, lora):
     fresh = init_adapters(TINY, lora, params=model.params)
@@ -112,6 +117,7 @@ def test_merge_adapters_dora_in_float64(model):
     np.testing.assert_array_equal(merged[..., 64:], kernel[..., 64:])
 
 
+@pytest.mark.slow
 def test_rank_pattern_holds_in_training(model):
     lora = KINDS["ranks"]
     adapters = init_adapters(TINY, lora)
@@ -167,6 +173,7 @@ def test_lora_config_names_an_illegal_value(settings, named):
         LoRAConfig(**settings)
 
 
+@pytest.mark.slow
 def test_load_run_of_dora_on_slices(model, tmp_path):
     """PEFT has no slices: what the run saves is one adapter of the whole, which computes the same."""
     texts = [list(np.random.default_rng(i).integers(0, 100, 20)) for i in range(8)]

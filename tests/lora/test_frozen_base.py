@@ -44,6 +44,7 @@ def add_noise(adapters):
     return jax.tree.unflatten(structure, shaken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS.keys())
 def test_int8_base_equals_its_dequantized_weights(params, lora):
     base = cast_base(params, "int8")
@@ -73,6 +74,7 @@ def test_int8_base_equals_its_dequantized_weights(params, lora):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BASE_DTYPES)
 def test_cast_base_casts_matrices_only(params, dtype):
     base = cast_base(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), dtype)
@@ -100,6 +102,7 @@ def test_base_dtype_unknown_or_without_lora():
             gpt2jax.FinetuneConfig(**settings)
 
 
+@pytest.mark.slow
 def test_int8_base_is_never_dequantized_as_a_whole():
     """Neither by the forward pass for the backward pass, nor by XLA ahead of the loop over the layers."""
     config = dataclasses.replace(TINY, n_layer=3)  # so that no other array has the shapes of the kernels
@@ -132,6 +135,7 @@ def test_int8_kernel_is_sharded_as_the_array(params):
         assert int8["bias"] == array["bias"]
 
 
+@pytest.mark.slow
 def test_finetune_on_int8_base_learns_as_on_float32():
     """The result is the given model with adapters, in its own weights."""
     model = LanguageModel(TINY, random_params())

@@ -38,6 +38,7 @@ def ids(*shape: int, seed: int = 0, below: int = TINY.vocab_size) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, below, shape).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_logits_ignore_padding_left_and_right(model):
     tokens = ids(2, 20)
     mask = np.ones((2, 20), bool)
@@ -49,6 +50,7 @@ def test_logits_ignore_padding_left_and_right(model):
     assert np.isfinite(padded).all()
 
 
+@pytest.mark.slow
 def test_logits_are_causal(model):
     tokens = ids(1, 16)
     changed = tokens.copy()
@@ -58,6 +60,7 @@ def test_logits_are_causal(model):
     assert np.abs(before[0, 10:] - after[0, 10:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_hidden_states_of_segments_equal_the_documents_alone(model):
     tokens = ids(1, 24)
     segments = np.array([[0] * 9 + [1] * 4 + [2] * 11])
@@ -67,6 +70,7 @@ def test_hidden_states_of_segments_equal_the_documents_alone(model):
         np.testing.assert_allclose(hidden[:, begin:end], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hidden_states_positions_count_real_tokens_of_a_segment(model):
     """Padding before, between and behind two documents in one row."""
     tokens = ids(1, 20)
@@ -80,6 +84,7 @@ def test_hidden_states_positions_count_real_tokens_of_a_segment(model):
         np.testing.assert_allclose(hidden[:, begin:end], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hidden_states_given_positions_are_rows_of_the_table(model):
     tokens, positions = ids(1, 12), np.arange(12)[None] + 7
     shifted = {**model.params, "wpe": {"embedding": model.params["wpe"]["embedding"][7:]}}
@@ -106,6 +111,7 @@ def test_logits_name_wrong_input(model, tokens, mask, message):
         model.logits(tokens, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_hidden_states_in_16_bits_stay_close(model, name):
     tokens = ids(2, 16)
@@ -120,6 +126,7 @@ def test_hidden_states_in_16_bits_stay_close(model, name):
     assert 0 < np.abs(narrow - exact).max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 def test_dropout_rate_and_scale():
     x = jnp.ones((300, 300))
     y = dropout(x, 0.1, jax.random.key(0))
@@ -134,6 +141,7 @@ def test_dropout_of_almost_everything_is_finite():
     assert np.isfinite(y).all() and (y == 0).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_hidden_states_drop_with_a_key_only(model):
     config = dataclasses.replace(TINY, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
     tokens = ids(1, 16)
@@ -144,6 +152,7 @@ def test_hidden_states_drop_with_a_key_only(model):
     assert np.abs(dropped[0] - dropped[2]).max() > 0.1 < np.abs(dropped[0] - plain).max()
 
 
+@pytest.mark.slow
 def test_init_params_scales():
     config = GPT2Config(n_layer=4, n_head=2, n_embd=64, vocab_size=500, n_positions=64)
     params = init_params(config, 0)
@@ -163,6 +172,7 @@ def test_init_params_are_float32_with_64_bits_allowed():
     assert {leaf.dtype for leaf in jax.tree.leaves(trees)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_logits_and_gradient_beside_float64():
     """At a size where the CPU backend takes the kernels that it takes for real models."""
     config = GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=512, n_positions=64)

@@ -21,6 +21,7 @@ def plain(q, k, v, causal):
     return jnp.einsum("bnts,bnsh->bnth", probabilities, v, precision="highest")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "dtype", "tolerance"),
     [
@@ -59,6 +60,7 @@ def test_memory_efficient_attention_saves_nothing_of_t_times_t():
     assert (1, 2, 300, 300) not in shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_attention_over_a_cache_equals_attention_without(batch):
     q, k, v = (jax.random.normal(key, (batch, 3, 5, 4)) for key in jax.random.split(jax.random.key(1), 3))
@@ -70,6 +72,7 @@ def test_attention_over_a_cache_equals_attention_without(batch):
     np.testing.assert_allclose(attention(q, *cache, mask, dtype=dtype), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_attention_of_a_masked_row_is_finite():
     x = jnp.ones((1, 1, 2, 4))
     mask = jnp.asarray([[[[True, False], [False, False]]]])

@@ -44,6 +44,7 @@ def chunks(request, monkeypatch):
         assert repeated[-1] > 0  # the last slice overlaps the one before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extras", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.3, "z_loss": 0.1}]
 )
@@ -68,6 +69,7 @@ def test_cross_entropy_loss_gradient_and_counts(inputs, chunks, extras):
     assert counts["tokens"] == weights.sum()
 
 
+@pytest.mark.slow
 def test_token_losses(inputs, chunks):
     hidden, head, targets, _ = inputs
     nll, hit = token_losses(hidden.reshape(5, 10, DIM), head, targets.reshape(5, 10))
@@ -77,6 +79,7 @@ def test_token_losses(inputs, chunks):
     np.testing.assert_array_equal(hit.reshape(-1), jnp.argmax(hidden @ head.T, -1) == targets)
 
 
+@pytest.mark.slow
 def test_cross_entropy_ignores_tokens_of_weight_zero(inputs):
     hidden, head, targets, weights = inputs
     weights = weights.at[:10].set(0)
@@ -105,6 +108,7 @@ def test_logits_of_all_rows_are_never_held(monkeypatch):
     assert cut.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_cross_entropy_bfloat16_stays_close(inputs):
     hidden, head, targets, weights = inputs
     exact = jax.grad(lambda h: cross_entropy(h, head, targets, weights, FLOAT32)[0])(hidden)
@@ -180,6 +184,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_cross_entropy_devices_add_their_gradients_once():
     """Four devices, as one alone to rounding; in the loops over chunks and slices none asks another for anything."""
     found = on_four_devices(ON_DEVICES)

@@ -26,6 +26,7 @@ def weighted(function):
     return lambda *args: (function(*args) * jnp.cos(jnp.arange(X.size).reshape(X.shape))).sum()
 
 
+@pytest.mark.slow
 def test_gelu_tanh_value_and_gradient():
     own, plain = lambda x: gelu_tanh(x, jnp.dtype("float32")), jax.nn.gelu
     x = jnp.concatenate([X.ravel()[:-4], jnp.array([-40.0, -5.0, 0.0, 40.0])]).reshape(X.shape)
@@ -33,6 +34,7 @@ def test_gelu_tanh_value_and_gradient():
     np.testing.assert_allclose(jax.grad(weighted(own))(x), jax.grad(weighted(plain))(x), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_layer_norm_value_and_gradients():
     arguments = (jnp.asarray(X), jnp.asarray(SCALE), jnp.asarray(BIAS))
     own, plain = (lambda *a, f=f: f(*a, 1e-5) for f in (layer_norm, plain_layer_norm))

@@ -46,6 +46,7 @@ def operands() -> tuple[jax.Array, jax.Array, jax.Array]:
     return x, w, g
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPUTE_DTYPES)
 def test_matmul_rounds_operands_and_nothing_else(operands, name):
     x, w, g = operands
@@ -124,6 +125,7 @@ def test_bitcast_round_trip_is_exact(dtype):
     np.testing.assert_array_equal(dequantize(bitcast_kernel(x[:, None]))[:, 0], x.astype(jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bitcast_kernel_products_and_gradients_are_those_of_the_array(kernels, dtype):
     x = jax.random.normal(jax.random.key(1), (ROWS, DIM))
@@ -210,6 +212,7 @@ def test_transpose_kernel_int8_rounds_each_channel_within_half_a_step():
     np.testing.assert_allclose(np.abs(back).max(0), np.abs(kernel).max(0), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 64), (3, 64), (2, 5, 64)])
 def test_transposed_kernel_int8_product_is_exact_except_for_the_roundings(shape):
     rng = np.random.default_rng(1)
@@ -235,6 +238,7 @@ def test_transposed_kernel_product_rounds_operands_and_nothing_else(shape, dtype
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_int8_decoding_loss_of_gpt2_mini_within_0_02():
     """On the documents that the default job holds out."""
     model = gpt2jax.load("gpt2-mini")

@@ -42,6 +42,7 @@ def test_for_backend_unknown_dtype():
         Precision.for_backend("int8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
 def test_model_and_gradient_with_16_bit_activations(name, tolerance):
     """What an accelerator computes, computed here."""

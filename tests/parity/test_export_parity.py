@@ -41,6 +41,7 @@ def folder(request, model, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_ctranslate2_continues_as_we_do(folder, model, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2")
     pytest.importorskip("torch")

@@ -22,6 +22,7 @@ SMALL = GPT2Config(
 EVERY = LoRAConfig(rank=4, targets=("*",))
 
 
+@pytest.mark.slow
 def test_estimate_memory_is_near_what_xla_plans():
     program = make_program(SMALL, FinetuneConfig(batch_size=16), "cpu")
     compiled = compile_program(program, make_mesh(devices=jax.devices()[:1]))

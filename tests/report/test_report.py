@@ -20,6 +20,7 @@ def folder(comparison, tmp_path_factory):
     return save_report(comparison, tmp_path_factory.mktemp("comparison") / "new" / "folder")
 
 
+@pytest.mark.slow
 def test_save_report_writes_the_figures(comparison, folder):
     assert {path.name for path in folder.iterdir()} == {"report.html", "report.md", "comparison.json"}
     data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))

@@ -31,6 +31,7 @@ def assert_same(tokenizer: Tokenizer, other: Tokenizer) -> None:
         assert tokenizer.encode(text, allow_special=True) == other.encode(text, allow_special=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [257, 4096, 50257])
 def test_save_tokenizer_round_trip(tmp_path, vocab_size):
     save_tokenizer(Tokenizer.gpt2(vocab_size), tmp_path)

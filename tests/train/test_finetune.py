@@ -50,6 +50,7 @@ def assert_same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_finetune_history(finished, model):
     history = finished.history
     assert [entry["step"] for entry in history] == [3, 6, 9, 12]
@@ -65,11 +66,13 @@ def test_finetune_history(finished, model):
     assert [json.loads(line) for line in lines] == history
 
 
+@pytest.mark.slow
 def test_finetune_leaves_the_given_model_alone(finished, model):
     assert_same(model.params, random_params(noise=0.02))
     assert (finished.model.params["wte"]["embedding"] != model.params["wte"]["embedding"]).any()
 
 
+@pytest.mark.slow
 def test_finetune_returns_a_model_like_a_loaded_one(finished, model):
     """Bound to no device, so that nothing compiles anew for it; and no longer what its name was."""
     leaves = jax.tree.leaves(finished.model.params)
@@ -96,6 +99,7 @@ def test_load_of_a_run_folder(finished):
     assert sorted(int(p.name) for p in (finished.output / "checkpoints").iterdir()) == [8, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 9])
 def test_finetune_interrupted_and_resumed(model, finished, tmp_path, monkeypatch, stop):
     options = {"validation_texts": texts(3), "output": tmp_path / "run", "progress": False}
@@ -127,6 +131,7 @@ def test_finetune_does_not_resume_with_other_settings(model, finished):
         finetune(model, texts(29), CONFIG, output=finished.output, resume=True, progress=False)
 
 
+@pytest.mark.slow
 def test_finetune_in_folders_with_content(model, finished, tmp_path):
     with pytest.raises(FileExistsError, match="holds another run"):
         finetune(model, texts(), CONFIG, output=finished.output, progress=False)
@@ -141,6 +146,7 @@ def test_finetune_in_folders_with_content(model, finished, tmp_path):
     assert (tmp_path / "run" / "notes.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_finetune_with_lora(model, tmp_path):
     config = FinetuneConfig(steps=4, batch_size=4, sequence_length=16, lora=LoRAConfig(rank=2, dropout=0.1))
     run = finetune(model, texts(), config, output=tmp_path / "run", progress=False)
@@ -152,6 +158,7 @@ def test_finetune_with_lora(model, tmp_path):
     assert sum(file.stat().st_size for file in state.rglob("*")) < 200_000  # adapters and their moments only
 
 
+@pytest.mark.slow
 def test_finetune_with_64_bits_enabled_is_the_same(model, finished):
     with jax.enable_x64(True):
         run = finetune(model, texts(), CONFIG, validation_texts=texts(3), progress=False)
@@ -162,6 +169,7 @@ def test_finetune_with_64_bits_enabled_is_the_same(model, finished):
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_finetune_stops_at_a_loss_that_is_not_finite(model, tmp_path, monkeypatch):
     make = trainer.make_configured_step
 
@@ -191,6 +199,7 @@ def test_finetune_stops_at_a_loss_that_is_not_finite(model, tmp_path, monkeypatc
             assert load(path).source == path == str(output / "checkpoints" / "3")
 
 
+@pytest.mark.slow
 def test_load_of_checkpoints(model, tmp_path, caplog):
     """Of the average of some of the parameters, and of adapters: what the run gave at that step."""
     model.save(tmp_path / "base")
@@ -231,6 +240,7 @@ def test_load_and_finetune_name_a_damaged_checkpoint(model, finished, tmp_path):
         load(newest)
 
 
+@pytest.mark.slow
 def test_finetune_logs_float16_steps_that_overflow(model, tmp_path, monkeypatch):
     # the first step overflows, and after it the scale is the largest one that is allowed
     monkeypatch.setattr(training_step, "INITIAL_SCALE", 2.0**120)
@@ -252,6 +262,7 @@ def test_finetune_logs_float16_steps_that_overflow(model, tmp_path, monkeypatch)
         json.loads(line, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_finetune_stops_if_float16_overflows_at_any_scale(model, tmp_path, monkeypatch):
     monkeypatch.setattr(training_step, "INITIAL_SCALE", 4.0)
     broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * 1e30, model.params))
@@ -325,6 +336,7 @@ def test_finetune_names_validation_texts_that_are_too_short(model):
         finetune(model, texts(), CONFIG, validation_texts=[[1], [2]], progress=False)
 
 
+@pytest.mark.slow
 def test_finetune_with_strings_and_epochs():
     tokenizer = Tokenizer.gpt2(300)
     from tiny_models import CONFIG as SHAPE

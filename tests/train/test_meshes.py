@@ -105,6 +105,7 @@ def folder(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("moved") / "run")
 
 
+@pytest.mark.slow
 def test_finetune_on_meshes_of_eight_devices_equals_one_device(single, folder):
     meshes = [
         {},
@@ -124,6 +125,7 @@ def test_finetune_on_meshes_of_eight_devices_equals_one_device(single, folder):
     same([lora_of_int8], single[2])
 
 
+@pytest.mark.slow
 def test_finetune_in_two_processes_equals_one_and_resumes_on_one_device(single, folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -104,6 +104,7 @@ def in_step(number: int) -> Patch:
     return patch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch", "saved"),
     [
@@ -126,6 +127,7 @@ def test_finetune_stopped_and_resumed_is_the_whole_run(model, whole, tmp_path, p
     assert_same_run(whole, train(model, CONFIG, output, resume=True))
 
 
+@pytest.mark.slow
 def test_finetune_stopped_in_the_first_step_and_resumed(model, whole, tmp_path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         in_step(1)(monkeypatch)
@@ -134,6 +136,7 @@ def test_finetune_stopped_in_the_first_step_and_resumed(model, whole, tmp_path):
     assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
 
 
+@pytest.mark.slow
 def test_finetune_resumes_everything_that_a_state_may_hold(model, tmp_path):
     """Adapters on a rounded base, dropout, loss scale, parts of batches, bfloat16 moments and an average."""
     lora = LoRAConfig(rank=2, dropout=0.2)

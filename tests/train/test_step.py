@@ -64,6 +64,7 @@ def fresh_state():
     return init_state(random_params(), make_optimizer(CONFIG, 10), loss_scaling=False)
 
 
+@pytest.mark.slow
 def test_train_step_donates_its_state_and_compiles_once(plain_step):
     state = fresh_state()
     leaves = jax.tree.leaves(state)
@@ -94,6 +95,7 @@ def test_train_step_accumulates_parts_of_unequal_token_counts(plain_step):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_train_step_dropout_is_a_function_of_seed_and_step():
     model = dataclasses.replace(TINY, resid_pdrop=0.5)
 
@@ -106,6 +108,7 @@ def test_train_step_dropout_is_a_function_of_seed_and_step():
     assert len({first_loss(0, 0), first_loss(0, 1), first_loss(1, 0)}) == 3
 
 
+@pytest.mark.slow
 def test_train_step_trains_adapters_only():
     lora = LoRAConfig(rank=2, dropout=0.1)
     step, state = build(lora=lora)
@@ -119,6 +122,7 @@ def test_train_step_trains_adapters_only():
     assert state["params"]["h"]["attn"]["c_attn"]["lora_b"].any() and np.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_train_step_skips_a_float16_overflow():
     step, state = build("float16")
     state, metrics = step(state, None, batch())
@@ -137,6 +141,7 @@ def test_train_step_skips_a_float16_overflow():
     )
 
 
+@pytest.mark.slow
 def test_train_step_gradients_in_16_bits_are_close():
     norms = {}
     for dtype in ("float32", "bfloat16", "float16"):
@@ -288,6 +293,7 @@ def test_finetune_config_keeps_settings_as_json_takes_them(monkeypatch):
     assert lora == LoRAConfig(2, 4.0, rank_pattern={"h.0": 1}) and json.dumps(dataclasses.asdict(lora))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
 def test_make_optimizer_equals_the_formulas(name):
     """Three updates of a matrix and a bias, from the papers' formulas in NumPy."""
@@ -326,6 +332,7 @@ def test_make_optimizer_equals_the_formulas(name):
         np.testing.assert_allclose(params[key], expected[key], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_keep_what_small_changes_add_up_to():
     config = FinetuneConfig(learning_rate=1e-2, moments_dtype="bfloat16", beta2=0.999)
     narrow, wide = (
@@ -357,6 +364,7 @@ def test_bfloat16_moments_keep_what_small_changes_add_up_to():
     jax.tree.map(np.testing.assert_array_equal, again.init(params), states[0])
 
 
+@pytest.mark.slow
 def test_partition_params_freezes_in_a_step():
     params = random_params()
     trained, frozen, mask = partition_params(params, ["wte", "h.0", "h.*.mlp.c_fc.bias"])
@@ -382,6 +390,7 @@ def test_partition_params_freezes_in_a_step():
             partition_params(params, wrong)
 
 
+@pytest.mark.slow
 def test_train_step_with_moving_average_and_lora_plus():
     config = dataclasses.replace(CONFIG, lora=LoRAConfig(rank=2), lora_plus_ratio=4.0, weight_decay=0.0)
     fast, slow = (make_optimizer(c, 10) for c in (config, dataclasses.replace(config, lora_plus_ratio=1.0)))
@@ -402,6 +411,7 @@ def test_train_step_with_moving_average_and_lora_plus():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state["ema"], expected)
 
 
+@pytest.mark.slow
 def test_hidden_states_remat_changes_memory_only():
     model = dataclasses.replace(TINY, n_positions=64, n_layer=4)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 99, (4, 64)))
@@ -426,6 +436,7 @@ def test_hidden_states_remat_changes_memory_only():
         )
 
 
+@pytest.mark.slow
 def test_make_optimizer_muon_moves_the_kernels_and_adam_the_rest():
     step, state = build(config=FinetuneConfig(steps=10, learning_rate=1e-2, optimizer="muon"))
     before = jax.tree.map(np.array, state["params"])

@@ -44,6 +44,7 @@ def parameters_at(model: LanguageModel, steps: int) -> trainer.Run:
 EARLY = dataclasses.replace(CONFIG, schedule="constant", eval_every=2, log_every=2, steps=11, patience=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [True, False])
 def test_finetune_early_stopping_returns_the_best(model, tmp_path, monkeypatch, folder):
     validations(monkeypatch, [3.0, 2.0, 2.5, 2.0, 1.0])
@@ -56,6 +57,7 @@ def test_finetune_early_stopping_returns_the_best(model, tmp_path, monkeypatch, 
         assert_same_run(run, train(model, EARLY, output, resume=True))  # it has ended already
 
 
+@pytest.mark.slow
 def test_finetune_keeps_the_best_of_a_stopped_and_resumed_run(model, tmp_path, monkeypatch):
     """Stopped behind a best validation that no checkpoint has seen."""
     config = dataclasses.replace(EARLY, patience=None, keep_best=True)
@@ -85,6 +87,7 @@ def test_finetune_keep_best_needs_a_validation(model):
         finetune(model, texts(), EARLY, progress=False)
 
 
+@pytest.mark.slow
 def test_finetune_time_limit(model, tmp_path):
     config = dataclasses.replace(CONFIG, max_minutes=1e-9)
     run = train(model, config, tmp_path / "run")
@@ -96,6 +99,7 @@ def test_finetune_time_limit(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.model.params, whole.model.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_finetune_saves_before_a_signal_stops_it(model, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
@@ -188,6 +192,7 @@ KILLED = FinetuneConfig(
 )
 
 
+@pytest.mark.slow
 def test_finetune_killed_at_twenty_random_moments_and_resumed(model, tmp_path):
     """kill -9 while it compiles, computes, logs, and saves after every step."""
     here = os.path.dirname(__file__)

@@ -41,6 +41,7 @@ def test_check_trackers_says_what_to_install(model, tmp_path, monkeypatch):
         dataclasses.replace(CONFIG, trackers="mlflow")
 
 
+@pytest.mark.slow
 def test_wandb_is_offline_and_has_the_log(model, tmp_path, monkeypatch):
     """What the client is called with; the client itself is somebody else's."""
     calls = []
@@ -77,6 +78,7 @@ def read_events(folder: pathlib.Path) -> list[Any]:
     return events
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_log(model, tmp_path):
     pytest.importorskip("tensorboardX")
     run = train(model, dataclasses.replace(CONFIG, trackers="tensorboard"), tmp_path / "run")

@@ -84,12 +84,14 @@ def assert_close(ours: Params, expected: Params, tolerance: float = 1e-5) -> Non
     jax.tree_util.tree_map_with_path(compare, ours, expected)
 
 
+@pytest.mark.slow
 def test_logits(golden, config):
     params = stacked(golden, "before")
     hidden = hidden_states(params, config, jnp.asarray(golden["tokens"][0]))
     np.testing.assert_allclose(output_logits(hidden, lm_head_weight(params)), golden["logits"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_of_every_leaf(golden, config):
     tokens, targets, weights = batch(golden, 0).values()
 
@@ -113,6 +115,7 @@ def _take_key_biases(params: Params) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_one_step_of_clipping_and_adamw(golden, run):
     params, metrics = run[0]
     np.testing.assert_allclose(metrics["grad_norm"], golden["grad_norm"], rtol=1e-5)
@@ -129,6 +132,7 @@ def test_one_step_of_clipping_and_adamw(golden, run):
     assert_close(change, expected, 5e-5)
 
 
+@pytest.mark.slow
 def test_loss_curve(golden, run):
     losses = [float(metrics["loss"]) for _, metrics in run]
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-5)

@@ -37,6 +37,7 @@ def batch() -> dict[str, np.ndarray]:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": np.ones((2, 16), np.float32)}
 
 
+@pytest.mark.slow
 def test_unstack_layers_keeps_the_step():
     config = dataclasses.replace(CONFIG, optimizer="sgd")
     (state, step), (other, _) = state_and_step(config), state_and_step(config)
@@ -49,6 +50,7 @@ def test_unstack_layers_keeps_the_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, stack_layers(unrolled))
 
 
+@pytest.mark.slow
 def test_stack_layers_undoes_unstack_layers():
     state, _ = state_and_step(CONFIG)
     again = stack_layers(unstack_layers(state))
@@ -56,6 +58,7 @@ def test_stack_layers_undoes_unstack_layers():
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+@pytest.mark.slow
 def test_hidden_states_of_unrolled_layers_with_dropout_adapters_and_remat():
     model = dataclasses.replace(TINY, resid_pdrop=0.2)  # each layer draws by its own key
     params, lora = random_params(), LoRAConfig(rank=2)
@@ -75,6 +78,7 @@ def test_hidden_states_of_unrolled_layers_with_dropout_adapters_and_remat():
     )
 
 
+@pytest.mark.slow
 def test_finetune_with_unrolled_layers_writes_and_returns_stacked_ones(tmp_path, monkeypatch):
     model = LanguageModel(dataclasses.replace(TINY, **NO_DROPOUT), random_params())
     texts = [np.random.default_rng(i).integers(0, 49, 30).tolist() for i in range(8)]

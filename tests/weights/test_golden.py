@@ -23,6 +23,7 @@ FOLDERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_load_logits_equal_those_of_other_libraries(name):
     model = gpt2jax.load(GOLDEN / name)
@@ -32,6 +33,7 @@ def test_load_logits_equal_those_of_other_libraries(name):
     np.testing.assert_allclose(model.logits(expected["token_ids"]), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FOLDERS if name.startswith("hf")])
 def test_load_greedy_continuation_equals_transformers(name):
     model = gpt2jax.load(GOLDEN / name)
@@ -42,6 +44,7 @@ def test_load_greedy_continuation_equals_transformers(name):
     np.testing.assert_array_equal(np.argmax(model.logits(text)[0, 7:-1], axis=-1), text[0, 8:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "folder", "file"),
     [("hf-tied", "peft", ""), ("hf-tied", "peft-dora", ""), ("keras-hub", "keras-lora", "adapter.lora.h5")],

@@ -86,6 +86,7 @@ def test_save_hf_writes_the_names_of_transformers(saved, params):
     assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == 299
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_save_hf_rounds_to_16_bits(tmp_path, params, dtype):
     save_hf(tmp_path / "a", TINY, params, dtype=dtype)
@@ -263,6 +264,7 @@ def test_read_safetensors_cut_short_anywhere(saved):
             load_hf(saved)
 
 
+@pytest.mark.slow
 def test_read_safetensors_flipped_header_bits(saved, params):
     file = saved / "model.safetensors"
     whole = file.read_bytes()

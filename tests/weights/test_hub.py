@@ -140,6 +140,7 @@ def embedding(folder: str) -> np.ndarray:
     return np.asarray(load_hf(folder)[1]["wte"]["embedding"])
 
 
+@pytest.mark.slow
 def test_download_fetches_once_then_works_offline(server, tmp_path):
     server.fetched.clear()
     folder = download(tmp_path, server.url)
@@ -155,6 +156,7 @@ def test_download_fetches_once_then_works_offline(server, tmp_path):
     assert not server.fetched
 
 
+@pytest.mark.slow
 def test_download_revisions(server, tmp_path):
     folder = download(tmp_path, server.url, revision="v1")
     np.testing.assert_array_equal(embedding(folder), init_params(TINY, 1)["wte"]["embedding"])
@@ -165,6 +167,7 @@ def test_download_revisions(server, tmp_path):
     assert answer.startswith("ValueError") and "'v9'" in answer and "branch" in answer
 
 
+@pytest.mark.slow
 def test_download_errors_say_what_to_do(server, tmp_path):
     answer = download(tmp_path, server.url, "someone/absent")
     assert answer.startswith("ValueError: there is no model someone/absent")

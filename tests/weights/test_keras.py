@@ -186,6 +186,7 @@ def test_load_keras_checkpoint_cut_short_anywhere(checkpoint):
         file.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_load_keras_checkpoint_notices_every_flipped_bit(checkpoint):
     expected = load_keras_checkpoint(checkpoint)[1]
     for file in sorted(checkpoint.parent.iterdir()):
@@ -222,6 +223,7 @@ def test_load_keras_checkpoint_newest_of_a_folder(checkpoint):
     assert same(load_keras_checkpoint(checkpoint.parent)[1], load_keras_checkpoint(checkpoint)[1])
 
 
+@pytest.mark.slow
 def test_read_h5_flipped_bits_load_or_raise_one_error(tmp_path):
     """The format has no checksums: numbers may change, but nothing else than a clear error may happen."""
     whole = WHOLE.read_bytes()

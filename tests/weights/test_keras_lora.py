@@ -58,6 +58,7 @@ def test_load_keras_lora_merged_kernels(file, model):
     assert not change[0].any()
 
 
+@pytest.mark.slow
 def test_save_adapter_of_keras_lora(file, model, tmp_path):
     adapted = load_adapter(model, file)
     save_adapter(adapted, tmp_path / "peft")

@@ -36,6 +36,7 @@ def params() -> dict:
     return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract_params(CONFIG))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").is_file(), reason="needs Linux to say the memory of a process"
 )

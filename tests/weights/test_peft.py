@@ -49,6 +49,7 @@ def rewrite(folder, change) -> None:
     safetensors_numpy.save_file(tensors, folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("attn.c_attn",), ("attn.c_proj", "mlp.c_fc"), TARGETS])
 @pytest.mark.parametrize("alpha", [16.0, 2.5])
 def test_adapter_round_trip_is_exact(tmp_path, targets, alpha):
@@ -91,6 +92,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS.keys())
 def test_adapter_variants_round_trip_is_exact(tmp_path, lora):
     fresh = init_adapters(TINY, lora, params=BASE)
@@ -110,6 +112,7 @@ def test_adapter_variants_round_trip_is_exact(tmp_path, lora):
     assert any("magnitude" in name for name in shapes) == lora.use_dora
 
 
+@pytest.mark.slow
 def test_write_adapter_fuses_query_key_value(tmp_path):
     lora = LoRAConfig(
         rank=2, targets=("attn.q", "attn.v", "mlp.c_fc"), rank_pattern={"attn.v": 3}, use_dora=True

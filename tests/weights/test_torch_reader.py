@@ -60,6 +60,7 @@ def test_load_weights_bin_shards_and_index(copied, expected):
         load_weights(copied.parent)
 
 
+@pytest.mark.slow
 def test_read_torch_cut_short_anywhere(copied):
     whole = copied.read_bytes()
     rng = random.Random(0)
@@ -69,6 +70,7 @@ def test_read_torch_cut_short_anywhere(copied):
             load_hf(copied)
 
 
+@pytest.mark.slow
 def test_read_torch_flipped_bits_in_the_description(copied, expected):
     """Every entry of the zip has a checksum; the legacy format has none for the numbers, only its head is hit."""
     whole = copied.read_bytes()
