@@ -10,6 +10,8 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -19,9 +21,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from typing import Literal
 
 import tiktoken
 
+from gpt2jax.tokenizer.added_tokens import SPACE, TokenFinder, TokenFlags
 from gpt2jax.utils.validation import check, int_in_range, must_be, one_of
 
 END_TOKEN = "<|endoftext|>"
@@ -33,11 +37,9 @@ VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726
 # This one matches the same pieces; its possessive repeats need no backtracking in long runs.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Only \s+(?!\S) still backtracks, and runs out of stack in a run of a million spaces before a word. The
-# spaces are those of Unicode's White_Space, which is Rust's \s; Python's \s has U+001C to U+001F as well.
-_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# Only \s+(?!\S) still backtracks, and runs out of stack in a run of a million spaces before a word.
 _LONG_RUN = 50_000
-_LONG_SPACE = re.compile(f"(?<![{_SPACE}])[{_SPACE}]{{{_LONG_RUN},}}+(?=[^{_SPACE}])")
+_LONG_SPACE = re.compile(f"(?<![{SPACE}])[{SPACE}]{{{_LONG_RUN},}}+(?=[^{SPACE}])")
 
 # Files write a byte as one printable character: itself where Latin-1 prints it, else one from U+0100 on. The
 # printable ones come first: that is the order of the 256 byte tokens, too.
@@ -52,6 +54,8 @@ _CHAR_TO_BYTE = {ord(char): byte for byte, char in _BYTE_TO_CHAR.items()}
 _CHAR_TO_BYTE |= {code: 0xFFFD for code in range(256) if code not in _CHAR_TO_BYTE}
 
 Merge = tuple[bytes, bytes]
+SpecialTokens = Literal["text", "parse"]
+SPECIAL_TOKENS = ("text", "parse")
 
 
 class Tokenizer:
@@ -62,12 +66,15 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of ids: every id is below it.
-        end_token: text of the token that ends a document.
-        end_token_id: its id.
-        special_tokens: text to id of the tokens that are found in a text only with `allow_special`.
+        end_token: text of the token that ends a document; None if the files name none that has an id.
+        end_token_id: its id, or None.
+        special_tokens: text to id of the tokens that are found in a text only if asked for.
         added_tokens: text to id of the tokens that are found in every text, before any merging.
+        token_flags: how each of these is looked for.
+        parses_special: `encode` reads special tokens in a text as such unless told otherwise.
         roles: names of special tokens in the files, such as "eos_token", to their text.
         merges: the pairs of byte strings, in the order they were learned.
+        extras: what else tokenizer_config.json holds, such as a chat template; it is saved with the tokenizer.
     """
 
     def __init__(
@@ -77,10 +84,12 @@ class Tokenizer:
         token_ids: Sequence[int] | None = None,
         special_tokens: Mapping[str, int] | None = None,
         added_tokens: Mapping[str, int] | None = None,
+        token_flags: Mapping[str, TokenFlags] | None = None,
         unreachable_tokens: Mapping[int, bytes] | None = None,
-        end_token: str = END_TOKEN,
+        end_token: str | None = END_TOKEN,
         roles: Mapping[str, str] | None = None,
         add_prefix_space: bool = False,
+        extras: Mapping[str, object] | None = None,
     ):
         """Build from the merges in the order they were learned.
 
@@ -90,11 +99,13 @@ class Tokenizer:
                 that the vocabulary lacks and encoding leaves out. None: the id is the rank.
             special_tokens: text to id. None: the end token gets the id after the last one of the merges.
             added_tokens: text to id of tokens looked for in every text.
+            token_flags: how special and added tokens are looked for. Default: without any flag.
             unreachable_tokens: id to bytes of tokens that no merge makes; they are only decoded.
-            end_token: the special token that ends a document.
+            end_token: the special token that ends a document; None: there is none.
             roles: names of special tokens in the files. None: the end token is "bos_token", "eos_token" and
                 "unk_token".
-            add_prefix_space: put a space before a text that does not begin with one.
+            add_prefix_space: put a space before a text that does not begin with one; between tokens, too.
+            extras: see the attribute.
 
         Raises:
             ValueError: two tokens have the same id or the same bytes, or `end_token` is not a special token.
@@ -111,27 +122,30 @@ class Tokenizer:
             legal = f"{len(ranks)} ids, for 256 bytes and {len(merges)} merges"
             raise ValueError(must_be("token_ids", legal, len(ids)))
         self.merges = tuple(merges)
-        self.special_tokens = dict({end_token: max(ids) + 1} if special_tokens is None else special_tokens)
+        if special_tokens is None:
+            special_tokens = {} if end_token is None else {end_token: max(ids) + 1}
+        self.special_tokens = dict(special_tokens)
         self.added_tokens = dict(added_tokens or {})
         self.add_prefix_space = add_prefix_space
-        self.end_token = check("end_token", end_token, one_of(self.special_tokens))
-        self.end_token_id = self.special_tokens[end_token]
-        self.roles = dict(roles or {role: end_token for role in ("bos_token", "eos_token", "unk_token")})
+        self.end_token = None if end_token is None else check("end_token", end_token, one_of(special_tokens))
+        self.end_token_id = None if end_token is None else self.special_tokens[end_token]
+        all_roles = () if end_token is None else ("bos_token", "eos_token", "unk_token")
+        self.roles = dict(roles or dict.fromkeys(all_roles, end_token))
+        self.extras = dict(extras or {})
+        self.parses_special = False
 
-        # tiktoken has one number for rank and id: it works on ranks, with the unsplit tokens behind them. If
-        # these are not the ids, a table maps them.
-        unsplit = {**self.special_tokens, **self.added_tokens}
+        self._unsplit = {**self.special_tokens, **self.added_tokens}
+        flags = token_flags or {}
+        self.token_flags = {token: flags.get(token, TokenFlags()) for token in self._unsplit}
+        self._finder = TokenFinder(self.token_flags, self.special_tokens)
+        # tiktoken has one number for rank and id: it works on ranks. If these are not the ids, a table maps them.
         self._encoding = tiktoken.Encoding(
-            name="gpt2jax",
-            pat_str=PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={token: rank for rank, token in enumerate(unsplit, start=len(ranks))},
+            name="gpt2jax", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
-        table = [*ids, *unsplit.values()]
-        self._id_of_rank = None if table == list(range(len(table))) else table
+        self._id_of_rank = None if ids == list(range(len(ids))) else ids
         named = itertools.chain(
             zip(ranks, ids, strict=True),
-            ((token.encode(), id_) for token, id_ in unsplit.items()),
+            ((token.encode(), id_) for token, id_ in self._unsplit.items()),
             ((token, id_) for id_, token in (unreachable_tokens or {}).items()),
         )
         self._token_of_id = _invert([(token, id_) for token, id_ in named if id_ >= 0])
@@ -158,12 +172,13 @@ class Tokenizer:
             )
         return Tokenizer(parse_merges(data.decode())[: vocab_size - MIN_VOCAB_SIZE])
 
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, allow_special: bool | None = None) -> list[int]:
         """Return the token ids of a text, without special tokens around them.
 
         Args:
             text: any string. A lone half of a surrogate pair, which UTF-8 cannot express, counts as U+FFFD.
-            allow_special: read "<|endoftext|>" and the like as special tokens. False: as plain characters.
+            allow_special: read "<|endoftext|>" and the like as special tokens. False: as plain characters. Default:
+                `parses_special`.
 
         Raises:
             TypeError: `text` is not a string.
@@ -172,20 +187,14 @@ class Tokenizer:
             raise TypeError(must_be("text", "a str", text))
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self.add_prefix_space and text and text[0] != " ":
-            text = " " + text
-        allowed = {*self.added_tokens, *(self.special_tokens if allow_special else ())}
-        if len(text) <= _LONG_RUN:
-            ranks = self._encode_ranks(text, allowed)
-        else:  # the pattern, too, splits a run before its last space
-            splits = [0, *(match.end() - 1 for match in _LONG_SPACE.finditer(text)), len(text)]
-            ranks = [
-                rank
-                for start, end in itertools.pairwise(splits)
-                for rank in self._encode_ranks(text[start:end], allowed)
-            ]
-        table = self._id_of_rank
-        return ranks if table is None else [table[rank] for rank in ranks if table[rank] >= 0]
+        parse = self.parses_special if allow_special is None else allow_special
+        ids: list[int] = []
+        for part, is_token in self._finder.split(text, parse_special=parse):
+            if is_token:
+                ids.append(self._unsplit[part])
+            else:
+                ids += self._encode_plain(part)
+        return ids
 
     def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[list[int]]:
         """Return the token ids of each text, as `encode(text)` does, on several cores.
@@ -229,6 +238,55 @@ class Tokenizer:
             pieces.append(token)
         return b"".join(pieces)
 
+    def with_special_tokens(self, mode: SpecialTokens) -> Tokenizer:
+        """Return the same tokenizer, which reads special tokens in a text as such ("parse") or as characters ("text").
+
+        Raises:
+            ValueError: another mode.
+        """
+        check("special_tokens", mode, one_of(SPECIAL_TOKENS))
+        return self._replace(parses_special=mode == "parse")
+
+    def with_end_token(self, end_token: str | int) -> Tokenizer:
+        """Return the same tokenizer with another end token.
+
+        Args:
+            end_token: the text or the id of a token. A text that is not a token yet becomes a special token with the
+                next free id, as transformers does it.
+
+        Raises:
+            ValueError: there is no such id, or the text is empty.
+        """
+        if isinstance(end_token, int):
+            check("end_token", end_token, int_in_range(0, self.vocab_size - 1))
+            text = self.decode([end_token])
+            return self._replace(
+                end_token=text, end_token_id=end_token, roles={**self.roles, "eos_token": text}
+            )
+        if not isinstance(end_token, str) or not end_token:
+            raise ValueError(must_be("end_token", "the text or the id of a token", end_token))
+        found = self._unsplit.get(end_token)
+        if found is None and end_token.encode() in self._token_of_id:
+            found = self._token_of_id.index(end_token.encode())
+        changes = {"end_token": end_token, "roles": {**self.roles, "eos_token": end_token}}
+        if found is not None:
+            return self._replace(end_token_id=found, **changes)
+        flags, special = {**self.token_flags, end_token: TokenFlags()}, {end_token: self.vocab_size}
+        return self._replace(
+            end_token_id=self.vocab_size,
+            special_tokens=self.special_tokens | special,
+            token_flags=flags,
+            vocab_size=self.vocab_size + 1,
+            _unsplit=self._unsplit | special,
+            _finder=TokenFinder(flags, self.special_tokens | special),
+            _token_of_id=[*self._token_of_id, end_token.encode()],
+            **changes,
+        )
+
+    def spelled_special_token(self, text: str) -> str | None:
+        """Return a special token that a text spells and that `encode` reads as plain characters, or None."""
+        return None if self.parses_special else self._finder.spelled(text)
+
     def tokens(self) -> list[tuple[int, bytes]]:
         """Return (id, bytes) of all tokens, by id."""
         return [(id_, token) for id_, token in enumerate(self._token_of_id) if token is not None]
@@ -236,7 +294,10 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that decides the ids: tokenizers of equal fingerprint encode every text alike."""
-        options = [PATTERN, self._id_of_rank, self.special_tokens, self.added_tokens]
+        options: list[object] = [PATTERN, self._id_of_rank, self.special_tokens, self.added_tokens]
+        flags = {token: dataclasses.astuple(value) for token, value in self.token_flags.items()}
+        if self.parses_special or any(map(any, flags.values())):
+            options += [flags, self.parses_special]
         digest = hashlib.sha256(json.dumps([*options, self.end_token, self.add_prefix_space]).encode())
         for left, right in self.merges:
             digest.update(b"%d %d " % (len(left), len(right)) + left + right)
@@ -245,10 +306,28 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, end_token={self.end_token!r})"
 
-    def _encode_ranks(self, text: str, allowed: set[str]) -> list[int]:
-        if not allowed:
-            return self._encoding.encode_ordinary(text)
-        return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
+    def _encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a text without regard to special and added tokens."""
+        if self.add_prefix_space and text and text[0] != " ":
+            text = " " + text
+        if len(text) <= _LONG_RUN:
+            ranks = self._encoding.encode_ordinary(text)
+        else:  # the pattern, too, splits a run before its last space
+            splits = [0, *(match.end() - 1 for match in _LONG_SPACE.finditer(text)), len(text)]
+            ranks = [
+                rank
+                for start, end in itertools.pairwise(splits)
+                for rank in self._encoding.encode_ordinary(text[start:end])
+            ]
+        table = self._id_of_rank
+        return ranks if table is None else [table[rank] for rank in ranks if table[rank] >= 0]
+
+    def _replace(self, **changes: object) -> Tokenizer:
+        """Return a copy with other attributes."""
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other.__dict__.update(changes)
+        return other
 
 
 def parse_merges(text: str) -> list[Merge]:
@@ -291,7 +370,10 @@ def _invert(tokens: list[tuple[bytes, int]]) -> list[bytes | None]:
     """Return the token of each id, None for ids that are not used."""
     table: list[bytes | None] = [None] * (max(id_ for _, id_ in tokens) + 1)
     for token, id_ in tokens:
-        if table[id_] is not None:
+        if table[id_] not in (
+            None,
+            token_bytes(token.decode("utf-8", "replace")),
+        ):  # an added word may be in the merges
             raise ValueError(f"token id {id_} is given to both {table[id_]!r} and {token!r}")
-        table[id_] = token
+        table[id_] = table[id_] or token
     return table

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from gpt2jax.tokenizer.added_tokens import TokenFlags
 from gpt2jax.tokenizer.bpe import (
     BYTE_ORDER,
     END_TOKEN,
@@ -20,6 +22,7 @@ from gpt2jax.tokenizer.bpe import (
 )
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.json_files import Kind, read_json
+from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import check, int_in_range, must_be
 
 # (vocabulary, merges) of Hugging Face, OpenAI's release, a Keras preset and its folder above.
@@ -29,42 +32,82 @@ VOCABULARY_FILES = (
     ("vocabulary.json", "merges.txt"),
     ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt"),
 )
-# how readers look for an unsplit token in a text
-FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 MAX_ID = 10_000_000  # a damaged id must not ask for memory
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+EXTRA_ROLES = ("additional_special_tokens", "extra_special_tokens")  # lists, in old and new files
+CHAT_TEMPLATE = "chat_template.jinja"
+# what `save_tokenizer` writes itself, and names of files and classes that are not written
+_OWN_SETTINGS = {
+    *(
+        "tokenizer_class",
+        "add_prefix_space",
+        "added_tokens_decoder",
+        "clean_up_tokenization_spaces",
+        "errors",
+    ),
+    *("model_max_length", "auto_map", "name_or_path", "tokenizer_file", "vocab_file", "merges_file"),
+    *("special_tokens_map_file", "backend", "is_local", "local_files_only", *ROLES),
+}
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Load the tokenizer saved in a folder.
+def load_tokenizer(path: str | os.PathLike[str], *, end_token: str | int | None = None) -> Tokenizer:
+    """Load the tokenizer saved in a folder, or in a file of one.
 
     Reads `tokenizer.json`, or `vocab.json` with `merges.txt` (also under the names that OpenAI and Keras
-    give them), and the special tokens named beside them.
+    give them), and the special tokens named beside them. If none of these ends a text, the tokenizer has no end token,
+    and a notice says so.
+
+    Args:
+        path: a folder; a tokenizer.json under any name; or a vocabulary or merges file beside its other half.
+        end_token: text or id of the token that ends a text, see `Tokenizer.with_end_token`. Default: the files' own.
 
     Raises:
-        FileNotFoundError: the folder has none of these; the message names them.
+        FileNotFoundError: nothing lies there, or a file is missing; the message names it.
         ValueError: the files do not describe a byte-level BPE with GPT-2's pattern.
     """
-    folder = Path(path)
+    folder, fast_file = _find_files(Path(path))
     config = _read_optional(folder / "tokenizer_config.json", {"added_tokens_decoder": dict})
     roles = _read_roles(folder, config)
     kinds = {"model": dict, "added_tokens": list, "pre_tokenizer": (dict, NoneType)}
-    fast = _read_optional(folder / "tokenizer.json", kinds)
+    fast = _read_optional(fast_file, kinds)
     if "model" in fast:  # Keras writes a tokenizer.json of another kind
-        vocabulary, merges = _read_fast(folder / "tokenizer.json", fast)
+        vocabulary, merges = _read_fast(fast_file, fast)
         prefix_space = bool(fast["pre_tokenizer"].get("add_prefix_space", True))
     else:
         vocabulary, merges = _read_vocabulary(folder)
         prefix_space = bool(config.get("add_prefix_space", False))
-    special, added = _read_unsplit_tokens(folder, fast, config, vocabulary, roles)
-    end_token = roles.get("eos_token", END_TOKEN)
-    if end_token not in special:
-        raise ValueError(f"{folder}: the end token {end_token!r} has no id in the vocabulary")
+    unsplit = _read_unsplit_tokens(folder, fast, config, vocabulary, roles)
+    for token, id_ in (*vocabulary.items(), *((token, entry.id) for token, entry in unsplit.items())):
+        check(f"{folder}: the id of {token!r:.60}", id_, int_in_range(0, MAX_ID))
+    own_end = roles.get("eos_token", END_TOKEN)
+    if own_end not in unsplit:
+        if end_token is None:
+            count = 1 + max((*vocabulary.values(), *(entry.id for entry in unsplit.values())))
+            notice(
+                f"{folder}: the tokenizer has no end token: {own_end!r} has no id in its vocabulary "
+                f"(transformers would add it as id {count}); name one with end_token=... (--end-token)"
+            )
+        own_end = None
     _check_merges(folder, merges)
     try:
-        return _build(vocabulary, merges, special, added, end_token, roles, prefix_space)
+        tokenizer = _build(vocabulary, merges, unsplit, own_end, roles, prefix_space)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    tokenizer.extras |= _read_extras(folder, config)
+    return tokenizer if end_token is None else tokenizer.with_end_token(end_token)
+
+
+def _find_files(path: Path) -> tuple[Path, Path]:
+    """Return the folder of a tokenizer, and the tokenizer.json in it, which need not exist."""
+    if not path.is_file():
+        return path, path / "tokenizer.json"
+    halves = {Path(name).name for pair in VOCABULARY_FILES for name in pair}
+    if path.name in halves:
+        return path.parent, path.parent / "tokenizer.json"
+    if path.suffix != ".json" or "model" not in read_json(path):
+        known = ", ".join(["tokenizer.json", *sorted(halves)])
+        raise ValueError(f"{path} is not a tokenizer; expected a folder with one, or a file such as {known}")
+    return path.parent, path
 
 
 def save_tokenizer(
@@ -79,18 +122,28 @@ def save_tokenizer(
         max_length: the model's context in tokens, for readers that warn above it.
     """
     unsplit = {
-        token: (id_, token in tokenizer.special_tokens)
+        str(id_): {
+            "content": token,
+            **dataclasses.asdict(tokenizer.token_flags[token]),
+            "special": token in tokenizer.special_tokens,
+        }
         for token, id_ in {**tokenizer.special_tokens, **tokenizer.added_tokens}.items()
     }
-    texts = {id_: token for token, (id_, _) in unsplit.items()}
-    vocabulary = {texts.get(id_, token_chars(token)): id_ for id_, token in tokenizer.tokens()}
+    vocabulary = {
+        unsplit[str(id_)]["content"] if str(id_) in unsplit else token_chars(token): id_
+        for id_, token in tokenizer.tokens()
+    }
     merges = [f"{token_chars(left)} {token_chars(right)}" for left, right in tokenizer.merges]
+    extras = dict(tokenizer.extras)
+    template = extras.pop(CHAT_TEMPLATE, None)
+    config = extras | _config(tokenizer, unsplit, max_length)
     contents = {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "tokenizer.json": json.dumps(_fast(tokenizer, unsplit, vocabulary, merges), ensure_ascii=False),
-        "tokenizer_config.json": _indented(_config(tokenizer, unsplit, max_length)),
+        "tokenizer_config.json": _indented(config),
         "special_tokens_map.json": _indented(tokenizer.roles),
+        **({} if template is None else {CHAT_TEMPLATE: str(template)}),
     }
     for name, content in contents.items():
         with atomic_write(Path(folder) / name) as file:
@@ -101,19 +154,16 @@ def _indented(content: Mapping[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
-def _config(
-    tokenizer: Tokenizer, unsplit: Mapping[str, tuple[int, bool]], max_length: int | None
-) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json; `unsplit` is text -> (id, whether it is special)."""
+def _config(tokenizer: Tokenizer, unsplit: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
+    """Return the content of tokenizer_config.json; `unsplit` is its entries of tokens, by id."""
     return {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": tokenizer.add_prefix_space,
-        "added_tokens_decoder": {
-            str(id_): {"content": token, **FLAGS, "special": special}
-            for token, (id_, special) in unsplit.items()
-        },
+        "added_tokens_decoder": unsplit,
         "clean_up_tokenization_spaces": False,
         "errors": "replace",
+        # without this, transformers adds an end token to a vocabulary that has none
+        **(dict.fromkeys(("bos_token", "eos_token", "unk_token")) if tokenizer.end_token is None else {}),
         **tokenizer.roles,
         **({} if max_length is None else {"model_max_length": max_length}),
     }
@@ -121,20 +171,17 @@ def _config(
 
 def _fast(
     tokenizer: Tokenizer,
-    unsplit: Mapping[str, tuple[int, bool]],
+    unsplit: Mapping[str, Any],
     vocabulary: Mapping[str, int],
     merges: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the content of tokenizer.json; `unsplit` is text -> (id, whether it is special)."""
+    """Return the content of tokenizer.json; `unsplit` is its entries of tokens, by id."""
     byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": id_, "content": token, **FLAGS, "special": special}
-            for token, (id_, special) in sorted(unsplit.items(), key=lambda item: item[1])
-        ],
+        "added_tokens": [{"id": id_, **unsplit[str(id_)]} for id_ in sorted(map(int, unsplit))],
         "normalizer": None,
         "pre_tokenizer": {**byte_level, "add_prefix_space": tokenizer.add_prefix_space},
         "post_processor": {**byte_level, "add_prefix_space": True, "trim_offsets": False},
@@ -217,50 +264,83 @@ def _parse_merge(file: Path, entry: Any) -> Merge:
     raise ValueError(must_be(f"{file}: a merge", "a pair of byte-level tokens", entry))
 
 
+@dataclasses.dataclass(frozen=True)
+class UnsplitToken:
+    """A token that is found in a text before it is split: its id, whether it is special, and its flags."""
+
+    id: int
+    special: bool
+    flags: TokenFlags
+
+
 def _read_unsplit_tokens(
     folder: Path,
     fast: Mapping[str, Any],
     config: Mapping[str, Any],
     vocabulary: Mapping[str, int],
     roles: Mapping[str, str],
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return (special, added) tokens, text to id, from all files that name them."""
-    special: dict[str, int] = {}
-    added: dict[str, int] = dict(_read_optional(folder / "added_tokens.json"))
+) -> dict[str, UnsplitToken]:
+    """Return special and added tokens by their text, from all files that name them; a later file wins."""
+    found: dict[str, UnsplitToken] = {}
+
+    def add(token: str, id_: Any, entry: Mapping[str, Any]) -> None:
+        special = bool(entry.get("special"))
+        found[token] = UnsplitToken(id_, special, TokenFlags.read(entry, special=special))
+
+    for token, id_ in _read_optional(folder / "added_tokens.json").items():
+        add(token, id_, {})
     try:
-        entries = [
-            *((entry, int(entry["id"])) for entry in fast.get("added_tokens", [])),
-            *((entry, int(id_)) for id_, entry in config.get("added_tokens_decoder", {}).items()),
-        ]
-        for entry, id_ in entries:
-            (special if entry.get("special") else added)[str(entry["content"])] = id_
+        for entry in fast.get("added_tokens", []):
+            add(str(entry["content"]), int(entry["id"]), entry)
+        for id_, entry in config.get("added_tokens_decoder", {}).items():
+            add(str(entry["content"]), int(id_), entry)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}: an added token is damaged: {error!r:.100}") from None
-    for token in (*roles.values(), END_TOKEN):
-        if token in vocabulary:
-            special[token] = vocabulary[token]
-        elif token in added:
-            special[token] = added[token]
-    return special, {token: id_ for token, id_ in added.items() if token not in special}
+    described = dict(_special_entries(folder, config))
+    for token in (*roles.values(), END_TOKEN, *described):
+        if token in found:
+            found[token] = dataclasses.replace(found[token], special=True)
+        elif token in vocabulary:
+            add(token, vocabulary[token], {**described.get(token, {}), "special": True})
+    return found
+
+
+def _special_entries(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the text of each token that has a role, and its entry with flags, {} if it is given as a text."""
+    for named in (config, _read_optional(folder / "special_tokens_map.json")):
+        values = [named.get(role) for role in ROLES]
+        for role in EXTRA_ROLES:
+            extra = named.get(role) or []
+            values += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+        for value in values:
+            entry = value if isinstance(value, dict) else {}
+            token = entry.get("content", value)
+            if isinstance(token, str) and token:
+                yield token, entry
+
+
+def _read_extras(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is saved with a tokenizer although nothing here uses it."""
+    template = folder / CHAT_TEMPLATE
+    extras = {name: value for name, value in config.items() if name not in _OWN_SETTINGS}
+    return extras | ({CHAT_TEMPLATE: template.read_text("utf-8")} if template.is_file() else {})
 
 
 def _build(
     vocabulary: Mapping[str, int],
     merges: Sequence[Merge],
-    special: Mapping[str, int],
-    added: Mapping[str, int],
-    end_token: str,
+    unsplit: Mapping[str, UnsplitToken],
+    end_token: str | None,
     roles: Mapping[str, str],
     prefix_space: bool,
 ) -> Tokenizer:
-    for token, id_ in (*vocabulary.items(), *special.items(), *added.items()):
-        check(f"the id of {token!r:.60}", id_, int_in_range(0, MAX_ID))
     id_of: dict[bytes, int] = {}
     unreachable: dict[int, bytes] = {}
+    made = {left + right for left, right in merges}
     for token, id_ in vocabulary.items():
-        if token in special or token in added:
-            continue
         written = token_bytes(token)
+        if token in unsplit and written not in made and len(written or "  ") > 1:
+            continue
         if written is None:  # a name that was added by hand
             unreachable[id_] = token.encode()
         else:
@@ -270,16 +350,39 @@ def _build(
         raise ValueError(f"{len(lacking)} merges make tokens without an id, first {lacking[0]!r}")
     names = [bytes([byte]) for byte in BYTE_ORDER] + [left + right for left, right in merges]
     unreachable.update((id_of[token], token) for token in id_of.keys() - set(names))
+    _check_complete(id_of, merges, unreachable)
     return Tokenizer(
         merges,
         token_ids=[id_of.get(token, -1) for token in names],
-        special_tokens=special,
-        added_tokens=added,
+        special_tokens={token: entry.id for token, entry in unsplit.items() if entry.special},
+        added_tokens={token: entry.id for token, entry in unsplit.items() if not entry.special},
+        token_flags={token: entry.flags for token, entry in unsplit.items()},
         unreachable_tokens=unreachable,
         end_token=end_token,
         roles=roles,
         add_prefix_space=prefix_space,
     )
+
+
+def _check_complete(
+    id_of: Mapping[bytes, int], merges: Sequence[Merge], unreachable: Mapping[int, bytes]
+) -> None:
+    """Raise ValueError for a list of merges that ends before the vocabulary does.
+
+    A token without a merge may be one that was added by hand. It was cut off if the vocabulary goes on with it behind
+    the token of the last merge, or if there are more such tokens than merges; and if it consists of two tokens.
+    """
+
+    def is_pair(token: bytes) -> bool:
+        return any(token[:at] in id_of and token[at:] in id_of for at in range(1, len(token)))
+
+    last = id_of[merges[-1][0] + merges[-1][1]] if merges else -1
+    lost = [token for _, token in sorted(unreachable.items()) if is_pair(token)]
+    if lost and (unreachable.get(last + 1) == lost[0] or len(lost) > len(merges)):
+        raise ValueError(
+            f"the merges are cut off after {len(merges)}: the vocabulary has {len(lost)} tokens that no merge makes, "
+            f"first {lost[0]!r}; fetch merges.txt or tokenizer.json again"
+        )
 
 
 def _check_merges(folder: Path, merges: Sequence[Merge]) -> None:

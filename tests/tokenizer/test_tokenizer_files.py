@@ -10,6 +10,7 @@ import pytest
 
 from gpt2jax.tokenizer.bpe import BYTE_ORDER, END_TOKEN, Tokenizer
 from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
+from gpt2jax.utils.notices import Notice
 
 TEXTS = ["Hello world", "  def f(x):\n    return x\n", "naïve 日本 😀", f"a{END_TOKEN}b", "", "it's 1234"]
 
@@ -121,11 +122,61 @@ def test_load_tokenizer_damaged_json(saved):
         load_tokenizer(saved)
 
 
-def test_load_tokenizer_end_token_without_id(saved):
+def test_load_tokenizer_end_token_without_id(saved, tmp_path_factory):
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         edit(saved / name, eos_token="<stop>")
-    with pytest.raises(ValueError, match="'<stop>' has no id"):
+    with pytest.warns(Notice, match="'<stop>' has no id.*transformers would add it as id 1000.*--end-token"):
+        tokenizer = load_tokenizer(saved)
+    assert tokenizer.end_token is None and tokenizer.end_token_id is None
+    named = load_tokenizer(saved, end_token="<stop>")
+    assert named.end_token_id == 1000 and named.vocab_size == 1001
+    assert named.encode("a<stop>", allow_special=True)[-1] == 1000
+    again = tmp_path_factory.mktemp("again")
+    save_tokenizer(named, again)
+    assert load_tokenizer(again).fingerprint == named.fingerprint
+    assert load_tokenizer(saved, end_token=" t").end_token_id == tokenizer.encode(" t")[0]
+    assert load_tokenizer(saved, end_token=5).end_token == "&"
+    with pytest.raises(ValueError, match="end_token must be a whole number from 0 to 999, got 1000"):
+        load_tokenizer(saved, end_token=1000)
+
+
+def test_load_tokenizer_reads_a_file(saved, tmp_path_factory):
+    plain = Tokenizer.gpt2(1000)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        assert_same(load_tokenizer(saved / name), plain)
+    shutil.copy(saved / "tokenizer.json", saved / "mine.json")
+    assert_same(load_tokenizer(saved / "mine.json"), plain)
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is not a tokenizer; expected a folder"):
+        load_tokenizer(saved / "tokenizer_config.json")
+
+
+def test_load_tokenizer_refuses_merges_cut_off(saved):
+    (saved / "tokenizer.json").unlink()
+    merges = (saved / "merges.txt").read_text("utf-8").split("\n")
+    for kept in (18, 700):
+        (saved / "merges.txt").write_text("\n".join(merges[:kept]), "utf-8")
+        with pytest.raises(
+            ValueError, match=f"the merges are cut off after {kept - 1}: .*no merge makes, first"
+        ):
+            load_tokenizer(saved)
+
+
+def test_load_tokenizer_refuses_a_huge_id(saved):
+    fast = json.loads((saved / "tokenizer.json").read_text())
+    fast["model"]["vocab"]["&"] = 800_000_000
+    (saved / "tokenizer.json").write_text(json.dumps(fast))
+    with pytest.raises(ValueError, match="the id of '&' must be a whole number from 0 to .*, got 800000000"):
         load_tokenizer(saved)
+
+
+def test_save_tokenizer_keeps_what_it_does_not_use(saved, tmp_path_factory):
+    edit(saved / "tokenizer_config.json", chat_template="{{ x }}", padding_side="left")
+    (saved / "chat_template.jinja").write_text("{{ y }}")
+    again = tmp_path_factory.mktemp("again")
+    save_tokenizer(load_tokenizer(saved), again)
+    config = json.loads((again / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == "{{ x }}" and config["padding_side"] == "left"
+    assert (again / "chat_template.jinja").read_text() == "{{ y }}"
 
 
 def test_save_tokenizer_keeps_special_and_added_tokens(saved, tmp_path_factory):
