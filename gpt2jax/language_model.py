@@ -29,8 +29,10 @@ from gpt2jax.model.gpt2 import (
 )
 from gpt2jax.ops.precision import FLOAT32
 from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.end_tokens import find_end_token, require_end_token
 from gpt2jax.utils.validation import check, check_model, check_path, is_number, must_be, one_of
 from gpt2jax.utils.validation import seed as seed_rule
+from gpt2jax.weights.saved_settings import SavedSettings
 
 SAVE_FORMATS = ("hf", "keras")
 
@@ -47,6 +49,8 @@ class LanguageModel:
         adapters: LoRA adapters, nested as `params`, or None.
         lora: their settings, or None.
         source: the name or path given to `load`, or None.
+        stop_token_ids: tokens at which generation stops besides the end token.
+        saved: what lay beside the weights besides the architecture, or None.
     """
 
     config: GPT2Config
@@ -55,6 +59,8 @@ class LanguageModel:
     adapters: Params | None = None
     lora: LoRAConfig | None = None
     source: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    saved: SavedSettings | None = None
 
     def __repr__(self) -> str:
         c = self.config
@@ -66,9 +72,12 @@ class LanguageModel:
 
     @property
     def end_token_id(self) -> int:
-        """The id that begins and ends a text."""
-        eos = self.config.eos_token_id
-        return self.config.vocab_size - 1 if eos is None else eos
+        """The id that begins and ends a text: the tokenizer's, else the configuration's.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        return require_end_token(self)
 
     def num_parameters(self) -> int:
         """Return the number of parameters without adapters; a tied head counts once."""
@@ -160,7 +169,11 @@ class LanguageModel:
                 raise ValueError(must_be("dtype", "float32 for a Keras preset", dtype))
             save_keras(path, merged.config, merged.params, merged.tokenizer)
             return
-        save_hf(path, merged.config, merged.params, merged.tokenizer, dtype=dtype)
+        end = find_end_token(merged)
+        config = dataclasses.replace(merged.config, eos_token_id=end)
+        stops = [] if end is None else list(dict.fromkeys((end, *merged.stop_token_ids)))
+        extra: dict[str, Any] = {"saved": merged.saved, "stop_token_ids": stops}
+        save_hf(path, config, merged.params, merged.tokenizer, dtype=dtype, **extra)
 
 
 def _array(values: Any) -> Any:

@@ -12,15 +12,28 @@ from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS, GPT2Config
 from gpt2jax.model.gpt2 import Params
+from gpt2jax.tokenizer.bpe import SpecialTokens, Tokenizer
+from gpt2jax.tokenizer.end_tokens import choose_end_tokens, read_token_ids
+from gpt2jax.tokenizer.files import load_tokenizer
 from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.json_files import read_json
-from gpt2jax.utils.validation import check, check_model, check_path, non_empty_string, optional, unknown_name
-from gpt2jax.weights.formats import load_weights
+from gpt2jax.utils.validation import (
+    check,
+    check_model,
+    check_path,
+    is_integer,
+    must_be,
+    non_empty_string,
+    optional,
+    unknown_name,
+)
+from gpt2jax.weights.formats import open_weights, read_tokenizer_beside
 from gpt2jax.weights.hub import download
 from gpt2jax.weights.keras_lora import load_keras_lora
 from gpt2jax.weights.mapping import check_parameter_dtype
 from gpt2jax.weights.orbax import is_checkpoint, read_run, restore_trained
 from gpt2jax.weights.peft import read_adapter, write_adapter
+from gpt2jax.weights.saved_settings import read_saved_settings
 
 # the published models: the names that people use, and those on the hub
 HUB_IDS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -28,7 +41,15 @@ PACKAGED_MODEL = "gpt2-mini"
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
-def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = "float32") -> LanguageModel:
+def load(
+    name: str | pathlib.Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    tokenizer: Tokenizer | str | pathlib.Path | None = None,
+    end_token: str | int | None = None,
+    special_tokens: SpecialTokens = "text",
+) -> LanguageModel:
     """Load a model.
 
     Args:
@@ -38,6 +59,12 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
         revision: commit, tag or branch, for a model on the hub.
         dtype: of the parameters. "bfloat16" and "float16" round them as they are read and take half the memory: for
             generating, evaluating, and as the frozen base of adapters. Training all parameters makes them float32.
+        tokenizer: for weights without one, or instead of the one beside them: a folder or file for
+            `load_tokenizer`, "gpt2", or a `Tokenizer`.
+        end_token: text or id of the token that begins, separates and ends texts. Default: see
+            `gpt2jax.tokenizer.end_tokens`.
+        special_tokens: "parse" reads the special tokens that prompts and texts spell, such as <|endoftext|>, as these
+            tokens; "text" reads them as plain characters.
 
     Raises:
         ValueError: an unknown name (the message gives the nearest known one), or files of another kind or damaged.
@@ -46,13 +73,99 @@ def load(name: str | pathlib.Path, *, revision: str | None = None, dtype: str = 
     check_parameter_dtype(dtype)
     place = locate(name, revision=revision)
     if is_checkpoint(place.weights):
-        model = load_checkpoint(place.weights, dtype)
+        model = _with_tokenizer(load_checkpoint(place.weights, dtype), tokenizer, end_token)
     else:
-        config, params, tokenizer = load_weights(place.weights, dtype)
-        model = LanguageModel(config, params, tokenizer)
+        model = build_model(*open_weights(place.weights)[1].load(dtype), place.weights, tokenizer, end_token)
     if place.adapter is not None:
         model = load_adapter(model, place.adapter)
+    if model.tokenizer is not None:
+        model = dataclasses.replace(model, tokenizer=model.tokenizer.with_special_tokens(special_tokens))
     return dataclasses.replace(model, source=str(name))
+
+
+def build_model(
+    config: GPT2Config,
+    params: Params,
+    weights: pathlib.Path,
+    tokenizer: Tokenizer | str | pathlib.Path | None = None,
+    end_token: str | int | None = None,
+) -> LanguageModel:
+    """Build the model of some weights with what lies beside them: tokenizer, end tokens, settings.
+
+    Args:
+        config: as read from the weights.
+        params: their parameters.
+        weights: file or folder that both were read from.
+        tokenizer: see `load`.
+        end_token: see `load`.
+
+    Raises:
+        ValueError: a file beside the weights is damaged, or an argument does not fit the model.
+    """
+    saved = read_saved_settings(weights)
+    if tokenizer is None:
+        model = LanguageModel(config, params, read_tokenizer_beside(weights, end_token), saved=saved)
+    else:
+        model = LanguageModel(config, params, saved=saved)
+    model = _with_tokenizer(model, tokenizer, end_token)
+    files = {"config.json": saved.config, "generation_config.json": saved.generation}
+    named = {name: read_token_ids(str(weights / name), content) for name, content in files.items()}
+    is_derived = bool(saved.generation.get("_from_model_config"))
+    if is_derived and set(named["generation_config.json"]) == set(named["config.json"]):
+        del named["generation_config.json"]
+    if end_token is not None:  # the caller knows better than the files
+        return model
+    trusted = () if is_derived else ("generation_config.json",)
+    found = choose_end_tokens(config.vocab_size, model.tokenizer, named, trusted=trusted)
+    end = config.eos_token_id if found.end is None and not named.get("config.json") else found.end
+    bos = end if config.bos_token_id is None else config.bos_token_id
+    config = dataclasses.replace(config, bos_token_id=bos, eos_token_id=end)
+    return dataclasses.replace(model, config=config, stop_token_ids=found.stops)
+
+
+def _with_tokenizer(
+    model: LanguageModel, tokenizer: Tokenizer | str | pathlib.Path | None, end_token: str | int | None
+) -> LanguageModel:
+    """Return the model with the tokenizer and the end token that a caller of `load` names."""
+    vocab_size = model.config.vocab_size
+    if tokenizer is not None:
+        found = read_tokenizer(tokenizer, end_token)
+        unsplit = {*found.special_tokens.values(), *found.added_tokens.values()}
+        if any(i >= vocab_size and i not in unsplit for i, _ in found.tokens()):
+            raise ValueError(
+                f"tokenizer must be one of the model's {vocab_size} ids, got one of {found.vocab_size} ({tokenizer})"
+            )
+        model = dataclasses.replace(model, tokenizer=found)
+    if end_token is None:
+        return model
+    end = end_token
+    if model.tokenizer is not None:
+        changed = model.tokenizer.with_end_token(end_token)
+        model, end = dataclasses.replace(model, tokenizer=changed), changed.end_token_id
+    if not isinstance(end, int) or not 0 <= end < vocab_size:
+        legal = f"a token of the model, which has ids 0 to {vocab_size - 1}"
+        hint = (
+            f"; the tokenizer gives it id {end}"
+            if is_integer(end)
+            else "; there is no tokenizer to give it an id"
+        )
+        raise ValueError(must_be("end_token", legal, end_token) + hint)
+    config = dataclasses.replace(model.config, bos_token_id=end, eos_token_id=end)
+    return dataclasses.replace(model, config=config, stop_token_ids=())
+
+
+def read_tokenizer(
+    tokenizer: Tokenizer | str | pathlib.Path, end_token: str | int | None = None
+) -> Tokenizer:
+    """Return the tokenizer that an argument names: itself, "gpt2", or a folder or file; raises as `load_tokenizer`."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    path = check_path("tokenizer", tokenizer)
+    if not path.exists():
+        if str(tokenizer) in PRESETS:
+            return Tokenizer.gpt2(PRESETS[str(tokenizer)].vocab_size)
+        raise FileNotFoundError(f"there is no tokenizer at {tokenizer}; expected a folder, a file, or gpt2")
+    return load_tokenizer(path, end_token=end_token)
 
 
 @dataclasses.dataclass(frozen=True)

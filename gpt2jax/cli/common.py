@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import pathlib
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
+from gpt2jax.utils.notices import Notice
 from gpt2jax.utils.validation import check_path, positive_int, validated
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
+    from gpt2jax.language_model import LanguageModel
 
 T = TypeVar("T")
 
@@ -51,6 +55,7 @@ def run_command(
     for stream in (sys.stdout, sys.stderr):  # what an encoding does not have must not end a program
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = functools.partial(_show_notice, name, warnings.showwarning)
     try:
         try:
             run(_parse(name, options, argv, prefixes=prefixes))
@@ -68,6 +73,16 @@ def run_command(
         fail(name, str(error), code=1)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
         fail(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
+
+
+def _show_notice(
+    name: str, show: Any, message: Any, category: type[Warning], *place: Any, **kwargs: Any
+) -> None:
+    """Print a notice as one line, any other warning as Python does."""
+    if issubclass(category, Notice):
+        print(f"gpt2jax {name}: note: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        show(message, category, *place, **kwargs)
 
 
 def _drop_unwritten() -> None:
@@ -154,6 +169,50 @@ def check_file(path: pathlib.Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise FileExistsError(f"--out {path} is there already: --overwrite it, or choose another --out")
     check_folder(path.parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerOptions:
+    """How texts become tokens, where the files of the model do not say it.
+
+    Attributes:
+        tokenizer: for weights without a tokenizer, or instead of theirs: a folder, a file, or gpt2.
+        end_token: the token that begins, separates and ends texts: its text, or its id as a number. Default: that of
+            the tokenizer, else of config.json, else of generation_config.json.
+    """
+
+    tokenizer: str | None = None
+    end_token: str | None = None
+
+    def named_end_token(self) -> str | int | None:
+        """Return the end token as `load` takes it."""
+        end = self.end_token
+        return int(end) if end is not None and end.isascii() and end.isdecimal() else end
+
+    def load(self, name: str) -> LanguageModel:
+        """Load a model."""
+        from gpt2jax.loading import load
+
+        return load(name, tokenizer=self.tokenizer, end_token=self.named_end_token())
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions(TokenizerOptions):
+    """How texts become tokens.
+
+    Attributes:
+        special_tokens: "parse" reads the special tokens that texts and prompts spell, such as <|endoftext|>, as these
+            tokens; "text" reads them as plain characters.
+    """
+
+    special_tokens: Literal["text", "parse"] = "text"
+
+    def load(self, name: str) -> LanguageModel:
+        """Load a model."""
+        from gpt2jax.loading import load
+
+        end, mode = self.named_end_token(), self.special_tokens
+        return load(name, tokenizer=self.tokenizer, end_token=end, special_tokens=mode)
 
 
 @validated

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, check_folder, command_line, default_prompts, run_command, say
+from gpt2jax.cli.common import (
+    DataOptions,
+    TextOptions,
+    check_folder,
+    command_line,
+    default_prompts,
+    run_command,
+    say,
+)
 from gpt2jax.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -24,6 +32,7 @@ class Options:
         models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The others are
             compared with the first.
         source: of the texts.
+        text: how texts become tokens, the same for all models.
         eval_split: which texts, in the split syntax of `datasets`: test, "test[:100]", all.
         evaluation: settings of the evaluation. The default length is that of the shortest context, at most 128.
         training_data: where the models' training texts come from (as --data); the report then says how much of the
@@ -39,6 +48,7 @@ class Options:
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
+    text: TextOptions = TextOptions()
     eval_split: str = "test"
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
     training_data: str | None = None
@@ -61,7 +71,6 @@ def run(options: Options) -> None:
     from rich.console import Console
 
     from gpt2jax.comparison.compare import compare
-    from gpt2jax.loading import load
     from gpt2jax.report.summary import print_comparison
 
     names = named_models(options.models)
@@ -71,7 +80,7 @@ def run(options: Options) -> None:
             f"--out {options.out} holds a comparison; --overwrite it, or choose another folder"
         )
     source = options.source.pinned()
-    models = {name: load(model) for name, model in names.items()}
+    models = {name: options.text.load(model) for name, model in names.items()}
     texts = source.texts(options.eval_split, limit=source.limit)
     comparison = compare(
         models,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
-from gpt2jax.cli.common import fail, run_command, say
+from gpt2jax.cli.common import TokenizerOptions, fail, run_command, say
 from gpt2jax.utils.validation import must_be
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Options:
         overwrite: replace a saved model in the folder.
         verify: load the result and compare it with the source, tensor by tensor and by logits.
         seed: of the tokens whose logits are compared.
+        text: how texts become tokens.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -52,6 +53,7 @@ class Options:
     overwrite: bool = False
     verify: bool = False
     seed: int = 0
+    text: Annotated[TokenizerOptions, tyro.conf.arg(name="")] = TokenizerOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +97,8 @@ def run(options: Options) -> None:
 
 
 def _read_source(options: Options) -> Source:
-    from gpt2jax.language_model import LanguageModel
-    from gpt2jax.loading import load_adapter, locate
-    from gpt2jax.weights.formats import open_weights, read_tokenizer_beside
+    from gpt2jax.loading import build_model, load_adapter, locate
+    from gpt2jax.weights.formats import open_weights
 
     place = locate(options.source, revision=options.revision)
     if options.format == "peft" and place.adapter is None and options.adapter is None:
@@ -107,8 +108,10 @@ def _read_source(options: Options) -> Source:
     _check_dtype(options)
     kind, weights = open_weights(place.weights)
     dtypes = collections.Counter(tensor.dtype for tensor in weights.tensors.values() if tensor.file)
-    config, params = weights.load()
-    model = LanguageModel(config, params, read_tokenizer_beside(place.weights), source=place.name)
+    model = build_model(
+        *weights.load(), place.weights, options.text.tokenizer, options.text.named_end_token()
+    )
+    model = dataclasses.replace(model, source=place.name)
     for adapter in (place.adapter, options.adapter):
         model = model if adapter is None else load_adapter(model, adapter)
     return Source(model, kind, dtypes)

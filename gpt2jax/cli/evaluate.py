@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, check_file, check_folder, command_line, run_command
+from gpt2jax.cli.common import DataOptions, TextOptions, check_file, check_folder, command_line, run_command
 from gpt2jax.evaluation.config import EvaluationConfig
 
 
@@ -22,6 +22,7 @@ class Options:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
         source: of the texts.
         eval_split: which texts, in the split syntax of `datasets`: test, "test[:100]", all.
+        text: how texts become tokens.
         evaluation: settings of the evaluation.
         seed: has no effect; every command takes it, and an evaluation draws nothing at random.
         out: a file (*.json) for the figures, or a folder for evaluation.json and the state that --resume needs.
@@ -32,6 +33,7 @@ class Options:
     model: str = "gpt2-mini"
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
     eval_split: str = "test"
+    text: TextOptions = TextOptions()
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
     seed: int = 0
     out: pathlib.Path | None = None
@@ -51,12 +53,11 @@ def run(options: Options) -> None:
     from gpt2jax.comparison.provenance import describe_model, versions
     from gpt2jax.evaluation.evaluate import evaluate
     from gpt2jax.evaluation.result import SCHEMA, SCHEMA_VERSION
-    from gpt2jax.loading import load
     from gpt2jax.utils.atomic_io import atomic_write
 
     file, state = output_files(options)
     source = options.source.pinned()
-    model = load(options.model)
+    model = options.text.load(options.model)
     result = evaluate(
         model,
         source.iterate(options.eval_split, limit=source.limit),

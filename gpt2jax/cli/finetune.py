@@ -15,6 +15,7 @@ from gpt2jax.cli.common import (
     LORA_TARGETS,
     DataOptions,
     ProcessOptions,
+    TextOptions,
     check_folder,
     command_line,
     default_prompts,
@@ -62,6 +63,7 @@ class Options:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
         init: "random" trains a model of that name's shape from scratch.
         source: of the texts.
+        text: how texts become tokens.
         train_split: what is trained on, with the syntax of the datasets library: train, "train[:50%]", train+test.
         validation_split: what is evaluated during the training.
         eval_split: what the comparison is made on.
@@ -87,6 +89,7 @@ class Options:
     model: str = "gpt2-mini"
     init: Literal["pretrained", "random"] = "pretrained"
     source: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
+    text: Annotated[TextOptions, tyro.conf.arg(name="")] = TextOptions()
     train_split: str = "train"
     validation_split: str = "validation"
     eval_split: str = "test"
@@ -251,14 +254,14 @@ def default_output(options: Options) -> pathlib.Path:
 def starting_model(options: Options) -> Any:
     """Load the model that training begins with, or make one with random parameters."""
     from gpt2jax.language_model import from_config
-    from gpt2jax.loading import load
     from gpt2jax.model.config import PRESETS
     from gpt2jax.tokenizer.bpe import Tokenizer
 
     if options.init == "pretrained":
-        return load(options.model)
+        return options.text.load(options.model)
     if options.model not in PRESETS:
         known = ", ".join(PRESETS)
         raise ValueError(f"--model must be one of {known} with --init random, got {options.model!r}")
     shape = PRESETS[options.model]
-    return from_config(shape, options.train.seed, tokenizer=Tokenizer.gpt2(shape.vocab_size))
+    tokenizer = Tokenizer.gpt2(shape.vocab_size).with_special_tokens(options.text.special_tokens)
+    return from_config(shape, options.train.seed, tokenizer=tokenizer)

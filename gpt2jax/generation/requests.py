@@ -13,6 +13,7 @@ from gpt2jax.generation.config import (
     as_list,
     resolve_configs,
 )
+from gpt2jax.tokenizer.end_tokens import find_end_token, require_end_token
 from gpt2jax.utils.validation import SEED_RANGE, is_integer, is_seed, must_be
 
 Prompt = str | Sequence[int]
@@ -142,19 +143,11 @@ def prepare_prompts(
     return rows
 
 
-def end_token_id(model: DecoderModel) -> int:
-    """Return the configuration's end token; the tokenizer's if that id has no text (a padded vocabulary)."""
-    end = model.config.eos_token_id
-    assert end is not None
-    if model.tokenizer is not None and end >= model.tokenizer.vocab_size:
-        return model.tokenizer.end_token_id
-    return end
-
-
 def stop_ids(model: DecoderModel, stop_token_ids: Iterable[int] | None) -> list[int]:
-    """Return the token ids that end a continuation; None stands for the end token."""
+    """Return the token ids that end a continuation; None stands for the end token and the model's other ones."""
     if stop_token_ids is None:
-        return [end_token_id(model)]
+        end = find_end_token(model)
+        return list(dict.fromkeys([*([] if end is None else [end]), *getattr(model, "stop_token_ids", ())]))
     return _checked_ids("stop_token_ids", stop_token_ids, model.config.vocab_size)
 
 
@@ -191,7 +184,7 @@ def _encode(model: DecoderModel, prompt: Any, name: str) -> tuple[str, list[int]
         ids = _checked_ids(name, ids, vocab_size)
         text = "" if tokenizer is None else tokenizer.decode(ids)
     # GPT-2 has no token for "nothing": a text begins after the end of another
-    return text, ids or [end_token_id(model)]
+    return text, ids or [require_end_token(model, f"for {name}, which is empty, to begin with")]
 
 
 def _new_tokens(name: str, length: int, context: int, config: GenerationConfig, *, can_slide: bool) -> int:

@@ -13,7 +13,9 @@ from gpt2jax.utils.validation import (
     check,
     in_range,
     int_in_range,
+    is_integer,
     must_be,
+    optional,
     positive_int,
     positive_number,
     set_field,
@@ -21,6 +23,7 @@ from gpt2jax.utils.validation import (
 )
 
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh"]
+GPT2_END_TOKEN_ID = 50256
 dropout_rate = in_range(0, 1, open_end=True)
 
 
@@ -46,7 +49,8 @@ class GPT2Config:
             float32 here, which is what it asks for, so both values give the same result.
         tie_word_embeddings: the output head is the token embedding.
         initializer_range: standard deviation of the random initial weights.
-        bos_token_id, eos_token_id: the end-of-text token; None becomes the last id, `vocab_size - 1`, as in GPT-2.
+        bos_token_id, eos_token_id: the end-of-text token; None if there is none. -1 becomes the last id,
+            `vocab_size - 1`, as in GPT-2.
 
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; field names of Hugging Face.
     """
@@ -67,16 +71,16 @@ class GPT2Config:
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
     initializer_range: Annotated[float, positive_number] = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token_id: int | None = -1
+    eos_token_id: int | None = -1
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
             raise ValueError(must_be("n_head", f"a divisor of n_embd={self.n_embd}", self.n_head))
         last = self.vocab_size - 1
         for name in ("bos_token_id", "eos_token_id"):
-            token_id = getattr(self, name)
-            set_field(self, name, last if token_id is None else check(name, token_id, int_in_range(0, last)))
+            token_id = check(name, getattr(self, name), optional(int_in_range(-1, last)))
+            set_field(self, name, last if token_id == -1 else token_id)
 
     @property
     def head_dim(self) -> int:
@@ -101,6 +105,9 @@ class GPT2Config:
     def from_hf(cls, config: Mapping[str, Any]) -> GPT2Config:
         """Read the content of a Hugging Face `config.json`.
 
+        A beginning or end token outside the vocabulary becomes None; of a list of end tokens the first one counts, see
+        `gpt2jax.tokenizer.end_tokens`.
+
         Raises:
             ValueError: the file describes another architecture, or a feature that this GPT-2 does not have.
         """
@@ -111,16 +118,22 @@ class GPT2Config:
             raise ValueError(must_be("add_cross_attention", "False", config["add_cross_attention"]))
         known = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in config.items() if name in known}
-        eos = values.get("eos_token_id")
-        if isinstance(eos, (list, tuple)):  # newer configurations may list several; the first ends a text
-            values["eos_token_id"] = eos[0] if eos else None
         vocab_size = values.get("vocab_size", cls.vocab_size)
         for name in ("bos_token_id", "eos_token_id"):
+            given = values.get(name, GPT2_END_TOKEN_ID)
+            ids = given if isinstance(given, list | tuple) else [given]
             # other libraries write GPT-2's 50256 into configurations of smaller vocabularies: then it names no token
-            token_id = values.get(name)
-            if isinstance(token_id, int) and isinstance(vocab_size, int) and token_id >= vocab_size:
-                values[name] = None
+            inside = [
+                i for i in ids if not is_integer(i) or not is_integer(vocab_size) or 0 <= i < vocab_size
+            ]
+            values[name] = inside[0] if inside else None
         return cls(**values)
+
+    @staticmethod
+    def published_end_token(vocab_size: Any) -> dict[str, Any]:
+        """Return the end tokens of a file that names none: those of GPT-2, if the vocabulary has them."""
+        has_gpt2 = is_integer(vocab_size) and vocab_size > GPT2_END_TOKEN_ID
+        return dict.fromkeys(("bos_token_id", "eos_token_id"), GPT2_END_TOKEN_ID if has_gpt2 else None)
 
 
 PRESETS: dict[str, GPT2Config] = {

@@ -77,8 +77,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_token: str | int | None 
         vocabulary, merges = _read_vocabulary(folder)
         prefix_space = bool(config.get("add_prefix_space", False))
     unsplit = _read_unsplit_tokens(folder, fast, config, vocabulary, roles)
+    legal_id = int_in_range(0, MAX_ID)
     for token, id_ in (*vocabulary.items(), *((token, entry.id) for token, entry in unsplit.items())):
-        check(f"{folder}: the id of {token!r:.60}", id_, int_in_range(0, MAX_ID))
+        if type(id_) is not int or not 0 <= id_ <= MAX_ID:
+            check(f"{folder}: the id of {token!r:.60}", id_, legal_id)
     own_end = roles.get("eos_token", END_TOKEN)
     if own_end not in unsplit:
         if end_token is None:

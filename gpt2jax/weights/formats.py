@@ -94,8 +94,10 @@ def open_weights(path: Path) -> tuple[str, WeightSource]:
     raise ValueError(f"{path} holds no weights of a known format; expected {expected}")
 
 
-def read_tokenizer_beside(weights: Path) -> Tokenizer | None:
-    """Return the tokenizer in the folder of some weights, or None if no file of one is there."""
+def read_tokenizer_beside(weights: Path, end_token: str | int | None = None) -> Tokenizer | None:
+    """Return the tokenizer in the folder of some weights, or None if no file of one is there; see `load_tokenizer`."""
     folder = weights if weights.is_dir() else weights.parent
     names = ["tokenizer.json", *(name for pair in VOCABULARY_FILES for name in pair)]
-    return load_tokenizer(folder) if any((folder / name).is_file() for name in names) else None
+    if not any((folder / name).is_file() for name in names):
+        return None
+    return load_tokenizer(folder, end_token=end_token)

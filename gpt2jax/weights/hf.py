@@ -30,6 +30,7 @@ from gpt2jax.weights.mapping import (
     numpy_dtype,
 )
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
+from gpt2jax.weights.saved_settings import SavedSettings
 from gpt2jax.weights.torch_reader import read_state_dict
 
 RULES = (
@@ -62,7 +63,7 @@ WEIGHT_FILES = tuple(
 # a folder of only these files is taken for a saved model, and may be replaced by a new one
 KNOWN_FILES = re.compile(
     r"(config|generation_config|vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
-    r"|merges\.txt|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|chat_template\.jinja|merges\.txt|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 
 
@@ -101,6 +102,8 @@ def save_hf(
     tokenizer: Tokenizer | None = None,
     *,
     dtype: str = "float32",
+    saved: SavedSettings | None = None,
+    stop_token_ids: Sequence[int] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
@@ -114,6 +117,8 @@ def save_hf(
         params: the parameters, blocks stacked.
         tokenizer: also written, unless None.
         dtype: of the weights in the file: "float32", "float16" or "bfloat16".
+        saved: the files beside the weights that the model came from: what they hold and we do not use is kept.
+        stop_token_ids: tokens that stop generation. Default: the end token.
         max_shard_bytes: larger weights are split into several files, which an index lists.
 
     Raises:
@@ -127,9 +132,12 @@ def save_hf(
     ]
     refuse_foreign_files(Path(folder), KNOWN_FILES, "a saved model")
     with atomic_folder(folder, overwrite=True) as aside:
-        _write_json(aside / "config.json", {**config.to_hf(), "dtype": dtype})
-        tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        _write_json(aside / "generation_config.json", {"_from_model_config": True, **tokens})
+        saved = saved or SavedSettings()
+        _write_json(aside / "config.json", {**saved.unused_config, **config.to_hf(), "dtype": dtype})
+        stops = list(stop_token_ids) or [config.eos_token_id]
+        tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": stops if len(stops) > 1 else stops[0]}
+        generation = saved.generation or {"_from_model_config": True}
+        _write_json(aside / "generation_config.json", {**generation, **tokens})
         _write_weights(aside, arrays, dtype, max_shard_bytes)
         if tokenizer is not None:
             save_tokenizer(tokenizer, aside, max_length=config.n_positions)

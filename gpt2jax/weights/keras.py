@@ -229,6 +229,7 @@ def _infer_config(tensors: Mapping[str, LazyTensor], preset: Path | None, source
             n_layer=len(layers),
             n_head=query[1],
             n_inner=None if mlp[1] == 4 * wte[1] else mlp[1],
+            **GPT2Config.published_end_token(wte[0]),
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None

@@ -89,6 +89,7 @@ def _read_config(path: Path, arguments: Mapping[Any, Any]) -> GPT2Config:
             embd_pdrop=dropout,
             attn_pdrop=dropout,
             resid_pdrop=dropout,
+            **GPT2Config.published_end_token(vocab_size),
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: model_args: {error}") from None

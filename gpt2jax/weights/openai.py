@@ -78,6 +78,7 @@ def _read_hparams(path: Path) -> GPT2Config:
         raise ValueError(f"{path.parent} has no {HPARAMS} with the architecture of the weights")
     content = read_json(path, dict.fromkeys(CONFIG_MAP, int))
     try:
-        return GPT2Config(**{ours: content[theirs] for theirs, ours in CONFIG_MAP.items()})
+        settings = {ours: content[theirs] for theirs, ours in CONFIG_MAP.items()}
+        return GPT2Config(**settings, **GPT2Config.published_end_token(settings["vocab_size"]))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -14,16 +14,16 @@ from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.generate import beam_search, generate, stream
 from gpt2jax.generation.outputs import Generation
 from gpt2jax.generation.prefill import next_cache_length
-from gpt2jax.generation.requests import end_token_id
 from gpt2jax.generation.sampling import log_probability, make_filters, sample
 from gpt2jax.generation.text_stream import IncrementalDetokenizer
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
 from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.end_tokens import find_end_token
 
 TOKENIZER = Tokenizer.gpt2(300)
-END = TOKENIZER.end_token_id
+END = TOKENIZER.vocab_size - 1
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=64)
 # short ones run in a bucket of 16 positions when alone, and in one of 32 beside the long one
 LONG = "one, two, three, four, five, six"  # 23 tokens
@@ -559,9 +559,9 @@ def test_ids_without_text_are_never_drawn():
 def test_end_token_of_a_padded_vocabulary():
     config = GPT2Config(vocab_size=320)
     assert config.eos_token_id == 319
-    assert end_token_id(model_of(config, None)) == END
-    assert end_token_id(model_of(config, None, tokenizer=None)) == 319
-    assert end_token_id(model_of(GPT2Config(vocab_size=300, eos_token_id=7), None)) == 7
+    assert find_end_token(model_of(config, None)) == END
+    assert find_end_token(model_of(config, None, tokenizer=None)) == 319
+    assert find_end_token(model_of(GPT2Config(vocab_size=300, eos_token_id=7), None)) == END
 
 
 @pytest.mark.slow

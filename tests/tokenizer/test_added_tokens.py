@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,7 @@ from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
 BASE = Tokenizer.gpt2(300)
 
 
-def split(
-    text: str, parse_special: bool = True, special: tuple[str, ...] = (), **flags: TokenFlags
-) -> list[str]:
+def split(text: str, parse_special: bool = True, special: tuple[str, ...] = (), **flags: Any) -> list[str]:
     """Return the parts, tokens in brackets."""
     parts = TokenFinder(flags, special).split(text, parse_special=parse_special)
     return [f"[{part}]" if is_token else part for part, is_token in parts]
@@ -54,7 +53,7 @@ def test_token_finder_longest_token_first():
 
 
 def test_token_finder_leaves_special_tokens_as_text():
-    flags = {"<s>": TokenFlags(), "word": TokenFlags()}
+    flags: dict[str, Any] = {"<s>": TokenFlags(), "word": TokenFlags()}
     assert split("a<s>word", special=("<s>",), parse_special=False, **flags) == ["a<s>", "[word]"]
     assert split("a<s>word", special=("<s>",), **flags) == ["a", "[<s>]", "[word]"]
     finder = TokenFinder(flags, ("<s>",))
