@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gpt2jax.cli.common import check_file, run_command
+from gpt2jax.cli.common import TextOptions, check_file, run_command
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.progress import is_interactive
+from gpt2jax.utils.validation import must_be
 
 if TYPE_CHECKING:
     from gpt2jax.generation.generator import Generator
+
+JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,10 @@ class Options:
 
     Attributes:
         prompts: texts to continue; "" lets the model begin a text.
-        file: a file with one prompt a line, or JSON lines with a field "prompt".
+        file: a file with one prompt a line, or JSON lines (.jsonl, .ndjson) with a field "prompt", such as --out
+            writes; blank lines are skipped.
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
+        text: how prompts become tokens.
         draft_model: speculative decoding: a smaller model that drafts tokens, named like --model. The continuation
             stays the same.
         seed: row i draws with seed + i.
@@ -53,6 +58,7 @@ class Options:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     file: pathlib.Path | None = None
     model: str = "gpt2-mini"
+    text: TextOptions = TextOptions()
     draft_model: str | None = None
     seed: int = 0
     batch_size: int = 32
@@ -83,7 +89,7 @@ def run(options: Options) -> None:
         raise ValueError("num_beams and num_return_sequences must be 1 to continue prompts as they are typed")
     if options.out is not None and str(options.out) != "-":
         check_file(options.out, overwrite=True)
-    with Generator(load(options.model), dtype=options.dtype) as generator:
+    with Generator(options.text.load(options.model), dtype=options.dtype) as generator:
         if options.draft_model is not None:
             config = dataclasses.replace(config, draft_model=load(options.draft_model))
         if interactive:
@@ -105,15 +111,30 @@ def read_prompts(options: Options) -> list[str]:
         return prompts
     if not options.file.is_file():
         raise FileNotFoundError(f"there is no file {options.file}")
-    for number, line in enumerate(options.file.read_text("utf-8").splitlines(), 1):
-        if options.file.suffix != ".jsonl":
-            prompts.append(line)
-            continue
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f'{options.file}, line {number}: expected JSON with a field "prompt"') from None
+    data = options.file.read_bytes()
+    try:
+        content = data.decode("utf-8-sig")  # programs of Windows begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise ValueError(f"{options.file}, line {line}: the file must be UTF-8; save it as UTF-8") from None
+    # only these end a line: a prompt may hold U+2028 and others, at which splitlines splits
+    lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    is_json = options.file.suffix.lower() in JSON_LINES
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            prompts.append(_json_prompt(line, f"{options.file}, line {number}") if is_json else line)
     return prompts
+
+
+def _json_prompt(line: str, place: str) -> str:
+    """Return the prompt in a line of JSON, such as `generate --out` writes."""
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f'{place}: expected JSON with a field "prompt"') from None
+    if not isinstance(prompt, str):
+        raise ValueError(must_be(f'{place}: the field "prompt"', "a text", prompt))
+    return prompt
 
 
 def _show(prompt: str, pieces: Any) -> None:

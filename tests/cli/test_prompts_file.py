@@ -1,0 +1,57 @@
+"""Files of prompts for `gpt2jax generate`: JSON lines and plain lines as programs write them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gpt2jax.cli.generate import Options, _json_line, read_prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("a.jsonl", '{"prompt": "line\u2028sep"}\n', ["line\u2028sep"]),
+        ("d.jsonl", '\ufeff{"prompt":"x"}\n', ["x"]),
+        ("h.jsonl", '{"prompt":"a"}\n\n{"prompt":"b"}\n', ["a", "b"]),
+        ("h.JSONL", '{"prompt":"a"}\r\n  \r\n{"prompt":""}', ["a", ""]),
+        ("h.ndjson", '{"prompt":"a\x85b"}', ["a\x85b"]),
+        ("p.txt", "\ufefffirst\r\n\nsec\x0cond\u2028\r third \n\n", ["first", "sec\x0cond\u2028", " third "]),
+        ("empty.txt", "", []),
+    ],
+)
+def test_read_prompts(tmp_path, name, content, prompts):
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_prompts(Options(file=tmp_path / name)) == prompts
+
+
+def test_read_prompts_as_generate_writes_them(tmp_path):
+    prompts = ["a\u2028b\u2029c\x85d\x0b", "\ud800 half", '"quoted"\n', ""]
+    (tmp_path / "out.jsonl").write_text(
+        "".join(_json_line({"prompt": prompt}) for prompt in prompts), "utf-8"
+    )
+    assert read_prompts(Options(prompts=("first",), file=tmp_path / "out.jsonl")) == ["first", *prompts]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt":{}}', r'p.jsonl, line 2: the field "prompt" must be a text, got {}'),
+        (b'{"prompt":null}', r'p.jsonl, line 2: the field "prompt" must be a text, got None'),
+        (b'{"text":"a"}', r'p.jsonl, line 2: expected JSON with a field "prompt"'),
+        (b'{"prompt":', r'p.jsonl, line 2: expected JSON with a field "prompt"'),
+        (b'["prompt"]', r'p.jsonl, line 2: expected JSON with a field "prompt"'),
+        (b'{"prompt":"\xe9"}', r"p.jsonl, line 2: the file must be UTF-8"),
+    ],
+)
+def test_read_prompts_names_file_and_line(tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_bytes(json.dumps({"prompt": "a"}).encode() + b"\n" + line)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(Options(file=tmp_path / "p.jsonl"))
+
+
+def test_read_prompts_nested_too_deeply(tmp_path):
+    (tmp_path / "p.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match='p.jsonl, line 1: expected JSON with a field "prompt"'):
+        read_prompts(Options(file=tmp_path / "p.jsonl"))
