@@ -21,6 +21,7 @@ from training import dense_loss
 
 from gpt2jax.model.config import PRESETS
 from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.precision import Precision
 from gpt2jax.plan.devices import find_device, topology_devices
 from gpt2jax.plan.program import compile_for
@@ -60,7 +61,7 @@ def find_place(name: str) -> tuple[Any, str]:
 
 def temporaries(options: argparse.Namespace, place: Any, backend: str, dtype: str) -> list[int]:
     """Bytes beside arguments and results of: the loss, it and both gradients, the dense loss and both gradients."""
-    precision, config = Precision.for_backend(dtype, backend=backend), PRESETS[options.size]
+    precision, config = Precision.for_device(dtype, Device.of_backend(backend)), PRESETS[options.size]
     shape = (options.rows, options.length)
     here = SingleDeviceSharding(place)
     arguments = [

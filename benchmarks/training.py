@@ -86,7 +86,7 @@ def gpt2jax_step(
     )
     if should_unroll(config, settings, length, jax.default_backend(), 1):
         state = unstack_layers(state)
-    step = make_train_step(config, optimizer, Precision.for_backend(dtype), lora=adapters)
+    step = make_train_step(config, optimizer, Precision.for_device(dtype), lora=adapters)
     ids = batch(config, rows, length).astype(np.int32)
     inputs = {
         "tokens": ids[:, :-1],

@@ -51,7 +51,7 @@ class Options:
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     sequence_length: int | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    compute_dtype: Literal["float32", "tensorfloat32", "bfloat16", "float16"] = "bfloat16"
     optimizer: str = "adamw"
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "none"
@@ -119,7 +119,6 @@ def _print_estimate(options: Options, device: Device, program: Program, console:
     from rich.table import Table
 
     from gpt2jax.model.gpt2 import count_parameters
-    from gpt2jax.ops.attention import supports_memory_efficient_attention
     from gpt2jax.plan.estimate import estimate_memory, flops_per_token, largest_batch
 
     model, train = program.model, program.train
@@ -138,13 +137,10 @@ def _print_estimate(options: Options, device: Device, program: Program, console:
     each = flops_per_token(model, length, lora=train.lora, remat=train.remat)
     rate = options.utilisation * device.flops[train.compute_dtype] * options.devices / each
     rows = largest_batch(model, train, device.backend, device.memory, **mesh)
-    attention = program.precision.attention
-    if not supports_memory_efficient_attention(attention, model.head_dim, drops=model.attn_pdrop > 0):
-        attention = "xla (saves all scores)"
     lines = {
         "estimate": "a lower bound; XLA's peak is usually 1.0 to 1.4 times this",
         "trained parameters": f"{count_parameters(program.state['params']):,}",
-        "attention": attention,
+        "execution": program.precision.execution.describe(),
         "FLOPs a step": f"{each * batch * length:.3g} ({each:.3g} a token)",
         f"tokens/s at {options.utilisation:.0%} of the peak": f"{rate:,.0f} ({batch * length / rate:.3f} s a step)",
         "largest batch that fits": f"at most {rows:,} rows, by the estimate" if rows else "none",

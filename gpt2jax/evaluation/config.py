@@ -38,7 +38,7 @@ class EvaluationConfig:
     windows: Literal["truncate", "non_overlapping", "sliding", "rolling"] = "truncate"
     stride: Annotated[int | None, positive_int] = None
     batch_size: Annotated[int, positive_int] = 32
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compute_dtype: Literal["float32", "tensorfloat32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.windows != "sliding":

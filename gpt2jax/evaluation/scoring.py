@@ -28,6 +28,7 @@ from gpt2jax.evaluation.windows import (
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.linear import bitcast_kernel
 from gpt2jax.ops.precision import Precision, bitcast_from_uint16, bitcast_to_uint16, einsum_f32
 from gpt2jax.utils.validation import must_be
@@ -59,11 +60,11 @@ class Scorer:
             devices: devices to spread the rows of a batch over, each with a copy of the parameters. Default: all
                 devices of this process.
         """
-        self.precision = Precision.for_backend(compute_dtype)
         devices = jax.local_devices() if devices is None else list(devices)
         if not devices or not all(isinstance(device, jax.Device) for device in devices):
             legal = "a list of at least one jax.Device, or None"
             raise ValueError(must_be("devices", legal, devices) + "; jax.devices() lists them")
+        self.precision = Precision.for_device(compute_dtype, Device.of(devices[0]))
         self.mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
         self.config, self.num_devices = model.config, len(devices)
         params = _scoring_params(model.merge_adapter().params, self.precision.compute_dtype)

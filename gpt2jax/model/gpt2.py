@@ -24,10 +24,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.ops.attention import LayerCache, attention, causal_mask
+from gpt2jax.ops.attention import LayerCache, attention, block_mask
 from gpt2jax.ops.dropout import dropout, split_key
 from gpt2jax.ops.fused import gelu_tanh, layer_norm
-from gpt2jax.ops.linear import matmul
+from gpt2jax.ops.linear import add_bias, matmul
 from gpt2jax.ops.low_rank import apply_lora, attach_scales
 from gpt2jax.ops.precision import FLOAT32, Precision
 from gpt2jax.sharding import constrain_batch, constrain_embedding
@@ -62,7 +62,8 @@ class ForwardContext:
     Attributes:
         precision: dtypes.
         mask: [B or 1, 1, T, S], True = attend.
-        is_causal: `mask` is `causal_mask` and nothing else.
+        is_causal: tokens attend to themselves and to all before them in their segment.
+        segment_ids: [B, T], the segments of rows that hold several documents.
         cache_position: where the new keys and values go in a `LayerCache`.
         lora_dropout: dropout of the input of adapters.
         remat: one of `REMAT`.
@@ -71,6 +72,7 @@ class ForwardContext:
     precision: Precision
     mask: jax.Array | None = None
     is_causal: bool = False
+    segment_ids: Ids | None = None
     cache_position: jax.Array | int | None = None
     lora_dropout: float = 0.0
     remat: str = "none"
@@ -78,7 +80,9 @@ class ForwardContext:
 
 def activate(name: str, x: Float[Array, "B T F"], ctx: ForwardContext) -> Float[Array, "B T F"]:
     """Apply the nonlinearity between the two products of the MLP."""
-    return gelu_tanh(x, ctx.precision.compute_dtype) if name in _TANH_GELUS else _OTHER_ACTIVATIONS[name](x)
+    if name not in _TANH_GELUS:
+        return _OTHER_ACTIVATIONS[name](x)
+    return gelu_tanh(x, ctx.precision.compute_dtype, ctx.precision.execution)
 
 
 class Linear(nnx.Module):
@@ -98,10 +102,13 @@ class Linear(nnx.Module):
         key: jax.Array | None = None,
     ) -> Float[Array, "B T out"]:
         """Apply the layer; for `adapter` see `low_rank.apply_lora`."""
-        dtype, kernel = ctx.precision.compute_dtype, self.kernel.get_value()
-        y = matmul(x, kernel, dtype)
+        form = (ctx.precision.compute_dtype, ctx.precision.execution)
+        kernel = self.kernel.get_value()
+        y = matmul(x, kernel, *form)
         if adapter is not None:
-            y = apply_lora(y, x, dropout(x, ctx.lora_dropout, key), kernel, adapter, dtype)
+            y = apply_lora(y, x, dropout(x, ctx.lora_dropout, key), kernel, adapter, *form)
+        if ctx.precision.execution.has_narrow_results:
+            return add_bias(y, self.bias[...], ctx.precision.activation_dtype)
         return (y + self.bias[...]).astype(ctx.precision.activation_dtype)
 
 
@@ -152,21 +159,22 @@ class Attention(nnx.Module):
         adapters = adapters or {}
         keys = split_key(key, 4)
         q, k, v = self._project_qkv(x, ctx, adapters, keys[0])
-        q, dtype = q * self._scale(layer_index), ctx.precision.compute_dtype
+        dtype = ctx.precision.compute_dtype
         if cache is not None:
             assert ctx.cache_position is not None
             cache = cache.update(k, v, ctx.cache_position)
             # read in its own dtype: casting all of it at each step would cost more than 16-bit products save
             k, v, dtype = *cache, cache.keys.dtype
-        assert ctx.mask is not None
         y = attention(
             q,
             k,
             v,
             ctx.mask,
             dtype=dtype,
+            scale=self._scale(layer_index),
             is_causal=ctx.is_causal,
-            kind=ctx.precision.attention,
+            segment_ids=ctx.segment_ids,
+            execution=ctx.precision.execution,
             dropout_rate=self.config.attn_pdrop,
             dropout_key=keys[1],
         )
@@ -307,6 +315,7 @@ class GPT2(nnx.Module):
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
         unrolled = list(self.h) if isinstance(self.h, nnx.List) else None
         graphdef, params = nnx.split(unrolled[0] if unrolled else self.h)
+        is_loop = unrolled is None and not ctx.precision.execution.has_unrolled_layers
 
         def block(x, layer):
             params, adapters, key, index = layer
@@ -316,14 +325,22 @@ class GPT2(nnx.Module):
 
         if ctx.remat != "none":
             # a scan needs no guard against common subexpressions: its body is not merged with the backward pass
-            block = jax.checkpoint(block, policy=_REMAT_POLICIES[ctx.remat], prevent_cse=unrolled is not None)
-        others = ((adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
-        if unrolled is None:
-            x, _ = jax.lax.scan(block, x, (params, *others))
+            block = jax.checkpoint(block, policy=_REMAT_POLICIES[ctx.remat], prevent_cse=not is_loop)
+        adapters = (adapters or {}).get("h")
+        if is_loop:
+            x, _ = jax.lax.scan(block, x, (params, adapters, keys, jnp.arange(self.config.n_layer)))
             return self.ln_f(x, ctx)
-        for index, module in enumerate(unrolled):
-            x, _ = block(x, (nnx.state(module), *jax.tree.map(lambda leaf, i=index: leaf[i], others)))
+        for index in range(self.config.n_layer):
+            own = nnx.state(unrolled[index]) if unrolled else _layer(params, index)
+            key = None if keys is None else keys[index]
+            x, _ = block(x, (own, _layer(adapters, index), key, index))
         return self.ln_f(x, ctx)
+
+
+def _layer(blocks: Any, index: int) -> Any:
+    """Take one layer of stacked arrays, or of a dict of layers."""
+    is_dict = isinstance(blocks, dict) and index in blocks
+    return blocks[index] if is_dict else jax.tree.map(lambda leaf: leaf[index], blocks)
 
 
 # ---- the functions that the rest of the library calls: plain dicts in, arrays out ----
@@ -418,15 +435,14 @@ def hidden_states(
     if positions is None:
         positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
     # made here and not in the layers, where XLA would keep it for every head of every row
-    mask = causal_mask(length)
+    mask = block_mask(0, length, segment_ids)
     if attention_mask is not None:
         mask = mask & attention_mask.astype(bool)[:, None, None, :]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     ctx = ForwardContext(
         precision,
         mask,
-        is_causal=attention_mask is None and segment_ids is None,
+        is_causal=attention_mask is None,
+        segment_ids=segment_ids,
         lora_dropout=lora_dropout,
         remat=remat,
     )
@@ -456,4 +472,5 @@ def output_logits(
     hidden: Float[Array, "*B D"], head: Float[Array, "V D"], precision: Precision = FLOAT32
 ) -> Float32[Array, "*B V"]:
     """Multiply hidden states by the output head."""
-    return matmul(hidden, head.T, precision.compute_dtype)
+    # float32 logits on every device
+    return matmul(hidden, head.T, precision.compute_dtype).astype(jnp.float32)

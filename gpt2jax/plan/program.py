@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gpt2jax.lora.adapters import cast_base, init_adapters
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import BATCH_AXES, shardings, use_mesh
 from gpt2jax.train.config import FinetuneConfig
@@ -66,7 +67,7 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     shape = (train.batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
     batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    precision = Precision.for_backend(train.compute_dtype, backend=backend)
+    precision = Precision.for_device(train.compute_dtype, Device.of_backend(backend))
     return Program(model, train, backend, precision, jax.eval_shape(start, trainable), frozen, batch)
 
 

@@ -143,7 +143,7 @@ def test_what_is_in_the_padding_does_not_matter():
 def test_narrow_weights_stay_near(dtype):
     params, ids = params_of(TINY), ids_of(TINY, 1, 10)
     want = full_logits(params, TINY, ids)[:, -1]
-    narrow = Precision.for_backend(dtype)
+    narrow = Precision.for_device(dtype)
     derived = prepare_decoding_params(params, TINY, dtype=narrow.compute_dtype)
     assert derived["h"][0]["attn"]["c_attn"]["kernel"].values.dtype == jnp.dtype(dtype)
     _, cache = prefill(derived, ids[:, :9], np.zeros(1, np.int32), config=TINY, precision=narrow)

@@ -108,7 +108,7 @@ def test_base_dtype_unknown_or_without_lora():
 def test_int8_base_is_never_dequantized_as_a_whole():
     """Neither by the forward pass for the backward pass, nor by XLA ahead of the loop over the layers."""
     config = dataclasses.replace(TINY, n_layer=3)  # so that no other array has the shapes of the kernels
-    precision, ids = Precision.for_backend("bfloat16"), np.zeros((2, 10), np.int32)
+    precision, ids = Precision.for_device("bfloat16"), np.zeros((2, 10), np.int32)
     params = jax.eval_shape(lambda: init_params(config))
     base = jax.eval_shape(lambda p: cast_base(p, "int8"), params)
     lora = LoRAConfig(rank=4, targets=("mlp.*",), use_dora=True)

@@ -47,7 +47,7 @@ def test_layer_norm_value_and_gradients():
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_layer_saves_two_arrays_of_the_mlp_width(name):
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-    precision = Precision.for_backend(name)
+    precision = Precision.for_device(name)
 
     def residuals(params, ids):
         return jax.vjp(lambda p: hidden_states(p, TINY, ids, precision=precision), params)[1]

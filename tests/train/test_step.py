@@ -20,6 +20,7 @@ from gpt2jax.lora.adapters import init_adapters
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.gpt2 import REMAT, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import token_losses
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.precision import Precision
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params, partition_params
@@ -49,7 +50,7 @@ def batch(seed: int = 0, rows: int = 4) -> dict[str, np.ndarray]:
 
 def build(dtype="float32", config=CONFIG, model=TINY, **options) -> tuple[Any, Any]:
     optimizer = make_optimizer(config, 10)
-    step = make_train_step(model, optimizer, Precision.for_backend(dtype), **options)
+    step = make_train_step(model, optimizer, Precision.for_device(dtype), **options)
     lora = options.get("lora")
     trainable = random_params() if lora is None else init_adapters(TINY, lora)
     return step, init_state(trainable, optimizer, loss_scaling=dtype == "float16")
@@ -375,7 +376,7 @@ def test_partition_params_freezes_in_a_step():
     before = jax.tree.map(np.array, params)
     optimizer = make_optimizer(CONFIG, 10)
     state = init_state(jax.tree.map(jnp.copy, trained), optimizer, loss_scaling=False)
-    step = make_train_step(TINY, optimizer, Precision.for_backend("float32"), mask=mask)
+    step = make_train_step(TINY, optimizer, Precision.for_device("float32"), mask=mask)
     for index in range(2):
         state, metrics = step(state, frozen, batch(index))
     after = jax.tree.map(np.array, merge_params(state["params"], frozen))
@@ -403,7 +404,7 @@ def test_train_step_with_moving_average_and_lora_plus():
     updates = [change["h"]["attn"]["c_attn"] for change in changes]
     np.testing.assert_allclose(updates[0]["lora_b"], 4 * updates[1]["lora_b"])
     np.testing.assert_allclose(updates[0]["lora_a"], updates[1]["lora_a"])
-    step = make_train_step(TINY, slow, Precision.for_backend("float32"), lora=lora, ema_decay=0.3)
+    step = make_train_step(TINY, slow, Precision.for_device("float32"), lora=lora, ema_decay=0.3)
     state = init_state(adapters, slow, loss_scaling=False, ema=True)
     expected = jax.tree.map(np.array, state["params"])
     for index in range(5):
@@ -483,3 +484,34 @@ def test_packed_rows_have_the_loss_of_single_documents():
             np.testing.assert_allclose(losses[row][inside], expected, atol=1e-5)
             compared += inside.sum()
     assert compared == sum(len(ids) + 1 for ids in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_step_of_a_gpu_equals_that_of_a_cpu(lora):
+    """Layers written out, attention by blocks and the whole vocabulary at once: the same step up to rounding."""
+    adapters = LoRAConfig(rank=2, alpha=4) if lora else None
+    rng = np.random.default_rng(3)
+    batch = {
+        name: rng.integers(0, TINY.vocab_size, (4, 12)).astype(np.int32) for name in ("tokens", "targets")
+    }
+    batch |= {
+        "loss_mask": np.ones((4, 12), np.float32),
+        "segment_ids": np.sort(rng.integers(0, 3, (4, 12)), axis=1),
+    }
+    results = []
+    for device in (Device("cpu"), Device("cuda", (7, 5))):
+        optimizer = make_optimizer(FinetuneConfig(learning_rate=1e-2, steps=10), 10)
+        params = random_params()
+        frozen = params if lora else None
+        trainable = init_adapters(TINY, adapters, 0, params=params) if adapters else params
+        state = init_state(jax.tree.map(jnp.array, trainable), optimizer, loss_scaling=False)
+        step = make_train_step(TINY, optimizer, Precision.for_device("float32", device), lora=adapters)
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch)
+        results.append((state["params"], metrics))
+    (cpu, of_cpu), (gpu, of_gpu) = results
+    for name in ("loss", "grad_norm", "accuracy"):
+        np.testing.assert_allclose(of_gpu[name], of_cpu[name], rtol=2e-5)
+    for mine, theirs in zip(jax.tree.leaves(gpu), jax.tree.leaves(cpu), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
