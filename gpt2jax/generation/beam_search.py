@@ -110,7 +110,7 @@ class Beams(NamedTuple):
 
     Attributes:
         token_ids: [B, K, S] int32.
-        scores: [B, K] float32: the log-probability, of finished beams divided by the length penalty; -inf is no beam.
+        scores: [B, K] float32: the log-probability, of finished beams divided by the length penalty; -inf: empty.
         lengths: [B, K] int32, new tokens.
     """
 

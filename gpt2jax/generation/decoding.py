@@ -92,7 +92,7 @@ class DecodeParams(NamedTuple):
 class DecodeState(NamedTuple):
     """What has been decoded so far, without the cache.
 
-    The cache is an argument of its own because its buffers are donated to each call, and a stream still reads the last
+    The cache is a separate argument because its buffers are donated to each call, and a stream still reads the last
     state while the next step runs.
 
     Attributes:
@@ -270,7 +270,7 @@ def choose_tokens(
     processed, steps = process_logits(spec, logits, history, settings), history.end - settings.prompt_end
     if spec.stages is None:
         return Choice(sample(processed, step_keys(settings, steps), settings.filters))
-    if uniforms is None:
+    if uniforms is None and not spec.stages.is_greedy:
         uniforms = make_uniforms(step_keys(settings, steps))
     tokens, largest = sample_by(spec.stages, processed, uniforms, settings.filters)
     return Choice(tokens, largest if processed is logits else None)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int, Int32
 
 from gpt2jax.generation.stages import Stages, apply_stage
 
@@ -56,7 +56,7 @@ def apply_penalties(
     logits: Float32[Array, "B V"],
     history: TokenHistory,
     penalties: Penalties,
-    steps: Int32[Array, " B"],
+    steps: Int[Array, " B"],
     stop_ids: Int32[Array, " K"],
     stages: Stages | None = None,
 ) -> Float32[Array, "B V"]:

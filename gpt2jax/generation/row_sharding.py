@@ -1,6 +1,6 @@
 """Rows over devices: which arrays of decoding are split by row, and the devices that share a batch.
 
-A device runs the program of its own rows, in a loop of its own length: nothing is sent between devices.
+Each device runs the program for its rows, as long as these need it: nothing is sent between devices.
 """
 
 from __future__ import annotations

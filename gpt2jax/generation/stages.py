@@ -40,6 +40,11 @@ class Stages:
     has_penalties: bool = False
     has_forbidden: bool = False
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether no row draws at random."""
+        return self.window == 1 and not self.has_vocabulary
+
 
 def make_stages(configs: Sequence[GenerationConfig], *, has_bad_words: bool, vocab_size: int) -> Stages:
     """Return the stages that rows with these settings need together."""

@@ -136,7 +136,7 @@ class Sampling:
         until: jax.Array | int,
     ) -> tuple[Any, DecodeState]:
         """Decode a token at a time."""
-        has_draw = spec.stages is not None and (spec.stages.window != 1 or spec.stages.has_vocabulary)
+        has_draw = spec.stages is not None and not spec.stages.is_greedy
         uniforms = all_uniforms(settings, state.token_ids.shape[1]) if has_draw else None
         return jax.lax.while_loop(
             lambda carry: is_running(carry[1], until),
