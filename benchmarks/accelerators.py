@@ -16,6 +16,8 @@ import argparse
 import dataclasses
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -118,7 +120,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     console = Console(width=150)
     columns = ("step", "devices", "estimate GB", "compiled GB", "ratio", "arguments GB", "cuDNN attention")
-    cases, measure = CASES, measure_training
+    cases: tuple[Any, ...] = CASES
+    measure: Callable[[Any], tuple[str, ...]] = measure_training
     if options.decoding:
         columns = (
             "loop",
@@ -183,7 +186,7 @@ def measure_decoding(case: Decoding) -> tuple[str, ...]:
     cache = jax.eval_shape(lambda: init_cache(config, case.rows, case.slots, numbers.activation_dtype))
     rows = [PromptState("", [0], case.slots - 1)] * case.rows
     limits, padding = [row.limit for row in rows], np.zeros(case.rows, np.int32)
-    settings = make_decode_params(rows, padding, limits, 1, stop_ids=[config.eos_token_id])
+    settings = make_decode_params(rows, padding, limits, 1, stop_ids=[config.eos_token_id or 0])
     state = initial_state(np.zeros((case.rows, case.slots), np.int32), settings.limits, 1)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=here),

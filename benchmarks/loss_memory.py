@@ -11,6 +11,7 @@ Accelerators are left out where jax's plugin (`pip install -e ".[cuda]"`, `".[tp
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def main() -> None:
     print_table(title, columns, rows)
 
 
-def find_place(name: str) -> tuple[jax.Device, str]:
+def find_place(name: str) -> tuple[Any, str]:
     """The device to compile for, and its backend."""
     if name == "cpu":
         return jax.devices("cpu")[0], "cpu"
@@ -57,7 +58,7 @@ def find_place(name: str) -> tuple[jax.Device, str]:
     return place, device.backend
 
 
-def temporaries(options: argparse.Namespace, place: jax.Device, backend: str, dtype: str) -> list[int]:
+def temporaries(options: argparse.Namespace, place: Any, backend: str, dtype: str) -> list[int]:
     """Bytes beside arguments and results of: the loss, it and both gradients, the dense loss and both gradients."""
     precision, config = Precision.for_backend(dtype, backend=backend), PRESETS[options.size]
     shape = (options.rows, options.length)
@@ -72,11 +73,11 @@ def temporaries(options: argparse.Namespace, place: jax.Device, backend: str, dt
         )
     ]
 
-    def ours(*arrays):
-        return cross_entropy(*arrays, precision)[0]
+    def ours(hidden, head, targets, weights):
+        return cross_entropy(hidden, head, targets, weights, precision)[0]
 
-    def dense(*arrays):
-        return dense_loss(*arrays, precision)[0]
+    def dense(hidden, head, targets, weights):
+        return dense_loss(hidden, head, targets, weights, precision)[0]
 
     functions = (ours, *(jax.value_and_grad(f, argnums=(0, 1)) for f in (ours, dense)))
     compiled = (compile_for(backend, jax.jit(function), *arguments) for function in functions)

@@ -73,7 +73,11 @@ def gpt2jax_step(
 
     adapters = LoRAConfig(rank=RANK) if lora else None
     settings = FinetuneConfig(
-        learning_rate=1e-5, schedule="constant", lora=adapters, batch_size=rows, compute_dtype=dtype
+        learning_rate=1e-5,
+        schedule="constant",
+        lora=adapters,
+        batch_size=rows,
+        compute_dtype=dtype,  # pyright: ignore[reportArgumentType]  # the class checks it
     )
     params = init_params(config)
     optimizer = make_optimizer(settings, 1000)

@@ -103,6 +103,7 @@ def test_finetune_with_adapters_on_an_int8_base(texts, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, model.params, base.params)
     jax.tree.map(np.testing.assert_array_equal, result.model.params, trained.params)
     jax.tree.map(np.testing.assert_array_equal, result.model.adapters, trained.adapters)
+    assert trained.adapters is not None
     assert trained.adapters["h"]["attn"]["c_attn"]["lora_b"].any()
 
 

@@ -31,7 +31,12 @@ def evaluation_of(losses: list[list[float]], correct: list[list[bool]]) -> Evalu
         np.diff(offsets),
         sum_by_document(loss, offsets),
         sum_by_document(rank == 0, offsets, np.int64),
-        *(none,) * 6,
+        none,
+        none,
+        none,
+        none,
+        none,
+        none,
         none > 0,
     )
     breakdown = loss_breakdown(scores, end_token_id=9, sequence_length=LENGTH, vocab_size=10)

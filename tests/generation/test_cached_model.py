@@ -78,7 +78,8 @@ def _logits_of(params, outputs, precision):
 
 def prefill(params, ids, padding, *, config, precision):
     """Logits [B, V] behind prompts, and a cache as long as they are."""
-    cache = init_cache(config, *ids.shape, precision.activation_dtype)
+    rows, length = ids.shape
+    cache = init_cache(config, rows, length, precision.activation_dtype)
     logits, cache = step(params, config, ids, cache, 0, padding, precision)
     return np.asarray(logits)[:, -1], cache
 

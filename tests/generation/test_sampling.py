@@ -248,10 +248,11 @@ def test_each_row_has_its_own_settings():
     """Greedy, small and large top-k, nucleus and typical side by side: each row as if it were alone."""
     logits, keys = normal_logits(len(CASES), scale=1.5), keys_of(len(CASES))
     rows = [filters(**case) for case in CASES]
-    together = sample(logits, keys, Filters(*(np.array(column) for column in zip(*rows, strict=True))))
+    stacked = Filters(*(jnp.array(column) for column in zip(*rows, strict=True)))
+    together = sample(logits, keys, stacked)
     alone = [sample(logits[i : i + 1], keys[i : i + 1], row)[0] for i, row in enumerate(rows)]
     assert together.tolist() == [int(token) for token in alone]
-    weights = full_weights(logits, Filters(*(np.array(column) for column in zip(*rows, strict=True))))
+    weights = full_weights(logits, stacked)
     want = np.stack([reference(row, **case) for row, case in zip(logits, CASES, strict=True)])
     np.testing.assert_allclose(normalised(weights), want, rtol=2e-5, atol=1e-12)
 
@@ -276,8 +277,12 @@ def test_settings_compile_nothing_anew():
     program: Any = jax.jit(lambda *args: sampling.sample(*args))
     logits, keys = normal_logits(2), keys_of(2)
     for top_k in (1, 5, 64, 65, None, 10**12):
-        for settings in ({"temperature": 0.0}, {"min_p": 0.1}, {"top_p": 0.9, "typical_p": 0.9}):
-            program(logits, keys, make_filters(GenerationConfig(top_k=top_k, **settings)))
+        for config in (
+            GenerationConfig(top_k=top_k, temperature=0.0),
+            GenerationConfig(top_k=top_k, min_p=0.1),
+            GenerationConfig(top_k=top_k, top_p=0.9, typical_p=0.9),
+        ):
+            program(logits, keys, make_filters(config))
     assert program._cache_size() == 1
 
 

@@ -35,9 +35,9 @@ def test_memory_efficient_attention_equals_plain_softmax(length, dtype, toleranc
     q, k, v, g = (jax.random.normal(key, (2, 2, length, 8)) for key in jax.random.split(jax.random.key(0), 4))
     causal = causal_mask(length)
     ours, pull = jax.vjp(
-        lambda *x: memory_efficient_attention(*x, causal, jnp.dtype(dtype), "recompute"), q, k, v
+        lambda q, k, v: memory_efficient_attention(q, k, v, causal, jnp.dtype(dtype), "recompute"), q, k, v
     )
-    whole, pull_whole = jax.vjp(lambda *x: plain(*x, causal), q, k, v)
+    whole, pull_whole = jax.vjp(lambda q, k, v: plain(q, k, v, causal), q, k, v)
     np.testing.assert_allclose(ours, whole, atol=tolerance)
     for mine, theirs in zip(pull(g), pull_whole(g), strict=True):
         assert mine.dtype == jnp.float32
@@ -49,7 +49,9 @@ def test_memory_efficient_attention_saves_nothing_of_t_times_t():
 
     def residuals(q, k, v):
         return jax.vjp(
-            lambda *x: memory_efficient_attention(*x, causal_mask(300), jnp.dtype("float32"), "recompute"),
+            lambda q, k, v: memory_efficient_attention(
+                q, k, v, causal_mask(300), jnp.dtype("float32"), "recompute"
+            ),
             q,
             k,
             v,

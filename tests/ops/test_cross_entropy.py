@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +97,7 @@ def test_logits_of_all_rows_are_never_held(monkeypatch):
     monkeypatch.setattr(losses, "MAX_LOGITS", 1 << 14)
     rows, vocab = 512, 512
 
-    def compiled(rows_at_once):
+    def compiled(rows_at_once) -> Any:
         monkeypatch.setattr(losses, "MAX_LOGITS", rows_at_once * vocab)
         shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, DIM), "f4"), ((vocab, DIM), "f4"))]
         shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
@@ -135,7 +137,7 @@ def test_cross_entropy_memory_at_full_size(dtype):
     step = jax.grad(
         lambda h, w, t, m: cross_entropy(h, w, t, m, Precision.for_backend(dtype))[0], argnums=(0, 1)
     )
-    memory = jax.jit(step).lower(*shapes).compile().memory_analysis()
+    memory: Any = jax.jit(step).lower(*shapes).compile().memory_analysis()
     assert memory.output_size_in_bytes >= 4 * (rows * dim + vocab * dim)  # so the temporaries hold neither
     assert memory.temp_size_in_bytes < 200e6
 

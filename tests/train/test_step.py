@@ -171,7 +171,7 @@ def test_decay_mask_is_true_for_matrices_only():
 
 def test_make_schedule_warms_up():
     config = FinetuneConfig(learning_rate=2.0, warmup_steps=3, final_lr_ratio=0.1)
-    schedule = make_schedule(config, 13)
+    schedule: Any = make_schedule(config, 13)
     np.testing.assert_allclose([schedule(s) for s in range(4)], [0.5, 1.0, 1.5, 2.0])
     np.testing.assert_allclose(schedule(8), 2.0 * (0.1 + 0.9 * 0.5), rtol=1e-6)
     np.testing.assert_allclose(schedule(13), 0.2, rtol=1e-6)
@@ -191,7 +191,7 @@ def test_make_schedule_by_name(name, expected):
     config = FinetuneConfig(
         learning_rate=2.0, warmup_steps=4, final_lr_ratio=0.2, schedule=name, decay_fraction=0.4
     )
-    schedule = make_schedule(config, 20)
+    schedule: Any = make_schedule(config, 20)
     np.testing.assert_allclose([schedule(step) for step in (4, 8, 12, 20)], expected, rtol=1e-5)
     np.testing.assert_allclose([schedule(step) for step in range(4)], [0.4, 0.8, 1.2, 1.6], rtol=1e-6)
     if name == "wsd":  # the last eight steps, of which the sixteenth is the middle
@@ -260,7 +260,7 @@ def test_finetune_config_names_illegal_settings(field, value):
 
 def test_finetune_config_names_the_nearest_setting():
     with pytest.raises(TypeError, match="no setting 'final_learning_ratio'; did you mean 'final_lr_ratio'"):
-        FinetuneConfig(**{"final_learning_ratio": 0.1})
+        FinetuneConfig(final_learning_ratio=0.1)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize(
@@ -300,10 +300,12 @@ def test_make_optimizer_equals_the_formulas(name):
     config = FinetuneConfig(
         optimizer=name, learning_rate=0.1, weight_decay=0.2, schedule="constant", beta2=0.9
     )
-    optimizer = make_optimizer(config, 3)
+    optimizer: Any = make_optimizer(config, 3)
     generator = np.random.default_rng(0)
     shapes = {"kernel": (3, 4), "bias": (4,)}
-    params = {key: generator.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    params: dict[str, Any] = {
+        key: generator.normal(size=shape).astype(np.float32) for key, shape in shapes.items()
+    }
     expected = {key: value.astype(np.float64) for key, value in params.items()}
     m = {key: np.zeros(shape) for key, shape in shapes.items()}
     v = {key: np.zeros(shape) for key, shape in shapes.items()}
@@ -392,14 +394,16 @@ def test_partition_params_freezes_in_a_step():
 
 @pytest.mark.slow
 def test_train_step_with_moving_average_and_lora_plus():
-    config = dataclasses.replace(CONFIG, lora=LoRAConfig(rank=2), lora_plus_ratio=4.0, weight_decay=0.0)
+    lora = LoRAConfig(rank=2)
+    config = dataclasses.replace(CONFIG, lora=lora, lora_plus_ratio=4.0, weight_decay=0.0)
     fast, slow = (make_optimizer(c, 10) for c in (config, dataclasses.replace(config, lora_plus_ratio=1.0)))
-    adapters = init_adapters(TINY, config.lora)
+    adapters = init_adapters(TINY, lora)
     gradient = jax.tree.map(jnp.ones_like, adapters)
-    updates = [o.update(gradient, o.init(adapters), adapters)[0]["h"]["attn"]["c_attn"] for o in (fast, slow)]
+    changes: list[Any] = [o.update(gradient, o.init(adapters), adapters)[0] for o in (fast, slow)]
+    updates = [change["h"]["attn"]["c_attn"] for change in changes]
     np.testing.assert_allclose(updates[0]["lora_b"], 4 * updates[1]["lora_b"])
     np.testing.assert_allclose(updates[0]["lora_a"], updates[1]["lora_a"])
-    step = make_train_step(TINY, slow, Precision.for_backend("float32"), lora=config.lora, ema_decay=0.3)
+    step = make_train_step(TINY, slow, Precision.for_backend("float32"), lora=lora, ema_decay=0.3)
     state = init_state(adapters, slow, loss_scaling=False, ema=True)
     expected = jax.tree.map(np.array, state["params"])
     for index in range(5):
@@ -423,7 +427,7 @@ def test_hidden_states_remat_changes_memory_only():
     params = random_params(model)
     gradients, memory = {}, {}
     for remat in REMAT:
-        lowered = jax.jit(jax.grad(loss), static_argnums=1).lower(params, remat)
+        lowered: Any = jax.jit(jax.grad(loss), static_argnums=1).lower(params, remat)
         program = lowered.compile({"xla_backend_optimization_level": 0})  # what is kept is decided before
         memory[remat] = program.memory_analysis().temp_size_in_bytes
         gradients[remat] = program(params)
