@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, run_command, say
+import tyro
+
+from gpt2jax.cli.common import run_command, say
+from gpt2jax.cli.finetune import AdapterOptions, imply_lora, lora_config
 from gpt2jax.utils.validation import in_range, must_be, positive_int, validated
 
 if TYPE_CHECKING:
     from gpt2jax.model.config import GPT2Config
-    from gpt2jax.plan.devices import Device
+    from gpt2jax.plan.devices import Accelerator
     from gpt2jax.plan.program import Program
     from gpt2jax.train.config import FinetuneConfig
 
@@ -25,7 +28,7 @@ class Options:
 
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
-        device: h100, a100, a100-40, l4, rtx4090, v5e, v6e.
+        device: t4, v100, a100, a100-40, l4, rtx4090, h100, h200, v5e, v6e.
         devices: number of devices.
         batch_size: rows of one optimizer step, over all devices.
         gradient_accumulation_steps: parts of a batch that are computed one after the other.
@@ -35,9 +38,9 @@ class Options:
         moments_dtype: of the optimizer's moments.
         remat: what the backward pass computes again: none, dots, weights or full.
         dropout: of the model in training. cuDNN's attention needs 0.
-        lora: train low-rank adapters instead of all parameters.
-        lora_rank: of the adapters.
-        lora_targets: linears with an adapter.
+        lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
+        lora_alpha: the output of an adapter is scaled by alpha / rank. Default: what makes the scale 1.
+        lora_settings: settings of the adapters.
         base_dtype: of the frozen parameters under adapters. Default: float32.
         fsdp: devices that share one copy of parameters and moments.
         tensor_parallel: devices that share the work of one row.
@@ -57,8 +60,8 @@ class Options:
     remat: str = "none"
     dropout: float = 0.0
     lora: bool = False
-    lora_rank: int = LORA_RANK
-    lora_targets: tuple[str, ...] = LORA_TARGETS
+    lora_alpha: Annotated[float | None, tyro.conf.arg(name="lora.alpha")] = None
+    lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
     base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     fsdp: int = 1
     tensor_parallel: int = 1
@@ -66,9 +69,9 @@ class Options:
     compile: bool = True
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    run_command("plan", Options, run, argv)
+    run_command("plan", Options, run, imply_lora(argv), prefixes=True)
 
 
 def run(options: Options) -> None:
@@ -93,14 +96,13 @@ def run(options: Options) -> None:
 
 def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
     from gpt2jax.loading import load
-    from gpt2jax.lora.config import LoRAConfig
     from gpt2jax.model.config import PRESETS
     from gpt2jax.train.config import FinetuneConfig
 
     model = PRESETS[options.model] if options.model in PRESETS else load(options.model).config
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
-    settings["lora"] = LoRAConfig(options.lora_rank, targets=options.lora_targets) if options.lora else None
+    settings["lora"] = lora_config(options) if options.lora else None
     return model, FinetuneConfig(**settings)
 
 
@@ -115,7 +117,7 @@ def _check_mesh(train: FinetuneConfig, devices: int) -> None:
         raise ValueError(must_be("batch_size", f"a multiple of {rows} on these devices", train.batch_size))
 
 
-def _print_estimate(options: Options, device: Device, program: Program, console: Any) -> None:
+def _print_estimate(options: Options, device: Accelerator, program: Program, console: Any) -> None:
     from rich.table import Table
 
     from gpt2jax.model.gpt2 import count_parameters
@@ -149,7 +151,7 @@ def _print_estimate(options: Options, device: Device, program: Program, console:
         say(console, name, value)
 
 
-def _print_compiled(options: Options, device: Device, program: Program, console: Any) -> None:
+def _print_compiled(options: Options, device: Accelerator, program: Program, console: Any) -> None:
     from jax.errors import JaxRuntimeError
 
     from gpt2jax.plan.devices import topology_devices
