@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, run_command, say
+from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, print_line, run_command
 from gpt2jax.utils.validation import in_range, must_be, positive_int, validated
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _print_estimate(options: Options, device: Device, program: Program, console:
     table.add_row("estimate", f"[bold]{memory.total / 1e9:.2f}[/]")
     table.add_row("the device has", f"{device.memory / 1e9:.0f}")
     where = f"on {options.devices} x {device.title}, {batch:,} x {length:,} tokens a step"
-    say(console, options.model, where)
+    print_line(console, options.model, where)
     console.print(table)
     each = flops_per_token(model, length, lora=train.lora, remat=train.remat)
     rate = options.utilisation * device.flops[train.compute_dtype] * options.devices / each
@@ -150,7 +150,7 @@ def _print_estimate(options: Options, device: Device, program: Program, console:
         "largest batch that fits": f"at most {rows:,} rows, by the estimate" if rows else "none",
     }
     for name, value in lines.items():
-        say(console, name, value)
+        print_line(console, name, value)
 
 
 def _print_compiled(options: Options, device: Device, program: Program, console: Any) -> None:
@@ -163,7 +163,7 @@ def _print_compiled(options: Options, device: Device, program: Program, console:
     try:
         devices = topology_devices(device, options.devices)
     except LookupError as error:
-        say(console, "not compiled", str(error))
+        print_line(console, "not compiled", str(error))
         return
     mesh = make_mesh(fsdp=options.fsdp, tensor=options.tensor_parallel, devices=devices)
     try:
@@ -172,11 +172,11 @@ def _print_compiled(options: Options, device: Device, program: Program, console:
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        say(
+        print_line(
             console, "does not fit", str(error).partition(": ")[2].splitlines()[0]
         )  # XLA:TPU refuses to compile
         return
     peak, arguments = peak_bytes(compiled, device.backend), compiled.memory_analysis().argument_size_in_bytes
     parts = f"{arguments / 1e9:.2f} of arguments and {(peak - arguments) / 1e9:.2f} while it runs"
-    verdict = "fits" if peak <= device.memory else "does not fit"
-    say(console, "compiled", f"{peak / 1e9:.2f} GB on each device, XLA's peak: {parts}; {verdict}")
+    conclusion = "fits" if peak <= device.memory else "does not fit"
+    print_line(console, "compiled", f"{peak / 1e9:.2f} GB on each device, XLA's peak: {parts}; {conclusion}")

@@ -127,7 +127,13 @@ def scoring_sentence(comparison: Comparison) -> str:
 def sampling_sentence(comparison: Comparison) -> str:
     """Say how the texts were generated."""
     settings = comparison.settings
-    if not settings["do_sample"] or settings["temperature"] == 0:
+    if "num_beams" in settings:
+        how = f"Beam search with {settings['num_beams']} beams"
+    elif "penalty_alpha" in settings:
+        how = (
+            f"Contrastive search with penalty_alpha {settings['penalty_alpha']:g}, top-k {settings['top_k']}"
+        )
+    elif not settings["do_sample"] or settings["temperature"] == 0:
         how = "Greedy: always the most likely token"
     else:
         how = f"Sampled with temperature {settings['temperature']:g}"

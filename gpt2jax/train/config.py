@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.utils.validation import (
@@ -11,6 +11,7 @@ from gpt2jax.utils.validation import (
     check_path,
     each,
     in_range,
+    instance_of,
     must_be,
     non_empty_string,
     non_negative_int,
@@ -24,17 +25,6 @@ from gpt2jax.utils.validation import seed as seed_rule
 TRACKERS = ("tensorboard", "wandb")
 non_negative = in_range(0)
 below_one = in_range(0, 1, open_end=True)
-
-
-def instance_of(kind: type) -> Rule:
-    """Build the rule of the instances of one class."""
-
-    def convert(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise TypeError
-        return value
-
-    return Rule(f"a {kind.__name__}", convert)
 
 
 def _one_or_more(item: Rule) -> Rule:
