@@ -49,7 +49,7 @@ class FinetuneConfig:
             other: less memory, same result. `batch_size` must be a multiple of it.
         sequence_length: T, tokens of one row. None: the model's context, at most 1024.
         packing: "concat" trains on every token of the texts, joined by end tokens and split into rows; "packed" puts
-            several texts into a row, each with attention and positions of its own; "padded" has one text a row, its
+            several texts into a row, each with its own attention and positions; "padded" has one text a row, its
             first T - 1 tokens and the end token, as in the Keras baseline.
         optimizer: "adamw"; "adafactor" (second moments as rows and columns: little memory); "lion" (sign of the
             momentum: one moment); "sgd" (momentum `beta1`); or "muon": orthogonalised momentum for the kernels of

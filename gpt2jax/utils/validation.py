@@ -9,7 +9,7 @@ A rule belongs to a field through its annotation:
         optimizer: Literal["adamw", "sgd"] = "adamw"
         dropout: Annotated[float | None, in_range(0, 1, open_end=True)] = None
 
-`bool` and `Literal` need no rule of their own; None is legal where the annotation says so. Every error reads
+`bool` and `Literal` need no rule; None is legal where the annotation says so. Every error reads
 `<field> must be <legal>, got <value>`.
 """
 
@@ -158,7 +158,7 @@ def instance_of(kind: type) -> Rule:
             raise TypeError
         return value
 
-    return Rule(f"a {kind.__name__}", convert)
+    return Rule("a dict" if kind is Mapping else f"a {kind.__name__}", convert)
 
 
 def optional(rule: Rule) -> Rule:

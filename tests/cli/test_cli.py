@@ -120,7 +120,7 @@ def test_evaluate(run, texts, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monkeypatch):
-    """A seeded repeat is the same file but for times, wherever it is written."""
+    """A seeded repeat is the same file except for times, wherever it is written."""
     models = ["gpt2-mini", f"mine={run}", f"copy={run / 'model'}"]
     data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--eval-split", "test"]
     arguments = ["compare", *models, *data, "--max-new-tokens", "4", "--prompts", "the", "", "--seed", "3"]

@@ -47,7 +47,7 @@ def test_comparison_as_dict_is_as_promised(comparison):
         for kind in ("frequency", "kind"):
             parts = [entry["difference"] * entry["tokens"] for entry in breakdown[kind]]
             assert sum(parts) == pytest.approx(whole) and sum(
-                e["share"] for e in breakdown[kind]
+                e["fraction"] for e in breakdown[kind]
             ) == pytest.approx(1)
         improved = comparison[name].versus_baseline.excerpts.improved
         assert [e["document"] for e in breakdown["improved"][:3]] == [e.document for e in improved]
@@ -86,7 +86,7 @@ def test_compare_generations(comparison, model):
     }
     alone = generate(model, ["the"], max_new_tokens=12, top_k=5, seed=7)[0]
     assert first[0]["text"] == alone.text
-    assert first[1]["text"] != first[3]["text"]  # the same prompt, with a seed of its own
+    assert first[1]["text"] != first[3]["text"]  # the same prompt, with another seed
     assert all(found.first_call_seconds > 0 for found in comparison.models)
 
 
@@ -241,7 +241,7 @@ def test_params_fingerprint_tells_models_apart(model, other_model):
             {"prompts": {"a"}},
             ValueError,
             "prompts must be .*, got {'a'}",
-        ),  # in an order of its own each time
+        ),  # in another order each time
         (None, {"texts": {"a text"}}, TypeError, "texts must be a list of texts, got {'a text'}"),
         (None, {"source": "docs"}, ValueError, "source must be a dict, or None, got 'docs'"),
         (
