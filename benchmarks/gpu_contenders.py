@@ -131,7 +131,7 @@ def _gpt2jax_step(case: Case, model: Any) -> Run:
         learning_rate=1e-5,
         schedule="constant",
         batch_size=case.rows,
-        compute_dtype=case.dtype,
+        compute_dtype=case.dtype,  # type: ignore[arg-type]
         lora=LoRAConfig(RANK) if case.kind == "lora" else None,
     )
     optimizer = make_optimizer(config, 1000)
@@ -155,7 +155,7 @@ def precision(dtype: str, **overrides: Any) -> Any:
     """gpt2jax's dtypes and choices for this device."""
     from gpt2jax.ops.precision import Precision
 
-    return dataclasses.replace(Precision.for_backend(dtype), **overrides)
+    return Precision.for_device(dtype, **overrides)
 
 
 def _scorer(case: Case, model: Any) -> Run:

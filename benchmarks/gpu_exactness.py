@@ -21,7 +21,7 @@ import numpy as np
 
 from gpt2jax.model.config import GPT2Config
 
-NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+NO_DROPOUT: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 CONFIG = GPT2Config(vocab_size=1000, n_positions=128, n_embd=128, n_layer=2, n_head=2, **NO_DROPOUT)
 ROWS, LENGTH = 4, 128
 PROMPTS, NEW_TOKENS = [[5, 700, 31, 2], [9] * 20, [412]], 32
@@ -263,9 +263,8 @@ def finetune(dtype: str, output: Path | None = None, **settings: Any) -> Any:
     import gpt2jax
 
     texts = np.random.default_rng(3).integers(0, CONFIG.vocab_size, (64, 40)).tolist()
-    config = gpt2jax.FinetuneConfig(
-        steps=6, batch_size=4, sequence_length=64, learning_rate=1e-3, compute_dtype=dtype, log_every=1
-    )
+    given: dict[str, Any] = {"steps": 6, "batch_size": 4, "sequence_length": 64, "learning_rate": 1e-3}
+    config = gpt2jax.FinetuneConfig(**given, compute_dtype=dtype, log_every=1)  # type: ignore[arg-type]
     return gpt2jax.finetune(model(), texts, config, output=output, progress=False, **settings)
 
 

@@ -67,7 +67,7 @@ def mlp(x: jax.Array, p: Params) -> jax.Array:
     return linear(jax.nn.gelu(linear(layer_norm(x, p["ln_2"]), p["up"])), p["down"])
 
 
-def hidden(params: Params, tokens: jax.Array, heads: int, dtype: Any, kernel: str) -> jax.Array:
+def hidden(params: Params, tokens: jax.Array, heads: int, dtype: Any, kernel: Any) -> jax.Array:
     """[B, T] -> [B, T, D] in `dtype`; `kernel` is an implementation of jax.nn.dot_product_attention."""
     B, T = tokens.shape
     x = (params["wte"][tokens] + params["wpe"][:T]).astype(dtype)

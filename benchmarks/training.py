@@ -6,7 +6,7 @@
     python benchmarks/training.py --lora --only gpt2jax --base-dtype int8    # on a base of one byte a weight
     python benchmarks/training.py --only gpt2jax dense-loss      # beside a loss that holds the logits of all tokens
 
-Each library runs in a process of its own, which stays idle while the others take their turn; what is not installed is
+Each library runs in its own process, which stays idle while the others take their turn; what is not installed is
 named and left out. All start from random weights: how fast a step is does not depend on them. A step is forward,
 backward, clipping of the global norm and AdamW, without dropout; the first of each turn does not count. Peak memory is
 that from the first step on.
@@ -107,7 +107,7 @@ def gpt2jax_step(
 
 
 def dense_loss_step(config: GPT2Config, *arguments) -> Step:
-    """gpt2jax's step with a plain loss in the place of its own."""
+    """gpt2jax's step with a plain loss instead of its own."""
     import gpt2jax.train.step
 
     gpt2jax.train.step.cross_entropy = dense_loss

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gpt2jax.cli.common import run_command, say
+from gpt2jax.cli.common import print_line, run_command
 from gpt2jax.cli.finetune import AdapterOptions, imply_lora, lora_config
 from gpt2jax.utils.validation import in_range, must_be, positive_int, validated
 
@@ -71,7 +71,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    run_command("plan", Options, run, imply_lora(argv), prefixes=True)
+    run_command("plan", Options, run, imply_lora("plan", argv), prefixes=True)
 
 
 def run(options: Options) -> None:
@@ -102,7 +102,7 @@ def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
     model = PRESETS[options.model] if options.model in PRESETS else load(options.model).config
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
-    settings["lora"] = lora_config(options) if options.lora else None
+    settings["lora"] = lora_config(options.lora_settings, options.lora_alpha) if options.lora else None
     return model, FinetuneConfig(**settings)
 
 
@@ -134,7 +134,7 @@ def _print_estimate(options: Options, device: Accelerator, program: Program, con
     table.add_row("estimate", f"[bold]{memory.total / 1e9:.2f}[/]")
     table.add_row("the device has", f"{device.memory / 1e9:.0f}")
     where = f"on {options.devices} x {device.title}, {batch:,} x {length:,} tokens a step"
-    say(console, options.model, where)
+    print_line(console, options.model, where)
     console.print(table)
     each = flops_per_token(model, length, lora=train.lora, remat=train.remat)
     rate = options.utilisation * device.flops[train.compute_dtype] * options.devices / each
@@ -148,7 +148,7 @@ def _print_estimate(options: Options, device: Accelerator, program: Program, con
         "largest batch that fits": f"at most {rows:,} rows, by the estimate" if rows else "none",
     }
     for name, value in lines.items():
-        say(console, name, value)
+        print_line(console, name, value)
 
 
 def _print_compiled(options: Options, device: Accelerator, program: Program, console: Any) -> None:
@@ -161,7 +161,7 @@ def _print_compiled(options: Options, device: Accelerator, program: Program, con
     try:
         devices = topology_devices(device, options.devices)
     except LookupError as error:
-        say(console, "not compiled", str(error))
+        print_line(console, "not compiled", str(error))
         return
     mesh = make_mesh(fsdp=options.fsdp, tensor=options.tensor_parallel, devices=devices)
     try:
@@ -170,11 +170,11 @@ def _print_compiled(options: Options, device: Accelerator, program: Program, con
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        say(
+        print_line(
             console, "does not fit", str(error).partition(": ")[2].splitlines()[0]
         )  # XLA:TPU refuses to compile
         return
     peak, arguments = peak_bytes(compiled, device.backend), compiled.memory_analysis().argument_size_in_bytes
     parts = f"{arguments / 1e9:.2f} of arguments and {(peak - arguments) / 1e9:.2f} while it runs"
-    verdict = "fits" if peak <= device.memory else "does not fit"
-    say(console, "compiled", f"{peak / 1e9:.2f} GB on each device, XLA's peak: {parts}; {verdict}")
+    conclusion = "fits" if peak <= device.memory else "does not fit"
+    print_line(console, "compiled", f"{peak / 1e9:.2f} GB on each device, XLA's peak: {parts}; {conclusion}")

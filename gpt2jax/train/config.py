@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.utils.validation import (
@@ -11,6 +11,7 @@ from gpt2jax.utils.validation import (
     check_path,
     each,
     in_range,
+    instance_of,
     must_be,
     non_empty_string,
     non_negative_int,
@@ -24,17 +25,6 @@ from gpt2jax.utils.validation import seed as seed_rule
 TRACKERS = ("tensorboard", "wandb")
 non_negative = in_range(0)
 below_one = in_range(0, 1, open_end=True)
-
-
-def instance_of(kind: type) -> Rule:
-    """Build the rule of the instances of one class."""
-
-    def convert(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise TypeError
-        return value
-
-    return Rule(f"a {kind.__name__}", convert)
 
 
 def _one_or_more(item: Rule) -> Rule:
@@ -59,7 +49,7 @@ class FinetuneConfig:
             other: less memory, same result. `batch_size` must be a multiple of it.
         sequence_length: T, tokens of one row. None: the model's context, at most 1024.
         packing: "concat" trains on every token of the texts, joined by end tokens and split into rows; "packed" puts
-            several texts into a row, each with attention and positions of its own; "padded" has one text a row, its
+            several texts into a row, each with its own attention and positions; "padded" has one text a row, its
             first T - 1 tokens and the end token, as in the Keras baseline.
         optimizer: "adamw"; "adafactor" (second moments as rows and columns: little memory); "lion" (sign of the
             momentum: one moment); "sgd" (momentum `beta1`); or "muon": orthogonalised momentum for the kernels of

@@ -76,9 +76,9 @@ def test_split_by_hash_is_a_partition(number):
     texts = [f"text {i}" for i in range(number)]
     parts: dict[str, list[Any]] = {split: list(split_by_content(iter(texts), split)) for split in SPLITS}
     assert sorted(sum(parts.values(), [])) == sorted(texts)
-    for split, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
+    for split, fraction in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
         assert parts[split]
-        assert abs(len(parts[split]) - share * number) <= max(2, 0.02 * number)
+        assert abs(len(parts[split]) - fraction * number) <= max(2, 0.02 * number)
         assert parts[split] == [text for text in texts if text in set(parts[split])]  # order kept
     if number >= 400:  # a text's split is a matter of the text alone
         fewer = list(split_by_content(texts[: number - 1] + ["other"] * 10, "test"))

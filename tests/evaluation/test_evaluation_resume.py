@@ -60,7 +60,7 @@ def test_evaluate_resumed_after_a_kill_gives_the_same_to_the_last_digit(model, t
         assert process.wait() == -signal.SIGKILL
     monkeypatch.setattr(module, "CHUNK_SIZE", 16)
     scored = []
-    score_chunk = module._score_chunk
+    score_chunk: Any = module._score_chunk
     monkeypatch.setattr(module, "_score_chunk", lambda *a: scored.append(len(a[1])) or score_chunk(*a))
     settings: dict[str, Any] = {"sequence_length": LENGTH, "batch_size": 8}
     resumed = evaluate(model, iter(TEXTS), **settings, state=state, resume=True)

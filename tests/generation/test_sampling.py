@@ -311,7 +311,8 @@ def test_sample_by_draws_what_sample_draws(cases):
     """A program for the stages of its rows, and the one with all stages: the same tokens, ties included."""
     copies = 40
     configs = [GenerationConfig(**{"top_k": None, **case}) for case in cases] * copies
-    rows = Filters(*(np.array(column) for column in zip(*map(make_filters, configs), strict=True)))
+    columns: Any = [np.array(column) for column in zip(*map(make_filters, configs), strict=True)]
+    rows = Filters(*columns)
     logits = np.round(normal_logits(len(configs), scale=2.0, seed=11), 1)  # many are equal
     keys = keys_of(len(configs), 3)
     stages = make_stages(configs, has_bad_words=False, vocab_size=V)

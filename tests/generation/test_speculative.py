@@ -141,7 +141,7 @@ def test_look_up_takes_the_longest_and_the_latest():
     assert guess([1, 2, 3]) == [] and guess([5]) == []
     assert guess([6, 6, 6, 6]) == [6, 6, 6]  # behind its end the text goes on as it did
     assert guess([3, 1, 2, 1, 2], 4) == [1, 2, 1, 2]
-    assert guess([1, 2, 3, 4, 1, 2], begin=1) == []  # what lies before the text is none of it
+    assert guess([1, 2, 3, 4, 1, 2], begin=1) == []  # what lies before the text does not count
 
 
 @pytest.mark.slow

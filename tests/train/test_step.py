@@ -456,7 +456,7 @@ def test_make_optimizer_muon_moves_the_kernels_and_adam_the_rest():
 
 
 def test_packed_rows_have_the_loss_of_single_documents():
-    """Losses of documents packed into rows, and of each in a row of its own."""
+    """Losses of documents packed into rows, and of each alone in a row."""
     generator = np.random.default_rng(0)
     rows = [generator.integers(0, 99, size) for size in (5, 20, 3, 70, 0, 1, 14, 9)]
     documents = tokenize_documents(rows, None, vocab_size=101)
