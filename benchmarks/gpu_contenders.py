@@ -295,7 +295,8 @@ def _torch_evaluate(model: Any, loss: Any, targets: Any) -> Run:
     def run(times: int) -> None:
         for _ in range(times):
             value, logits = loss()
-            value.item(), (logits.argmax(-1) == targets).sum().item()
+            value.item()
+            (logits.argmax(-1) == targets).sum().item()
 
     return run
 

@@ -131,6 +131,7 @@ def run(options: Options) -> None:
     from rich.console import Console
 
     from gpt2jax.generation.requests import check_prompts
+    from gpt2jax.ops.precision import Precision
     from gpt2jax.train.finetune import finetune
     from gpt2jax.train.run_folder import RunFolder
     from gpt2jax.train.state import offload_params
@@ -157,6 +158,7 @@ def run(options: Options) -> None:
     )
     model = offload_params(starting_model(options), config)
     print_line(console, "model", repr(model))
+    print_line(console, "device", Precision.for_device(config.compute_dtype).execution.describe())
     if options.compare:  # what can't be generated is to be known before the training
         check_prompts(model, _prompts(options), options.generation.config())
     result = finetune(

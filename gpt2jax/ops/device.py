@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from typing import Any, Literal
 
 import jax
@@ -34,12 +35,14 @@ class Device:
         compute_capability: (major, minor) of an NVIDIA GPU, or None.
         memory_bytes: of the device, or None if it is not known.
         name: as its maker calls it.
+        is_here: this process can run programs on it; False for a device that is only described.
     """
 
     platform: str
     compute_capability: tuple[int, int] | None = None
     memory_bytes: int | None = None
     name: str = ""
+    is_here: bool = False
 
     @classmethod
     def of(cls, device: Any = None) -> Device:
@@ -53,7 +56,8 @@ class Device:
         if platform == "cuda":
             digits = str(getattr(device, "compute_capability", "") or "").partition(".")
             capability = (int(digits[0]), int(digits[2] or 0)) if digits[0].isdecimal() else None
-        return cls(platform, capability, _memory_bytes(device), str(getattr(device, "device_kind", "")))
+        name, is_here = str(getattr(device, "device_kind", "")), device in jax.local_devices()
+        return cls(platform, capability, _memory_bytes(device), name, is_here)
 
     @classmethod
     def of_backend(cls, backend: str) -> Device:
@@ -126,7 +130,9 @@ class Execution:
         if device.platform == "cpu":
             return dataclasses.replace(cls(attention="blockwise"), **overrides)
         in_16_bits = jnp.dtype(dtype).itemsize == 2
-        attention = "cudnn" if in_16_bits and has_cudnn_attention(device) else "blockwise"
+        attention = (
+            "cudnn" if in_16_bits and has_cudnn_attention(device, jnp.dtype(dtype).name) else "blockwise"
+        )
         memory = device.memory_bytes or _SMALL_ACCELERATOR
         choices = cls(
             platform=device.platform,
@@ -153,15 +159,26 @@ class Execution:
         return ", ".join(part for part in (self.platform, attention, products, layers, logits) if part)
 
 
-def has_cudnn_attention(device: Device) -> bool:
-    """Return whether cuDNN's attention kernel runs on a device: an NVIDIA GPU of capability 8.0 or more."""
+def has_cudnn_attention(device: Device, dtype: str = "bfloat16") -> bool:
+    """Return whether cuDNN's attention kernel runs on a device: an NVIDIA GPU of capability 8.0 or more.
+
+    On a device of this process it is tried; a warning says why it does not work.
+    """
     capability = device.compute_capability
-    return device.platform == "cuda" and capability is not None and capability >= (8, 0)
+    if device.platform != "cuda" or capability is None or capability < (8, 0):
+        return False
+    if not device.is_here:
+        return True
+    works, why = try_cudnn_attention(dtype)
+    if not works:
+        text = f"attention is computed by blocks, because cuDNN's kernel does not work here: {why}"
+        warnings.warn(text, stacklevel=2)
+    return works
 
 
 @functools.cache
-def cudnn_attention_works(dtype: str) -> tuple[bool, str]:
-    """Compile cuDNN's attention on the device of this process, once, and say why it failed if it did.
+def try_cudnn_attention(dtype: str) -> tuple[bool, str]:
+    """Run cuDNN's attention on the device of this process, once; return whether it works, and why not.
 
     An incomplete installation passes every other test (jax issues 23227, 23833, 32430).
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from gpt2jax.ops import device
 from gpt2jax.ops.device import CPU, Device, Execution
 from gpt2jax.ops.precision import FLOAT32, Precision, einsum
 
@@ -56,6 +58,17 @@ def test_execution_attention_follows_the_device(device, dtype, expected):
     assert Execution.for_device(device, jnp.dtype(dtype)).attention == expected
 
 
+def test_execution_falls_back_where_cudnn_does_not_work(monkeypatch):
+    """A CPU stands for a GPU whose installation is incomplete: jax raises there as well."""
+    device.try_cudnn_attention.cache_clear()
+    assert device.try_cudnn_attention("bfloat16")[0] is False
+    here = dataclasses.replace(H100, is_here=True)
+    with pytest.warns(UserWarning, match="by blocks, because cuDNN's kernel does not work here: "):
+        assert Execution.for_device(here, BFLOAT16).attention == "blockwise"
+    monkeypatch.setattr(device, "try_cudnn_attention", lambda dtype: (True, ""))
+    assert Execution.for_device(here, BFLOAT16).attention == "cudnn"
+
+
 def test_execution_of_a_cpu_is_what_ops_do_by_default():
     assert Execution.for_device(Device("cpu"), BFLOAT16, attention="plain") == CPU == FLOAT32.execution
 
@@ -83,19 +96,19 @@ def test_execution_describe_names_its_choices():
 
 def test_einsum_results_are_narrow_where_the_device_wants_them():
     x = jnp.ones((2, 3))
-    for device, dtype in ((Device("cpu"), "float32"), (H100, "bfloat16")):
-        execution = Execution.for_device(device, BFLOAT16)
+    for place, dtype in ((Device("cpu"), "float32"), (H100, "bfloat16")):
+        execution = Execution.for_device(place, BFLOAT16)
         assert einsum("ij,kj->ik", x, x, BFLOAT16, execution).dtype == dtype
 
 
 def test_tensorfloat32_is_asked_for_on_accelerators_only():
-    def products(device, name):
-        precision = Precision.for_device(name, device)
+    def products(place, name):
+        precision = Precision.for_device(name, place)
         form = (precision.compute_dtype, precision.execution)
         return str(jax.make_jaxpr(lambda x: einsum("ij,kj->ik", x, x, *form))(jnp.ones((2, 3))))
 
-    for device in (Device("cpu"), H100, Device("tpu")):
-        assert "HIGHEST" in products(device, "float32")
+    for place in (Device("cpu"), H100, Device("tpu")):
+        assert "HIGHEST" in products(place, "float32")
     assert products(Device("cpu"), "tensorfloat32") == products(Device("cpu"), "float32")
     assert "HIGHEST" not in products(H100, "tensorfloat32")
     assert "HIGH," in products(Device("tpu"), "tensorfloat32").replace(")", ",")
