@@ -52,4 +52,4 @@ def test_evaluate_by_the_programs_of_a_gpu_gives_the_sums_of_a_cpu(monkeypatch):
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     of_documents = [result.as_dict(per_document=True)["document_loss"] for result in (found, expected)]
     assert of_documents[0] == pytest.approx(of_documents[1], rel=1e-6)
-    assert (found.correct, found.tokens) == (expected.correct, expected.tokens)
+    assert (found.accuracy, found.tokens) == (expected.accuracy, expected.tokens)
