@@ -21,7 +21,8 @@ from flax import nnx
 from gpt2jax.generation.config import DecoderModel
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import ForwardContext, Params, block_graphdef, final_norm_graphdef, lm_head_weight
+from gpt2jax.model.gpt2 import Params, block_graphdef, final_norm_graphdef, lm_head_weight
+from gpt2jax.model.layers import ForwardContext
 from gpt2jax.ops.attention import LayerCache
 from gpt2jax.ops.device import Device
 from gpt2jax.ops.linear import TransposedKernel, matmul, transpose_kernel

@@ -141,9 +141,7 @@ def make_train_step(
             "optimizer": optimizer_state,
         }
         if ema_decay is not None:
-            # a young average follows closely, or the first parameters would weigh in it for long
-            decay = jnp.minimum(ema_decay, (1.0 + state["step"]) / (10.0 + state["step"]))
-            new["ema"] = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state["ema"], new["params"])
+            new["ema"] = _moving_average(state, new["params"], ema_decay)
         new = constrain_params(new)  # sharded as the state that came in, for the next step to take
         metrics = {
             "loss": sums["nll"] / tokens,
@@ -152,15 +150,28 @@ def make_train_step(
             "grad_norm": norm,
         }
         if "loss_scale" in state:
-            finite = jnp.isfinite(norm)
-            # an overflow leaves parameters, moments and the schedule's count as they were
-            for name in {"params", "optimizer", "ema"} & state.keys():
-                new[name] = jax.tree.map(functools.partial(jnp.where, finite), new[name], state[name])
-            new["loss_scale"] = next_loss_scale(state["loss_scale"], finite)
-            metrics |= {"loss_scale": scale, "skipped": new["loss_scale"]["skipped"].astype(jnp.float32)}
+            new = _unless_overflow(new, state, jnp.isfinite(norm))
+            skipped = new["loss_scale"]["skipped"].astype(jnp.float32)
+            metrics |= {"loss_scale": scale, "skipped": skipped}
         return new, metrics
 
     return step
+
+
+def _moving_average(state: TrainState, params: Params, decay: float) -> Params:
+    """Return the moving average of the parameters after a step."""
+    # a young average follows closely, or the first parameters would weigh in it for long
+    rate = 1.0 - jnp.minimum(decay, (1.0 + state["step"]) / (10.0 + state["step"]))
+    return jax.tree.map(lambda e, p: e + rate * (p - e), state["ema"], params)
+
+
+def _unless_overflow(new: TrainState, state: TrainState, is_finite: jax.Array) -> TrainState:
+    """Return the new state; after an overflow parameters, moments and the schedule's count as they were."""
+    kept = {
+        name: jax.tree.map(functools.partial(jnp.where, is_finite), new[name], state[name])
+        for name in {"params", "optimizer", "ema"} & state.keys()
+    }
+    return {**new, **kept, "loss_scale": next_loss_scale(state["loss_scale"], is_finite)}
 
 
 def _make_loss(
