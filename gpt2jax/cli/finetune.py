@@ -226,15 +226,14 @@ def finetune_config(options: Options) -> FinetuneConfig:
     folder = default_cache() if options.cache_tokens else None
     defaults: dict[str, Any] = {
         "packing": options.packing or ("padded" if options.source.data in BASELINE_DATA else "concat"),
-        "lora": lora_config(options) if options.lora else None,
+        "lora": lora_config(options.lora_settings, options.lora_alpha) if options.lora else None,
         "token_cache": None if folder is None else str(folder),
     }
     return FinetuneConfig(**{**given, **defaults})
 
 
-def lora_config(options: Options) -> LoRAConfig:
+def lora_config(settings: AdapterOptions, alpha: float | None) -> LoRAConfig:
     """Build the settings of the adapters; without --lora.alpha their scale is 1."""
-    settings, alpha = options.lora_settings, options.lora_alpha
     if alpha is None:
         alpha = math.sqrt(settings.rank) if settings.use_rslora else float(settings.rank)
     return LoRAConfig(**{**vars(settings), "alpha": alpha})

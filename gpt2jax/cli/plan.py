@@ -102,7 +102,7 @@ def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
     model = PRESETS[options.model] if options.model in PRESETS else load(options.model).config
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
-    settings["lora"] = lora_config(options) if options.lora else None
+    settings["lora"] = lora_config(options.lora_settings, options.lora_alpha) if options.lora else None
     return model, FinetuneConfig(**settings)
 
 

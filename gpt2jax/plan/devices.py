@@ -175,8 +175,19 @@ def _describe(device: Accelerator, topology: str) -> Any:
     from jax.experimental import topologies
 
     if device.chip is not None:
-        target = cuda_target(device, _register_cuda())
-        return topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices
+        plugin = find_cuda_plugin()
+        describe = functools.partial(
+            topologies.get_topology_desc,
+            platform="cuda",
+            target_config=cuda_target(device, plugin),
+            topology=topology,
+        )
+        try:
+            return describe().devices
+        except Exception:  # jax registers its CUDA plugin by itself only on a machine with a GPU
+            with contextlib.suppress(Exception):  # already registered
+                importlib.import_module(f"jax_plugins.{plugin}").initialize()
+            return describe().devices
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # only a TPU machine has a metadata server to ask
     bounds = tuple(int(size) for size in topology.partition(":")[2].split("x"))
     return topologies.get_topology_desc(
@@ -204,15 +215,14 @@ def cuda_target(device: Accelerator, plugin: str) -> str:
     )
 
 
-@functools.cache
-def _register_cuda() -> str:
-    """Register jax's CUDA plugin, which jax does by itself only on a machine with a GPU; return its name."""
+def find_cuda_plugin() -> str:
+    """Return the name of jax's CUDA plugin that is installed.
+
+    Raises:
+        ImportError: none is.
+    """
     for name in CUDA_PLUGINS:
-        try:
-            plugin = importlib.import_module(f"jax_plugins.{name}")
-        except ImportError:
-            continue
-        with contextlib.suppress(Exception):  # already registered
-            plugin.initialize()
-        return name
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"jax_plugins.{name}")
+            return name
     raise ImportError(f"no module named {' or '.join(f'jax_plugins.{name}' for name in CUDA_PLUGINS)}")
