@@ -94,7 +94,7 @@ def describe() -> Answer:
     from gpu_contenders import precision
 
     device = jax.local_devices()[0]
-    chosen = {dtype: str(precision(dtype)) for dtype in ("float32", "bfloat16", "float16")}
+    chosen = {dtype: precision(dtype).execution.describe() for dtype in ("float32", "bfloat16", "float16")}
     return {"platform": device.platform, "kind": device.device_kind, "chosen": chosen}
 
 

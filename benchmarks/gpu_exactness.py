@@ -157,7 +157,7 @@ def gradient(dtype: str, attention: str | None = None) -> tuple[float, Any]:
 
 def attentions(dtype: str) -> tuple[str | None, ...]:
     """The kinds of attention to try: what is chosen here, and what any device has."""
-    return (None,) if dtype == "float32" else (None, "recompute", "xla")
+    return (None,) if dtype == "float32" else (None, "blockwise", "plain")
 
 
 # ---- checks ----

@@ -87,7 +87,7 @@ def run(options: Options) -> None:
     jax.config.update("jax_platforms", "cpu")
     model, train = _settings(options)
     _check_mesh(train, options.devices)
-    program = make_program(model, train, device.backend)
+    program = make_program(model, train, device.backend, device.facts)
     console = Console()
     _print_estimate(options, device, program, console)
     if options.compile:

@@ -9,6 +9,7 @@ import importlib
 import os
 from typing import Any
 
+from gpt2jax.ops.device import Device
 from gpt2jax.utils.validation import unknown_name
 
 GB = 10**9
@@ -63,10 +64,18 @@ class Accelerator:
     topologies: dict[int, str]
     chip: CudaChip | None = None
 
+    @property
+    def facts(self) -> Device:
+        """What the choices of a program for it follow from."""
+        if self.chip is None:
+            return Device(self.backend, None, self.memory, self.title)
+        return Device("cuda", self.chip.compute_capability, self.memory, self.title)
+
 
 def _peaks(half: float, single: float, *, bfloat16: float | None = None) -> dict[str, float]:
     """Return the peaks by dtype, given in TFLOP/s for both 16-bit types and for float32."""
-    return {"bfloat16": (bfloat16 or half) * 1e12, "float16": half * 1e12, "float32": single * 1e12}
+    peaks = {"bfloat16": bfloat16 or half, "float16": half, "float32": single, "tensorfloat32": half / 3}
+    return {dtype: peak * 1e12 for dtype, peak in peaks.items()}
 
 
 # hosts x processes x GPUs
@@ -84,11 +93,13 @@ def _gpu(
     name: str, title: str, memory: float, bandwidth: float, flops: dict[str, float], chip: CudaChip
 ) -> Accelerator:
     """Return an NVIDIA GPU with so many GB, and GB a second."""
+    has_tf32 = chip.compute_capability >= (8, 0)
+    flops = flops | {"tensorfloat32": flops["float16"] / 2 if has_tf32 else flops["float32"]}
     return Accelerator(name, title, "gpu", int(memory * GB), bandwidth * GB, flops, _GPUS, chip)
 
 
-# sources: the makers' data sheets; float32 without TF32, on a TPU as six passes of bfloat16. GPUs before Ampere have
-# no bfloat16 in their matrix units; a T4 lends 15 of its 16 GB
+# sources: the makers' data sheets; float32 without TF32, on a TPU as six passes of bfloat16, TF32 as three. GPUs before
+# Ampere have no bfloat16 in their matrix units; a T4 lends 15 of its 16 GB
 DEVICES = {
     device.name: device
     for device in (
@@ -175,8 +186,19 @@ def _describe(device: Accelerator, topology: str) -> Any:
     from jax.experimental import topologies
 
     if device.chip is not None:
-        target = cuda_target(device, _register_cuda())
-        return topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices
+        plugin = find_cuda_plugin()
+        describe = functools.partial(
+            topologies.get_topology_desc,
+            platform="cuda",
+            target_config=cuda_target(device, plugin),
+            topology=topology,
+        )
+        try:
+            return describe().devices
+        except Exception:  # jax registers its CUDA plugin by itself only on a machine with a GPU
+            with contextlib.suppress(Exception):  # already registered
+                importlib.import_module(f"jax_plugins.{plugin}").initialize()
+            return describe().devices
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # only a TPU machine has a metadata server to ask
     bounds = tuple(int(size) for size in topology.partition(":")[2].split("x"))
     return topologies.get_topology_desc(
@@ -204,15 +226,14 @@ def cuda_target(device: Accelerator, plugin: str) -> str:
     )
 
 
-@functools.cache
-def _register_cuda() -> str:
-    """Register jax's CUDA plugin, which jax does by itself only on a machine with a GPU; return its name."""
+def find_cuda_plugin() -> str:
+    """Return the name of jax's CUDA plugin that is installed.
+
+    Raises:
+        ImportError: none is.
+    """
     for name in CUDA_PLUGINS:
-        try:
-            plugin = importlib.import_module(f"jax_plugins.{name}")
-        except ImportError:
-            continue
-        with contextlib.suppress(Exception):  # already registered
-            plugin.initialize()
-        return name
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"jax_plugins.{name}")
+            return name
     raise ImportError(f"no module named {' or '.join(f'jax_plugins.{name}' for name in CUDA_PLUGINS)}")

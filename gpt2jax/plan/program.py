@@ -39,8 +39,16 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Program:
-    """Build the step that `finetune` would run on a backend.
+def make_program(
+    model: GPT2Config, train: FinetuneConfig, backend: str, device: Device | None = None
+) -> Program:
+    """Build the step that `finetune` would run.
+
+    Args:
+        model: of the run.
+        train: its settings.
+        backend: "cpu", "gpu" or "tpu".
+        device: facts about the device; None: a device of the backend of which nothing more is known.
 
     Raises:
         ValueError: the sequence is longer than the context.
@@ -67,7 +75,7 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     shape = (train.batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
     batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    precision = Precision.for_device(train.compute_dtype, Device.of_backend(backend))
+    precision = Precision.for_device(train.compute_dtype, device or Device.of_backend(backend))
     return Program(model, train, backend, precision, jax.eval_shape(start, trainable), frozen, batch)
 
 

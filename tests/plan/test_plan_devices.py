@@ -18,7 +18,6 @@ def test_topology_devices_says_what_is_described_and_what_to_install(monkeypatch
     with pytest.raises(LookupError, match=r"no description of 3 x a100 here; described: 1, 2, 4, 8"):
         topology_devices(find_device("a100"), 3)
     monkeypatch.setattr(devices, "CUDA_PLUGINS", ("none_at_all",))
-    devices._register_cuda.cache_clear()
     with pytest.raises(
         LookupError, match=r'needs pip install "gpt2jax\[cuda\]"; no module named jax_plugins.none'
     ):
