@@ -17,7 +17,7 @@ def test_plan_prints_the_estimate(capsys):
         "gpt2  on 1 x NVIDIA A100 80 GB, 8 x 1,024 tokens a step",
         "residuals",
         "estimate  a lower bound",
-        "attention  cudnn",
+        "cuDNN attention",
         "trained parameters  124,439,808",
         "largest batch that fits  at most ",
     ):
