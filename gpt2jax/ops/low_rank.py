@@ -93,7 +93,7 @@ def column_norms(kernel: Kernel) -> Float32[Array, "*L out"]:
     return jnp.sqrt(jnp.square(dequantize(kernel)).sum(axis=-2))
 
 
-def attach_scales(adapters: Mapping[str, Any], scale: Any, layers: int) -> dict[str, Any]:
+def attach_scales(adapters: Mapping[Any, Any], scale: Any, layers: int) -> dict[Any, Any]:
     """Return adapters with "scale" [L] in each.
 
     Args:

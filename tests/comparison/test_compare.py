@@ -232,7 +232,12 @@ def test_params_fingerprint_tells_models_apart(model, other_model):
             r"temperature must be a number of at least 0, got \[1.0\]",
         ),
         (None, {"top_p": 7}, ValueError, "top_p must be .*, got 7"),
-        (None, {"max_new_tokens": 0}, ValueError, "max_new_tokens must be a positive whole number, got 0"),
+        (
+            None,
+            {"max_new_tokens": 0},
+            ValueError,
+            "max_new_tokens must be a positive whole number, or None, got 0",
+        ),
         (None, {"seed": 1.5}, ValueError, "seed must be a whole number.*, got 1.5"),
         (None, {"seed": 2**32}, ValueError, "seed must be a whole number.*, got 4294967296"),
         (None, {"prompts": {"a": 1}}, ValueError, "prompts must be .*, got {'a': 1}"),

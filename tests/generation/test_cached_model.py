@@ -189,7 +189,8 @@ def test_dtype_by_backend():
     assert decoding_precision("bfloat16", backend="cpu").activation_dtype == jnp.float32
     assert decoding_precision("int8", backend="cpu").compute_dtype == jnp.float32
     with pytest.raises(
-        ValueError, match="dtype must be one of float32, bfloat16, float16, int8, or None, got 'int4'"
+        ValueError,
+        match="dtype must be one of float32, tensorfloat32, bfloat16, float16, int8, or None, got 'int4'",
     ):
         decoding_precision("int4")
 

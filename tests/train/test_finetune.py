@@ -321,7 +321,7 @@ def test_finetune_leaves_nothing_if_it_cannot_train(model, tmp_path, rows, setti
         ),
         ({"config": {}}, ValueError, "config must be a FinetuneConfig, or None, got {}"),
         ({"config": LoRAConfig()}, ValueError, r"config must be a FinetuneConfig, or None, got LoRAConfig"),
-        ({"source": "docs"}, ValueError, "source must be a Mapping, or None, got 'docs'"),
+        ({"source": "docs"}, ValueError, "source must be a dict, or None, got 'docs'"),
         ({"output": ""}, ValueError, "output must be a name or a path, and not empty, got ''"),
         ({"output": 5}, ValueError, "output must be a name or a path, and not empty, got 5"),
     ],
