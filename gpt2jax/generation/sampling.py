@@ -301,6 +301,6 @@ def _columns(filters: Filters) -> list[jax.Array]:
     return [_column(value) for value in filters]
 
 
-def _column(value: jax.Array | float) -> jax.Array:
+def _column(value: jax.Array | float | int) -> jax.Array:
     """Add an axis to a scalar or [B], to broadcast against [B, V]."""
     return jnp.asarray(value)[..., None]
