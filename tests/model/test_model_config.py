@@ -71,7 +71,10 @@ def test_from_hf_undoes_to_hf():
     assert GPT2Config.from_hf({"vocab_size": 300, "eos_token_id": 50256}).eos_token_id is None
     assert GPT2Config.from_hf({"eos_token_id": [7, 8]}).eos_token_id == 7
     assert GPT2Config.from_hf({"eos_token_id": None}).eos_token_id is None
-    assert GPT2Config.from_hf({}).eos_token_id == 50256 and GPT2Config.from_hf({"vocab_size": 65}).eos_token_id is None
+    assert (
+        GPT2Config.from_hf({}).eos_token_id == 50256
+        and GPT2Config.from_hf({"vocab_size": 65}).eos_token_id is None
+    )
 
 
 @pytest.mark.parametrize("content", [{"model_type": "llama"}, {"add_cross_attention": True}])
