@@ -35,7 +35,7 @@ from gpt2jax.data.splits import (
     read_split,
     split_of_file,
 )
-from gpt2jax.utils.notices import enumerate_names
+from gpt2jax.utils.notices import enumerate_names, say_once
 from gpt2jax.utils.validation import (
     check_path,
     must_be,
@@ -61,10 +61,10 @@ class Texts:
 
     None is left out or changed; empty ones are included.
 
-    Files belong to a split by their name (`train.jsonl`, `val-00000-of-00002.parquet`) or their folder's
-    (`test/a.txt`). Data without splits, and data of the hub that has only a training split, is split 90/5/5 in a way
-    that depends on the texts alone: from 400 texts on by a hash of each, so that equal texts are never in two splits;
-    fewer by the order of their hashes, at least one each; one or two different texts are sliced by position.
+    Files belong to a split by their whole name (`train.jsonl`, `val-00000-of-00002.parquet`) or their folder's
+    (`test/a.txt`). What is not there of validation and test is split off the training texts, 5 % each, in a way that
+    depends on the texts alone: from 400 texts on by a hash of each, so that equal texts are never in two splits; fewer
+    by the order of their hashes, at least one each; one or two different texts are sliced by position.
 
     Attributes:
         source: one of
@@ -225,7 +225,7 @@ def _open(texts: Texts, where: str) -> Mapping[str, Reader]:
         files = [
             file for one in source for file in list_files(str(check_path("source", one)), texts.encoding)
         ]
-        return _file_splits(files, columns, texts)
+        return _file_splits(files, columns, texts, where)
     if not isinstance(source, str):
         return _dataset_splits(source, columns, where)
     is_lazy = texts.streaming or texts.limit is not None
@@ -240,7 +240,7 @@ def _open(texts: Texts, where: str) -> Mapping[str, Reader]:
                 files = list_files(f"hf://datasets/{match['id']}@{commit}/{match['path']}", texts.encoding)
             except OSError as error:
                 raise no_data_set(source, error) from error
-            return _file_splits(files, columns, texts)
+            return _file_splits(files, columns, texts, where)
         hub_id, _, configuration = (match["id"] if match else source).partition(":")
         return _dataset_splits(load_hub_dataset(hub_id, configuration, commit, lazy=is_lazy), columns, where)
     path = check_path("source", source)
@@ -253,7 +253,7 @@ def _open(texts: Texts, where: str) -> Mapping[str, Reader]:
         import datasets
 
         return _dataset_splits(datasets.load_from_disk(str(path)), columns, where)
-    return _file_splits(list_files(str(path), texts.encoding), columns, texts)
+    return _file_splits(list_files(str(path), texts.encoding), columns, texts, where)
 
 
 def _archive(name: str) -> Path | None:
@@ -263,7 +263,7 @@ def _archive(name: str) -> Path | None:
     return next((place for place in places if name in PAPERS and place.exists()), None)
 
 
-def _file_splits(files: list[File], columns: Columns, texts: Texts) -> Mapping[str, Reader]:
+def _file_splits(files: list[File], columns: Columns, texts: Texts, where: str) -> Mapping[str, Reader]:
     by_split: dict[str | None, list[File]] = {}
     for file in files:
         by_split.setdefault(split_of_file(file.path), []).append(file)
@@ -275,23 +275,28 @@ def _file_splits(files: list[File], columns: Columns, texts: Texts) -> Mapping[s
         )
 
     named = {name: partial(read, files) for name, files in by_split.items() if name is not None}
-    return named_splits(named) if named else content_splits(partial(read, files))
+    if not named:
+        return content_splits(partial(read, files), where)
+    if others := [file.path for file in by_split.get(None, [])]:
+        say_once(f"{where}: passed over files of no split: {enumerate_names(others)}")
+    return named_splits(named, where)
 
 
 def _dataset_splits(data: Any, columns: Columns, where: str) -> Mapping[str, Reader]:
     """Return the splits of an object of `datasets`, which may have other names, or be a single one."""
     if isinstance(data, Mapping):
         readers = {str(name): partial(table_items, part, columns, where) for name, part in data.items()}
-        splits = named_splits(readers)
-        usual = set(SPLITS) & set(splits)
-        if usual and (usual != {"train"} or len(readers) > 1):
+        splits = named_splits(readers, where)
+        if set(SPLITS) & set(splits):
             return splits
         parts = list(readers.values())
-        return {**splits, **content_splits(lambda: itertools.chain.from_iterable(part() for part in parts))}
+        everything = lambda: itertools.chain.from_iterable(part() for part in parts)  # noqa: E731
+        return {**splits, **content_splits(everything, where)}
     if hasattr(data, "select_columns"):
-        return content_splits(partial(table_items, data, columns, where))
+        return content_splits(partial(table_items, data, columns, where), where)
     if columns.wanted:
         raise ValueError(f"{where} is one column: it has no column {columns.wanted[0]!r}")
     return content_splits(
-        lambda: row_items(((f"{where}, row {i}", cell) for i, cell in enumerate(data, 1)), columns, where)
+        lambda: row_items(((f"{where}, row {i}", cell) for i, cell in enumerate(data, 1)), columns, where),
+        where,
     )
