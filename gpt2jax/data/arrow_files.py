@@ -8,7 +8,7 @@ from typing import IO, Any
 from gpt2jax.data.columns import BATCH_ROWS, Columns, Item, cell_of, column_kinds, to_item
 from gpt2jax.data.files import TABLES, File, check_unpacked
 
-KINDS = dict(zip(TABLES, ("Parquet", "Arrow", "Feather"), strict=True))
+KINDS: dict[str, str] = dict(zip(TABLES, ("Parquet", "Arrow", "Feather"), strict=True))
 # a column that unpacks to more than this is decoded few rows at a time
 _DENSE_RATIO, _DENSE_ROWS = 100, 8
 

@@ -93,7 +93,7 @@ class File:
         return PurePosixPath(self.path).with_suffix("").suffix.lower(), last
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[io.BufferedReader]:
+    def open(self) -> Iterator[io.BufferedReader[Any]]:
         """Open the file for reading bytes, unpacked."""
         info = self.system.info(self.place)
         packed_size = info.get("compress_size") or info.get("size")
