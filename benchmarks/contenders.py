@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders in processes of their own that take turns, and their figures side by side.
+"""What the benchmarks share: contenders in separate processes that take turns, and their figures side by side.
 
 A benchmark starts itself once for each contender (`start`), which makes its model, answers once, and then answers one
 JSON line for each line that it is sent (`serve`). What a contender's libraries print is kept apart from its answers.
@@ -27,7 +27,7 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Contender:
-    """A process of the running script with arguments of its own."""
+    """A process of the running script with its own arguments."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None):
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
@@ -48,6 +48,10 @@ class Contender:
                 print(line, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         return json.loads(answer) if answer else {"missing": self.close()}
+
+    def kill(self) -> None:
+        """Ends it at once; what it is asked is then answered as missing."""
+        self._process.kill()
 
     def close(self) -> str:
         """Ends it; the last line it complained with."""

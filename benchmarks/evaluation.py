@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py --rounds 4
 
-Each contender is loaded in a process of its own with random weights of a published size, and they take turns: one
+Each contender is loaded in its own process with random weights of a published size, and they take turns: one
 round evaluates the same documents with each, loss and accuracy of every token. Prints the median of tokens per second,
 the ratio to the fastest peer (median over rounds), and the largest resident memory. Contenders whose library is not
 installed are named and left out.

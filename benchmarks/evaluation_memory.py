@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation_memory.py
 
-Writes passages of the documentation inside Python's standard library, each with a number of its own, into a temporary
+Writes passages of the documentation inside Python's standard library, each with its own number, into a temporary
 file and runs `gpt2jax evaluate --out FOLDER` on the first of them, once for each number. The largest run is done again,
 killed with SIGKILL when its state file says that half is done, resumed, and its figures are compared with those of the
 undisturbed run, to the last digit. Memory is the largest resident size of the process, as Linux counts it.

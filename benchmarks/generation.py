@@ -5,7 +5,7 @@
     python benchmarks/generation.py --lookup                 prompt-lookup speculative decoding beside plain decoding
     python benchmarks/generation.py --startup                first call of a process, compilation cache cold and warm
 
-Each contender runs in a process of its own on the same cores, loads the same folder of weights where it can (keras-hub
+Each contender runs in its own process on the same cores, loads the same folder of weights where it can (keras-hub
 makes its own), and continues the same prompts by the same number of tokens, which is checked; they take turns. Speeds
 are new tokens by the seconds of the whole call, the prompt's included. "load" is imports and weights, "first call" the
 first continuation behind it, compilation included; "first token" is a later call for one token.
@@ -131,7 +131,7 @@ def compare(options: argparse.Namespace, folder: str) -> None:
         dtype = CONTENDERS[name][1]
         bound = bandwidth / weight_bytes(PRESETS[options.model], dtype)
         alone = speeds.get(1, {}).get(name)
-        share = "–" if alone is None else f"{options.new_tokens / median(alone, 'seconds') / bound:.0%}"
+        fraction = "–" if alone is None else f"{options.new_tokens / median(alone, 'seconds') / bound:.0%}"
         every = [answer for answers in (token, *speeds.values()) for answer in answers.get(name, [])]
         rows.append(
             (
@@ -140,7 +140,7 @@ def compare(options: argparse.Namespace, folder: str) -> None:
                 f"{first[name]['first']:.1f}",
                 f"{1000 * median(token[name], 'seconds'):.0f}" if name in token else "–",
                 f"{bound:.0f}",
-                share,
+                fraction,
                 f"{max(answer['peak'] for answer in every) / 1e9:.2f}" if every else "–",
             )
         )
@@ -150,7 +150,7 @@ def compare(options: argparse.Namespace, folder: str) -> None:
         "first call, s",
         "first token, ms",
         "bound, tokens/s",
-        "share of it",
+        "fraction of it",
         "peak, GB",
     )
     print_table(f"memory is read at {bandwidth / 1e9:.1f} GB/s", columns, rows)

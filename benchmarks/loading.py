@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py --model gpt2 --rounds 5
 
-Writes random weights of a published size into a temporary folder and takes turns, each in a process of its own with
+Writes random weights of a published size into a temporary folder and takes turns, each in its own process with
 the file in the page cache: reading the file into memory, and `gpt2jax.load`. Prints medians. Memory is the largest
 resident size above that before, as Linux counts it.
 """

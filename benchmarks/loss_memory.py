@@ -11,6 +11,7 @@ Accelerators are left out where jax's plugin (`pip install -e ".[cuda]"`, `".[tp
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from training import dense_loss
 
 from gpt2jax.model.config import PRESETS
 from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.precision import Precision
 from gpt2jax.plan.devices import find_device, topology_devices
 from gpt2jax.plan.program import compile_for
@@ -48,7 +50,7 @@ def main() -> None:
     print_table(title, columns, rows)
 
 
-def find_place(name: str) -> tuple[jax.Device, str]:
+def find_place(name: str) -> tuple[Any, str]:
     """The device to compile for, and its backend."""
     if name == "cpu":
         return jax.devices("cpu")[0], "cpu"
@@ -57,9 +59,9 @@ def find_place(name: str) -> tuple[jax.Device, str]:
     return place, device.backend
 
 
-def temporaries(options: argparse.Namespace, place: jax.Device, backend: str, dtype: str) -> list[int]:
+def temporaries(options: argparse.Namespace, place: Any, backend: str, dtype: str) -> list[int]:
     """Bytes beside arguments and results of: the loss, it and both gradients, the dense loss and both gradients."""
-    precision, config = Precision.for_backend(dtype, backend=backend), PRESETS[options.size]
+    precision, config = Precision.for_device(dtype, Device.of_backend(backend)), PRESETS[options.size]
     shape = (options.rows, options.length)
     here = SingleDeviceSharding(place)
     arguments = [
@@ -72,11 +74,11 @@ def temporaries(options: argparse.Namespace, place: jax.Device, backend: str, dt
         )
     ]
 
-    def ours(*arrays):
-        return cross_entropy(*arrays, precision)[0]
+    def ours(hidden, head, targets, weights):
+        return cross_entropy(hidden, head, targets, weights, precision)[0]
 
-    def dense(*arrays):
-        return dense_loss(*arrays, precision)[0]
+    def dense(hidden, head, targets, weights):
+        return dense_loss(hidden, head, targets, weights, precision)[0]
 
     functions = (ours, *(jax.value_and_grad(f, argnums=(0, 1)) for f in (ours, dense)))
     compiled = (compile_for(backend, jax.jit(function), *arguments) for function in functions)

@@ -6,7 +6,7 @@
     python benchmarks/training.py --lora --only gpt2jax --base-dtype int8    # on a base of one byte a weight
     python benchmarks/training.py --only gpt2jax dense-loss      # beside a loss that holds the logits of all tokens
 
-Each library runs in a process of its own, which stays idle while the others take their turn; what is not installed is
+Each library runs in its own process, which stays idle while the others take their turn; what is not installed is
 named and left out. All start from random weights: how fast a step is does not depend on them. A step is forward,
 backward, clipping of the global norm and AdamW, without dropout; the first of each turn does not count. Peak memory is
 that from the first step on.
@@ -73,7 +73,11 @@ def gpt2jax_step(
 
     adapters = LoRAConfig(rank=RANK) if lora else None
     settings = FinetuneConfig(
-        learning_rate=1e-5, schedule="constant", lora=adapters, batch_size=rows, compute_dtype=dtype
+        learning_rate=1e-5,
+        schedule="constant",
+        lora=adapters,
+        batch_size=rows,
+        compute_dtype=dtype,  # pyright: ignore[reportArgumentType]  # the class checks it
     )
     params = init_params(config)
     optimizer = make_optimizer(settings, 1000)
@@ -82,7 +86,7 @@ def gpt2jax_step(
     )
     if should_unroll(config, settings, length, jax.default_backend(), 1):
         state = unstack_layers(state)
-    step = make_train_step(config, optimizer, Precision.for_backend(dtype), lora=adapters)
+    step = make_train_step(config, optimizer, Precision.for_device(dtype), lora=adapters)
     ids = batch(config, rows, length).astype(np.int32)
     inputs = {
         "tokens": ids[:, :-1],
@@ -103,7 +107,7 @@ def gpt2jax_step(
 
 
 def dense_loss_step(config: GPT2Config, *arguments) -> Step:
-    """gpt2jax's step with a plain loss in the place of its own."""
+    """gpt2jax's step with a plain loss instead of its own."""
     import gpt2jax.train.step
 
     gpt2jax.train.step.cross_entropy = dense_loss

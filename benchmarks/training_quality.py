@@ -30,7 +30,7 @@ DEVIATION = 0.01  # of float32's loss, which narrow products are to stay within
 
 def finetune_options(words: Sequence[str]) -> Options:
     """Options of the command."""
-    return tyro.cli(Options, args=imply_lora(words))
+    return tyro.cli(Options, args=imply_lora("finetune", words))
 
 
 def train(options: Options, folder: pathlib.Path) -> gpt2jax.Run:

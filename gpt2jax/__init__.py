@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gpt2jax.comparison.compare import compare
     from gpt2jax.comparison.result import Comparison
-    from gpt2jax.data.sources import load_texts
+    from gpt2jax.data.sources import Texts, load_texts
     from gpt2jax.evaluation.config import EvaluationConfig
     from gpt2jax.evaluation.evaluate import evaluate
     from gpt2jax.evaluation.keras_metrics import keras_metrics
@@ -59,6 +59,7 @@ _HOMES = {
     "FinetuneConfig": "train.config",
     "LoRAConfig": "lora.config",
     # data
+    "Texts": "data.sources",
     "load_texts": "data.sources",
     # evaluation
     "evaluate": "evaluation.evaluate",
@@ -82,6 +83,7 @@ __all__ = [
     "LanguageModel",
     "LoRAConfig",
     "Run",
+    "Texts",
     "Tokenizer",
     "beam_search",
     "combine_adapters",

@@ -25,9 +25,11 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# the shapes in the annotations of these folders are checked at every call; not those of fields, because jax also
+# the shapes in the annotations of these modules are checked at every call; not those of fields, because jax also
 # builds dataclasses of other leaves than arrays
-install_import_hook(["gpt2jax.ops", "gpt2jax.model"], "shape_check.check_shapes")
+_CHECKED = ["gpt2jax.ops", "gpt2jax.model"]
+_CHECKED += ["gpt2jax.generation.sampling", "gpt2jax.generation.logits_processors"]
+install_import_hook(_CHECKED, "shape_check.check_shapes")
 
 # compiled programs are mapped into memory piece by piece, and a process may have 65,530 pieces (Linux's default)
 _MAPS, _MANY = pathlib.Path("/proc/self/maps"), 40_000

@@ -1,4 +1,4 @@
-"""Programs in a process of their own, where a CPU passes for several devices."""
+"""Programs in another process, where a CPU passes for several devices."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ EXCEPTIONS = {
 def imported_modules(source: str) -> Iterator[str]:
     """Yield the modules of the package that a file imports, without the leading "gpt2jax."."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gpt2jax."):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gpt2jax."):
             yield node.module.removeprefix("gpt2jax.")
         elif isinstance(node, ast.Import):
             names = (alias.name for alias in node.names if alias.name.startswith("gpt2jax."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from gpt2jax.tokenizer.bpe import Tokenizer
 
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=128)
 # without dropout, for what must repeat exactly in training
-NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+NO_DROPOUT: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=101, n_positions=32, **NO_DROPOUT)
 
 

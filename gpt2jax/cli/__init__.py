@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from gpt2jax.cli._launcher import restart_in_huge_pages, set_compiler_parts
+from gpt2jax.cli._launcher import keep_compiled_programs, restart_in_huge_pages, set_compiler_parts
 from gpt2jax.utils.validation import unknown_name
 
 set_compiler_parts()
@@ -24,6 +24,7 @@ COMMANDS = {
 def start(*command: str) -> None:
     """Run the program: `main` with the arguments in `command`, then those of the process."""
     restart_in_huge_pages()
+    keep_compiled_programs()
     try:
         main([*command, *sys.argv[1:]])
     except KeyboardInterrupt:  # while modules load; the commands themselves say more

@@ -1,14 +1,21 @@
-"""The start of the program: compiler settings and huge pages, which must come before jax and before the first array."""
+"""The start of the program: compiler settings, cache and huge pages, which must come before jax is imported."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.util
 import os
+import platform
 import sys
 from pathlib import Path
 
+from gpt2jax.utils.cache_folder import cache_folder
+
 _PARTS = "xla_cpu_parallel_codegen_split_count"
 _HUGE_PAGES = "glibc.malloc.hugetlb"
+# of compiled programs, some hundred commands' worth; jax deletes those that were not used for longest
+_CACHE_BYTES = 1 << 30
 
 
 def set_compiler_parts() -> None:
@@ -17,6 +24,35 @@ def set_compiler_parts() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if _PARTS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{_PARTS}={min(32, os.cpu_count() or 1)}".strip()
+
+
+def keep_compiled_programs() -> None:
+    """Let jax keep compiled programs in the user's cache folder; call it before jax is imported.
+
+    What the user says by jax's own variables counts: JAX_ENABLE_COMPILATION_CACHE=false keeps none, and
+    JAX_COMPILATION_CACHE_DIR names another folder.
+    """
+    folder = cache_folder(f"programs/{_processor()}")
+    # jax bounds a folder only with the help of filelock
+    if (
+        folder is None
+        or "JAX_COMPILATION_CACHE_DIR" in os.environ
+        or not importlib.util.find_spec("filelock")
+    ):
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_CACHE_BYTES))
+    # a short text takes dozens of programs, most of which compile within the second that is jax's limit
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def _processor() -> str:
+    """Return a name for the kind of processor: a program for one may not run on another that shares the folder."""
+    described = [platform.machine()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        described += [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    return hashlib.sha256("".join(described).encode()).hexdigest()[:12]
 
 
 def restart_in_huge_pages() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
+from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.notices import printable
 from gpt2jax.utils.validation import check_path, positive_int, validated
 
@@ -32,6 +34,7 @@ USER_ERRORS = (
 # adapters as the commands make them: large enough to gain nearly what training all parameters gains
 # (benchmarks/training_quality.py), where LoRAConfig's own defaults are PEFT's
 LORA_RANK, LORA_TARGETS = 32, ("*",)
+COMPARED_TOKENS = 100  # of each text that a comparison generates
 
 
 def run_command(
@@ -66,15 +69,15 @@ def run_command(
     except USER_ERRORS as error:
         if isinstance(error, OSError):
             _drop_unwritten()
-        fail(name, str(error))
+        exit_with_error(name, str(error))
     except FloatingPointError as error:
-        fail(name, str(error), code=1)
+        exit_with_error(name, str(error), code=1)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
-        fail(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
+        exit_with_error(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
 
 
 def _drop_unwritten() -> None:
-    """Where standard output can't be written to, what it holds is no concern of Python's end any more."""
+    """Point stdout at /dev/null if it can't be written to, so that the flush at the program's end does not fail."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -90,7 +93,7 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
     except SystemExit as end:
         if end.code != 2:  # --help, on standard output
             raise
-        fail(name, f"{_what_is_wrong(said.getvalue())}; see gpt2jax {name} --help")
+        exit_with_error(name, f"{_what_is_wrong(said.getvalue())}; see gpt2jax {name} --help")
     # a shell leaves "~" as it is in --out=~/folder
     paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
     expanded: Any = {name: check_path(name, value) for name, value in paths.items()}
@@ -99,20 +102,21 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
 
 def _what_is_wrong(box: str) -> str:
     """Return the words of the box that tyro draws around a mistake, without its title and repeated help texts."""
-    kept: list[str] = []
+    words: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip(" │")
         if text.startswith(("Argument helptext", "For full helptext", "Got errors")):
             break
         is_rule = set(text) <= set("-─╭╮╰╯")
         # what an option that was meant is good for
-        is_help = "Perhaps you meant:" in kept and not text.startswith("--")
+        is_help = "Perhaps you meant:" in words and not text.startswith("--")
         if not (is_rule or is_help):
-            kept.append(text)
-    return " ".join(kept).rstrip(".")
+            words.append(text)
+    # tyro names our class of options before the error of a setting
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(words)).rstrip(".")
 
 
-def say(console: Any, what: str, text: str) -> None:
+def print_line(console: Any, what: str, text: str) -> None:
     """Print a line that begins with a bold word; rich markup in the text is not interpreted."""
     from rich.text import Text
 
@@ -130,7 +134,7 @@ def command_line(name: str) -> str:
     return shlex.join(["gpt2jax", name, *kept])
 
 
-def fail(name: str, message: str, *, code: int = 2) -> NoReturn:
+def exit_with_error(name: str, message: str, *, code: int = 2) -> NoReturn:
     """Print one line and end the program."""
     line = printable(" ".join(message.split()))
     print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
@@ -138,7 +142,7 @@ def fail(name: str, message: str, *, code: int = 2) -> NoReturn:
 
 
 def check_folder(path: pathlib.Path) -> None:
-    """Refuses, before anything long begins, an --out that can be no folder."""
+    """Raise OSError, before anything long begins, for an --out that cannot be a folder."""
     place = path
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -230,6 +234,32 @@ class DataOptions:
             encoding=self.encoding,
             records_field=self.records_field,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationOptions(GenerationConfig):
+    """`GenerationConfig` with the types that a command line can give."""
+
+    __doc__ = GenerationConfig.__doc__
+    bad_words: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    logits_processor: tyro.conf.Suppress[None] = None
+    draft_model: tyro.conf.Suppress[None] = None  # `generate` takes its name
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedTextOptions(GenerationOptions):
+    """The same for a comparison: of each prompt one text, of 100 new tokens if no length is given."""
+
+    __doc__ = GenerationConfig.__doc__
+    num_return_sequences: tyro.conf.Suppress[int] = 1
+
+    def config(self) -> GenerationConfig:
+        """Return the settings with the length filled in."""
+        if self.max_new_tokens is None and self.max_length is None:
+            return dataclasses.replace(self, max_new_tokens=COMPARED_TOKENS)
+        return self
 
 
 DOCUMENTATION_PROMPTS = (

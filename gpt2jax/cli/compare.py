@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, check_folder, command_line, default_prompts, run_command, say
+from gpt2jax.cli.common import (
+    ComparedTextOptions,
+    DataOptions,
+    check_folder,
+    command_line,
+    default_prompts,
+    print_line,
+    run_command,
+)
 from gpt2jax.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -19,6 +27,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Compare models on the same texts: figures with error bars, generated text side by side, a report.
+
+    The generated texts have at most 100 new tokens; --max-new-tokens or --max-length gives another length.
 
     Attributes:
         models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The others are
@@ -30,8 +40,7 @@ class Options:
             texts is in them.
         train_split: which training texts, in the same syntax.
         prompts: prompts for the generated texts. Default: prompts that suit the data.
-        max_new_tokens: the most tokens of a generated text.
-        top_k: sample from so many of the most likely tokens; 0 for all.
+        generation: settings of the generated texts.
         seed: of the generated texts and the bootstrap.
         out: folder for report.html, report.md and comparison.json.
         overwrite: replace a comparison in the folder.
@@ -44,8 +53,7 @@ class Options:
     training_data: str | None = None
     train_split: str = "train"
     prompts: tuple[str, ...] | None = None
-    max_new_tokens: int = 100
-    top_k: int = 5
+    generation: Annotated[ComparedTextOptions, tyro.conf.arg(name="")] = ComparedTextOptions()
     seed: int = 0
     out: pathlib.Path = pathlib.Path("comparison")
     overwrite: bool = False
@@ -78,9 +86,8 @@ def run(options: Options) -> None:
         texts,
         options.prompts or default_prompts(source.data),
         options.evaluation,
+        options.generation.config(),
         training_texts=training_texts(options, source),
-        max_new_tokens=options.max_new_tokens,
-        top_k=options.top_k or None,
         seed=options.seed,
         command=command_line("compare"),
         source=source.origin(options.eval_split),
@@ -89,7 +96,7 @@ def run(options: Options) -> None:
     comparison.save(options.out)
     console = Console()
     print_comparison(comparison, console)
-    say(console, "wrote", f"{options.out}/report.html, report.md, comparison.json")
+    print_line(console, "wrote", f"{options.out}/report.html, report.md, comparison.json")
 
 
 def training_texts(options: Options, source: DataOptions) -> Texts | None:

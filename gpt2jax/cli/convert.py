@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
-from gpt2jax.cli.common import fail, run_command, say
+from gpt2jax.cli.common import exit_with_error, print_line, run_command
 from gpt2jax.utils.validation import must_be
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(options: Options) -> None:
     if options.verify:
         written |= _verify(options, model, dtype)
     _print(console, str(options.out), written)
-    say(console, "wrote", str(options.out))
+    print_line(console, "wrote", str(options.out))
 
 
 def _read_source(options: Options) -> Source:
@@ -193,7 +193,7 @@ def _verify(options: Options, model: LanguageModel, dtype: str) -> dict[str, str
 
 
 def _fail(options: Options, problem: str) -> NoReturn:
-    fail("convert", f"{options.out} is not the same model: {problem}", code=1)
+    exit_with_error("convert", f"{options.out} is not the same model: {problem}", code=1)
 
 
 def different_tensors(params: Params, others: Params, dtype: str) -> list[str]:

@@ -13,13 +13,15 @@ import tyro
 from gpt2jax.cli.common import (
     LORA_RANK,
     LORA_TARGETS,
+    ComparedTextOptions,
     DataOptions,
     ProcessOptions,
     check_folder,
     command_line,
     default_prompts,
+    exit_with_error,
+    print_line,
     run_command,
-    say,
 )
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig
@@ -58,6 +60,8 @@ class Options:
 
     Without options: gpt2-mini, specialised on the documentation of the installed numerical packages in 40 steps.
 
+    The generated texts have at most 100 new tokens; --max-new-tokens or --max-length gives another length.
+
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
         init: "random" trains a model of that name's shape from scratch.
@@ -81,7 +85,7 @@ class Options:
         compare: evaluate the model before and after and write the report.
         eval_documents: at most so many held-out documents, for the validation and for the comparison each.
         prompts: prompts for the generated texts. Default: a set that suits the data.
-        max_new_tokens: length of the generated texts.
+        generation: settings of the generated texts.
     """
 
     model: str = "gpt2-mini"
@@ -105,17 +109,20 @@ class Options:
     compare: bool = True
     eval_documents: int = 120
     prompts: tuple[str, ...] | None = None
-    max_new_tokens: int = 100
+    generation: Annotated[ComparedTextOptions, tyro.conf.arg(name="")] = ComparedTextOptions()
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    run_command("finetune", Options, run, imply_lora(argv), prefixes=True)
+    run_command("finetune", Options, run, imply_lora("finetune", argv), prefixes=True)
 
 
-def imply_lora(argv: Sequence[str]) -> list[str]:
-    """Add --lora to arguments with settings of adapters: these would have no effect without it."""
-    return [*argv, "--lora"] if any(word.startswith("--lora.") for word in argv) else list(argv)
+def imply_lora(command: str, argv: Sequence[str]) -> list[str]:
+    """Add --lora to arguments with settings of adapters, which would have no effect without it."""
+    settings = [word.partition("=")[0] for word in argv if word.startswith("--lora.")]
+    if settings and "--no-lora" in argv:
+        exit_with_error(command, f"{settings[0]} does not go with --no-lora")
+    return [*argv, "--lora"] if settings else list(argv)
 
 
 def run(options: Options) -> None:
@@ -123,8 +130,8 @@ def run(options: Options) -> None:
     import jax
     from rich.console import Console
 
-    from gpt2jax.generation.config import GenerationConfig
     from gpt2jax.generation.requests import check_prompts
+    from gpt2jax.ops.precision import Precision
     from gpt2jax.train.finetune import finetune
     from gpt2jax.train.run_folder import RunFolder
     from gpt2jax.train.state import offload_params
@@ -143,16 +150,17 @@ def run(options: Options) -> None:
     validation_texts = _texts(options, options.validation_split, limit=options.eval_documents)
     test_texts = _texts(options, options.eval_split, limit=options.eval_documents) if options.compare else []
     count = f"{len(train_texts):,} documents" if isinstance(train_texts, list) else "documents as they come"
-    say(
+    print_line(
         console,
         "texts",
         f"{options.source.data}: {count} to train on, {len(validation_texts):,} for validation, "
         f"{len(test_texts):,} held out for the comparison",
     )
     model = offload_params(starting_model(options), config)
-    say(console, "model", repr(model))
+    print_line(console, "model", repr(model))
+    print_line(console, "device", Precision.for_device(config.compute_dtype).execution.describe())
     if options.compare:  # what can't be generated is to be known before the training
-        check_prompts(model, _prompts(options), GenerationConfig(max_new_tokens=options.max_new_tokens))
+        check_prompts(model, _prompts(options), options.generation.config())
     result = finetune(
         model,
         train_texts,
@@ -167,7 +175,7 @@ def run(options: Options) -> None:
         _compare(options, model, result, _plain(test_texts), _plain(train_texts), console)
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "model" if config.lora is None else "adapter"
-    say(console, "wrote", f"{output}: {files}{result_folder}, checkpoints, metrics.jsonl")
+    print_line(console, "wrote", f"{output}: {files}{result_folder}, checkpoints, metrics.jsonl")
 
 
 def _prompts(options: Options) -> Sequence[str]:
@@ -188,7 +196,7 @@ def _compare(
         prompts=_prompts(options),
         sequence_length=length,
         training_texts=training_texts,
-        max_new_tokens=options.max_new_tokens,
+        generation=options.generation.config(),
         seed=options.train.seed,
         history=result.history,
         command=command_line("finetune"),
@@ -226,15 +234,14 @@ def finetune_config(options: Options) -> FinetuneConfig:
     folder = default_cache() if options.cache_tokens else None
     defaults: dict[str, Any] = {
         "packing": options.packing or ("padded" if options.source.data in BASELINE_DATA else "concat"),
-        "lora": lora_config(options) if options.lora else None,
+        "lora": lora_config(options.lora_settings, options.lora_alpha) if options.lora else None,
         "token_cache": None if folder is None else str(folder),
     }
     return FinetuneConfig(**{**given, **defaults})
 
 
-def lora_config(options: Options) -> LoRAConfig:
+def lora_config(settings: LoRAConfig, alpha: float | None) -> LoRAConfig:
     """Build the settings of the adapters; without --lora.alpha their scale is 1."""
-    settings, alpha = options.lora_settings, options.lora_alpha
     if alpha is None:
         alpha = math.sqrt(settings.rank) if settings.use_rslora else float(settings.rank)
     return LoRAConfig(**{**vars(settings), "alpha": alpha})

@@ -12,23 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gpt2jax.cli.common import check_file, run_command
+from gpt2jax.cli.common import GenerationOptions, check_file, run_command
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.progress import is_interactive
 
 if TYPE_CHECKING:
     from gpt2jax.generation.generator import Generator
-
-
-@dataclasses.dataclass(frozen=True)
-class CommandConfig(GenerationConfig):
-    """`GenerationConfig` with the types that a command line can give."""
-
-    bad_words: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] | None = None
-    stop_strings: tuple[str, ...] = ()
-    logits_processor: tyro.conf.Suppress[None] = None
-    draft_model: tyro.conf.Suppress[None] = None  # `Options.draft_model` is its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +47,7 @@ class Options:
     batch_size: int = 32
     dtype: str | None = None
     out: pathlib.Path | None = None
-    config: Annotated[CommandConfig, tyro.conf.arg(name="")] = CommandConfig()
+    config: Annotated[GenerationOptions, tyro.conf.arg(name="")] = GenerationOptions()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,7 +76,7 @@ def run(options: Options) -> None:
         if options.draft_model is not None:
             config = dataclasses.replace(config, draft_model=load(options.draft_model))
         if interactive:
-            _converse(generator, config, seed)
+            _ask_for_prompts(generator, config, seed)
         elif options.out is None and can_stream:
             for index, prompt in enumerate(prompts):
                 _show(prompt, generator.stream(prompt, config, seed=seed + index))
@@ -132,7 +121,7 @@ def _show(prompt: str, pieces: Any) -> None:
         print(f"[first text after {first - began:.2f} s; {speed}{drafts}]", file=sys.stderr)
 
 
-def _converse(generator: Generator, config: GenerationConfig, seed: int) -> None:
+def _ask_for_prompts(generator: Generator, config: GenerationConfig, seed: int) -> None:
     """Ask for prompts one by one and continue each."""
     print("Type the beginning of a text; an empty line lets the model begin; Ctrl-D ends.", file=sys.stderr)
     index = 0
@@ -144,7 +133,7 @@ def _converse(generator: Generator, config: GenerationConfig, seed: int) -> None
             return
         try:
             _show(prompt, generator.stream(prompt, config, seed=seed + index))
-        except ValueError as error:  # a prompt that is too long must not end the conversation
+        except ValueError as error:  # a prompt that is too long must not end the program
             print(f"error: {error}", file=sys.stderr)
         index += 1
 

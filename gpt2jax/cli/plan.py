@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from gpt2jax.cli.common import LORA_RANK, LORA_TARGETS, run_command, say
+import tyro
+
+from gpt2jax.cli.common import print_line, run_command
+from gpt2jax.cli.finetune import AdapterOptions, imply_lora, lora_config
 from gpt2jax.utils.validation import in_range, must_be, positive_int, validated
 
 if TYPE_CHECKING:
     from gpt2jax.model.config import GPT2Config
-    from gpt2jax.plan.devices import Device
+    from gpt2jax.plan.devices import Accelerator
     from gpt2jax.plan.program import Program
     from gpt2jax.train.config import FinetuneConfig
 
@@ -25,7 +28,7 @@ class Options:
 
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
-        device: h100, a100, a100-40, l4, rtx4090, v5e, v6e.
+        device: t4, v100, a100, a100-40, l4, rtx4090, h100, h200, v5e, v6e.
         devices: number of devices.
         batch_size: rows of one optimizer step, over all devices.
         gradient_accumulation_steps: parts of a batch that are computed one after the other.
@@ -35,9 +38,9 @@ class Options:
         moments_dtype: of the optimizer's moments.
         remat: what the backward pass computes again: none, dots, weights or full.
         dropout: of the model in training. cuDNN's attention needs 0.
-        lora: train low-rank adapters instead of all parameters.
-        lora_rank: of the adapters.
-        lora_targets: linears with an adapter.
+        lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
+        lora_alpha: the output of an adapter is scaled by alpha / rank. Default: what makes the scale 1.
+        lora_settings: settings of the adapters.
         base_dtype: of the frozen parameters under adapters. Default: float32.
         fsdp: devices that share one copy of parameters and moments.
         tensor_parallel: devices that share the work of one row.
@@ -51,14 +54,14 @@ class Options:
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     sequence_length: int | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    compute_dtype: Literal["float32", "tensorfloat32", "bfloat16", "float16"] = "bfloat16"
     optimizer: str = "adamw"
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "none"
     dropout: float = 0.0
     lora: bool = False
-    lora_rank: int = LORA_RANK
-    lora_targets: tuple[str, ...] = LORA_TARGETS
+    lora_alpha: Annotated[float | None, tyro.conf.arg(name="lora.alpha")] = None
+    lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
     base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     fsdp: int = 1
     tensor_parallel: int = 1
@@ -66,9 +69,9 @@ class Options:
     compile: bool = True
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    run_command("plan", Options, run, argv)
+    run_command("plan", Options, run, imply_lora("plan", argv), prefixes=True)
 
 
 def run(options: Options) -> None:
@@ -84,7 +87,7 @@ def run(options: Options) -> None:
     jax.config.update("jax_platforms", "cpu")
     model, train = _settings(options)
     _check_mesh(train, options.devices)
-    program = make_program(model, train, device.backend)
+    program = make_program(model, train, device.backend, device.facts)
     console = Console()
     _print_estimate(options, device, program, console)
     if options.compile:
@@ -93,14 +96,13 @@ def run(options: Options) -> None:
 
 def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
     from gpt2jax.loading import load
-    from gpt2jax.lora.config import LoRAConfig
     from gpt2jax.model.config import PRESETS
     from gpt2jax.train.config import FinetuneConfig
 
     model = PRESETS[options.model] if options.model in PRESETS else load(options.model).config
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
-    settings["lora"] = LoRAConfig(options.lora_rank, targets=options.lora_targets) if options.lora else None
+    settings["lora"] = lora_config(options.lora_settings, options.lora_alpha) if options.lora else None
     return model, FinetuneConfig(**settings)
 
 
@@ -115,11 +117,10 @@ def _check_mesh(train: FinetuneConfig, devices: int) -> None:
         raise ValueError(must_be("batch_size", f"a multiple of {rows} on these devices", train.batch_size))
 
 
-def _print_estimate(options: Options, device: Device, program: Program, console: Any) -> None:
+def _print_estimate(options: Options, device: Accelerator, program: Program, console: Any) -> None:
     from rich.table import Table
 
     from gpt2jax.model.gpt2 import count_parameters
-    from gpt2jax.ops.attention import supports_memory_efficient_attention
     from gpt2jax.plan.estimate import estimate_memory, flops_per_token, largest_batch
 
     model, train = program.model, program.train
@@ -133,27 +134,24 @@ def _print_estimate(options: Options, device: Device, program: Program, console:
     table.add_row("estimate", f"[bold]{memory.total / 1e9:.2f}[/]")
     table.add_row("the device has", f"{device.memory / 1e9:.0f}")
     where = f"on {options.devices} x {device.title}, {batch:,} x {length:,} tokens a step"
-    say(console, options.model, where)
+    print_line(console, options.model, where)
     console.print(table)
     each = flops_per_token(model, length, lora=train.lora, remat=train.remat)
     rate = options.utilisation * device.flops[train.compute_dtype] * options.devices / each
     rows = largest_batch(model, train, device.backend, device.memory, **mesh)
-    attention = program.precision.attention
-    if not supports_memory_efficient_attention(attention, model.head_dim, drops=model.attn_pdrop > 0):
-        attention = "xla (saves all scores)"
     lines = {
         "estimate": "a lower bound; XLA's peak is usually 1.0 to 1.4 times this",
         "trained parameters": f"{count_parameters(program.state['params']):,}",
-        "attention": attention,
+        "execution": program.precision.execution.describe(),
         "FLOPs a step": f"{each * batch * length:.3g} ({each:.3g} a token)",
         f"tokens/s at {options.utilisation:.0%} of the peak": f"{rate:,.0f} ({batch * length / rate:.3f} s a step)",
         "largest batch that fits": f"at most {rows:,} rows, by the estimate" if rows else "none",
     }
     for name, value in lines.items():
-        say(console, name, value)
+        print_line(console, name, value)
 
 
-def _print_compiled(options: Options, device: Device, program: Program, console: Any) -> None:
+def _print_compiled(options: Options, device: Accelerator, program: Program, console: Any) -> None:
     from jax.errors import JaxRuntimeError
 
     from gpt2jax.plan.devices import topology_devices
@@ -163,7 +161,7 @@ def _print_compiled(options: Options, device: Device, program: Program, console:
     try:
         devices = topology_devices(device, options.devices)
     except LookupError as error:
-        say(console, "not compiled", str(error))
+        print_line(console, "not compiled", str(error))
         return
     mesh = make_mesh(fsdp=options.fsdp, tensor=options.tensor_parallel, devices=devices)
     try:
@@ -172,11 +170,11 @@ def _print_compiled(options: Options, device: Device, program: Program, console:
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        say(
+        print_line(
             console, "does not fit", str(error).partition(": ")[2].splitlines()[0]
         )  # XLA:TPU refuses to compile
         return
     peak, arguments = peak_bytes(compiled, device.backend), compiled.memory_analysis().argument_size_in_bytes
     parts = f"{arguments / 1e9:.2f} of arguments and {(peak - arguments) / 1e9:.2f} while it runs"
-    verdict = "fits" if peak <= device.memory else "does not fit"
-    say(console, "compiled", f"{peak / 1e9:.2f} GB on each device, XLA's peak: {parts}; {verdict}")
+    conclusion = "fits" if peak <= device.memory else "does not fit"
+    print_line(console, "compiled", f"{peak / 1e9:.2f} GB on each device, XLA's peak: {parts}; {conclusion}")

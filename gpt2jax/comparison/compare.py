@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,23 @@ from gpt2jax.comparison.provenance import describe_model, versions
 from gpt2jax.comparison.result import Comparison, ModelResult, VersusBaseline
 from gpt2jax.evaluation.config import EvaluationConfig
 from gpt2jax.evaluation.evaluate import evaluate
+from gpt2jax.evaluation.result import Evaluation
 from gpt2jax.evaluation.texts import check_scorable
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.requests import Prompt, as_prompts
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import data_fingerprint
-from gpt2jax.utils.validation import check, check_texts, must_be, positive_int
+from gpt2jax.utils.validation import (
+    check,
+    check_names,
+    check_texts,
+    field_names,
+    instance_of,
+    must_be,
+    optional,
+    override_fields,
+    positive_int,
+)
 from gpt2jax.utils.validation import seed as seed_rule
 
 # an unfinished statement, five questions on medicine and networks, and the empty prompt twice
@@ -33,21 +45,19 @@ DEFAULT_PROMPTS = (
     "",
 )
 DEFAULT_MAX_LENGTH = 200
+# the arguments of `compare` that are not settings: a wrong name may be meant as one of them
+_ARGUMENTS = ("training_texts", "seed", "resamples", "history", "command", "source", "progress")
+_EVALUATION_FIELDS, _GENERATION_FIELDS = field_names(EvaluationConfig), field_names(GenerationConfig)
 
 
 def compare(
     models: Mapping[str, LanguageModel],
     texts: Iterable[Any],
     prompts: Prompt | Sequence[Prompt] | None = None,
-    config: EvaluationConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
+    generation: GenerationConfig | None = None,
     *,
     training_texts: Iterable[Any] | None = None,
-    max_length: int | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = 5,
-    top_p: float = 1.0,
-    do_sample: bool = True,
     seed: int = 0,
     resamples: int = 2000,
     history: Sequence[Mapping[str, float]] | None = None,
@@ -64,18 +74,18 @@ def compare(
         prompts: to generate from, as for `generate`. Default: `DEFAULT_PROMPTS`, or no prompts if a model has no
             tokenizer. Prompt number i is sampled with seed + i, the same for every model, so that a prompt that
             occurs twice gives two texts.
-        config: settings of the evaluation; default: `EvaluationConfig()`.
+        evaluation: settings of the evaluation; default: `EvaluationConfig()`.
+        generation: settings of the generated texts, of which each prompt gets one; default: `GenerationConfig()`.
+            Without a length, max_length is 200, or the shortest context if that is less.
         training_texts: what the models were trained on; the comparison then says how much of `texts` is in them.
-        max_length, max_new_tokens: of the generated texts, see `generate`. Default: max_length 200, or the shortest
-            context if that is less.
-        temperature, top_k, top_p, do_sample: see `generate`.
         seed: of sampling and bootstrap.
         resamples: of the bootstrap.
         history: `Run.history` of the fine-tuning, for the training curve of the report.
         command: the command line to repeat it, for the report.
         source: where the texts come from, for the report: {"source": ..., "split": ..., "revision": ...}.
         progress: show progress bars.
-        **overrides: fields of `EvaluationConfig`, such as `sequence_length=64`; they win over `config`.
+        **overrides: fields of the two, such as `sequence_length=64, temperature=0.7`; they win over `evaluation` and
+            `generation`.
 
     Returns:
         A `Comparison`. Every number in it, except times, is the same in the next run.
@@ -86,64 +96,92 @@ def compare(
             models are compared in nats per byte.
         TypeError: an unknown setting, or `texts` is one string, or not a list.
     """
+    check_names("setting", overrides, [*_EVALUATION_FIELDS, *_GENERATION_FIELDS, *_ARGUMENTS])
     _check_models(models)
-    config = EvaluationConfig.merge(config, overrides, compare.__kwdefaults__)
-    config = config.resolve(min(model.config.n_positions for model in models.values()))
+    evaluation = _resolve_evaluation(evaluation, overrides, models)
+    generation = _resolve_generation(generation, overrides, models)
     resamples = check("resamples", resamples, positive_int)
     seed = check("seed", seed, seed_rule)
-    sampling: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "do_sample": do_sample}
-    sampling |= _length_limit(models, max_length, max_new_tokens)
-    generation = GenerationConfig(**sampling)
     prompts = _default_prompts(models) if prompts is None else as_prompts(prompts)
-    if source is not None and not isinstance(source, Mapping):
-        raise ValueError(must_be("source", "a dict, or None", source))
-    check_texts("texts", texts)
-    texts = list(texts)
-    if training_texts is not None:
-        check_texts("training_texts", training_texts)
-    for model in models.values():
-        check_scorable(model, texts)
-    same_tokens = _same_tokens(list(models.values()), config.windows)
+    check("source", source, optional(instance_of(Mapping)))
+    texts = _check_texts(models, texts, training_texts)
+    same_tokens = _same_tokens(list(models.values()), evaluation.windows)
     # generation comes first: it is short, and finds a prompt that does not fit
-    generations, first_calls = generate_texts(models, prompts, generation, seed)
-    repetition = repetition_by_model(generations)
+    written = generate_texts(models, prompts, generation, seed)
     evaluations = {
-        name: evaluate(model, texts, config, per_token=same_tokens, progress=progress)
+        name: evaluate(model, texts, evaluation, per_token=same_tokens, progress=progress)
         for name, model in models.items()
     }
-    baseline = next(iter(models))
-
-    def versus_baseline(name: str) -> VersusBaseline:
-        pair, model = (evaluations[baseline], evaluations[name]), models[name]
-        kwargs: Any = {"baseline": baseline, "same_tokens": same_tokens, "resamples": resamples, "seed": seed}
-        difference = paired_difference(*pair, **kwargs)
-        if not same_tokens:
-            return VersusBaseline(difference, None, None)
-        about: Any = {"tokenizer": model.tokenizer, "end_token_id": model.end_token_id}
-        breakdown = difference_breakdown(*pair, **about)
-        return VersusBaseline(difference, breakdown, make_excerpts(*pair, model.tokenizer))
-
+    paired: Any = {"same_tokens": same_tokens, "resamples": resamples, "seed": seed}
     return Comparison(
-        models=[
-            ModelResult(
-                name=name,
-                info=describe_model(model),
-                evaluation=evaluations[name],
-                generations=[generation for generation in generations if generation["model"] == name],
-                repetition=repetition.get(name),
-                first_call_seconds=first_calls.get(name),
-                versus_baseline=None if name == baseline else versus_baseline(name),
-            )
-            for name, model in models.items()
-        ],
+        models=_model_results(models, evaluations, written, paired),
         overlap=None if training_texts is None else text_overlap(training_texts, texts),
-        settings={"seed": seed, "resamples": resamples}
-        | {name: getattr(generation, name) for name in sampling},
+        settings={"seed": seed, "resamples": resamples, **_describe_generation(generation)},
         data={"documents": len(texts), "sha256": data_fingerprint(texts), **(source or {})},
         versions=versions(),
         history=None if history is None else [dict(entry) for entry in history],
         command=command,
     )
+
+
+# ---- results ----
+
+
+def _model_results(
+    models: Mapping[str, LanguageModel],
+    evaluations: Mapping[str, Evaluation],
+    written: tuple[list[dict[str, Any]], dict[str, float]],
+    paired: Mapping[str, Any],
+) -> list[ModelResult]:
+    generations, first_calls = written
+    repetition = repetition_by_model(generations)
+    baseline = next(iter(models))
+    return [
+        ModelResult(
+            name=name,
+            info=describe_model(model),
+            evaluation=evaluations[name],
+            generations=[generation for generation in generations if generation["model"] == name],
+            repetition=repetition.get(name),
+            first_call_seconds=first_calls.get(name),
+            versus_baseline=(
+                None
+                if name == baseline
+                else _versus_baseline(baseline, evaluations[baseline], evaluations[name], model, **paired)
+            ),
+        )
+        for name, model in models.items()
+    ]
+
+
+def _versus_baseline(
+    baseline: str,
+    first: Evaluation,
+    second: Evaluation,
+    model: LanguageModel,
+    *,
+    same_tokens: bool,
+    **bootstrap: int,
+) -> VersusBaseline:
+    """Compare a model's evaluation with that of the baseline."""
+    difference = paired_difference(first, second, baseline=baseline, same_tokens=same_tokens, **bootstrap)
+    if not same_tokens:
+        return VersusBaseline(difference, None, None)
+    breakdown = difference_breakdown(
+        first, second, tokenizer=model.tokenizer, end_token_id=model.end_token_id
+    )
+    return VersusBaseline(difference, breakdown, make_excerpts(first, second, model.tokenizer))
+
+
+def _describe_generation(config: GenerationConfig) -> dict[str, Any]:
+    """Return the settings that sampling always has, and those that differ from their defaults, as plain values."""
+    settings = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("temperature", "top_k", "top_p", "do_sample") or value != field.default:
+            plain = isinstance(value, bool | int | float | str | tuple | None)
+            settings[field.name] = value if plain else getattr(value, "__qualname__", type(value).__name__)
+    return settings
 
 
 # ---- arguments ----
@@ -183,16 +221,43 @@ def _same_tokens(models: Sequence[LanguageModel], windows: str) -> bool:
     return same
 
 
-def _length_limit(
-    models: Mapping[str, LanguageModel], max_length: int | None, max_new_tokens: int | None
-) -> dict[str, int]:
-    if max_length is not None and max_new_tokens is not None:
-        raise ValueError(f"max_length={max_length} and max_new_tokens={max_new_tokens}: give one of them")
-    if max_new_tokens is not None:
-        return {"max_new_tokens": check("max_new_tokens", max_new_tokens, positive_int)}
-    context = min(model.config.n_positions for model in models.values())
-    default = min(DEFAULT_MAX_LENGTH, context)
-    return {"max_length": default if max_length is None else check("max_length", max_length, positive_int)}
+def _resolve_evaluation(
+    config: EvaluationConfig | None, overrides: Mapping[str, Any], models: Mapping[str, LanguageModel]
+) -> EvaluationConfig:
+    mine = {name: value for name, value in overrides.items() if name in _EVALUATION_FIELDS}
+    config = override_fields("evaluation", EvaluationConfig, config, mine)
+    return config.resolve(_shortest_context(models))
+
+
+def _resolve_generation(
+    config: GenerationConfig | None, overrides: Mapping[str, Any], models: Mapping[str, LanguageModel]
+) -> GenerationConfig:
+    mine = {name: value for name, value in overrides.items() if name in _GENERATION_FIELDS}
+    config = override_fields("generation", GenerationConfig, config, mine)
+    if config.num_return_sequences != 1:
+        hint = "; repeat a prompt for several texts"
+        raise ValueError(must_be("num_return_sequences", "1", config.num_return_sequences) + hint)
+    if config.max_length is None and config.max_new_tokens is None:
+        length = min(DEFAULT_MAX_LENGTH, _shortest_context(models))
+        config = dataclasses.replace(config, max_length=length)
+    return config
+
+
+def _shortest_context(models: Mapping[str, LanguageModel]) -> int:
+    return min(model.config.n_positions for model in models.values())
+
+
+def _check_texts(
+    models: Mapping[str, LanguageModel], texts: Iterable[Any], training_texts: Iterable[Any] | None
+) -> list[Any]:
+    """Return the texts as a list that every model can score."""
+    check_texts("texts", texts)
+    texts = list(texts)
+    if training_texts is not None:
+        check_texts("training_texts", training_texts)
+    for model in models.values():
+        check_scorable(model, texts)
+    return texts
 
 
 def _default_prompts(models: Mapping[str, LanguageModel]) -> list[str]:

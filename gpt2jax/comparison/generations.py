@@ -84,7 +84,7 @@ def repetition(token_ids: Sequence[int]) -> dict[str, float | None]:
 
     Returns:
         distinct_1, distinct_2, distinct_3: different n-grams over all of them, 1 = none occurs twice.
-        repeated_4: share of the 4-grams that occurred before in the text, 0 = none.
+        repeated_4: fraction of the 4-grams that occurred before in the text, 0 = none.
 
     Source: distinct-n of Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models";
     repeated n-grams (seq-rep-4) of Welleck et al. 2019, "Neural Text Generation with Unlikelihood Training".
@@ -99,9 +99,10 @@ def repetition_by_model(generations: Sequence[Mapping[str, Any]]) -> dict[str, d
         generations: from `generate_texts`.
 
     Returns:
-        Name to those of `repetition`, n-grams of all texts counted together, and self_overlap_4: share of a text's
-        different 4-grams that also occur in another text of the model, the mean over texts; None where there is one
-        text, or none has a 4-gram. tokens, seconds and tokens_per_second are sums over the texts and their ratio.
+        Name to those of `repetition`, n-grams of all texts counted together, and self_overlap_4: fraction of a text's
+        different 4-grams that also occur in another text of the model, the mean over texts; None for a
+        single text, or if no text has a 4-gram. tokens, seconds and tokens_per_second are sums over the texts and
+        their ratio.
     """
     found = {}
     for name in dict.fromkeys(generation["model"] for generation in generations):
@@ -136,8 +137,8 @@ def _distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:
 def _self_overlap(texts: Sequence[Sequence[int]]) -> float | None:
     grams = [set(_grams(text, 4)) for text in texts]
     holders = Counter(gram for each in grams for gram in each)
-    shares = [sum(holders[gram] > 1 for gram in each) / len(each) for each in grams if each]
-    return sum(shares) / len(shares) if shares and len(texts) > 1 else None
+    fractions = [sum(holders[gram] > 1 for gram in each) / len(each) for each in grams if each]
+    return sum(fractions) / len(fractions) if fractions and len(texts) > 1 else None
 
 
 def _grams(token_ids: Sequence[int], n: int) -> list[tuple[int, ...]]:

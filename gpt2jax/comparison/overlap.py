@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,61 +43,82 @@ def text_overlap(training: Iterable[Any], evaluation: Iterable[Any]) -> dict[str
         listed: at most `MAX_LISTED` texts with the largest fractions, if above 0: document, contained,
             training_document, resemblance.
     """
-    contents = [_content(text) for text in evaluation]
-    whole = sum(max(len(content) - SHINGLE + 1, 0) for content in contents)
-    sampled = max(1, -(-whole // MAX_SHINGLES))
-    own = [_shingles(content, sampled) for content in contents]
-    sizes = np.array([len(shingles) for shingles in own], np.int64)
-    flat = np.concatenate([*own, np.empty(0, np.uint64)])
-    document = np.repeat(np.arange(len(own)), sizes)
-    order = np.argsort(flat, kind="stable")
-    flat, document = flat[order], document[order]
-    exact_of: dict[bytes, list[int]] = {}
-    for index, content in enumerate(contents):
-        if content:
-            exact_of.setdefault(_digest(content), []).append(index)
-    found = np.zeros(len(flat), bool)
-    best = np.zeros(len(own))
-    nearest = np.full(len(own), -1, np.int64)
-    exact = np.zeros(len(own), bool)
+    texts = _EvaluationTexts([_content(text) for text in evaluation])
     count = 0
     for count, text in enumerate(training, start=1):
-        content = _content(text)
-        for index in exact_of.get(_digest(content), []):
-            if not exact[index]:
-                exact[index], best[index], nearest[index] = True, 1.0, count - 1
-        shingles = _shingles(content, sampled)
-        begins, ends = (np.searchsorted(flat, shingles, side) for side in ("left", "right"))
+        texts.compare(count - 1, _content(text))
+    return {"training_documents": count, **texts.figures()}
+
+
+class _EvaluationTexts:
+    """The evaluation texts' shingles, and what was found of them in the training texts so far.
+
+    Attributes:
+        sampled: 1 in so many shingles is compared.
+        sizes: [n] number of shingles of each text.
+        shingles, document: [all] the shingles of all texts, sorted, and the text that each is from.
+        found: [all] whether the shingle is in a training text.
+        exact: [n] whether the text equals a training text.
+        resemblance, nearest: [n] the largest resemblance with one training text, and that text's number, or -1.
+    """
+
+    def __init__(self, contents: Sequence[bytes]) -> None:
+        total = sum(max(len(content) - SHINGLE + 1, 0) for content in contents)
+        self.sampled = max(1, -(-total // MAX_SHINGLES))
+        own = [_shingles(content, self.sampled) for content in contents]
+        self.sizes = np.array([len(shingles) for shingles in own], np.int64)
+        flat = np.concatenate([*own, np.empty(0, np.uint64)])
+        order = np.argsort(flat, kind="stable")
+        self.shingles, self.document = flat[order], np.repeat(np.arange(len(own)), self.sizes)[order]
+        self.found = np.zeros(len(flat), bool)
+        self.exact = np.zeros(len(own), bool)
+        self.resemblance = np.zeros(len(own))
+        self.nearest = np.full(len(own), -1, np.int64)
+        self._exact_of: dict[bytes, list[int]] = {}
+        for index, content in enumerate(contents):
+            if content:
+                self._exact_of.setdefault(_digest(content), []).append(index)
+
+    def compare(self, number: int, content: bytes) -> None:
+        """Look for training text `number` in all of them."""
+        for index in self._exact_of.get(_digest(content), []):
+            if not self.exact[index]:
+                self.exact[index], self.resemblance[index], self.nearest[index] = True, 1.0, number
+        shingles = _shingles(content, self.sampled)
+        begins, ends = (np.searchsorted(self.shingles, shingles, side) for side in ("left", "right"))
         found_in = np.flatnonzero(ends > begins)
         if not len(found_in):
-            continue
+            return
         places = np.concatenate([np.arange(begins[i], ends[i]) for i in found_in])
-        found[places] = True
-        shared = np.bincount(document[places], minlength=len(own))
-        resemblance = shared / np.maximum(sizes + len(shingles) - shared, 1)
-        better = (resemblance > best) & ~exact
-        best[better], nearest[better] = resemblance[better], count - 1
-    contained = np.bincount(document[found], minlength=len(own)) / np.maximum(sizes, 1)
-    contained = np.where(exact, 1.0, contained)
-    listed = [i for i in np.lexsort((-best, -contained))[:MAX_LISTED].tolist() if contained[i] > 0]
-    return {
-        "training_documents": count,
-        "documents": len(own),
-        "exact": int(exact.sum()),
-        "near": int((exact | (best >= NEAR)).sum()),
-        "mostly_contained": int((contained >= MOSTLY).sum()),
-        "contained": float(found.mean()) if len(found) else 0.0,
-        "sampled": sampled,
-        "listed": [
-            {
-                "document": i,
-                "contained": float(contained[i]),
-                "training_document": int(nearest[i]),
-                "resemblance": float(best[i]),
-            }
-            for i in listed
-        ],
-    }
+        self.found[places] = True
+        common = np.bincount(self.document[places], minlength=len(self.sizes))
+        resemblance = common / np.maximum(self.sizes + len(shingles) - common, 1)
+        better = (resemblance > self.resemblance) & ~self.exact
+        self.resemblance[better], self.nearest[better] = resemblance[better], number
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures of `text_overlap`, except the number of training texts."""
+        held = np.bincount(self.document[self.found], minlength=len(self.sizes))
+        contained = np.where(self.exact, 1.0, held / np.maximum(self.sizes, 1))
+        largest = np.lexsort((-self.resemblance, -contained))[:MAX_LISTED].tolist()
+        return {
+            "documents": len(self.sizes),
+            "exact": int(self.exact.sum()),
+            "near": int((self.exact | (self.resemblance >= NEAR)).sum()),
+            "mostly_contained": int((contained >= MOSTLY).sum()),
+            "contained": float(self.found.mean()) if len(self.found) else 0.0,
+            "sampled": self.sampled,
+            "listed": [
+                {
+                    "document": i,
+                    "contained": float(contained[i]),
+                    "training_document": int(self.nearest[i]),
+                    "resemblance": float(self.resemblance[i]),
+                }
+                for i in largest
+                if contained[i] > 0
+            ],
+        }
 
 
 def _content(text: Any) -> bytes:

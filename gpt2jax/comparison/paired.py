@@ -180,7 +180,7 @@ def difference_breakdown(
 
     Returns:
         position, frequency, kind: one dict a class with tokens in it: class, tokens, the mean losses first and second,
-            their difference in nats per token, and the class's fraction of the whole difference ("share"). Ranges of
+            their difference in nats per token, and the class's fraction of the whole difference. Ranges of
             positions double.
         improved, regressed: the documents with the largest differences per token: document, tokens, difference.
     """
@@ -217,7 +217,7 @@ def _by_class(
             "first": finite(before / count),
             "second": finite(after / count),
             "difference": finite((after - before) / count),
-            "share": finite((after - before) / whole) if whole else None,
+            "fraction": finite((after - before) / whole) if whole else None,
         }
         for name, count, before, after in zip(names, *(values.tolist() for values in sums), strict=True)
         if count

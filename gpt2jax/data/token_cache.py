@@ -24,29 +24,18 @@ from gpt2jax.data.documents import Documents, to_offsets, token_dtype
 from gpt2jax.data.encoding import write_chunks
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.cache_folder import cache_folder
 from gpt2jax.utils.fingerprint import add_text
 from gpt2jax.utils.validation import check_path
 
-CACHE_VARIABLE = "GPT2JAX_CACHE"
 VERSION = 3  # of reading, digest, tokenizing and layout: with another number all files are written anew
 _MAGIC = 0x6770_7432_6A61_7831
 _FOOTER = 5 * 8
 
 
 def default_cache() -> pathlib.Path | None:
-    """Return the folder `tokens` in $GPT2JAX_CACHE, or in gpt2jax in the user's cache folder.
-
-    None if the default cache folder is not writable.
-    """
-    home = os.environ.get(CACHE_VARIABLE)
-    if home:
-        return check_path(CACHE_VARIABLE, home) / "tokens"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = check_path("XDG_CACHE_HOME", base)
-    existing = next((place for place in (folder, *folder.parents) if os.path.exists(place)), folder)
-    if folder.parts[0] == "~" or not os.access(existing, os.W_OK):
-        return None
-    return folder / "gpt2jax" / "tokens"
+    """Return the folder of tokenized texts in the user's cache folder; None if that is not writable."""
+    return cache_folder("tokens")
 
 
 def cached_documents(

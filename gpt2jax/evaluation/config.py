@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from gpt2jax.utils.validation import (
     at_least,
     check,
-    check_names,
     int_in_range,
     must_be,
     positive_int,
@@ -38,7 +36,7 @@ class EvaluationConfig:
     windows: Literal["truncate", "non_overlapping", "sliding", "rolling"] = "truncate"
     stride: Annotated[int | None, positive_int] = None
     batch_size: Annotated[int, positive_int] = 32
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compute_dtype: Literal["float32", "tensorfloat32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.windows != "sliding":
@@ -48,31 +46,6 @@ class EvaluationConfig:
             )
         if self.stride is not None and self.sequence_length is not None:
             check("stride", self.stride, int_in_range(1, self.sequence_length))
-
-    @classmethod
-    def merge(
-        cls,
-        config: EvaluationConfig | None,
-        overrides: Mapping[str, Any],
-        others: Iterable[str] | None = None,
-    ) -> EvaluationConfig:
-        """Return `config` (default: the defaults) with some fields replaced.
-
-        Args:
-            config: settings, or None.
-            overrides: new values by field name.
-            others: names of the caller's own arguments, to suggest one of them for an unknown name.
-
-        Raises:
-            TypeError: an unknown name; the message gives the nearest known one.
-            ValueError: a value is not legal, or `config` is not an EvaluationConfig.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        check_names("setting", overrides, [*known, *(others or ())])
-        config = cls() if config is None else config
-        if not isinstance(config, cls):
-            raise ValueError(must_be("config", "an EvaluationConfig, or None", config))
-        return dataclasses.replace(config, **overrides)
 
     def resolve(self, context: int) -> EvaluationConfig:
         """Return the settings with the defaults for a model of `context` positions filled in.

@@ -35,7 +35,17 @@ from gpt2jax.evaluation.windows import plan_rolling_windows, plan_windows, trunc
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import add_text, params_fingerprint
 from gpt2jax.utils.progress import evaluation_progress
-from gpt2jax.utils.validation import check_model, check_path, check_texts
+from gpt2jax.utils.validation import (
+    check_model,
+    check_names,
+    check_path,
+    check_texts,
+    field_names,
+    override_fields,
+)
+
+# the arguments of `evaluate` that are not settings: a wrong name may be meant as one of them
+_ARGUMENTS = ("devices", "per_token", "state", "resume", "progress")
 
 
 def evaluate(
@@ -74,39 +84,80 @@ def evaluate(
     """
     began = time.perf_counter()
     check_model("model", model)
-    config = EvaluationConfig.merge(config, overrides, evaluate.__kwdefaults__).resolve(
-        model.config.n_positions
-    )
+    check_names("setting", overrides, [*field_names(EvaluationConfig), *_ARGUMENTS])
+    config = override_fields("config", EvaluationConfig, config, overrides)
+    config = config.resolve(model.config.n_positions)
     check_texts("texts", texts)
-    if state is not None and per_token:
-        raise ValueError("per_token must be False with a state file, got True; the file holds no tokens")
-    if resume and state is None:
-        raise ValueError("resume must be False without a state file, got True; name it with state=")
-    path = None if state is None else check_path("state", state)
+    path = _state_path(state, resume=resume, per_token=per_token)
     identity = {} if path is None else _identity(model, config)
     found = read_state(path, identity) if path is not None and resume else State()
-    iterator, digest, earlier = iter(texts), hashlib.sha256(), found.seconds
-    _skip_done(iterator, found, digest)
+    began -= found.seconds
+    iterator = iter(texts)
+    digest = _skip_done(iterator, found)
     scorer = Scorer(model, config.compute_dtype, devices)
     kept: list[TokenScores] = []
     size = len(texts) if hasattr(texts, "__len__") else None  # pyright: ignore[reportArgumentType]
     with evaluation_progress(size, found.documents, progress) as advance:
         while chunk := list(itertools.islice(iterator, CHUNK_SIZE)):
-            try:
-                scored, scores = _score_chunk(model, chunk, config, scorer, advance)
-            except ValueError as error:
-                if found.documents:  # the error names a text by its place in the chunk
-                    raise ValueError(f"counted from text {found.documents}: {error}") from error
-                raise
-            for text in chunk:
-                add_text(digest, text)
-            seconds = earlier + time.perf_counter() - began
-            scored = dataclasses.replace(scored, data_sha256=digest.hexdigest(), seconds=seconds)
-            found = found.extend(scored)
+            scored, scores = _score_chunk(model, chunk, config, scorer, advance, first=found.documents)
+            _add_texts(digest, chunk)
+            found = _finish(found.extend(scored), digest, began)
             if path is not None:
                 write_state(path, found, identity)
             if per_token:
                 kept.append(scores)
+    return _result(model, config, _finish(found, digest, began), TokenScores.join(kept) if kept else None)
+
+
+def _state_path(state: str | pathlib.Path | None, *, resume: bool, per_token: bool) -> pathlib.Path | None:
+    if state is not None and per_token:
+        raise ValueError("per_token must be False with a state file, got True; the file holds no tokens")
+    if resume and state is None:
+        raise ValueError("resume must be False without a state file, got True; name it with state=")
+    return None if state is None else check_path("state", state)
+
+
+def _identity(model: LanguageModel, config: EvaluationConfig) -> dict[str, Any]:
+    """Return what a state file belongs to."""
+    model_hash = params_fingerprint((model.params, model.adapters))
+    return dataclasses.asdict(config) | {"chunk_size": CHUNK_SIZE, "model": model_hash}
+
+
+def _skip_done(texts: Iterator[Any], found: State) -> Any:
+    """Move on to the first text that is not done, and return the hash of those before it.
+
+    Raises:
+        ValueError: the texts before it are not those of the state.
+    """
+    digest = hashlib.sha256()
+    skipped = _add_texts(digest, itertools.islice(texts, found.documents))
+    if found.documents and (skipped < found.documents or digest.hexdigest() != found.data_sha256):
+        raise ValueError(
+            f"the state file belongs to {found.documents:,} other texts than the first {skipped:,} here; "
+            "do not resume from it"
+        )
+    return digest
+
+
+def _add_texts(digest: Any, texts: Iterable[Any]) -> int:
+    """Add texts to a hash and return their number."""
+    count = 0
+    for text in texts:
+        add_text(digest, text)
+        count += 1
+    return count
+
+
+def _finish(found: State, digest: Any, began: float) -> State:
+    """Return the sums with the hash of all texts so far, and the time."""
+    seconds = time.perf_counter() - began
+    return dataclasses.replace(found, data_sha256=digest.hexdigest(), seconds=seconds)
+
+
+def _result(
+    model: LanguageModel, config: EvaluationConfig, found: State, per_token: TokenScores | None
+) -> Evaluation:
+    """Return the figures of all chunks, or raise ValueError if nothing was scored."""
     if found.per_document is None or found.breakdown is None:
         raise ValueError("there are no texts: the data set is empty")
     if found.longest < 2:
@@ -116,29 +167,10 @@ def evaluate(
         found.per_document,
         found.breakdown,
         has_text=model.tokenizer is not None,
-        data_sha256=digest.hexdigest(),
-        seconds=earlier + time.perf_counter() - began,
-        per_token=TokenScores.join(kept) if per_token else None,
+        data_sha256=found.data_sha256,
+        seconds=found.seconds,
+        per_token=per_token,
     )
-
-
-def _identity(model: LanguageModel, config: EvaluationConfig) -> dict[str, Any]:
-    """Return what a state file belongs to."""
-    model_hash = params_fingerprint((model.params, model.adapters))
-    return dataclasses.asdict(config) | {"chunk_size": CHUNK_SIZE, "model": model_hash}
-
-
-def _skip_done(texts: Iterator[Any], found: State, digest: Any) -> None:
-    """Move on to the first text that is not done; raise ValueError if the texts before it are not the same."""
-    skipped = 0
-    for text in itertools.islice(texts, found.documents):
-        add_text(digest, text)
-        skipped += 1
-    if found.documents and (skipped < found.documents or digest.hexdigest() != found.data_sha256):
-        raise ValueError(
-            f"the state file belongs to {found.documents:,} other texts than the first {skipped:,} here; "
-            "do not resume from it"
-        )
 
 
 def _score_chunk(
@@ -147,10 +179,17 @@ def _score_chunk(
     config: EvaluationConfig,
     scorer: Scorer,
     advance: Callable[[float], None],
+    *,
+    first: int,
 ) -> tuple[State, TokenScores]:
-    """Score some texts: their sums, and the scores of every token."""
+    """Score some texts, of which `first` is the number of the first: their sums, and the scores of every token."""
     length, end = config.length, model.end_token_id
-    documents = tokenize_chunk(model, texts, config)
+    try:
+        documents = tokenize_chunk(model, texts, config)
+    except ValueError as error:
+        if first:  # the error names a text by its place in the chunk
+            raise ValueError(f"counted from text {first}: {error}") from error
+        raise
     if config.windows == "truncate":
         short = truncate_documents(documents, length - 1)
         truncated = documents.lengths > short.lengths

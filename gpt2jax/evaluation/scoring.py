@@ -28,12 +28,15 @@ from gpt2jax.evaluation.windows import (
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, hidden_states, lm_head_weight
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.linear import bitcast_kernel
 from gpt2jax.ops.precision import Precision, bitcast_from_uint16, bitcast_to_uint16, einsum_f32
+from gpt2jax.train.unrolled import unstack_layers
 from gpt2jax.utils.validation import must_be
 
-# logits held at once on each device: 2048 ids for 4096 rows, 32 MiB at most. On a CPU blocks of the vocabulary take
-# half the time of blocks of rows, which read the whole head for each block
+# logits held at once on a CPU: 2048 ids for 4096 rows, 32 MiB at most. Blocks of the vocabulary take half the time of
+# blocks of rows, which read the whole head for each block. An accelerator takes the whole vocabulary at once, and as
+# many rows as its memory allows
 VOCABULARY_BLOCK = 2048
 MAX_ROWS = 4096
 
@@ -59,14 +62,14 @@ class Scorer:
             devices: devices to spread the rows of a batch over, each with a copy of the parameters. Default: all
                 devices of this process.
         """
-        self.precision = Precision.for_backend(compute_dtype)
         devices = jax.local_devices() if devices is None else list(devices)
         if not devices or not all(isinstance(device, jax.Device) for device in devices):
             legal = "a list of at least one jax.Device, or None"
             raise ValueError(must_be("devices", legal, devices) + "; jax.devices() lists them")
+        self.precision = Precision.for_device(compute_dtype, Device.of(devices[0]))
         self.mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
         self.config, self.num_devices = model.config, len(devices)
-        params = _scoring_params(model.merge_adapter().params, self.precision.compute_dtype)
+        params = _scoring_params(model.merge_adapter().params, self.precision)
         self.params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -79,16 +82,19 @@ class Scorer:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _scoring_params(params: Params, dtype: jnp.dtype) -> Params:
+def _scoring_params(params: Params, precision: Precision) -> Params:
     """Return the kernels in the compute dtype, and the head as an array beside the embedding, in blocks."""
+    dtype, execution = precision.compute_dtype, precision.execution
 
     def cast(path, x):
-        return bitcast_kernel(x.astype(dtype)) if path[-1].key == "kernel" else x
+        return bitcast_kernel(x.astype(dtype), execution) if path[-1].key == "kernel" else x
 
     body = {name: leaf for name, leaf in params.items() if name != "lm_head"}
+    if execution.has_unrolled_layers:
+        body = unstack_layers(body)
     return {
         "body": jax.tree_util.tree_map_with_path(cast, body),
-        "head": head_blocks(lm_head_weight(params), dtype),
+        "head": head_blocks(lm_head_weight(params), precision),
     }
 
 
@@ -136,14 +142,17 @@ def head_scores(
 
     count = targets.size
     flat = (hidden.reshape(count, -1), targets.reshape(count))
-    if count <= MAX_ROWS:
+    most = MAX_ROWS
+    if not precision.execution.has_vocabulary_slices:
+        most = max(1, precision.execution.logits_bytes // (4 * vocab_size))
+    if count <= most:
         found = chunk(flat)
     else:
-        chunks = math.ceil(count / MAX_ROWS)
+        chunks = math.ceil(count / most)
 
         def split(x):
-            padded = jnp.pad(x, [(0, chunks * MAX_ROWS - count)] + [(0, 0)] * (x.ndim - 1))
-            return padded.reshape(chunks, MAX_ROWS, *x.shape[1:])
+            padded = jnp.pad(x, [(0, chunks * most - count)] + [(0, 0)] * (x.ndim - 1))
+            return padded.reshape(chunks, most, *x.shape[1:])
 
         found = jax.lax.map(chunk, jax.tree.map(split, flat))
     loss, rank, confidence = (x.reshape(-1)[:count].reshape(targets.shape) for x in found)
@@ -162,9 +171,8 @@ def _row_scores(x, labels, head, precision: Precision, vocab_size: int):
         top, total, rank = carry
         rows, start = part
         ids = start + jnp.arange(block)
-        logits = einsum_f32(
-            "cd,vd->cv", x, bitcast_from_uint16(rows, precision.compute_dtype), precision.compute_dtype
-        )
+        dtype = precision.compute_dtype
+        logits = einsum_f32("cd,vd->cv", x, bitcast_from_uint16(rows, dtype), dtype, precision.execution)
         logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
         higher = jnp.maximum(top, logits.max(axis=-1))
         total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[:, None]).sum(axis=-1)
@@ -180,13 +188,13 @@ def _row_scores(x, labels, head, precision: Precision, vocab_size: int):
     return log_z - own, rank, jnp.exp(top - log_z)
 
 
-def head_blocks(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Split the head [V, D] into [blocks, block, D] in `dtype` (`bitcast_to_uint16`), padded with zeros."""
+def head_blocks(head: jax.Array, precision: Precision) -> jax.Array:
+    """Split the head [V, D] into [blocks, block, D], cast (and bit-cast, if the device needs it), padded with zeros."""
     vocab_size, dim = head.shape
-    block = min(VOCABULARY_BLOCK, vocab_size)
+    block = min(VOCABULARY_BLOCK, vocab_size) if precision.execution.has_vocabulary_slices else vocab_size
     blocks = math.ceil(vocab_size / block)
-    filled = jnp.pad(head.astype(dtype), ((0, blocks * block - vocab_size), (0, 0)))
-    return bitcast_to_uint16(filled.reshape(blocks, block, dim))
+    filled = jnp.pad(head.astype(precision.compute_dtype), ((0, blocks * block - vocab_size), (0, 0)))
+    return bitcast_to_uint16(filled.reshape(blocks, block, dim), precision.execution)
 
 
 def score_windows(

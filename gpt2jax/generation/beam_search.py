@@ -110,7 +110,7 @@ class Beams(NamedTuple):
 
     Attributes:
         token_ids: [B, K, S] int32.
-        scores: [B, K] float32: the log-probability, of finished beams divided by the length penalty; -inf is no beam.
+        scores: [B, K] float32: the log-probability, of finished beams divided by the length penalty; -inf: empty.
         lengths: [B, K] int32, new tokens.
     """
 
@@ -197,7 +197,9 @@ def _score(
     end = jnp.broadcast_to(state.cache_position, each_beam.padding.shape)
     prompt_end = jnp.broadcast_to(each_beam.prompt_end, each_beam.padding.shape)
     history = TokenHistory(texts, each_beam.padding, prompt_end, end)
-    logprobs = apply_penalties(logprobs, history, each_beam.penalties, end - prompt_end, each_beam.stop_ids)
+    logprobs = apply_penalties(
+        logprobs, history, each_beam.penalties, end - prompt_end, each_beam.stop_ids, spec.stages
+    )
     return cache, logprobs.reshape(batch, num_beams, -1)
 
 

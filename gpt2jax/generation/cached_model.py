@@ -21,8 +21,10 @@ from flax import nnx
 from gpt2jax.generation.config import DecoderModel
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import ForwardContext, Params, block_graphdef, final_norm_graphdef, lm_head_weight
+from gpt2jax.model.gpt2 import Params, block_graphdef, final_norm_graphdef, lm_head_weight
+from gpt2jax.model.layers import ForwardContext
 from gpt2jax.ops.attention import LayerCache
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.linear import TransposedKernel, matmul, transpose_kernel
 from gpt2jax.ops.precision import COMPUTE_DTYPES, Precision
 from gpt2jax.utils.validation import check, one_of, optional
@@ -43,10 +45,10 @@ def decoding_precision(dtype: str | None = None, *, backend: str | None = None) 
         ValueError: `dtype` is not one of `WEIGHT_DTYPES`.
     """
     check("dtype", dtype, optional(one_of(WEIGHT_DTYPES)))
-    backend = backend or jax.default_backend()
+    device = Device.of() if backend is None else Device.of_backend(backend)
     if dtype is None or dtype == "int8":
-        dtype = "float32" if backend == "cpu" else "bfloat16"
-    return Precision.for_backend(dtype, backend=backend)
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    return Precision.for_device(dtype, device)
 
 
 def weight_dtype(dtype: str | None, precision: Precision) -> jnp.dtype:
@@ -191,4 +193,5 @@ def _apply_block(
 
 def lm_head(params: DecodingParams, hidden: jax.Array, precision: Precision) -> jax.Array:
     """Compute logits [..., V] float32 from hidden states [..., D]."""
-    return matmul(hidden, params["head"], precision.compute_dtype)
+    logits = matmul(hidden, params["head"], precision.compute_dtype, precision.execution)
+    return logits.astype(jnp.float32)

@@ -44,6 +44,7 @@ class ContrastiveSearch:
 
     num_candidates: int
     max_rows = None
+    has_drafts = False
 
     def extra_positions(self, new_tokens: int) -> int:
         """Return room for all new tokens."""
@@ -53,8 +54,9 @@ class ContrastiveSearch:
         """Return cache and hidden states of all prompt tokens."""
         length = prompts.token_ids.shape[1]
         token_ids = prompts.token_ids[:, : bucket(prompts.length, _SHORTEST_PROMPT, length)]
-        spec = dataclasses.replace(spec, logits_processor=None)
-        return prefill_states(spec, params, token_ids, prompts.padding, length, self.num_candidates)
+        return prefill_states(
+            spec.without_sampling, params, token_ids, prompts.padding, length, self.num_candidates
+        )
 
     def decode(
         self,

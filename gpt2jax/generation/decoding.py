@@ -16,12 +16,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gpt2jax.generation.cached_model import DecodingParams, forward_with_cache, lm_head
 from gpt2jax.generation.kv_cache import Cache
 from gpt2jax.generation.logits_processors import Penalties, TokenHistory, apply_penalties
 from gpt2jax.generation.requests import PromptState
-from gpt2jax.generation.sampling import Filters, log_probability, make_filters, sample
+from gpt2jax.generation.sampling import (
+    Filters,
+    log_probability,
+    make_filters,
+    make_uniforms,
+    sample,
+    sample_by,
+    top_candidates,
+)
+from gpt2jax.generation.stages import Stages
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.ops.precision import Precision
 
@@ -38,11 +48,20 @@ class DecoderSpec:
         config: the model's.
         precision: dtypes of the computation.
         logits_processor: the user's own change of logits.
+        stages: which stages of choosing a token the program has; None: all, and the device skips those that are off.
+        mesh: the devices that share the rows of a batch; None is one device.
     """
 
     config: GPT2Config
     precision: Precision
     logits_processor: LogitsProcessor | None = None
+    stages: Stages | None = None
+    mesh: Mesh | None = None
+
+    @property
+    def without_sampling(self) -> DecoderSpec:
+        """The spec of programs without logits: other settings must not compile them anew."""
+        return dataclasses.replace(self, logits_processor=None, stages=None)
 
 
 class DecodeParams(NamedTuple):
@@ -73,7 +92,7 @@ class DecodeParams(NamedTuple):
 class DecodeState(NamedTuple):
     """What has been decoded so far, without the cache.
 
-    The cache is an argument of its own because its buffers are donated to each call, and a stream still reads the last
+    The cache is a separate argument because its buffers are donated to each call, and a stream still reads the last
     state while the next step runs.
 
     Attributes:
@@ -201,7 +220,7 @@ def process_logits(
 ) -> jax.Array:
     """Apply the penalties and the user's processor to logits [B, V]."""
     steps = history.end - settings.prompt_end
-    logits = apply_penalties(logits, history, settings.penalties, steps, settings.stop_ids)
+    logits = apply_penalties(logits, history, settings.penalties, steps, settings.stop_ids, spec.stages)
     if spec.logits_processor is None:
         return logits
     changed = spec.logits_processor(logits, history)
@@ -211,44 +230,89 @@ def process_logits(
     return changed
 
 
+def step_keys(settings: DecodeParams, steps: jax.Array) -> jax.Array:
+    """Return the keys [B, ...] of the draws at steps [B, ...].
+
+    A key depends on the row's seed and step alone: a row does not depend on its batch.
+    """
+
+    def keys_of_row(seed, steps):
+        key = jax.random.key(seed)
+        return jnp.vectorize(lambda step: jax.random.fold_in(key, step))(steps)
+
+    return jax.vmap(keys_of_row)(settings.seeds, steps)
+
+
+def all_uniforms(settings: DecodeParams, length: int) -> jax.Array:
+    """Return the random numbers [B, S, 2] of the draws at all cache positions, for a loop that reads its own.
+
+    Made before the loop they cost a token one slice instead of some ten kernels.
+    """
+    steps = jnp.arange(length, dtype=jnp.int32) - settings.prompt_end
+    return make_uniforms(step_keys(settings, jnp.broadcast_to(steps, (len(settings.seeds), length))))
+
+
+class Choice(NamedTuple):
+    """The tokens [B] of a step, and the largest logit [B, 1] of each row if it was found on the way."""
+
+    tokens: jax.Array
+    largest: jax.Array | None = None
+
+
 def choose_tokens(
-    spec: DecoderSpec, logits: jax.Array, history: TokenHistory, settings: DecodeParams
-) -> jax.Array:
-    """Choose the next token [B] of each row from logits [B, V]."""
-    # a draw's key depends on the row's seed and step alone: a row does not depend on its batch
-    steps = history.end - settings.prompt_end
-    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(settings.seeds, steps)
-    return sample(process_logits(spec, logits, history, settings), keys, settings.filters)
+    spec: DecoderSpec,
+    logits: jax.Array,
+    history: TokenHistory,
+    settings: DecodeParams,
+    uniforms: jax.Array | None = None,
+) -> Choice:
+    """Choose the next token of each row from logits [B, V]; `uniforms` [B, 2] if they are known already."""
+    processed, steps = process_logits(spec, logits, history, settings), history.end - settings.prompt_end
+    if spec.stages is None:
+        return Choice(sample(processed, step_keys(settings, steps), settings.filters))
+    if uniforms is None and not spec.stages.is_greedy:
+        uniforms = make_uniforms(step_keys(settings, steps))
+    tokens, largest = sample_by(spec.stages, processed, uniforms, settings.filters)
+    return Choice(tokens, largest if processed is logits else None)
 
 
 def record_tokens(
-    state: DecodeState, settings: DecodeParams, tokens: jax.Array, logits: jax.Array
+    state: DecodeState,
+    settings: DecodeParams,
+    tokens: jax.Array,
+    logits: jax.Array,
+    largest: jax.Array | None = None,
 ) -> DecodeState:
     """Add one token [B], chosen from logits [B, V], to every row that is not done."""
     active = ~state.done
     tokens = jnp.where(active, tokens, 0)
     lengths = state.lengths + active
     stopped = active & (tokens[:, None] == settings.stop_ids).any(-1)
-    return record_scores(state, tokens[:, None], logits[:, None])._replace(
+    return record_scores(state, tokens[:, None], logits[:, None], largest)._replace(
         lengths=lengths,
         done=state.done | stopped | (lengths >= settings.limits),
         cache_position=state.cache_position + 1,
     )
 
 
-def record_scores(state: DecodeState, tokens: jax.Array, logits: jax.Array) -> DecodeState:
-    """Write tokens [B, T] and their scores from logits [B, T, V] from the present position on."""
+def record_scores(
+    state: DecodeState, tokens: jax.Array, logits: jax.Array, largest: jax.Array | None = None
+) -> DecodeState:
+    """Write tokens [B, T] and their scores from logits [B, T, V] from the present position on.
+
+    The largest logits [B * T, 1], if they are known, spare a pass over all of them.
+    """
 
     def write(array: jax.Array, values: jax.Array) -> jax.Array:
         values = values.astype(array.dtype)
         return jax.lax.dynamic_update_slice_in_dim(array, values, state.cache_position, axis=1)
 
     flat = logits.reshape(-1, logits.shape[-1])
-    logprobs = log_probability(flat, tokens.reshape(-1)).reshape(tokens.shape)
+    logprobs = log_probability(flat, tokens.reshape(-1), largest).reshape(tokens.shape)
     state = state._replace(token_ids=write(state.token_ids, tokens), logprobs=write(state.logprobs, logprobs))
     count = state.top_ids.shape[-1]
     if count:
-        values, ids = jax.lax.top_k(flat, count)
+        values, ids = jax.lax.top_k(flat, count) if largest is None else top_candidates(flat, count)
         values = values - jax.nn.logsumexp(flat, axis=-1, keepdims=True)
         state = state._replace(
             top_ids=write(state.top_ids, ids.reshape(*tokens.shape, count)),
@@ -263,13 +327,20 @@ def is_running(state: DecodeState, until: jax.Array | int) -> jax.Array:
 
 
 def decode_token(
-    spec: DecoderSpec, params: DecodingParams, cache: Cache, state: DecodeState, settings: DecodeParams
+    spec: DecoderSpec,
+    params: DecodingParams,
+    cache: Cache,
+    state: DecodeState,
+    settings: DecodeParams,
+    uniforms: jax.Array | None = None,
 ) -> tuple[Cache, DecodeState]:
-    """Decode one new token of each row."""
+    """Decode one new token of each row; `uniforms` [B, S, 2] are those of `all_uniforms`, if they were made before."""
     newest = jax.lax.dynamic_slice_in_dim(state.token_ids, state.cache_position - 1, 1, axis=1)
     hidden, cache = forward_with_cache(
         params, spec.config, newest, cache, state.cache_position - 1, settings.padding, spec.precision
     )
     logits = lm_head(params, hidden[:, 0], spec.precision)
-    tokens = choose_tokens(spec, logits, token_history(state, settings), settings)
-    return cache, record_tokens(state, settings, tokens, logits)
+    if uniforms is not None:
+        uniforms = jax.lax.dynamic_index_in_dim(uniforms, state.cache_position, axis=1, keepdims=False)
+    choice = choose_tokens(spec, logits, token_history(state, settings), settings, uniforms)
+    return cache, record_tokens(state, settings, choice.tokens, logits, choice.largest)

@@ -34,7 +34,7 @@ def generate(
 
     Rows do not depend on each other: row i with seed s equals the single run of its prompt with seed s, up to
     rounding, because different shapes sum in a different order. A beginning that all prompts of a batch share is
-    computed once.
+    computed once. The local devices share the rows of a batch.
 
     Args:
         model: a `LanguageModel`.

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gpt2jax.generation.beam_search import search_prompts
 from gpt2jax.generation.cached_model import (
@@ -23,8 +24,10 @@ from gpt2jax.generation.contrastive import ContrastiveSearch
 from gpt2jax.generation.decoding import DecoderSpec
 from gpt2jax.generation.outputs import Generation, OutputBuilder
 from gpt2jax.generation.requests import Prompt, Request, as_prompts, make_request
+from gpt2jax.generation.row_sharding import first_copy, is_on_one_device, replicate, row_mesh
 from gpt2jax.generation.runner import Decoder, decode_rows
 from gpt2jax.generation.speculative import DraftModel, PromptLookup
+from gpt2jax.generation.stages import make_stages
 from gpt2jax.generation.strategy import DecodeStrategy, Sampling
 from gpt2jax.utils.validation import check, check_model, must_be, positive_int
 
@@ -38,6 +41,7 @@ class WeightCache:
 
     def __init__(self) -> None:
         self._entry: tuple[Callable[[], Any], jnp.dtype, list[weakref.ref], DecodingParams] | None = None
+        self._replicated: tuple[Mesh, DecodingParams] | None = None
 
     def get(self, model: DecoderModel, dtype: jnp.dtype) -> DecodingParams:
         """Return the weights of a model, prepared anew if it is another one or its arrays have been replaced."""
@@ -56,9 +60,18 @@ class WeightCache:
         self._entry = (known, dtype, [weakref.ref(x) for x in leaves], params)
         return params
 
+    def get_replicated(self, model: DecoderModel, dtype: jnp.dtype, mesh: Mesh) -> DecodingParams:
+        """Return the weights of a model on each device of a mesh."""
+        params = self.get(model, dtype)
+        if self._replicated is None or self._replicated[0] != mesh:
+            self._replicated = mesh, replicate(params, mesh)
+            # the first device need not hold them twice
+            self._entry = (*self._entry[:3], first_copy(self._replicated[1]))  # type: ignore[index]
+        return self._replicated[1]
+
     def clear(self) -> None:
         """Free the weights."""
-        self._entry = None
+        self._entry = self._replicated = None
 
     def _forget(self, model: weakref.ref) -> None:
         if self._entry is not None and self._entry[0] is model:
@@ -122,7 +135,7 @@ class Generator:
         request = make_request(self.model, prompts, config, overrides, seed)
         if request.config.num_beams > 1:
             return [beam for beams in self._search(request, batch_size) for beam in beams]
-        decoder = self._decoder(request)
+        decoder = self._decoder(request, batch_size)
         steps = STEPS_PER_STOP_CHECK if request.stop_strings else self.model.config.n_positions
         found: dict[int, Generation] = {}
         for indices in _batches(decoder, request, batch_size):
@@ -172,7 +185,7 @@ class Generator:
 
     def _search(self, request: Request, batch_size: int) -> list[list[Generation]]:
         rows = request.rows
-        spec, params = DecoderSpec(self.model.config, self._precision), self._prepared()
+        spec, params = self._spec(request), self._prepared()
         found: dict[int, list[Generation]] = {}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].token_ids))
         together = max(1, batch_size // request.config.num_beams)
@@ -183,13 +196,27 @@ class Generator:
             )
         return [found[i] for i in range(len(rows))]
 
-    def _decoder(self, request: Request) -> Decoder:
-        strategy = choose_strategy(request)
-        params, draft = self._prepared(), request.config.draft_model
+    def _decoder(self, request: Request, batch_size: int = 1) -> Decoder:
+        strategy, draft = choose_strategy(request), request.config.draft_model
+        params: Any = self._prepared()
+        spec = self._spec(request)
         if draft is not None:
             params = params, self._opened().draft.get(draft, self._dtype)
-        spec = DecoderSpec(self.model.config, self._precision, request.config.logits_processor)
+        elif isinstance(strategy, Sampling) and min(batch_size, len(request.rows)) > 1:
+            mesh = row_mesh() if is_on_one_device(params) else None
+            if mesh is not None:
+                spec = dataclasses.replace(spec, mesh=mesh)
+                params = self._opened().model.get_replicated(self.model, self._dtype, mesh)
         return Decoder(strategy, spec, params)
+
+    def _spec(self, request: Request) -> DecoderSpec:
+        """Return what the programs of a call are compiled for, on one device."""
+        config = self.model.config
+        stages = None
+        if jax.default_backend() != "cpu":
+            configs = [row.config for row in request.rows]
+            stages = make_stages(configs, has_bad_words=bool(request.bad_words), vocab_size=config.vocab_size)
+        return DecoderSpec(config, self._precision, request.config.logits_processor, stages)
 
     def _prepared(self) -> DecodingParams:
         return self._opened().model.get(self.model, self._dtype)

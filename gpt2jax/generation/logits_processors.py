@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int, Int32
+
+from gpt2jax.generation.stages import Stages, apply_stage
 
 
 class TokenHistory(NamedTuple):
@@ -50,33 +53,42 @@ class Penalties(NamedTuple):
 
 
 def apply_penalties(
-    logits: jax.Array, history: TokenHistory, penalties: Penalties, steps: jax.Array, stop_ids: jax.Array
-) -> jax.Array:
+    logits: Float32[Array, "B V"],
+    history: TokenHistory,
+    penalties: Penalties,
+    steps: Int[Array, " B"],
+    stop_ids: Int32[Array, " K"],
+    stages: Stages | None = None,
+) -> Float32[Array, "B V"]:
     """Apply the penalties, in the order: repetition, frequency and presence, forbidden tokens.
 
     A part that no row asks for is skipped.
 
     Args:
-        logits: [B, V] float32.
+        logits: the scores of all tokens.
         history: the tokens so far.
         penalties: the settings.
-        steps: [B] int32, new tokens of each row so far.
-        stop_ids: [K] int32, forbidden to rows of fewer new tokens than `min_new_tokens`; ids >= V are ignored.
-
-    Returns:
-        Logits [B, V].
+        steps: new tokens of each row so far.
+        stop_ids: forbidden to rows of fewer new tokens than `min_new_tokens`; ids >= V are ignored.
+        stages: which parts the program has; None decides that on the device.
     """
-    has_penalty = jnp.any(
-        (penalties.repetition != 1.0) | (penalties.presence != 0.0) | (penalties.frequency != 0.0)
+
+    def has_penalty():
+        return jnp.any(
+            (penalties.repetition != 1.0) | (penalties.presence != 0.0) | (penalties.frequency != 0.0)
+        )
+
+    def has_forbidden():
+        return jnp.any((penalties.no_repeat_ngram_size > 0) | (penalties.min_new_tokens > 0)) | jnp.any(
+            penalties.bad_words[:, -1] >= 0
+        )
+
+    is_on = (stages.has_penalties, stages.has_forbidden) if stages else (None, None)
+    logits = apply_stage(
+        is_on[0], has_penalty, lambda x: _repetition_penalties(x, history, penalties), logits
     )
-    logits = jax.lax.cond(
-        has_penalty, lambda x: _repetition_penalties(x, history, penalties), lambda x: x, logits
-    )
-    has_forbidden = jnp.any((penalties.no_repeat_ngram_size > 0) | (penalties.min_new_tokens > 0)) | jnp.any(
-        penalties.bad_words[:, -1] >= 0
-    )
-    return jax.lax.cond(
-        has_forbidden, lambda x: _mask_forbidden(x, history, penalties, steps, stop_ids), lambda x: x, logits
+    return apply_stage(
+        is_on[1], has_forbidden, lambda x: _mask_forbidden(x, history, penalties, steps, stop_ids), logits
     )
 
 

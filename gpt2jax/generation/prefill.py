@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from gpt2jax.generation.cached_model import DecodingParams, forward_with_cache
 from gpt2jax.generation.decoding import DecoderSpec, bucket
 from gpt2jax.generation.kv_cache import Cache, init_cache
 from gpt2jax.generation.requests import PromptState
+from gpt2jax.generation.row_sharding import ROWS, constrain_rows, share_rows
 from gpt2jax.model.config import GPT2Config
 
 # the cache of one row is read fast beside the weights, so fewer, larger sizes are compiled for it
@@ -44,10 +46,10 @@ class PaddedPrompts:
     prefix: Sequence[int] = ()
 
 
-def left_pad(rows: Sequence[PromptState], cache_length: int) -> PaddedPrompts:
+def left_pad(rows: Sequence[PromptState], cache_length: int, smallest_batch: int = 1) -> PaddedPrompts:
     """Pad prompts on the left, in a batch of a power of two."""
     length = max(len(row.token_ids) for row in rows)
-    batch = bucket(len(rows), 1)
+    batch = bucket(len(rows), smallest_batch)
     token_ids = np.zeros((batch, cache_length), np.int32)
     padding = np.full(batch, length - 1, np.int32)
     for i, row in enumerate(rows):
@@ -72,19 +74,18 @@ def next_cache_length(length: int, rows: int) -> int:
 
 def fill_cache(spec: DecoderSpec, params: DecodingParams, prompts: PaddedPrompts) -> Cache:
     """Return a cache of all prompt tokens except the last, which the first decoding step reads."""
-    # prompts need no logits: another processor must not compile their programs anew
-    spec = dataclasses.replace(spec, logits_processor=None)
+    spec = spec.without_sampling
     batch, length = prompts.token_ids.shape
-    dtype = spec.precision.activation_dtype
+    dtype, mesh = spec.precision.activation_dtype, spec.mesh
     if not prompts.prefix:
-        cache = empty_cache(spec.config, batch, length, dtype)
+        cache = empty_cache(spec.config, batch, length, dtype, mesh)
         return _fill(spec, params, prompts.token_ids, prompts.padding, 0, prompts.length - 1, cache)
     end = len(prompts.prefix)
     single = np.zeros((1, length), np.int32)
     single[0, :end] = prompts.prefix
     cache = empty_cache(spec.config, 1, length, dtype)
     cache = _fill(spec, params, single, np.zeros(1, np.int32), 0, end, cache)
-    cache = broadcast_prefix(cache, prompts.padding, spec.config.n_head)
+    cache = broadcast_prefix(cache, prompts.padding, spec.config.n_head, mesh)
     return _fill(spec, params, prompts.token_ids, prompts.padding, end, prompts.length - 1, cache)
 
 
@@ -118,25 +119,32 @@ def prefill_chunk(
     padding: jax.Array,
 ) -> Cache:
     """Write keys and values of token_ids [B, C] into the cache from a position on, at most S - C."""
-    return forward_with_cache(params, spec.config, token_ids, cache, cache_position, padding, spec.precision)[
-        1
-    ]
+
+    def fill(params, token_ids, cache, cache_position, padding):
+        return forward_with_cache(
+            params, spec.config, token_ids, cache, cache_position, padding, spec.precision
+        )[1]
+
+    if spec.mesh is not None and len(token_ids) > 1:  # one row is a beginning that all rows share
+        fill = share_rows(spec.mesh, fill, (PartitionSpec(), ROWS, ROWS, PartitionSpec(), ROWS), ROWS)
+    return fill(params, token_ids, cache, cache_position, padding)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty_cache(config: GPT2Config, batch: int, length: int, dtype: Any) -> Cache:
-    """Return `init_cache`, made by one program."""
-    return init_cache(config, batch, length, dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty_cache(config: GPT2Config, batch: int, length: int, dtype: Any, mesh: Mesh | None = None) -> Cache:
+    """Return `init_cache`, made by one program and split by row over the devices of a mesh."""
+    return constrain_rows(init_cache(config, batch, length, dtype), mesh)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def broadcast_prefix(cache: Cache, padding: jax.Array, heads: int) -> Cache:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def broadcast_prefix(cache: Cache, padding: jax.Array, heads: int, mesh: Mesh | None = None) -> Cache:
     """Copy the cache of one text without padding to rows that all begin with the text.
 
     Args:
         cache: pairs [N, S, H].
         padding: [B] int32, of the rows.
         heads: N.
+        mesh: the devices that share the rows.
 
     Returns:
         Pairs [B * N, S, H].
@@ -146,7 +154,7 @@ def broadcast_prefix(cache: Cache, padding: jax.Array, heads: int) -> Cache:
         moved = jax.vmap(lambda positions: jnp.roll(x, positions, axis=1))(padding)
         return moved.reshape(padding.shape[0] * heads, *x.shape[1:])
 
-    return jax.tree.map(shift, cache)
+    return constrain_rows(jax.tree.map(shift, cache), mesh)
 
 
 def repeat_rows(cache: Cache, heads: int, times: int) -> Cache:

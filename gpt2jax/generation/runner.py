@@ -59,7 +59,8 @@ class BatchDecoder:
         needed = length + decoder.strategy.extra_positions(self.limit)
         self._cache_length = cache_length(config, needed, len(rows))
         self._step = 0
-        prompts = left_pad(rows, self._cache_length)
+        mesh = decoder.spec.mesh
+        prompts = left_pad(rows, self._cache_length, 1 if mesh is None else mesh.size)
         self._settings = make_decode_params(
             rows,
             prompts.padding,
@@ -100,8 +101,11 @@ class BatchDecoder:
         return ({name: arrays[name][row] for name in names} for row in range(len(arrays["lengths"])))
 
     def draft_counts(self) -> tuple[int, int]:
-        """Return how many draft tokens there were, and how many were right; waits for the device."""
-        return int(self.state.drafted), int(self.state.accepted)
+        """Return how many draft tokens there were, and how many were right; waits for the device if there were any."""
+        if not self._decoder.strategy.has_drafts:
+            return 0, 0
+        drafted, accepted = jax.device_get((self.state.drafted, self.state.accepted))
+        return int(drafted), int(accepted)
 
     def mark_done(self, done: Sequence[bool]) -> None:
         """Stop decoding rows that the host has ended."""

@@ -56,6 +56,7 @@ class PromptLookup:
 
     num_tokens: int
     max_rows = 1
+    has_drafts = True
 
     def extra_positions(self, new_tokens: int) -> int:
         """Return room for all new tokens, since the host does not know how far a row is, and for one draft."""
@@ -109,6 +110,7 @@ class DraftModel:
     num_tokens: int
     config: GPT2Config
     max_rows = 1
+    has_drafts = True
 
     def extra_positions(self, new_tokens: int) -> int:
         """Return room for all new tokens, since the host does not know how far a row is, and for one draft."""
@@ -198,7 +200,7 @@ def verify(
         token_ids=jnp.broadcast_to(drafted, (size + 1, drafted.shape[1])),
         end=position + jnp.arange(size + 1),
     )
-    tokens = choose_tokens(spec, logits, history, each)
+    tokens = choose_tokens(spec, logits, history, each).tokens
 
     right = (tokens[:-1] == draft.token_ids[0]) & draft.found
     agreed = jnp.cumprod(right.astype(jnp.int32)).sum()

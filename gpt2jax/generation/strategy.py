@@ -11,6 +11,8 @@ import functools
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from gpt2jax.generation.cached_model import DecodingParams
 from gpt2jax.generation.decoding import (
@@ -18,11 +20,13 @@ from gpt2jax.generation.decoding import (
     DecodeParams,
     DecoderSpec,
     DecodeState,
+    all_uniforms,
     decode_token,
     is_running,
 )
 from gpt2jax.generation.kv_cache import grow_cache
 from gpt2jax.generation.prefill import PaddedPrompts, fill_cache
+from gpt2jax.generation.row_sharding import ROWS, settings_rows, share_rows, state_rows
 
 
 class DecodeStrategy(Protocol):
@@ -31,6 +35,11 @@ class DecodeStrategy(Protocol):
     @property
     def max_rows(self) -> int | None:
         """The largest batch; None is any."""
+        ...
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether it counts draft tokens."""
         ...
 
     def extra_positions(self, new_tokens: int) -> int:
@@ -69,6 +78,8 @@ def decode(
     One program serves a whole generation in one call, a few steps at a time between searches for stop strings, and
     one step at a time for a stream, because `until` is an array.
 
+    With a mesh in the spec each device decodes its share of the rows, in a loop that waits for no other device.
+
     Args:
         strategy, spec: static.
         params: what the strategy reads, from `prepare_decoding_params`.
@@ -80,7 +91,17 @@ def decode(
     Returns:
         The cache and the state.
     """
-    return strategy.decode(spec, params, cache, state, settings, until)
+    if spec.mesh is None:
+        return strategy.decode(spec, params, cache, state, settings, until)
+
+    def decode_share(*arguments):
+        # devices whose rows end early leave their loop early; the position counts for all of them
+        cache, state = strategy.decode(spec, *arguments)
+        return cache, state._replace(cache_position=jnp.asarray(arguments[-1], jnp.int32))
+
+    in_specs = (PartitionSpec(), ROWS, state_rows(state), settings_rows(settings), PartitionSpec())
+    share = share_rows(spec.mesh, decode_share, in_specs, (ROWS, state_rows(state)))
+    return share(params, cache, state, settings, until)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -95,6 +116,7 @@ class Sampling:
     """Plain decoding: one token a step, drawn at random or the most probable."""
 
     max_rows = None
+    has_drafts = False
 
     def extra_positions(self, new_tokens: int) -> int:
         """Return 1: the cache grows when it is full, because attention reads all of its positions."""
@@ -114,8 +136,10 @@ class Sampling:
         until: jax.Array | int,
     ) -> tuple[Any, DecodeState]:
         """Decode a token at a time."""
+        has_draw = spec.stages is not None and not spec.stages.is_greedy
+        uniforms = all_uniforms(settings, state.token_ids.shape[1]) if has_draw else None
         return jax.lax.while_loop(
             lambda carry: is_running(carry[1], until),
-            lambda carry: decode_token(spec, params, *carry, settings),
+            lambda carry: decode_token(spec, params, *carry, settings, uniforms),
             (cache, state),
         )

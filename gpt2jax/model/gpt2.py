@@ -1,4 +1,4 @@
-"""The GPT-2: read this file and you know the model.
+"""The GPT-2: read this file, and `layers.py` for what it is made of, and you know the model.
 
 Modules are Flax NNX and hold parameters only: no caches, no random streams, no mutation. What varies between calls
 (dropout key, LoRA adapters, key/value cache) is an argument. Outside this file parameters are a plain nested dict with
@@ -12,7 +12,6 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -24,16 +23,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.ops.attention import LayerCache, attention, causal_mask
+from gpt2jax.model.layers import Embed, ForwardContext, Ids, LayerNorm, Linear, activate
+from gpt2jax.ops.attention import LayerCache, attention, block_mask
 from gpt2jax.ops.dropout import dropout, split_key
-from gpt2jax.ops.fused import gelu_tanh, layer_norm
 from gpt2jax.ops.linear import matmul
-from gpt2jax.ops.low_rank import apply_lora, attach_scales
+from gpt2jax.ops.low_rank import attach_scales
 from gpt2jax.ops.precision import FLOAT32, Precision
 from gpt2jax.sharding import constrain_batch, constrain_embedding
 
 Params = dict[str, Any]
-Ids = Int[Array | np.ndarray, "B T"]
 
 # Rematerialization: which residuals of a block are saved for the backward pass; it recomputes the others.
 _REMAT_POLICIES = {
@@ -43,90 +41,6 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 REMAT = tuple(_REMAT_POLICIES)
-
-# three names of the tanh approximation of GELU
-_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-_OTHER_ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardContext:
-    """What is the same for every layer of one forward pass.
-
-    Attributes:
-        precision: dtypes.
-        mask: [B or 1, 1, T, S], True = attend.
-        is_causal: `mask` is `causal_mask` and nothing else.
-        cache_position: where the new keys and values go in a `LayerCache`.
-        lora_dropout: dropout of the input of adapters.
-        remat: one of `REMAT`.
-    """
-
-    precision: Precision
-    mask: jax.Array | None = None
-    is_causal: bool = False
-    cache_position: jax.Array | int | None = None
-    lora_dropout: float = 0.0
-    remat: str = "none"
-
-
-def activate(name: str, x: Float[Array, "B T F"], ctx: ForwardContext) -> Float[Array, "B T F"]:
-    """Apply the nonlinearity between the two products of the MLP."""
-    return gelu_tanh(x, ctx.precision.compute_dtype) if name in _TANH_GELUS else _OTHER_ACTIVATIONS[name](x)
-
-
-class Linear(nnx.Module):
-    """y = x @ kernel + bias, kernel [in, out] as in GPT-2's files, with an optional low-rank branch."""
-
-    def __init__(self, in_dim: int, out_dim: int, *, layers: tuple[int, ...], std: float, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(
-            std * jax.random.normal(rngs.params(), (*layers, in_dim, out_dim), jnp.float32)
-        )
-        self.bias = nnx.Param(jnp.zeros((*layers, out_dim), jnp.float32))
-
-    def __call__(
-        self,
-        x: Float[Array, "B T in"],
-        ctx: ForwardContext,
-        adapter: Any = None,
-        key: jax.Array | None = None,
-    ) -> Float[Array, "B T out"]:
-        """Apply the layer; for `adapter` see `low_rank.apply_lora`."""
-        dtype, kernel = ctx.precision.compute_dtype, self.kernel.get_value()
-        y = matmul(x, kernel, dtype)
-        if adapter is not None:
-            y = apply_lora(y, x, dropout(x, ctx.lora_dropout, key), kernel, adapter, dtype)
-        return (y + self.bias[...]).astype(ctx.precision.activation_dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Normalization of the last axis, with float32 statistics."""
-
-    def __init__(self, dim: int, *, layers: tuple[int, ...], epsilon: float):
-        self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((*layers, dim), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((*layers, dim), jnp.float32))
-
-    def __call__(self, x: Float[Array, "B T D"], ctx: ForwardContext) -> Float[Array, "B T D"]:
-        y: jax.Array = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
-        return y.astype(ctx.precision.activation_dtype)
-
-
-class Embed(nnx.Module):
-    """A table of vectors, looked up by id."""
-
-    def __init__(self, rows: int, dim: int, *, std: float, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, dim), jnp.float32))
-
-    def __call__(self, ids: Ids) -> Float32[Array, "B T D"]:
-        # ids are checked on the host; "clip" only spares the kernel that fills out-of-range rows with NaN
-        return jnp.take(self.embedding[...], ids, axis=0, mode="clip").astype(jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -152,21 +66,22 @@ class Attention(nnx.Module):
         adapters = adapters or {}
         keys = split_key(key, 4)
         q, k, v = self._project_qkv(x, ctx, adapters, keys[0])
-        q, dtype = q * self._scale(layer_index), ctx.precision.compute_dtype
+        dtype = ctx.precision.compute_dtype
         if cache is not None:
             assert ctx.cache_position is not None
             cache = cache.update(k, v, ctx.cache_position)
             # read in its own dtype: casting all of it at each step would cost more than 16-bit products save
             k, v, dtype = *cache, cache.keys.dtype
-        assert ctx.mask is not None
         y = attention(
             q,
             k,
             v,
             ctx.mask,
             dtype=dtype,
+            scale=self._scale(layer_index),
             is_causal=ctx.is_causal,
-            kind=ctx.precision.attention,
+            segment_ids=ctx.segment_ids,
+            execution=ctx.precision.execution,
             dropout_rate=self.config.attn_pdrop,
             dropout_key=keys[1],
         )
@@ -307,6 +222,7 @@ class GPT2(nnx.Module):
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.n_layer)
         unrolled = list(self.h) if isinstance(self.h, nnx.List) else None
         graphdef, params = nnx.split(unrolled[0] if unrolled else self.h)
+        is_loop = unrolled is None and not ctx.precision.execution.has_unrolled_layers
 
         def block(x, layer):
             params, adapters, key, index = layer
@@ -316,14 +232,22 @@ class GPT2(nnx.Module):
 
         if ctx.remat != "none":
             # a scan needs no guard against common subexpressions: its body is not merged with the backward pass
-            block = jax.checkpoint(block, policy=_REMAT_POLICIES[ctx.remat], prevent_cse=unrolled is not None)
-        others = ((adapters or {}).get("h"), keys, jnp.arange(self.config.n_layer))
-        if unrolled is None:
-            x, _ = jax.lax.scan(block, x, (params, *others))
+            block = jax.checkpoint(block, policy=_REMAT_POLICIES[ctx.remat], prevent_cse=not is_loop)
+        adapters = (adapters or {}).get("h")
+        if is_loop:
+            x, _ = jax.lax.scan(block, x, (params, adapters, keys, jnp.arange(self.config.n_layer)))
             return self.ln_f(x, ctx)
-        for index, module in enumerate(unrolled):
-            x, _ = block(x, (nnx.state(module), *jax.tree.map(lambda leaf, i=index: leaf[i], others)))
+        for index in range(self.config.n_layer):
+            own = nnx.state(unrolled[index]) if unrolled else _layer(params, index)
+            key = None if keys is None else keys[index]
+            x, _ = block(x, (own, _layer(adapters, index), key, index))
         return self.ln_f(x, ctx)
+
+
+def _layer(blocks: Any, index: int) -> Any:
+    """Take one layer of stacked arrays, or of a dict of layers."""
+    is_dict = isinstance(blocks, dict) and index in blocks
+    return blocks[index] if is_dict else jax.tree.map(lambda leaf: leaf[index], blocks)
 
 
 # ---- the functions that the rest of the library calls: plain dicts in, arrays out ----
@@ -397,7 +321,7 @@ def hidden_states(
         token_embeddings: the embeddings of `token_ids`, for a caller who differentiates by them.
         positions: rows of the position table. Default: 0, 1, ... counted over real tokens, and anew in each segment.
         attention_mask: False = padding (left or right), which no token attends to.
-        segment_ids: tokens attend only within their own segment (several documents in one row).
+        segment_ids: tokens attend only within their own segment.
         precision: dtypes; the result has `precision.activation_dtype`.
         dropout_key: switches dropout on.
         adapters: LoRA adapters, nested as `params`.
@@ -418,15 +342,14 @@ def hidden_states(
     if positions is None:
         positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
     # made here and not in the layers, where XLA would keep it for every head of every row
-    mask = causal_mask(length)
+    mask = block_mask(0, length, segment_ids)
     if attention_mask is not None:
         mask = mask & attention_mask.astype(bool)[:, None, None, :]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     ctx = ForwardContext(
         precision,
         mask,
-        is_causal=attention_mask is None and segment_ids is None,
+        is_causal=attention_mask is None,
+        segment_ids=segment_ids,
         lora_dropout=lora_dropout,
         remat=remat,
     )
@@ -456,4 +379,5 @@ def output_logits(
     hidden: Float[Array, "*B D"], head: Float[Array, "V D"], precision: Precision = FLOAT32
 ) -> Float32[Array, "*B V"]:
     """Multiply hidden states by the output head."""
-    return matmul(hidden, head.T, precision.compute_dtype)
+    # float32 logits on every device
+    return matmul(hidden, head.T, precision.compute_dtype).astype(jnp.float32)

@@ -15,8 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from gpt2jax.ops.device import CPU, Execution
 from gpt2jax.ops.linear import Kernel, dequantize, matmul
 
 Adapter = dict[str, Any]  # arrays of JAX or NumPy
@@ -29,6 +31,7 @@ def apply_lora(
     kernel: Kernel,
     adapter: Adapter | tuple[Adapter | None, ...],
     dtype: jnp.dtype,
+    execution: Execution = CPU,
 ) -> Float[Array, "*B out"]:
     """Add an adapter to the output of a linear layer, before the bias.
 
@@ -39,6 +42,7 @@ def apply_lora(
         kernel: [in, out].
         adapter: of the whole layer; or a tuple with one for each equal part of the output, None for a plain part.
         dtype: of the operands of the products.
+        execution: of the device.
     """
     if isinstance(adapter, tuple):
         count = len(adapter)
@@ -46,15 +50,16 @@ def apply_lora(
         for index, own in enumerate(adapter):
             if own is not None:
                 part = slice_outputs(kernel, index, count)
-                outputs[index] = apply_lora(outputs[index], x, dropped, part, own, dtype)
+                outputs[index] = apply_lora(outputs[index], x, dropped, part, own, dtype, execution)
         return jnp.concatenate(outputs, axis=-1)
-    update = matmul(matmul(dropped, adapter["lora_a"], dtype), adapter["lora_b"], dtype) * adapter["scale"]
+    inner = matmul(dropped, adapter["lora_a"], dtype, execution)
+    update = matmul(inner, adapter["lora_b"], dtype, execution) * adapter["scale"].astype(y.dtype)
     if "magnitude" not in adapter:
         return y + update
     # constant in the gradient, as section 4.3 of the paper proposes: it saves memory and costs no accuracy
     lengths = jax.lax.stop_gradient(column_norms(add_lora_delta(kernel, adapter)))
     ratio = adapter["magnitude"] / lengths
-    plain = y if dropped is x else matmul(dropped, kernel, dtype)
+    plain = y if dropped is x else matmul(dropped, kernel, dtype, execution)
     return y + (ratio - 1.0) * plain + ratio * update
 
 
@@ -88,16 +93,21 @@ def column_norms(kernel: Kernel) -> Float32[Array, "*L out"]:
     return jnp.sqrt(jnp.square(dequantize(kernel)).sum(axis=-2))
 
 
-def attach_scales(adapters: Mapping[str, Any], scale: Any, layers: int) -> dict[str, Any]:
+def attach_scales(adapters: Mapping[Any, Any], scale: Any, layers: int) -> dict[Any, Any]:
     """Return adapters with "scale" [L] in each.
 
     Args:
-        adapters: dicts nested to any depth, each innermost one an adapter stacked over the blocks.
-        scale: a number for all adapters, or numbers and arrays [L] nested as the adapters are.
+        adapters: dicts nested to any depth, each innermost one an adapter stacked over the blocks; or with one dict
+            for each layer, {0: ..., 1: ...}, whose adapters get scales [].
+        scale: a number for all adapters, or numbers and arrays [L] nested as stacked adapters are.
         layers: L.
     """
+    if 0 in adapters:
+        stacks = {i: jax.tree.map(lambda s, i=i: s[i] if np.ndim(s) else s, scale) for i in adapters}
+        return {i: attach_scales(part, stacks[i], 0) for i, part in adapters.items()}
     if "lora_a" in adapters:
-        return {**adapters, "scale": jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (layers,))}
+        shape = (layers,) if layers else ()
+        return {**adapters, "scale": jnp.broadcast_to(jnp.asarray(scale, jnp.float32), shape)}
     return {
         name: attach_scales(part, scale[name] if isinstance(scale, Mapping) else scale, layers)
         for name, part in adapters.items()

@@ -64,8 +64,9 @@ def estimate_memory(program: Program, *, fsdp: int = 1, tensor: int = 1, devices
 def _residual_bytes(program: Program) -> int:
     """Return the bytes that the forward pass of one part of the batch saves, read off JAX's own pullback."""
     model, train, lora, precision = program.model, program.train, program.train.lora, program.precision
-    if precision.attention == "cudnn":  # it can be traced on a GPU only; this one saves the same
-        precision = dataclasses.replace(precision, attention="recompute")
+    if precision.execution.attention == "cudnn":  # it can be traced on a GPU only; this one saves the same
+        execution = dataclasses.replace(precision.execution, attention="blockwise")
+        precision = dataclasses.replace(precision, execution=execution)
     frozen = program.frozen
     if frozen is not None:
         # int8 kernels save no inputs for a gradient; XLA drops those of other frozen kernels

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gpt2jax.lora.adapters import cast_base, init_adapters
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import BATCH_AXES, shardings, use_mesh
 from gpt2jax.train.config import FinetuneConfig
@@ -38,8 +39,16 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Program:
-    """Build the step that `finetune` would run on a backend.
+def make_program(
+    model: GPT2Config, train: FinetuneConfig, backend: str, device: Device | None = None
+) -> Program:
+    """Build the step that `finetune` would run.
+
+    Args:
+        model: of the run.
+        train: its settings.
+        backend: "cpu", "gpu" or "tpu".
+        device: facts about the device; None: a device of the backend of which nothing more is known.
 
     Raises:
         ValueError: the sequence is longer than the context.
@@ -66,7 +75,7 @@ def make_program(model: GPT2Config, train: FinetuneConfig, backend: str) -> Prog
     shape = (train.batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
     batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    precision = Precision.for_backend(train.compute_dtype, backend=backend)
+    precision = Precision.for_device(train.compute_dtype, device or Device.of_backend(backend))
     return Program(model, train, backend, precision, jax.eval_shape(start, trainable), frozen, batch)
 
 

@@ -222,7 +222,7 @@ def calibration(comparison: Comparison) -> Plot:
         columns = ([entry[key] for entry in bins] for key in ("confidence", "accuracy"))
         _draw_series(axes, index, model.name, *columns)
     axes.set_xlabel("probability of the most likely token")
-    axes.set_ylabel("share that is correct")
+    axes.set_ylabel("fraction that is correct")
     axes.grid()
     axes.legend()
     errors = ", ".join(f"{m.name} {percent(m.evaluation.calibration_error)}" for m in comparison.models)

@@ -23,7 +23,7 @@ DEFINITIONS = (
     ),
     (
         "Accuracy, top-5 accuracy",
-        "share of scored tokens that were the model's most likely token, or among its five most likely tokens.",
+        "fraction of scored tokens that were the model's most likely token, or among its five most likely tokens.",
     ),
     (
         "Bits per byte, bits per character",
@@ -31,7 +31,7 @@ DEFINITIONS = (
     ),
     (
         "Calibration error",
-        "how far the probability of the most likely token is from the share of times it is correct: the mean over "
+        "how far the probability of the most likely token is from the fraction of times it is correct: the mean over "
         "tokens, in 15 bins of that probability.",
     ),
     (
@@ -44,14 +44,17 @@ DEFINITIONS = (
         "Standard error, interval",
         "over documents, since the tokens of one text depend on each other. The interval is a bootstrap's.",
     ),
-    ("Wins", "share of documents on which the model has the lower loss; a tie counts half."),
-    ("Repeated 4-grams", "share of four-token sequences that occurred before in the same text."),
+    ("Wins", "fraction of documents on which the model has the lower loss; a tie counts half."),
+    ("Repeated 4-grams", "fraction of four-token sequences that occurred before in the same text."),
     (
         "Distinct-n",
         "number of different sequences of n tokens within each text, divided by the number of all; 1 means that no "
         "sequence occurs twice.",
     ),
-    ("Self-overlap", "share of a text's four-token sequences that also occur in another text of the model."),
+    (
+        "Self-overlap",
+        "fraction of a text's four-token sequences that also occur in another text of the model.",
+    ),
     (
         "Duplicates, contained",
         "compared by runs of 32 letters and digits. Near duplicates have at least 80 % of all their runs in common "
@@ -127,7 +130,13 @@ def scoring_sentence(comparison: Comparison) -> str:
 def sampling_sentence(comparison: Comparison) -> str:
     """Say how the texts were generated."""
     settings = comparison.settings
-    if not settings["do_sample"] or settings["temperature"] == 0:
+    if "num_beams" in settings:
+        how = f"Beam search with {settings['num_beams']} beams"
+    elif "penalty_alpha" in settings:
+        how = (
+            f"Contrastive search with penalty_alpha {settings['penalty_alpha']:g}, top-k {settings['top_k']}"
+        )
+    elif not settings["do_sample"] or settings["temperature"] == 0:
         how = "Greedy: always the most likely token"
     else:
         how = f"Sampled with temperature {settings['temperature']:g}"

@@ -128,16 +128,16 @@ def breakdown_table(model: ModelResult) -> Table:
             number(entry["first"], 3),
             number(entry["second"], 3),
             number(entry["difference"], 3, signed=True),
-            percent(entry["share"]),
+            percent(entry["fraction"]),
         )
         for kind, label in (("position", "position"), ("frequency", "frequency"), ("kind", "kind"))
         for entry in model.versus_baseline.breakdown[kind]
     ]
     caption = (
         "Mean loss in nats by the token's position in the row, by its frequency in the texts, and by its kind; the "
-        f"difference {model.name} {MINUS} {baseline}, and the class's share of the whole difference"
+        f"difference {model.name} {MINUS} {baseline}, and the class's fraction of the whole difference"
     )
-    return Table(caption, ("Class", "Tokens", baseline, model.name, "Difference", "Share"), rows)
+    return Table(caption, ("Class", "Tokens", baseline, model.name, "Difference", "Fraction"), rows)
 
 
 def repetition_table(comparison: Comparison) -> Table:
@@ -169,7 +169,7 @@ def overlap_table(comparison: Comparison) -> Table:
         ("exact duplicates", f"{about['exact']:,}"),
         ("exact and near duplicates", f"{about['near']:,}"),
         ("mostly contained texts", f"{about['mostly_contained']:,}"),
-        ("contained share of all text", percent(about["contained"], 2)),
+        ("contained fraction of all text", percent(about["contained"], 2)),
     ]
     for entry in about["listed"][:5]:
         found = f"{percent(entry['contained'])} contained"

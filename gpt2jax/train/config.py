@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.utils.validation import (
@@ -11,6 +11,7 @@ from gpt2jax.utils.validation import (
     check_path,
     each,
     in_range,
+    instance_of,
     must_be,
     non_empty_string,
     non_negative_int,
@@ -24,17 +25,6 @@ from gpt2jax.utils.validation import seed as seed_rule
 TRACKERS = ("tensorboard", "wandb")
 non_negative = in_range(0)
 below_one = in_range(0, 1, open_end=True)
-
-
-def instance_of(kind: type) -> Rule:
-    """Build the rule of the instances of one class."""
-
-    def convert(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise TypeError
-        return value
-
-    return Rule(f"a {kind.__name__}", convert)
 
 
 def _one_or_more(item: Rule) -> Rule:
@@ -59,7 +49,7 @@ class FinetuneConfig:
             other: less memory, same result. `batch_size` must be a multiple of it.
         sequence_length: T, tokens of one row. None: the model's context, at most 1024.
         packing: "concat" trains on every token of the texts, joined by end tokens and split into rows; "packed" puts
-            several texts into a row, each with attention and positions of its own; "padded" has one text a row, its
+            several texts into a row, each with its own attention and positions; "padded" has one text a row, its
             first T - 1 tokens and the end token, as in the Keras baseline.
         optimizer: "adamw"; "adafactor" (second moments as rows and columns: little memory); "lion" (sign of the
             momentum: one moment); "sgd" (momentum `beta1`); or "muon": orthogonalised momentum for the kernels of
@@ -88,7 +78,9 @@ class FinetuneConfig:
         remat: what the backward pass computes again instead of keeping it: "none" of it, all but matrix products
             ("dots"), all but those with weights ("weights"), or all of each block ("full").
         dropout: overrides the model's three dropout rates; None: as the model says.
-        compute_dtype: operands of matrix products: "float32", "bfloat16", or "float16" (with dynamic loss scaling).
+        compute_dtype: operands of matrix products: "float32", "bfloat16", "float16" (with dynamic loss scaling), or
+            "tensorfloat32": float32 whose products round their operands to 10 bits on NVIDIA GPUs of capability 8.0 or
+            more, where they are several times as fast; elsewhere the same as float32.
             Parameters, moments, softmax and loss are float32 always.
         lora: train low-rank adapters instead of the parameters; None: all parameters.
         base_dtype: with `lora`, of the copy of the frozen parameters that is trained on: "float32", "bfloat16" (which
@@ -139,7 +131,7 @@ class FinetuneConfig:
     z_loss: Annotated[float, non_negative] = 0.0
     remat: Literal["none", "dots", "weights", "full"] = "none"
     dropout: Annotated[float | None, below_one] = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compute_dtype: Literal["float32", "tensorfloat32", "bfloat16", "float16"] = "float32"
     lora: Annotated[LoRAConfig | None, instance_of(LoRAConfig)] = None
     base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     fsdp: Annotated[int, positive_int] = 1

@@ -15,17 +15,18 @@ from typing import Any
 import jax
 
 from gpt2jax.data.batches import check_long_enough
+from gpt2jax.data.documents import Documents
 from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.config import check_patterns
 from gpt2jax.sharding import barrier
-from gpt2jax.train.config import FinetuneConfig, instance_of
+from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import partition_params
 from gpt2jax.train.optimizer import resolve_learning_rate
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.trackers import check_trackers
 from gpt2jax.train.trainer import Run, Trainer, plan_run
-from gpt2jax.utils.validation import check, check_model, check_texts, optional
+from gpt2jax.utils.validation import check, check_model, check_texts, instance_of, optional, override_fields
 
 
 def finetune(
@@ -73,22 +74,12 @@ def finetune(
     if validation_texts is not None:
         check_texts("validation_texts", validation_texts)
     check("source", source, optional(instance_of(Mapping)))
-    check("config", config, optional(instance_of(FinetuneConfig)))
-    config = resolve_learning_rate(config or FinetuneConfig(), model.num_parameters())
+    config = override_fields("config", FinetuneConfig, config, {})
+    config = resolve_learning_rate(config, model.num_parameters())
     model = model.merge_adapter()
     _check_config(config, model, output, has_validation=validation_texts is not None)
     progress = progress and jax.process_index() == 0
-    tokenize = functools.partial(
-        tokenize_documents,
-        tokenizer=model.tokenizer,
-        vocab_size=model.config.vocab_size,
-        cache=config.token_cache,
-        progress=progress,
-    )
-    documents, validation = tokenize(train_texts), None
-    if validation_texts is not None:
-        validation = tokenize(validation_texts)
-        check_long_enough(validation, "validation texts")
+    documents, validation = _tokenize(model, config, train_texts, validation_texts, progress=progress)
     plan = plan_run(model, config, documents)
     folder = _run_folder(output, resume=resume, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
@@ -99,6 +90,29 @@ def finetune(
         with Trainer(model, config, plan, validation, folder, show_progress=progress) as trainer:
             trainer.train()
         return trainer.finish()
+
+
+def _tokenize(
+    model: LanguageModel,
+    config: FinetuneConfig,
+    train_texts: Iterable[Any],
+    validation_texts: Iterable[Any] | None,
+    *,
+    progress: bool,
+) -> tuple[Documents, Documents | None]:
+    tokenize = functools.partial(
+        tokenize_documents,
+        tokenizer=model.tokenizer,
+        vocab_size=model.config.vocab_size,
+        cache=config.token_cache,
+        progress=progress,
+    )
+    documents = tokenize(train_texts)
+    if validation_texts is None:
+        return documents, None
+    validation = tokenize(validation_texts)
+    check_long_enough(validation, "validation texts")
+    return documents, validation
 
 
 def _run_folder(output: Any, *, resume: bool, overwrite: bool) -> RunFolder | None:

@@ -20,6 +20,7 @@ from gpt2jax.sharding import constrain_batch, constrain_params
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params
 from gpt2jax.train.optimizer import clip_scale
+from gpt2jax.train.unrolled import stack_layers, unstack_layers
 
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -116,7 +117,10 @@ def make_train_step(
     loss = _make_loss(
         config, precision, lora=lora, label_smoothing=label_smoothing, z_loss=z_loss, remat=remat
     )
-    gradient = _accumulate(_make_gradient(loss, of_adapters=lora is not None), gradient_accumulation_steps)
+    gradient = _make_gradient(
+        loss, of_adapters=lora is not None, is_unrolled=precision.execution.has_unrolled_layers
+    )
+    gradient = _accumulate(gradient, gradient_accumulation_steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, frozen, batch):
@@ -137,9 +141,7 @@ def make_train_step(
             "optimizer": optimizer_state,
         }
         if ema_decay is not None:
-            # a young average follows closely, or the first parameters would weigh in it for long
-            decay = jnp.minimum(ema_decay, (1.0 + state["step"]) / (10.0 + state["step"]))
-            new["ema"] = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state["ema"], new["params"])
+            new["ema"] = _moving_average(state, new["params"], ema_decay)
         new = constrain_params(new)  # sharded as the state that came in, for the next step to take
         metrics = {
             "loss": sums["nll"] / tokens,
@@ -148,15 +150,28 @@ def make_train_step(
             "grad_norm": norm,
         }
         if "loss_scale" in state:
-            finite = jnp.isfinite(norm)
-            # an overflow leaves parameters, moments and the schedule's count as they were
-            for name in {"params", "optimizer", "ema"} & state.keys():
-                new[name] = jax.tree.map(functools.partial(jnp.where, finite), new[name], state[name])
-            new["loss_scale"] = next_loss_scale(state["loss_scale"], finite)
-            metrics |= {"loss_scale": scale, "skipped": new["loss_scale"]["skipped"].astype(jnp.float32)}
+            new = _unless_overflow(new, state, jnp.isfinite(norm))
+            skipped = new["loss_scale"]["skipped"].astype(jnp.float32)
+            metrics |= {"loss_scale": scale, "skipped": skipped}
         return new, metrics
 
     return step
+
+
+def _moving_average(state: TrainState, params: Params, decay: float) -> Params:
+    """Return the moving average of the parameters after a step."""
+    # a young average follows closely, or the first parameters would weigh in it for long
+    rate = 1.0 - jnp.minimum(decay, (1.0 + state["step"]) / (10.0 + state["step"]))
+    return jax.tree.map(lambda e, p: e + rate * (p - e), state["ema"], params)
+
+
+def _unless_overflow(new: TrainState, state: TrainState, is_finite: jax.Array) -> TrainState:
+    """Return the new state; after an overflow parameters, moments and the schedule's count as they were."""
+    kept = {
+        name: jax.tree.map(functools.partial(jnp.where, is_finite), new[name], state[name])
+        for name in {"params", "optimizer", "ema"} & state.keys()
+    }
+    return {**new, **kept, "loss_scale": next_loss_scale(state["loss_scale"], is_finite)}
 
 
 def _make_loss(
@@ -199,10 +214,25 @@ def _make_loss(
     return loss_sum
 
 
-def _make_gradient(loss_sum: Callable[..., Any], *, of_adapters: bool) -> Callable[..., Any]:
-    """Build the gradient of the loss sum in the trainable parameters; it returns the sums too."""
+def _make_gradient(
+    loss_sum: Callable[..., Any], *, of_adapters: bool, is_unrolled: bool
+) -> Callable[..., Any]:
+    """Build the gradient of the loss sum in the trainable parameters; it returns the sums too.
+
+    Args:
+        loss_sum: from `_make_loss`.
+        of_adapters: the trainable parameters are adapters.
+        is_unrolled: the layers are written out: the gradients of each are stacked at the end. Differentiated through,
+            each slice of a stack would make a gradient of the whole stack, most of it zeros.
+    """
 
     def gradient(trainable, frozen, batch, key, scale):
+        if not is_unrolled or (frozen is not None and not of_adapters):
+            return of_arrays(trainable, frozen, batch, key, scale)
+        gradients, sums = of_arrays(unstack_layers(trainable), frozen, batch, key, scale)
+        return (stack_layers(gradients) if 0 not in trainable["h"] else gradients), sums
+
+    def of_arrays(trainable, frozen, batch, key, scale):
         if of_adapters or "wte" not in trainable:
             return jax.grad(loss_sum, has_aux=True)(trainable, None, frozen, batch, key, scale)
         # differentiated through, the lookup would make a second gradient of the whole table, most of it zeros

@@ -170,7 +170,7 @@ class Trainer:
             with_dropout(self.model.config, config.dropout),
             config,
             optimizer,
-            Precision.for_backend(config.compute_dtype),
+            Precision.for_device(config.compute_dtype),
             mask=mask,
         )
         if config.keep_best or config.patience is not None:

@@ -52,7 +52,7 @@ def validation_loss(
     """
     params, adapters = (merge_params(trainable, frozen), None) if config.lora is None else (frozen, trainable)
     scale = config.lora.scales(model.config.n_layer) if config.lora else 1.0
-    precision = Precision.for_backend(config.compute_dtype)
+    precision = Precision.for_device(config.compute_dtype)
     batches = sequential_batches(
         documents,
         packing=config.packing,

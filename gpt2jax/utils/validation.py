@@ -9,7 +9,7 @@ A rule belongs to a field through its annotation:
         optimizer: Literal["adamw", "sgd"] = "adamw"
         dropout: Annotated[float | None, in_range(0, 1, open_end=True)] = None
 
-`bool` and `Literal` need no rule of their own; None is legal where the annotation says so. Every error reads
+`bool` and `Literal` need no rule; None is legal where the annotation says so. Every error reads
 `<field> must be <legal>, got <value>`.
 """
 
@@ -150,6 +150,17 @@ def each(rule: Rule) -> Rule:
     return Rule(f"a list, each item {rule.legal}", convert)
 
 
+def instance_of(kind: type) -> Rule:
+    """Build the rule of the instances of one class."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+
+    return Rule("a dict" if kind is Mapping else f"a {kind.__name__}", convert)
+
+
 def optional(rule: Rule) -> Rule:
     """Build the rule that also takes None."""
     return Rule(f"{rule.legal}, or None", lambda value: None if value is None else rule.convert(value))
@@ -224,6 +235,24 @@ def validated(cls: type[T]) -> type[T]:
     setattr(cls, "__post_init__", __post_init__)  # noqa: B010, a type checker knows no such attribute
     setattr(cls, "__init__", __init__)  # noqa: B010
     return cls
+
+
+def field_names(cls: type) -> list[str]:
+    """Return the names of a dataclass's fields."""
+    return [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+
+
+def override_fields(name: str, cls: type[T], config: T | None, overrides: Mapping[str, Any]) -> T:
+    """Return `config` (default: the defaults of `cls`) with some fields replaced.
+
+    Raises:
+        ValueError: a value is not legal, or `config` is not a `cls`; the message calls it `name`.
+    """
+    config = cls() if config is None else config
+    if not isinstance(config, cls):
+        article = "an" if cls.__name__[0] in "AEIOU" else "a"
+        raise ValueError(must_be(name, f"{article} {cls.__name__}, or None", config))
+    return dataclasses.replace(typing.cast(Any, config), **overrides)
 
 
 def set_field(settings: Any, name: str, value: Any) -> None:

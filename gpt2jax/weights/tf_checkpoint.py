@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
@@ -102,6 +101,8 @@ def _tensor(prefix: Path, num_shards: int, name: str, raw_entry: bytes) -> LazyT
 
 def masked_crc32c(data: bytes | np.ndarray) -> int:
     """Return TensorFlow's checksum: the CRC-32C rotated and offset, as in tensorflow/core/lib/hash/crc32c.h."""
+    import google_crc32c  # which nothing but such a checkpoint needs
+
     if isinstance(data, np.ndarray):
         data = data.reshape(-1).view(np.uint8)
         data.flags.writeable = False  # google_crc32c takes read-only buffers only; this is a view

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import gpt2jax
 from gpt2jax.cli import compare, evaluate, finetune, main
-from gpt2jax.cli.common import DataOptions, run_command, say
+from gpt2jax.cli.common import DataOptions, print_line, run_command
 from gpt2jax.cli.finetune import Options, finetune_config, imply_lora
 from gpt2jax.data import sources
 from gpt2jax.lora.config import LoRAConfig
@@ -103,6 +103,7 @@ def test_finetune_with_adapters_on_an_int8_base(texts, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, model.params, base.params)
     jax.tree.map(np.testing.assert_array_equal, result.model.params, trained.params)
     jax.tree.map(np.testing.assert_array_equal, result.model.adapters, trained.adapters)
+    assert trained.adapters is not None
     assert trained.adapters["h"]["attn"]["c_attn"]["lora_b"].any()
 
 
@@ -120,7 +121,7 @@ def test_evaluate(run, texts, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monkeypatch):
-    """A seeded repeat is the same file but for times, wherever it is written."""
+    """A seeded repeat is the same file except for times, wherever it is written."""
     models = ["gpt2-mini", f"mine={run}", f"copy={run / 'model'}"]
     data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--eval-split", "test"]
     arguments = ["compare", *models, *data, "--max-new-tokens", "4", "--prompts", "the", "", "--seed", "3"]
@@ -207,12 +208,24 @@ def test_evaluate_into_a_folder(texts, tmp_path, capsys):
     assert "--out FOLDER" in fails(capsys, "evaluate", *data, "--resume")
 
 
+def test_imply_lora_refuses_no_lora(capsys):
+    message = fails(capsys, "finetune", "--lora.rank", "8", "--no-lora")
+    assert message == "gpt2jax finetune: error: --lora.rank does not go with --no-lora"
+
+
+def test_run_command_tells_a_setting_without_the_class_of_the_options(capsys):
+    message = fails(capsys, "evaluate", "--limit", "0")
+    assert message.startswith(
+        "gpt2jax evaluate: error: limit must be a positive whole number, or None, got 0;"
+    )
+
+
 def test_finetune_config_with_adapters_of_every_kind():
     words = "--lora.rank 4 --lora.use-rslora --lora.use-dora --lora.targets attn.q mlp.*"
     words += " --lora.rank-pattern h.3.mlp.c_fc 2"
 
     def config(words: str) -> gpt2jax.FinetuneConfig:
-        return finetune_config(tyro.cli(Options, args=imply_lora(words.split())))
+        return finetune_config(tyro.cli(Options, args=imply_lora("finetune", words.split())))
 
     every = config(f"--lora {words} --lora.alpha 16 --base-dtype int8")
     assert config(f"{words} --lora.alpha=16 --base-dtype int8") == every  # they ask for adapters
@@ -293,7 +306,7 @@ def test_what_standard_output_cannot_take(capsys, monkeypatch):
 
 def test_brackets_in_names_are_no_markup():
     console = Console(file=io.StringIO(), width=40)
-    say(console, "wrote", "runs/[/b] " + "x" * 40)
+    print_line(console, "wrote", "runs/[/b] " + "x" * 40)
     console.print(evaluate.figures_table(evaluate.Options(model="m[b]"), {"loss": 1.0}))
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert shown.startswith(f"wrote  runs/[/b] {'x' * 40}\nm[b] on numeric-docs")

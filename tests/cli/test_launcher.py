@@ -35,3 +35,32 @@ def test_restart_in_huge_pages_replaces_the_process_once(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
     _launcher.restart_in_huge_pages()
     assert len(calls) == 1
+
+
+VARIABLES = ("DIR", "MAX_SIZE")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The user's cache folder; what the tests set is forgotten."""
+    for name in (
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+        *(f"JAX_COMPILATION_CACHE_{x}" for x in VARIABLES),
+    ):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GPT2JAX_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_keep_compiled_programs_names_a_bounded_folder(cache):
+    _launcher.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(cache / "programs"))
+    assert 0 < int(os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"]) <= 2**30
+
+
+def test_keep_compiled_programs_leaves_the_folder_that_a_user_named(cache, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    _launcher.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ

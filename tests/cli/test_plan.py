@@ -11,18 +11,29 @@ from gpt2jax.plan import devices, program
 
 
 def test_plan_prints_the_estimate(capsys):
-    main(["--model", "gpt2", "--batch-size", "8", "--device", "a100"])
+    main(["--model", "gpt2", "--batch-size", "8", "--device", "a100", "--devices", "1", "--no-compile"])
     text = capsys.readouterr().out
     for part in (
         "gpt2  on 1 x NVIDIA A100 80 GB, 8 x 1,024 tokens a step",
         "residuals",
         "estimate  a lower bound",
-        "attention  cudnn",
+        "cuDNN attention",
         "trained parameters  124,439,808",
         "largest batch that fits  at most ",
-        "not compiled  XLA has no description of 1 x a100 here",
     ):
         assert part in text
+    assert "compiled  " not in text
+
+
+def test_plan_takes_the_options_of_adapters_and_their_devices(capsys):
+    main(
+        ["--model", "gpt2-mini", "--device", "v5e", "--devices", "2", "--lora.rank", "4", "--batch-size", "2"]
+    )
+    text = capsys.readouterr().out
+    # 4 layers, of which each linear has rank * (inputs + outputs)
+    trained = 4 * 4 * ((256 + 768) + (256 + 256) + (256 + 1024) + (1024 + 256))
+    assert f"trained parameters  {trained:,}" in text
+    assert "not compiled  XLA has no description of 2 x v5e here; described: 1, 4, 8" in text
 
 
 @pytest.mark.slow
@@ -59,7 +70,7 @@ def test_plan_compiles_for_the_device_and_says_whether_it_fits(capsys, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "h200x"], "there is no device 'h200x'; did you mean 'h100'?"),
+        (["--device", "h20"], "there is no device 'h20'; did you mean 'h200'?"),
         (
             ["--devices", "3", "--fsdp", "2"],
             "devices must be a multiple of fsdp=2 times tensor_parallel=1, got 3",

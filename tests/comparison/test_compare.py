@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from comparisons import LENGTH, NASTY, PROMPTS, SETTINGS, TEXTS, make_comparison
 from tiny_models import CONFIG, decode_bytes, encode, random_model
 
 from gpt2jax.comparison.compare import DEFAULT_PROMPTS, compare
+from gpt2jax.evaluation.config import EvaluationConfig
 from gpt2jax.evaluation.evaluate import evaluate
+from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.generate import generate
 from gpt2jax.report.plots import comparison_plots
 from gpt2jax.report.tables import figures_table
@@ -44,7 +47,7 @@ def test_comparison_as_dict_is_as_promised(comparison):
         for kind in ("frequency", "kind"):
             parts = [entry["difference"] * entry["tokens"] for entry in breakdown[kind]]
             assert sum(parts) == pytest.approx(whole) and sum(
-                e["share"] for e in breakdown[kind]
+                e["fraction"] for e in breakdown[kind]
             ) == pytest.approx(1)
         improved = comparison[name].versus_baseline.excerpts.improved
         assert [e["document"] for e in breakdown["improved"][:3]] == [e.document for e in improved]
@@ -83,8 +86,21 @@ def test_compare_generations(comparison, model):
     }
     alone = generate(model, ["the"], max_new_tokens=12, top_k=5, seed=7)[0]
     assert first[0]["text"] == alone.text
-    assert first[1]["text"] != first[3]["text"]  # the same prompt, with a seed of its own
+    assert first[1]["text"] != first[3]["text"]  # the same prompt, with another seed
     assert all(found.first_call_seconds > 0 for found in comparison.models)
+
+
+@pytest.mark.slow
+def test_compare_takes_configs_and_overrides(model):
+    settings: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.5}
+    generation = GenerationConfig(max_new_tokens=12, **settings)
+    evaluation = EvaluationConfig(sequence_length=LENGTH, batch_size=8)
+    found = compare({"a": model}, TEXTS, ["the"], evaluation, generation, resamples=10)
+    again = compare({"a": model}, TEXTS, ["the"], **{**SETTINGS, "resamples": 10}, **settings)
+    assert found.baseline.evaluation.config == again.baseline.evaluation.config
+    assert found.settings == again.settings and found.settings["repetition_penalty"] == 1.5
+    [expected] = generate(model, ["the"], generation)
+    assert found.baseline.generations[0]["text"] == again.baseline.generations[0]["text"] == expected.text
 
 
 def test_compare_model_with_itself(model):
@@ -198,7 +214,15 @@ def test_params_fingerprint_tells_models_apart(model, other_model):
         (None, {"texts": "one"}, TypeError, "one string"),
         (None, {"sequence_length": 129}, ValueError, "at most the model's context of 128 tokens, got 129"),
         (None, {"resamples": 0}, ValueError, "resamples must be a positive whole number, got 0"),
-        (None, {"max_length": 20}, ValueError, "give one of them"),
+        (None, {"max_length": 20}, ValueError, "max_length=20 does not go with max_new_tokens"),
+        (
+            None,
+            {"num_return_sequences": 2},
+            ValueError,
+            "num_return_sequences must be 1, got 2; repeat a prompt",
+        ),
+        (None, {"evaluation": 5}, ValueError, "evaluation must be an EvaluationConfig, or None, got 5"),
+        (None, {"generation": 5}, ValueError, "generation must be a GenerationConfig, or None, got 5"),
         (None, {"prompts": ["long " * 60]}, ValueError, "prompt 0 has .* tokens"),
         (None, {"prompts": 5}, ValueError, "prompts must be .*, got 5"),
         (
@@ -208,7 +232,12 @@ def test_params_fingerprint_tells_models_apart(model, other_model):
             r"temperature must be a number of at least 0, got \[1.0\]",
         ),
         (None, {"top_p": 7}, ValueError, "top_p must be .*, got 7"),
-        (None, {"max_new_tokens": 0}, ValueError, "max_new_tokens must be a positive whole number, got 0"),
+        (
+            None,
+            {"max_new_tokens": 0},
+            ValueError,
+            "max_new_tokens must be a positive whole number, or None, got 0",
+        ),
         (None, {"seed": 1.5}, ValueError, "seed must be a whole number.*, got 1.5"),
         (None, {"seed": 2**32}, ValueError, "seed must be a whole number.*, got 4294967296"),
         (None, {"prompts": {"a": 1}}, ValueError, "prompts must be .*, got {'a': 1}"),
@@ -217,7 +246,7 @@ def test_params_fingerprint_tells_models_apart(model, other_model):
             {"prompts": {"a"}},
             ValueError,
             "prompts must be .*, got {'a'}",
-        ),  # in an order of its own each time
+        ),  # in another order each time
         (None, {"texts": {"a text"}}, TypeError, "texts must be a list of texts, got {'a text'}"),
         (None, {"source": "docs"}, ValueError, "source must be a dict, or None, got 'docs'"),
         (

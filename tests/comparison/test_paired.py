@@ -31,7 +31,12 @@ def evaluation_of(losses: list[list[float]], correct: list[list[bool]]) -> Evalu
         np.diff(offsets),
         sum_by_document(loss, offsets),
         sum_by_document(rank == 0, offsets, np.int64),
-        *(none,) * 6,
+        none,
+        none,
+        none,
+        none,
+        none,
+        none,
         none > 0,
     )
     breakdown = loss_breakdown(scores, end_token_id=9, sequence_length=LENGTH, vocab_size=10)
@@ -61,9 +66,9 @@ def test_difference_breakdown_by_hand():
         ("2 to 3", 3, pytest.approx((0 - 1 - 1) / 3)),
         ("4 to 7", 1, -2),
     ]
-    assert [c["share"] for c in found["position"]] == pytest.approx([0, 0.5, 0.5])
+    assert [c["fraction"] for c in found["position"]] == pytest.approx([0, 0.5, 0.5])
     # every id occurs once in seven tokens or more often
-    assert [(c["class"], c["tokens"], c["share"]) for c in found["frequency"]] == [
+    assert [(c["class"], c["tokens"], c["fraction"]) for c in found["frequency"]] == [
         ("1 in 100 or more often", 7, 1)
     ]
     assert [c["class"] for c in found["kind"]] == ["no text"]

@@ -64,7 +64,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
             return {"name": self._strip_protocol(path), "size": place.stat().st_size, "type": kind}
 
         def ls(self, path, detail=True, **_):
-            path = self._strip_protocol(path)
+            path = str(self._strip_protocol(path))
             if not made.local(path).is_dir():
                 return [self.info(path)] if detail else [path]
             found = [f"{path}/{place.name}" for place in made.local(path).iterdir()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import datasets
 import pytest
@@ -11,7 +12,7 @@ from gpt2jax.data.sources import Texts
 
 ROWS = [{"ask": f"question {i}", "tell": f" answer {i}"} for i in range(40)]
 PAIRS = [{"prompt": row["ask"], "completion": row["tell"]} for row in ROWS]
-COLUMNS = {"prompt_column": "ask", "completion_column": "tell"}
+COLUMNS: dict[str, Any] = {"prompt_column": "ask", "completion_column": "tell"}
 
 
 def write(path, rows) -> None:

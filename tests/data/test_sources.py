@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import datasets
 import pytest
@@ -111,7 +112,9 @@ def test_texts_of_dataset_objects(papers):
 
 
 def test_texts_of_a_dataset_dict_with_other_names():
-    parts = {name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(9)]}) for name in "ab"}
+    parts: Any = {
+        name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(9)]}) for name in "ab"
+    }
     data = datasets.DatasetDict(parts)
     assert load_texts(data, "b[:2]") == ["b 0", "b 1"]
     assert len(load_texts(data, "all")) == 18 and len(load_texts(data)) == 16  # split by content

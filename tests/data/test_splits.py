@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
+from typing import Any
 
 import pytest
 from sample_files import TEXTS, json_lines, write
@@ -120,11 +121,11 @@ def test_files_of_no_split_are_named(tmp_path, caplog):
 @pytest.mark.parametrize("number", [3, 19, 100, 399, 400, 5000])
 def test_split_by_hash_is_a_partition(number):
     texts = [f"text {i}" for i in range(number)]
-    parts = {split: list(split_by_content(iter(texts), split)) for split in SPLITS}
+    parts: dict[str, list[Any]] = {split: list(split_by_content(iter(texts), split)) for split in SPLITS}
     assert sorted(sum(parts.values(), [])) == sorted(texts)
-    for split, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
+    for split, fraction in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
         assert parts[split]
-        assert abs(len(parts[split]) - share * number) <= max(2, 0.02 * number)
+        assert abs(len(parts[split]) - fraction * number) <= max(2, 0.02 * number)
         assert parts[split] == [text for text in texts if text in set(parts[split])]  # order kept
     if number >= 400:  # a text's split is a matter of the text alone
         fewer = list(split_by_content(texts[: number - 1] + ["other"] * 10, "test"))
@@ -152,7 +153,7 @@ def test_a_book_is_cut_by_position(tmp_path):
 
 @pytest.mark.parametrize("text", ["word " * 1000, "x" * 1000, "ab"])
 def test_cuts_lose_nothing(text):
-    assert "".join("".join(split_by_content([text], split)) for split in SPLITS) == text
+    assert "".join(str(part) for split in SPLITS for part in split_by_content([text], split)) == text
 
 
 # The syntax of `datasets`

@@ -104,7 +104,7 @@ def test_a_named_column_is_found_wherever_it_stands(tmp_path):
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert load_texts(path, "all", text_column="words") == [""] * 300 + ["a"]
     pairs = load_texts(path, "all", prompt_column="words", completion_column="words")
-    assert pairs[-1] == {"prompt": "a", "completion": "a"} and pairs[0]["prompt"] == ""
+    assert pairs[::300] == [{"prompt": "", "completion": ""}, {"prompt": "a", "completion": "a"}]
 
 
 def test_dialect_and_header_are_shown(tmp_path, caplog):

@@ -213,6 +213,7 @@ def test_evaluate_uniform_model_by_hand():
         tokens * math.log2(300) / sum(map(len, texts)), rel=1e-6
     )
     assert result.word_perplexity == pytest.approx(math.exp(tokens * math.log(300) / (1 + 31)), rel=1e-5)
+    assert result.bits_per_byte is not None
     assert result.byte_perplexity == pytest.approx(2**result.bits_per_byte, rel=1e-9)
     # all predictions have probability 1/300: they are in the first bin, and right as often as "!" occurs
     assert result.calibration_error == pytest.approx(abs(1 / 300 - result.accuracy), rel=1e-5)

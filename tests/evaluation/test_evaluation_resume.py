@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,9 +60,14 @@ def test_evaluate_resumed_after_a_kill_gives_the_same_to_the_last_digit(model, t
         assert process.wait() == -signal.SIGKILL
     monkeypatch.setattr(module, "CHUNK_SIZE", 16)
     scored = []
-    score_chunk = module._score_chunk
-    monkeypatch.setattr(module, "_score_chunk", lambda *a: scored.append(len(a[1])) or score_chunk(*a))
-    settings = {"sequence_length": LENGTH, "batch_size": 8}
+    score_chunk: Any = module._score_chunk
+
+    def counted(model, texts, *others, **named):
+        scored.append(len(texts))
+        return score_chunk(model, texts, *others, **named)
+
+    monkeypatch.setattr(module, "_score_chunk", counted)
+    settings: dict[str, Any] = {"sequence_length": LENGTH, "batch_size": 8}
     resumed = evaluate(model, iter(TEXTS), **settings, state=state, resume=True)
     assert scored == [16, 16, 4]  # 64 were done
     whole = evaluate(model, TEXTS, **settings)

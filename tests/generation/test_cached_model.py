@@ -78,7 +78,8 @@ def _logits_of(params, outputs, precision):
 
 def prefill(params, ids, padding, *, config, precision):
     """Logits [B, V] behind prompts, and a cache as long as they are."""
-    cache = init_cache(config, *ids.shape, precision.activation_dtype)
+    rows, length = ids.shape
+    cache = init_cache(config, rows, length, precision.activation_dtype)
     logits, cache = step(params, config, ids, cache, 0, padding, precision)
     return np.asarray(logits)[:, -1], cache
 
@@ -142,7 +143,7 @@ def test_what_is_in_the_padding_does_not_matter():
 def test_narrow_weights_stay_near(dtype):
     params, ids = params_of(TINY), ids_of(TINY, 1, 10)
     want = full_logits(params, TINY, ids)[:, -1]
-    narrow = Precision.for_backend(dtype)
+    narrow = Precision.for_device(dtype)
     derived = prepare_decoding_params(params, TINY, dtype=narrow.compute_dtype)
     assert derived["h"][0]["attn"]["c_attn"]["kernel"].values.dtype == jnp.dtype(dtype)
     _, cache = prefill(derived, ids[:, :9], np.zeros(1, np.int32), config=TINY, precision=narrow)
@@ -188,7 +189,8 @@ def test_dtype_by_backend():
     assert decoding_precision("bfloat16", backend="cpu").activation_dtype == jnp.float32
     assert decoding_precision("int8", backend="cpu").compute_dtype == jnp.float32
     with pytest.raises(
-        ValueError, match="dtype must be one of float32, bfloat16, float16, int8, or None, got 'int4'"
+        ValueError,
+        match="dtype must be one of float32, tensorfloat32, bfloat16, float16, int8, or None, got 'int4'",
     ):
         decoding_precision("int4")
 

@@ -660,7 +660,10 @@ def test_two_hundred_calls_compile_twelve_programs(caplog):
         ({"seed": "x"}, "seed .*got 'x'"),
         ({"seed": None}, "seed .*got None"),
         ({"stop_token_ids": [300]}, "stop_token_ids: token id 300 is outside the vocabulary of 300"),
-        ({"dtype": "int4"}, "dtype must be one of float32, bfloat16, float16, int8, or None, got 'int4'"),
+        (
+            {"dtype": "int4"},
+            "dtype must be one of float32, tensorfloat32, bfloat16, float16, int8, or None, got 'int4'",
+        ),
         ({"bad_words": [[300]]}, "bad_words: token id 300"),
         ({"penalty_alpha": 0.5, "top_k": 301}, "top_k must be one number of candidates from 1 to 300"),
         ({"penalty_alpha": 0.5, "top_k": [3, 4]}, r"top_k must be one number .*got \[3, 4\]"),

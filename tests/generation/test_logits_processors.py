@@ -21,7 +21,7 @@ def texts(rows=40, seed=0):
     begin = rng.integers(0, 4, rows).astype(np.int32)
     end = begin + rng.integers(1, 20, rows).astype(np.int32)
     prompt_end = np.minimum(begin + rng.integers(1, 8, rows), end).astype(np.int32)
-    return TokenHistory(token_ids, begin, prompt_end, end)
+    return TokenHistory(token_ids, begin, prompt_end, end)  # pyright: ignore[reportArgumentType]  # NumPy's will do
 
 
 def settings(history, **values) -> Penalties:

@@ -13,6 +13,7 @@ from scipy import stats
 from gpt2jax.generation import sampling
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.sampling import Filters, make_filters
+from gpt2jax.generation.stages import Stages, make_stages
 
 V = 500
 sample = jax.jit(sampling.sample)
@@ -247,10 +248,11 @@ def test_each_row_has_its_own_settings():
     """Greedy, small and large top-k, nucleus and typical side by side: each row as if it were alone."""
     logits, keys = normal_logits(len(CASES), scale=1.5), keys_of(len(CASES))
     rows = [filters(**case) for case in CASES]
-    together = sample(logits, keys, Filters(*(np.array(column) for column in zip(*rows, strict=True))))
+    stacked = Filters(*(jnp.array(column) for column in zip(*rows, strict=True)))
+    together = sample(logits, keys, stacked)
     alone = [sample(logits[i : i + 1], keys[i : i + 1], row)[0] for i, row in enumerate(rows)]
     assert together.tolist() == [int(token) for token in alone]
-    weights = full_weights(logits, Filters(*(np.array(column) for column in zip(*rows, strict=True))))
+    weights = full_weights(logits, stacked)
     want = np.stack([reference(row, **case) for row, case in zip(logits, CASES, strict=True)])
     np.testing.assert_allclose(normalised(weights), want, rtol=2e-5, atol=1e-12)
 
@@ -275,8 +277,12 @@ def test_settings_compile_nothing_anew():
     program: Any = jax.jit(lambda *args: sampling.sample(*args))
     logits, keys = normal_logits(2), keys_of(2)
     for top_k in (1, 5, 64, 65, None, 10**12):
-        for settings in ({"temperature": 0.0}, {"min_p": 0.1}, {"top_p": 0.9, "typical_p": 0.9}):
-            program(logits, keys, make_filters(GenerationConfig(top_k=top_k, **settings)))
+        for config in (
+            GenerationConfig(top_k=top_k, temperature=0.0),
+            GenerationConfig(top_k=top_k, min_p=0.1),
+            GenerationConfig(top_k=top_k, top_p=0.9, typical_p=0.9),
+        ):
+            program(logits, keys, make_filters(config))
     assert program._cache_size() == 1
 
 
@@ -284,3 +290,63 @@ def test_numpy_numbers_are_settings_too():
     numbers: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(7), "top_p": np.float64(0.5)}
     config = GenerationConfig(**numbers, min_p=0)
     assert make_filters(config) == Filters(0.5, 7, 0.5, 0.0, 1.0)
+
+
+# ---- programs that know their stages ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [{"do_sample": False}],
+        [{"top_k": 5}, {"top_k": 16, "top_p": 0.8, "temperature": 1.7}, {"temperature": 0.0}],
+        [{"top_k": 40}, {"top_k": 5}],
+        [{"top_k": 300, "top_p": 0.8}, {"top_p": 0.3, "min_p": 0.01}, {"top_k": 5}, {"top_k": 1}],
+        [{"typical_p": 0.4}, {"top_k": 30, "typical_p": 0.6}],
+    ],
+    ids=str,
+)
+def test_sample_by_draws_what_sample_draws(cases):
+    """A program for the stages of its rows, and the one with all stages: the same tokens, ties included."""
+    copies = 40
+    configs = [GenerationConfig(**{"top_k": None, **case}) for case in cases] * copies
+    columns: Any = [np.array(column) for column in zip(*map(make_filters, configs), strict=True)]
+    rows = Filters(*columns)
+    logits = np.round(normal_logits(len(configs), scale=2.0, seed=11), 1)  # many are equal
+    keys = keys_of(len(configs), 3)
+    stages = make_stages(configs, has_bad_words=False, vocab_size=V)
+    tokens, largest = jax.jit(sampling.sample_by, static_argnums=0)(
+        stages, logits, sampling.make_uniforms(keys), rows
+    )
+    assert tokens.tolist() == sample(logits, keys, rows).tolist()
+    if largest is not None:
+        np.testing.assert_array_equal(largest[:, 0], logits.max(-1))
+
+
+def test_make_stages_holds_what_a_row_asks_for():
+    def stages_of(*cases, has_bad_words=False):
+        configs = [GenerationConfig(**case) for case in cases]
+        return make_stages(configs, has_bad_words=has_bad_words, vocab_size=V)
+
+    assert stages_of({}) == stages_of({"top_k": 16, "temperature": 0.3, "top_p": 0.5}) == Stages(window=16)
+    assert stages_of({"do_sample": False}) == stages_of({"temperature": 0}) == Stages(window=1)
+    assert stages_of({}, {"top_k": 17}, {"top_k": 1}) == Stages(window=64)
+    assert stages_of({"top_k": None}) == Stages(window=0, has_vocabulary=True)
+    assert stages_of({"top_k": V}) == Stages(window=0, has_vocabulary=True)
+    assert stages_of({"top_k": 65}, {}) == Stages(window=16, has_vocabulary=True, has_top_k=True)
+    assert stages_of({"top_k": None, "top_p": 0.5}).has_top_p
+    assert stages_of({"typical_p": 0.5}) == Stages(
+        window=0, has_vocabulary=True, has_top_k=True, has_typical_p=True
+    )
+    assert stages_of({"presence_penalty": 0.1}) == Stages(has_penalties=True)
+    for forbids in ({"no_repeat_ngram_size": 2}, {"min_new_tokens": 1}):
+        assert stages_of(forbids) == Stages(has_forbidden=True) == stages_of({}, has_bad_words=True)
+
+
+def test_top_candidates_are_those_of_one_search():
+    logits = np.round(normal_logits(8, seed=2), 0)  # most are equal to others
+    values, ids = jax.jit(sampling.top_candidates, static_argnums=1)(logits, 64)
+    want_values, want_ids = top_k_of(logits, 64)
+    np.testing.assert_array_equal(values, want_values)
+    np.testing.assert_array_equal(ids, want_ids)

@@ -56,6 +56,7 @@ def test_tokens_are_those_of_plain_decoding(models, guesses, settings):
     for a, b in zip(plain, fast, strict=True):
         assert (a.token_ids, a.finish_reason, a.text) == (b.token_ids, b.finish_reason, b.text)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        assert a.top_logprobs is not None and b.top_logprobs is not None
         assert [[i for i, _ in top] for top in a.top_logprobs] == [
             [i for i, _ in top] for top in b.top_logprobs
         ]
@@ -129,8 +130,9 @@ def test_look_up_takes_the_longest_and_the_latest():
     def guess(text, size=3, begin=0):
         token_ids = np.zeros((1, 32), np.int32)
         token_ids[0, : len(text)] = text
-        ends = np.array([[begin], [len(text)], [len(text)]], np.int32)
-        found = jax.jit(speculative.prompt_lookup, static_argnums=1)(TokenHistory(token_ids, *ends), size)
+        ends = jnp.array([[begin], [len(text)], [len(text)]], jnp.int32)
+        history = TokenHistory(jnp.asarray(token_ids), *ends)
+        found = jax.jit(speculative.prompt_lookup, static_argnums=1)(history, size)
         return found.token_ids[0].tolist() if found.found else []
 
     assert guess([1, 2, 3, 4, 5, 1, 2]) == [3, 4, 5]
@@ -139,7 +141,7 @@ def test_look_up_takes_the_longest_and_the_latest():
     assert guess([1, 2, 3]) == [] and guess([5]) == []
     assert guess([6, 6, 6, 6]) == [6, 6, 6]  # behind its end the text goes on as it did
     assert guess([3, 1, 2, 1, 2], 4) == [1, 2, 1, 2]
-    assert guess([1, 2, 3, 4, 1, 2], begin=1) == []  # what lies before the text is none of it
+    assert guess([1, 2, 3, 4, 1, 2], begin=1) == []  # what lies before the text does not count
 
 
 @pytest.mark.slow

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 import transformers
+
+# without peft the name is that of the folder here
+from peft import LoraConfig, get_peft_model  # pyright: ignore[reportAttributeAccessIssue]
 
 KINDS: dict[str, dict[str, Any]] = {
     "peft": {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["c_attn", "mlp.c_proj"]},
@@ -38,9 +40,7 @@ def make(here: Path, name: str, settings: dict[str, Any]) -> None:
     base: Any = transformers.AutoModelForCausalLM.from_pretrained(
         here / "hf-tied", attn_implementation="eager"
     )
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings)
-    ).eval()
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

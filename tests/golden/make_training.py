@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,10 @@ def main() -> None:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.2
             parameter.copy_(noise + 1 if "ln_" in name and name.endswith("weight") else noise)
     batches = make_batches(generator)
-    arrays = {**batches, **named("before", {n: p.detach() for n, p in model.named_parameters()})}
+    arrays: dict[str, Any] = {
+        **batches,
+        **named("before", {n: p.detach() for n, p in model.named_parameters()}),
+    }
     optimizer = make_optimizer(model)
     losses = []
     for step in range(STEPS):

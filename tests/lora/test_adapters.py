@@ -140,10 +140,13 @@ def test_rank_pattern_holds_in_training(model):
 
 def test_check_patterns_names_one_that_matches_nothing():
     check_patterns(KINDS["ranks"], TINY.n_layer)
-    for settings in ({"rank_pattern": {"h.2.attn.c_attn": 1}}, {"alpha_pattern": {"mlp.c_fc": 3}}):
+    for lora in (
+        LoRAConfig(rank_pattern={"h.2.attn.c_attn": 1}),
+        LoRAConfig(alpha_pattern={"mlp.c_fc": 3}),
+    ):
         message = "must match linear layers with an adapter, got .*; such a layer is h.1.attn.c_attn"
         with pytest.raises(ValueError, match=message):
-            check_patterns(LoRAConfig(**settings), TINY.n_layer)
+            check_patterns(lora, TINY.n_layer)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,14 @@ def test_cast_base_casts_matrices_only(params, dtype):
 
 
 def test_base_dtype_unknown_or_without_lora():
-    for settings, named in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         (
             {"base_dtype": "int4", "lora": LoRAConfig()},
             "base_dtype must be one of float32, bfloat16, int8, or None, got 'int4'",
         ),
         ({"base_dtype": "bfloat16"}, "base_dtype must be None without lora, got 'bfloat16'"),
-    ):
+    )
+    for settings, named in cases:
         with pytest.raises(ValueError, match=named):
             gpt2jax.FinetuneConfig(**settings)
 
@@ -106,7 +108,7 @@ def test_base_dtype_unknown_or_without_lora():
 def test_int8_base_is_never_dequantized_as_a_whole():
     """Neither by the forward pass for the backward pass, nor by XLA ahead of the loop over the layers."""
     config = dataclasses.replace(TINY, n_layer=3)  # so that no other array has the shapes of the kernels
-    precision, ids = Precision.for_backend("bfloat16"), np.zeros((2, 10), np.int32)
+    precision, ids = Precision.for_device("bfloat16"), np.zeros((2, 10), np.int32)
     params = jax.eval_shape(lambda: init_params(config))
     base = jax.eval_shape(lambda p: cast_base(p, "int8"), params)
     lora = LoRAConfig(rank=4, targets=("mlp.*",), use_dora=True)
@@ -116,13 +118,14 @@ def test_int8_base_is_never_dequantized_as_a_whole():
         return jnp.square(hidden_states(base, config, ids, adapters=adapters, precision=precision)).sum()
 
     text = jax.jit(jax.grad(loss)).lower(adapters, base).compile().as_text()
+    assert text is not None
     for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
         shape = re.escape(str(list(kernel_of(params["h"], name).shape)).replace(" ", ""))
         assert re.search(f"s8{shape}", text) and not re.search(f"(f32|bf16){shape}", text)
 
 
 def test_int8_kernel_is_sharded_as_the_array(params):
-    mesh = AbstractMesh((2, 2, 2), AXES)
+    mesh: Any = AbstractMesh((2, 2, 2), AXES)
     ours, expected = (
         jax.tree.map(lambda sharding: sharding.spec, shardings(base, mesh))
         for base in (cast_base(params, "int8"), params)

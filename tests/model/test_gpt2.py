@@ -115,7 +115,7 @@ def test_logits_name_wrong_input(model, tokens, mask, message):
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_hidden_states_in_16_bits_stay_close(model, name):
     tokens = ids(2, 16)
-    precision = Precision.for_backend(name)
+    precision = Precision.for_device(name)
     narrow = output_logits(
         hidden_states(model.params, TINY, tokens, precision=precision),
         lm_head_weight(model.params),

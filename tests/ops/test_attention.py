@@ -7,12 +7,19 @@ import pytest
 
 from gpt2jax.ops.attention import (
     MASKED,
-    QUERY_BLOCK,
     LayerCache,
     attention,
+    block_mask,
     causal_mask,
-    memory_efficient_attention,
+    query_blocks,
 )
+from gpt2jax.ops.device import Device, Execution
+from gpt2jax.ops.dropout import dropout
+
+FLOAT32 = jnp.dtype("float32")
+ON_CPU = Execution.for_device(Device("cpu"), FLOAT32)
+ON_GPU = Execution.for_device(Device("cuda", (7, 5)), FLOAT32, attention_block=32)
+QUERY_BLOCK = ON_CPU.attention_block
 
 
 def plain(q, k, v, causal):
@@ -31,25 +38,30 @@ def plain(q, k, v, causal):
         (QUERY_BLOCK + 5, "bfloat16", 3e-2),
     ],
 )
-def test_memory_efficient_attention_equals_plain_softmax(length, dtype, tolerance):
+def test_blockwise_attention_equals_plain_softmax(length, dtype, tolerance):
     q, k, v, g = (jax.random.normal(key, (2, 2, length, 8)) for key in jax.random.split(jax.random.key(0), 4))
     causal = causal_mask(length)
     ours, pull = jax.vjp(
-        lambda *x: memory_efficient_attention(*x, causal, jnp.dtype(dtype), "recompute"), q, k, v
+        lambda q, k, v: attention(q, k, v, causal, dtype=jnp.dtype(dtype), is_causal=True, execution=ON_CPU),
+        q,
+        k,
+        v,
     )
-    whole, pull_whole = jax.vjp(lambda *x: plain(*x, causal), q, k, v)
+    whole, pull_whole = jax.vjp(lambda q, k, v: plain(q, k, v, causal), q, k, v)
     np.testing.assert_allclose(ours, whole, atol=tolerance)
     for mine, theirs in zip(pull(g), pull_whole(g), strict=True):
         assert mine.dtype == jnp.float32
         np.testing.assert_allclose(mine, theirs, atol=2 * tolerance)
 
 
-def test_memory_efficient_attention_saves_nothing_of_t_times_t():
+def test_blockwise_attention_saves_nothing_of_t_times_t():
     x = jax.ShapeDtypeStruct((1, 2, 300, 8), jnp.float32)
 
     def residuals(q, k, v):
         return jax.vjp(
-            lambda *x: memory_efficient_attention(*x, causal_mask(300), jnp.dtype("float32"), "recompute"),
+            lambda q, k, v: attention(
+                q, k, v, causal_mask(300), dtype=FLOAT32, is_causal=True, execution=ON_CPU
+            ),
             q,
             k,
             v,
@@ -78,3 +90,41 @@ def test_attention_of_a_masked_row_is_finite():
     mask = jnp.asarray([[[[True, False], [False, False]]]])
     gradient = jax.grad(lambda q: attention(q, x, x, mask, dtype=jnp.dtype("float32")).sum())(x)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("drops", [False, True])
+def test_blockwise_attention_with_dropout_and_segments(segments, drops):
+    """Values and gradients are those of automatic differentiation through the same masks, drawn again by block."""
+    q, k, v, g = (jax.random.normal(key, (2, 2, 70, 8)) for key in jax.random.split(jax.random.key(2), 4))
+    ids = jnp.asarray(np.repeat([[0, 1, 2], [0, 0, 1]], [30, 25, 15], axis=1)) if segments else None
+    key = jax.random.key(7) if drops else None
+    rate = 0.25 if drops else 0.0
+    mask = block_mask(0, 70, ids)
+
+    def kept(shape):
+        blocks = []
+        for begin, end in query_blocks(70, 32):
+            ones = jnp.ones((*shape[:2], end - begin, end))
+            some = dropout(ones, rate, None if key is None else jax.random.fold_in(key, begin))
+            blocks.append(jnp.pad(some, ((0, 0), (0, 0), (0, 0), (0, 70 - end))))
+        return jnp.concatenate(blocks, axis=2)
+
+    def whole(q, k, v):
+        scores = jnp.einsum("bnth,bnsh->bnts", q, k, precision="highest")
+        p = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1) * kept(scores.shape)
+        return jnp.einsum("bnts,bnsh->bnth", p, v, precision="highest")
+
+    def ours(q, k, v):
+        given = {"dtype": FLOAT32, "is_causal": True, "segment_ids": ids, "execution": ON_GPU}
+        return attention(q, k, v, mask, dropout_rate=rate, dropout_key=key, **given)
+
+    y, pull = jax.vjp(ours, q, k, v)
+    expected, pull_expected = jax.vjp(whole, q, k, v)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+    for mine, theirs in zip(pull(g), pull_expected(g), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=5e-5)
+    shapes = [
+        leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(ours, *x)[1], q, k, v))
+    ]
+    assert all(shape[-2:] != (70, 70) for shape in shapes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,15 +36,28 @@ def dense(hidden, head, targets, weights, label_smoothing=0.0, z_loss=0.0):
     return ((losses + z_loss * jax.nn.logsumexp(logits, -1) ** 2) * weights).sum()
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
+def with_logits(count):
+    """Return float32 that holds so many logits at once."""
+    execution = dataclasses.replace(FLOAT32.execution, logits_bytes=4 * count)
+    return dataclasses.replace(FLOAT32, execution=execution)
+
+
+@pytest.fixture(params=["one chunk", "many chunks", "whole vocabulary"])
 def chunks(request, monkeypatch):
-    if request.param == "many chunks":
-        monkeypatch.setattr(losses, "MAX_LOGITS", 9 * VOCAB)
+    """Return float32 for one chunk or for many; with slices of the vocabulary, or without as on accelerators."""
+    if request.param == "one chunk":
+        return FLOAT32
+    precision = with_logits(9 * VOCAB)
+    if request.param == "whole vocabulary":
+        execution = dataclasses.replace(precision.execution, platform="cuda", has_vocabulary_slices=False)
+        precision = dataclasses.replace(precision, execution=execution)
+    else:
         monkeypatch.setattr(losses, "MAX_COLUMNS", 64)
-        assert chunk_size(ROWS, VOCAB) == 16 and ROWS % 16  # the last chunk is filled up
+        assert chunk_size(ROWS, VOCAB, precision) == 16 and ROWS % 16  # the last chunk is filled up
         width, starts, repeated = column_slices(VOCAB)
         assert width == 64 and starts[-1] + width == VOCAB
         assert repeated[-1] > 0  # the last slice overlaps the one before
+    return precision
 
 
 @pytest.mark.slow
@@ -52,7 +68,7 @@ def test_cross_entropy_loss_gradient_and_counts(inputs, chunks, extras):
     hidden, head, targets, weights = inputs
 
     def ours(hidden, head):
-        total, sums = cross_entropy(hidden, head, targets, weights, **extras)
+        total, sums = cross_entropy(hidden, head, targets, weights, chunks, **extras)
         return 3.0 * total, sums
 
     (total, counts), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
@@ -72,7 +88,7 @@ def test_cross_entropy_loss_gradient_and_counts(inputs, chunks, extras):
 @pytest.mark.slow
 def test_token_losses(inputs, chunks):
     hidden, head, targets, _ = inputs
-    nll, hit = token_losses(hidden.reshape(5, 10, DIM), head, targets.reshape(5, 10))
+    nll, hit = token_losses(hidden.reshape(5, 10, DIM), head, targets.reshape(5, 10), chunks)
     for index in range(ROWS):
         one = jax.nn.one_hot(index, ROWS)
         np.testing.assert_allclose(nll.reshape(-1)[index], dense(hidden, head, targets, one), rtol=1e-5)
@@ -91,15 +107,14 @@ def test_cross_entropy_ignores_tokens_of_weight_zero(inputs):
     assert not gradient(changed)[:10].any()
 
 
-def test_logits_of_all_rows_are_never_held(monkeypatch):
-    monkeypatch.setattr(losses, "MAX_LOGITS", 1 << 14)
+def test_logits_of_all_rows_are_never_held():
     rows, vocab = 512, 512
 
-    def compiled(rows_at_once):
-        monkeypatch.setattr(losses, "MAX_LOGITS", rows_at_once * vocab)
+    def compiled(rows_at_once) -> Any:
+        precision = with_logits(rows_at_once * vocab)
         shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, DIM), "f4"), ((vocab, DIM), "f4"))]
         shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
-        step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m)[0], argnums=(0, 1))
+        step = jax.grad(lambda h, w, t, m: cross_entropy(h, w, t, m, precision)[0], argnums=(0, 1))
         return jax.jit(step).lower(*shapes).compile()
 
     whole, cut = compiled(rows), compiled(32)
@@ -113,13 +128,13 @@ def test_cross_entropy_bfloat16_stays_close(inputs):
     hidden, head, targets, weights = inputs
     exact = jax.grad(lambda h: cross_entropy(h, head, targets, weights, FLOAT32)[0])(hidden)
     narrow = jax.grad(
-        lambda h: cross_entropy(h, head, targets, weights, Precision.for_backend("bfloat16"))[0]
+        lambda h: cross_entropy(h, head, targets, weights, Precision.for_device("bfloat16"))[0]
     )(hidden)
     assert 0 < float(jnp.abs(exact - narrow).max()) < 0.1
 
 
 def test_chunk_size_divides_the_rows_if_possible():
-    vocab = losses.MAX_LOGITS // 512
+    vocab = FLOAT32.execution.logits_bytes // 4 // 512
     assert chunk_size(512, vocab) == 512
     assert chunk_size(16 * 1024, vocab) == 512
     assert chunk_size(16 * 1023, vocab) == 496  # 33 of them
@@ -133,32 +148,35 @@ def test_cross_entropy_memory_at_full_size(dtype):
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((rows, dim), "f4"), ((vocab, dim), "f4"))]
     shapes += [jax.ShapeDtypeStruct((rows,), "i4"), jax.ShapeDtypeStruct((rows,), "f4")]
     step = jax.grad(
-        lambda h, w, t, m: cross_entropy(h, w, t, m, Precision.for_backend(dtype))[0], argnums=(0, 1)
+        lambda h, w, t, m: cross_entropy(h, w, t, m, Precision.for_device(dtype))[0], argnums=(0, 1)
     )
-    memory = jax.jit(step).lower(*shapes).compile().memory_analysis()
+    memory: Any = jax.jit(step).lower(*shapes).compile().memory_analysis()
     assert memory.output_size_in_bytes >= 4 * (rows * dim + vocab * dim)  # so the temporaries hold neither
     assert memory.temp_size_in_bytes < 200e6
 
 
 ON_DEVICES = """
-import json, re
+import dataclasses, json, re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from gpt2jax.ops import cross_entropy as losses
+from gpt2jax.ops.precision import FLOAT32
 from gpt2jax.sharding import BATCH_AXES, make_mesh, use_mesh
 
-losses.MAX_LOGITS, losses.MAX_COLUMNS = 8 * 200, 64  # three chunks of each device's rows, four slices
+losses.MAX_COLUMNS = 64  # four slices
+# three chunks of each device's rows
+small = dataclasses.replace(FLOAT32, execution=dataclasses.replace(FLOAT32.execution, logits_bytes=4 * 8 * 200))
 ROWS, DIM, VOCAB = 96, 16, 200
 generator = np.random.default_rng(0)
 hidden, head = (jnp.asarray(generator.normal(size=(n, DIM)), jnp.float32) for n in (ROWS, VOCAB))
 targets, weights = jnp.asarray(generator.integers(0, VOCAB, ROWS)), jnp.asarray(generator.integers(0, 3, ROWS) * 1.0)
 
 def loss(hidden, head, targets, weights):
-    return losses.cross_entropy(hidden, head, targets, weights)[0]
+    return losses.cross_entropy(hidden, head, targets, weights, small)[0]
 
 def both(hidden, head, targets, weights):
     return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head, targets, weights), losses.token_losses(
-        hidden, head, targets)
+        hidden, head, targets, small)
 
 alone = jax.jit(both)(hidden, head, targets, weights)
 plain = jax.jit(loss)(hidden, head, targets, weights)

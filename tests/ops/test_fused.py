@@ -37,7 +37,7 @@ def test_gelu_tanh_value_and_gradient():
 @pytest.mark.slow
 def test_layer_norm_value_and_gradients():
     arguments = (jnp.asarray(X), jnp.asarray(SCALE), jnp.asarray(BIAS))
-    own, plain = (lambda *a, f=f: f(*a, 1e-5) for f in (layer_norm, plain_layer_norm))
+    own, plain = (lambda x, scale, bias, f=f: f(x, scale, bias, 1e-5) for f in (layer_norm, plain_layer_norm))
     np.testing.assert_allclose(own(*arguments), plain(*arguments), atol=1e-5)
     own_grads = jax.grad(weighted(own), argnums=(0, 1, 2))(*arguments)
     for mine, theirs in zip(own_grads, jax.grad(weighted(plain), argnums=(0, 1, 2))(*arguments), strict=True):
@@ -47,7 +47,7 @@ def test_layer_norm_value_and_gradients():
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_layer_saves_two_arrays_of_the_mlp_width(name):
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-    precision = Precision.for_backend(name)
+    precision = Precision.for_device(name)
 
     def residuals(params, ids):
         return jax.vjp(lambda p: hidden_states(p, TINY, ids, precision=precision), params)[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ from tiny_models import TINY, random_params
 
 from gpt2jax.model.gpt2 import hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.precision import FLOAT32, Precision
 
 
@@ -30,16 +29,16 @@ def relative(ours: jax.Array, exact: np.ndarray) -> float:
         ("float16", "tpu", "float16"),
     ],
 )
-def test_for_backend_activations_are_16_bit_on_accelerators_only(name, backend, activations):
-    precision = Precision.for_backend(name, backend=backend)
+def test_for_device_activations_are_16_bit_on_accelerators_only(name, backend, activations):
+    precision = Precision.for_device(name, Device.of_backend(backend))
     assert precision.compute_dtype == name and precision.activation_dtype == activations
 
 
-def test_for_backend_unknown_dtype():
+def test_for_device_unknown_dtype():
     with pytest.raises(
-        ValueError, match="compute_dtype must be one of float32, bfloat16, float16, got 'int8'"
+        ValueError, match="compute_dtype must be one of float32, tensorfloat32, bfloat16, float16, got 'int8'"
     ):
-        Precision.for_backend("int8")
+        Precision.for_device("int8")
 
 
 @pytest.mark.slow
@@ -59,7 +58,7 @@ def test_model_and_gradient_with_16_bit_activations(name, tolerance):
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     value, reduced = gradient(
-        params, dataclasses.replace(Precision.for_backend(name, backend="gpu"), attention="recompute")
+        params, Precision.for_device(name, Device.of_backend("gpu"), attention="blockwise")
     )
     expected, exact = gradient(params, FLOAT32)
     assert value.dtype == jnp.float32 and abs(value - expected) < tolerance * expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -184,5 +185,6 @@ def test_penalties_are_those_of_transformers(ours, theirs):
         bad_words,
     )
     context = TokenHistory(token_ids, rows * 0, rows * 4, rows * 12)  # type: ignore[arg-type]
-    got = apply_penalties(jnp.asarray(logits), context, settings, rows * 8, jnp.array([5, 7, -1, -1]))
+    context, settings, steps = jax.tree.map(jnp.asarray, (context, settings, rows * 8))
+    got = apply_penalties(jnp.asarray(logits), context, settings, steps, jnp.array([5, 7, -1, -1]))
     np.testing.assert_allclose(got, want, rtol=1e-6)

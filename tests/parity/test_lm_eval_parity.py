@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,14 +100,16 @@ def test_registered_by_name():
     assert isinstance(made, HarnessModel) and made.max_length == 64 and made.batch_size == 32
     with pytest.raises(ValueError, match="max_length must be a whole number from 1 to .*, got 9999"):
         HarnessModel("gpt2-mini", max_length=9999)
-    for settings in (
-        {"batch_size": 0},
-        {"batch_size": "many"},
-        {"max_length": 0},
-        {"max_gen_toks": 0},
-        {"seed": -1},
-    ):
-        with pytest.raises(ValueError, match="{} must be .*, got {!r}".format(*next(iter(settings.items())))):
+    cases: tuple[tuple[str, Any], ...] = (
+        ("batch_size", 0),
+        ("batch_size", "many"),
+        ("max_length", 0),
+        ("max_gen_toks", 0),
+        ("seed", -1),
+    )
+    for name, value in cases:
+        settings: dict[str, Any] = {name: value}
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {value!r}"):
             HarnessModel("gpt2-mini", **settings)
 
 

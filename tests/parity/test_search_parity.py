@@ -81,6 +81,6 @@ def test_tokens_and_scores(pair, ours, theirs, early_stopping):
     for prompt, beams in zip(prompts, results, strict=True):
         tokens, scores = beams_of_transformers(pair[0], prompt, 3, {**shared, **theirs})
         assert [beam.token_ids for beam in beams] == tokens
-        np.testing.assert_allclose([beam.score for beam in beams], scores, atol=1e-4)
+        np.testing.assert_allclose([beam.score or 0.0 for beam in beams], scores, atol=1e-4)
     if "stop_token_ids" in ours and not early_stopping:
         assert {beam.finish_reason for beams in results for beam in beams} == {"stop", "length"}

@@ -132,7 +132,7 @@ SETTINGS = FinetuneConfig(
     final_lr_ratio=0.1,
     weight_decay=0.1,
     beta2=0.95,
-    # some gradients are zero but for rounding, which an epsilon of 1e-8 would blow up to whole steps
+    # some gradients are zero except for rounding, which an epsilon of 1e-8 would blow up to whole steps
     epsilon=1e-5,
     max_grad_norm=0.5,
 )
@@ -140,7 +140,7 @@ SETTINGS = FinetuneConfig(
 
 def train_torch(model, decayed, plain):
     """Yields (loss, norm of the gradient) of every step; `decayed` and `plain` are the trained parameters."""
-    rates = [5e-3 * share for share in (0.25, 0.5, 0.75)]
+    rates = [5e-3 * fraction for fraction in (0.25, 0.5, 0.75)]
     rates += [5e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * s / 7)) / 2) for s in range(7)]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), eps=1e-5)
@@ -234,7 +234,7 @@ def test_ten_steps_of_adapters(tmp_path, kind):
         r=4, lora_alpha=6, target_modules=["attn.c_attn", "mlp.c_proj"], fan_in_fan_out=True, **kind
     )
     model = peft.get_peft_model(base, settings).train()
-    # as they begin, but for the second factor's zeros: the first step would say nothing of the first one
+    # as they begin, except for the second factor's zeros: the first step would say nothing of the first one
     randomise(model, {name: p for name, p in model.named_parameters() if "lora_B" in name})
 
     def saved(name: str):

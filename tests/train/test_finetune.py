@@ -165,8 +165,8 @@ def test_finetune_with_64_bits_enabled_is_the_same(model, finished):
         loss = evaluate(run.model, texts(3), sequence_length=16).loss
     assert loss == pytest.approx(evaluate(finished.model, texts(3), sequence_length=16).loss, abs=1e-5)
     assert {leaf.dtype for leaf in jax.tree.leaves(run.model.params)} == {np.dtype(np.float32)}
-    losses = [[entry["loss"] for entry in result.history] for result in (run, finished)]
-    np.testing.assert_allclose(*losses, atol=1e-5)
+    losses, expected = ([entry["loss"] for entry in result.history] for result in (run, finished))
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -215,8 +215,9 @@ def test_load_of_checkpoints(model, tmp_path, caplog):
             shutil.copytree(tmp_path / str(number) / "checkpoints" / "2", tmp_path / f"copy{number}")
         )
         np.testing.assert_array_equal(loaded.logits(ids), run.model.logits(ids))
+        assert loaded.source is not None
         assert load(loaded.source, dtype="bfloat16").params["wpe"]["embedding"].dtype == "bfloat16"
-    assert not caplog.records
+    assert not caplog.records and loaded.source is not None
     random_model = dataclasses.replace(model, params=random_params(seed=1))
     random_model.save(tmp_path / "base")
     with pytest.raises(ValueError, match="base is no longer what the run began with"):
@@ -320,7 +321,7 @@ def test_finetune_leaves_nothing_if_it_cannot_train(model, tmp_path, rows, setti
         ),
         ({"config": {}}, ValueError, "config must be a FinetuneConfig, or None, got {}"),
         ({"config": LoRAConfig()}, ValueError, r"config must be a FinetuneConfig, or None, got LoRAConfig"),
-        ({"source": "docs"}, ValueError, "source must be a Mapping, or None, got 'docs'"),
+        ({"source": "docs"}, ValueError, "source must be a dict, or None, got 'docs'"),
         ({"output": ""}, ValueError, "output must be a name or a path, and not empty, got ''"),
         ({"output": 5}, ValueError, "output must be a name or a path, and not empty, got 5"),
     ],

@@ -1,4 +1,4 @@
-"""Training on several devices, in processes of their own: virtual devices of a CPU, and two processes.
+"""Training on several devices, in separate processes: virtual devices of a CPU, and two processes.
 
 The single-device run is the measure: losses within 1e-5, whatever the mesh, and checkpoints that move between them.
 """

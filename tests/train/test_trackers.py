@@ -67,7 +67,7 @@ def test_wandb_is_offline_and_has_the_log(model, tmp_path, monkeypatch):
 
 def read_events(folder: pathlib.Path) -> list[Any]:
     """Read an event file: records of a length, its checksum, a protocol buffer, and its checksum."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf
 
     (file,) = folder.iterdir()
     data, at, events = file.read_bytes(), 0, []

@@ -28,7 +28,7 @@ CONFIG = FinetuneConfig(steps=6, batch_size=2, sequence_length=16, learning_rate
 
 def state_and_step(config: FinetuneConfig):
     optimizer = make_optimizer(config, 6)
-    step = make_train_step(TINY, optimizer, Precision.for_backend("float32"), ema_decay=config.ema_decay)
+    step = make_train_step(TINY, optimizer, Precision.for_device("float32"), ema_decay=config.ema_decay)
     return init_state(random_params(), optimizer, loss_scaling=False, ema=True), step
 
 

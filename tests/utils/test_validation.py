@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
 
+from gpt2jax.utils import validation
 from gpt2jax.utils.validation import (
     each,
     in_range,
     non_negative_int,
     positive_int,
-    seed,
     string,
     unknown_name,
     validated,
@@ -28,7 +28,7 @@ class Config:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     nesterov: bool = False
     names: Annotated[tuple[str, ...], each(string)] = ()
-    seed: Annotated[int, seed] = 0
+    seed: Annotated[int, validation.seed] = 0
 
     def __post_init__(self) -> None:
         if self.warmup is not None and self.warmup >= self.steps:
@@ -56,7 +56,13 @@ def test_validated_names_field_rule_and_value(field, value, message):
 
 
 def test_validated_converts_to_python_types():
-    config = Config(steps=np.int64(4), dropout=np.float32(0.5), names=["a"], warmup=np.int32(1))
+    given: dict[str, Any] = {
+        "steps": np.int64(4),
+        "dropout": np.float32(0.5),
+        "names": ["a"],
+        "warmup": np.int32(1),
+    }
+    config = Config(**given)
     assert config == Config(steps=4, dropout=0.5, names=("a",), warmup=1)
     assert type(config.steps) is int and type(config.dropout) is float and type(config.names) is tuple
 
@@ -85,6 +91,6 @@ def test_validated_checks_a_class_without_post_init():
 
         error_prefix = "lora."
 
-    assert type(Plain(np.int64(2)).rank) is int
+    assert type(Plain(np.int64(2)).rank) is int  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="^lora.rank must be a positive whole number, got 0$"):
         Plain(rank=0)

@@ -112,7 +112,7 @@ def server(tmp_path_factory):
 
 
 def download(cache: Path, endpoint: str, hub_id: str = REPO, revision: str | None = None, **environment: str):
-    """Runs `download` in a process of its own, since the client reads its settings when it is imported."""
+    """Runs `download` in another process, since the client reads its settings when it is imported."""
     script = (
         "import runpy, sys\ndownload = runpy.run_path(sys.argv[1])['download']\n"
         "try:\n    print(download(sys.argv[2], revision=sys.argv[3] or None))\n"

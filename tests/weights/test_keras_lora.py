@@ -21,8 +21,8 @@ RANK, HEADS, WIDTH = 3, TINY.n_head, TINY.head_dim
 def file(tmp_path) -> Path:
     """Query of both blocks, the mlp's second linear of the second block."""
     rng = np.random.default_rng(0)
-    shapes = {11: ((32, HEADS, RANK), (RANK, WIDTH)), 21: ((32, HEADS, RANK), (RANK, WIDTH))}
-    shapes[14] = ((128, RANK), (RANK, 32))
+    attention = ((32, HEADS, RANK), (RANK, WIDTH))
+    shapes = {11: attention, 21: attention, 14: ((128, RANK), (RANK, 32))}
     with h5py.File(tmp_path / "a.lora.h5", "w") as h5:
         h5["lora/vars/rank"] = RANK
         for index, pair in shapes.items():
@@ -48,7 +48,7 @@ def test_load_keras_lora_merged_kernels(file, model):
     before, after = model.params["h"], merge_adapters(model.params, adapted.adapters, adapted.lora)["h"]
     with h5py.File(file) as h5:
         for layer, index in enumerate((11, 21)):
-            a, b = (h5[f"lora/{index}/vars/lora_kernel_{letter}"][()] for letter in "ab")  # pyright: ignore
+            a, b = (np.asarray(h5[f"lora/{index}/vars/lora_kernel_{letter}"]) for letter in "ab")
             kernel = np.array(before["attn"]["c_attn"]["kernel"][layer])
             kernel[:, :32] += np.einsum("dnr,rh->dnh", a, b).reshape(32, 32)
             np.testing.assert_allclose(after["attn"]["c_attn"]["kernel"][layer], kernel, atol=1e-5)

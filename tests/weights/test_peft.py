@@ -118,19 +118,20 @@ def test_write_adapter_fuses_query_key_value(tmp_path):
     lora = LoRAConfig(
         rank=2, targets=("attn.q", "attn.v", "mlp.c_fc"), rank_pattern={"attn.v": 3}, use_dora=True
     )
-    model = LanguageModel(TINY, BASE, adapters=trained(lora), lora=lora)
-    write_adapter(tmp_path / "a", TINY, lora, model.adapters, params=BASE)
+    adapters = trained(lora)
+    model = LanguageModel(TINY, BASE, adapters=adapters, lora=lora)
+    write_adapter(tmp_path / "a", TINY, lora, adapters, params=BASE)
     tensors = safetensors_numpy.load_file(tmp_path / "a" / FILE)
     lora_b = tensors[f"{ROOT}.h.1.attn.c_attn.lora_B.weight"]
     assert tensors[f"{ROOT}.h.1.attn.c_attn.lora_A.weight"].shape == (5, 24) and lora_b.shape == (72, 5)
     assert not lora_b[24:48].any() and not lora_b[:24, 2:].any() and not lora_b[48:, :2].any()
-    read, adapters = read_adapter(tmp_path / "a", TINY)
+    read, fused = read_adapter(tmp_path / "a", TINY)
     assert read.targets == ("attn.c_attn", "mlp.c_fc")
-    again = dataclasses.replace(model, adapters=adapters, lora=read)
+    again = dataclasses.replace(model, adapters=fused, lora=read)
     ids = np.arange(14)[None]
     np.testing.assert_allclose(again.logits(ids), model.logits(ids), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="to fuse DoRA of attn.q, attn.k or attn.v, got None"):
-        write_adapter(tmp_path / "b", TINY, lora, model.adapters)
+        write_adapter(tmp_path / "b", TINY, lora, adapters)
 
 
 def test_read_adapter_dora_in_some_blocks(tmp_path):

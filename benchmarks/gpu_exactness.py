@@ -1,0 +1,314 @@
+"""What benchmarks/gpu.py checks on a device: figures that must stay within a limit, each from a function of its own.
+
+The reference is a GPT-2 in float64 NumPy, and torch in float64 on the CPU where that is installed. Limits are those
+that a rounding of the operands explains, not what was seen on some card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2jax.model.config import GPT2Config
+
+NO_DROPOUT: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+CONFIG = GPT2Config(vocab_size=1000, n_positions=128, n_embd=128, n_layer=2, n_head=2, **NO_DROPOUT)
+ROWS, LENGTH = 4, 128
+PROMPTS, NEW_TOKENS = [[5, 700, 31, 2], [9] * 20, [412]], 32
+NOISE = 0.05
+# of the norm of all logits or gradients: some units of the last place of the operands (2^-24, 2^-11, 2^-8)
+LIMITS = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+
+# name of a figure, the figure, its limit
+Found = tuple[str, float, float]
+
+
+def check_all() -> Iterator[dict[str, Any]]:
+    """Yield the figures of all checks; a check that fails gives its error."""
+    yield from _results((logits, gradients, torch_gradients, greedy, resume, float16_training))
+
+
+def smoke_checks() -> Iterator[dict[str, Any]]:
+    """Yield the figures of those that take least."""
+    yield from _results((logits, functools.partial(gradients, {"float32": LIMITS["float32"]})))
+
+
+def _results(checks: Sequence[Callable[[], Iterator[Found]]]) -> Iterator[dict[str, Any]]:
+    for check in checks:
+        try:
+            for name, value, limit in check():
+                is_right = bool(value <= limit)  # not so for nan
+                yield {"name": name, "value": float(value), "limit": limit, "passed": is_right}
+        except ImportError as error:
+            yield {"name": getattr(check, "__name__", "a check"), "left out": str(error)}
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield {"name": getattr(check, "__name__", "a check"), "error": text, "passed": False}
+
+
+# ---- the model and its inputs ----
+
+
+@functools.cache
+def model() -> Any:
+    """A model with noise on every parameter, so that biases and LayerNorms matter."""
+    import jax
+
+    from gpt2jax.language_model import from_config
+
+    plain, rng = from_config(CONFIG), np.random.default_rng(0)
+    noisy = jax.tree.map(
+        lambda x: jax.numpy.asarray(x + NOISE * rng.standard_normal(x.shape, np.float32)), plain.params
+    )
+    return dataclasses.replace(plain, params=noisy)
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and targets [B, T]."""
+    ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (ROWS, LENGTH + 1), dtype=np.int32)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def error(found: Any, right: Any) -> float:
+    """The norm of the difference, by that of the right values."""
+    found = np.asarray(found, np.float64)
+    return float(np.linalg.norm(found - right) / np.linalg.norm(right))
+
+
+def numpy_logits(params: Any, tokens: np.ndarray) -> np.ndarray:
+    """[B, T] -> [B, T, V], all in float64."""
+    T, N = tokens.shape[1], CONFIG.n_head
+
+    def norm(x, p):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    def linear(x, p, layer):
+        return x @ p["kernel"][layer] + p["bias"][layer]
+
+    x = params["wte"]["embedding"][tokens] + params["wpe"]["embedding"][:T]
+    for layer in range(CONFIG.n_layer):
+        h = params["h"]
+        ln_1, ln_2 = ({k: v[layer] for k, v in h[name].items()} for name in ("ln_1", "ln_2"))
+        qkv = linear(norm(x, ln_1), h["attn"]["c_attn"], layer)
+        q, k, v = (part.reshape(*x.shape[:2], N, -1).swapaxes(1, 2) for part in np.split(qkv, 3, -1))
+        scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) / np.sqrt(CONFIG.head_dim), -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        y = (weights / weights.sum(-1, keepdims=True)) @ v
+        x = x + linear(y.swapaxes(1, 2).reshape(x.shape), h["attn"]["c_proj"], layer)
+        m = linear(norm(x, ln_2), h["mlp"]["c_fc"], layer)
+        m = 0.5 * m * (1 + np.tanh(np.sqrt(2 / np.pi) * (m + 0.044715 * m**3)))
+        x = x + linear(m, h["mlp"]["c_proj"], layer)
+    return norm(x, params["ln_f"]) @ params["wte"]["embedding"].T
+
+
+def numpy_loss(params: Any) -> float:
+    tokens, targets = batch()
+    found = numpy_logits(params, tokens)
+    top = found.max(-1)
+    log_z = top + np.log(np.exp(found - top[..., None]).sum(-1))
+    return float((log_z - np.take_along_axis(found, targets[..., None], -1)[..., 0]).mean())
+
+
+def in_float64(params: Any) -> Any:
+    import jax
+
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+
+@functools.cache
+def gradient(dtype: str, attention: str | None = None) -> tuple[float, Any]:
+    """Loss and gradient of gpt2jax on this device, as a training step computes them."""
+    import jax
+    from gpu_contenders import precision
+
+    from gpt2jax.model.gpt2 import hidden_states, lm_head_weight
+    from gpt2jax.ops.cross_entropy import cross_entropy
+
+    chosen = precision(dtype, **({"attention": attention} if attention else {}))
+    tokens, targets = batch()
+    # float16 needs its gradients in range, which a training step sees to
+    scale = 2.0**10 if dtype == "float16" else 1.0
+
+    @jax.jit
+    def of_loss(params):
+        def loss(params):
+            hidden = hidden_states(params, CONFIG, tokens, precision=chosen)
+            weights = np.full(targets.shape, 1 / targets.size, np.float32)
+            total, _ = cross_entropy(hidden, lm_head_weight(params), targets, weights * scale, chosen)
+            return total
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        return value / scale, jax.tree.map(lambda g: g / scale, gradients)
+
+    value, gradients = of_loss(model().params)
+    return float(value), in_float64(gradients)
+
+
+def attentions(dtype: str) -> tuple[str | None, ...]:
+    """The kinds of attention to try: what is chosen here, and what any device has."""
+    return (None,) if dtype == "float32" else (None, "blockwise", "plain")
+
+
+# ---- checks ----
+
+
+def logits() -> Iterator[Found]:
+    """Logits beside float64 NumPy."""
+    right = numpy_logits(in_float64(model().params), batch()[0])
+    yield "logits float32", error(model().logits(batch()[0]), right), LIMITS["float32"]
+
+
+def gradients(limits: Mapping[str, float] = LIMITS) -> Iterator[Found]:
+    """Loss, and gradients along random directions, beside differences of float64 NumPy's loss."""
+    import jax
+
+    params, rng = in_float64(model().params), np.random.default_rng(2)
+    directions = [jax.tree.map(lambda x: rng.standard_normal(x.shape), params) for _ in range(3)]
+
+    def slope(direction):
+        # a central difference of this width is right to nine digits in float64
+        step = 1e-5
+        ahead, behind = (
+            numpy_loss(jax.tree.map(lambda x, d, s=s: x + s * d, params, direction)) for s in (step, -step)
+        )
+        return (ahead - behind) / (2 * step)
+
+    right_loss, right = numpy_loss(params), np.array([slope(d) for d in directions])
+    for dtype, limit in limits.items():
+        for attention in attentions(dtype):
+            loss, found = gradient(dtype, attention)
+            name = f"{dtype}, attention {attention or 'as chosen'}"
+            slopes = [
+                sum(np.vdot(g, x) for g, x in zip(jax.tree.leaves(found), jax.tree.leaves(d), strict=True))
+                for d in directions
+            ]
+            yield f"loss {name}", abs(loss / right_loss - 1), limit
+            yield f"gradient {name}", error(slopes, right), limit
+
+
+def torch_gradients() -> Iterator[Found]:
+    """All gradients beside those of transformers' GPT-2 in float64 on the CPU."""
+    import torch
+    from transformers import GPT2Config as HFConfig
+    from transformers import GPT2LMHeadModel
+
+    settings = HFConfig(**CONFIG.to_hf(), attn_implementation="eager")
+    peer, params = GPT2LMHeadModel(settings).double().eval(), in_float64(model().params)
+    pairs = {"transformer.wte.weight": ("wte", "embedding"), "transformer.wpe.weight": ("wpe", "embedding")}
+    found = {name: params[a][b] for name, (a, b) in pairs.items()}
+    found |= _torch_names(params)
+    peer.load_state_dict({name: torch.tensor(x) for name, x in found.items()}, strict=False)
+    tokens, targets = (torch.tensor(x, dtype=torch.long) for x in batch())
+    logits = peer(tokens, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    right = {name: p.grad.numpy() for name, p in peer.named_parameters() if p.grad is not None}
+    for dtype, limit in LIMITS.items():
+        _, own = gradient(dtype)
+        names = {name: own[a][b] for name, (a, b) in pairs.items()} | _torch_names(own)
+        names = {name: x for name, x in names.items() if name in right}
+        flat = np.concatenate([x.ravel() for x in names.values()])
+        yield (
+            f"gradient {dtype} beside torch",
+            error(flat, np.concatenate([right[n].ravel() for n in names])),
+            limit,
+        )
+
+
+def _torch_names(params: Any) -> dict[str, np.ndarray]:
+    """The parameters of blocks and last LayerNorm by transformers' names."""
+    import jax
+
+    named = {
+        "transformer.ln_f.weight": params["ln_f"]["scale"],
+        "transformer.ln_f.bias": params["ln_f"]["bias"],
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["h"]):
+        *modules, last = (part.key for part in path)
+        last = {"kernel": "weight", "scale": "weight"}.get(last, last)
+        named |= {f"transformer.h.{i}.{'.'.join(modules)}.{last}": leaf[i] for i in range(CONFIG.n_layer)}
+    return named
+
+
+def greedy() -> Iterator[Found]:
+    """The share of tokens of greedy generation that differ from a CPU's."""
+    here = generate_greedily()
+    command = [sys.executable, __file__]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["the CPU's process ended"])[-1])
+    there = json.loads(done.stdout.strip().splitlines()[-1])
+    yield "greedy tokens that differ from a CPU's", np.mean(np.array(here) != np.array(there)), 0.0
+
+
+def generate_greedily() -> list[list[int]]:
+    from gpt2jax.generation.generator import Generator
+
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "stop_token_ids": ()}
+    return [row.token_ids for row in Generator(model(), dtype="float32").generate(PROMPTS, **settings)]
+
+
+def finetune(dtype: str, output: Path | None = None, **settings: Any) -> Any:
+    import gpt2jax
+
+    texts = np.random.default_rng(3).integers(0, CONFIG.vocab_size, (64, 40)).tolist()
+    given: dict[str, Any] = {"steps": 6, "batch_size": 4, "sequence_length": 64, "learning_rate": 1e-3}
+    config = gpt2jax.FinetuneConfig(**given, compute_dtype=dtype, log_every=1)  # type: ignore[arg-type]
+    return gpt2jax.finetune(model(), texts, config, output=output, progress=False, **settings)
+
+
+def resume() -> Iterator[Found]:
+    """The number of parameters of a run that differ in any bit if it is stopped and resumed."""
+    import jax
+
+    from gpt2jax.train.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def stopping(self: Trainer) -> None:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        train_step(self)
+
+    whole = finetune("bfloat16").model.params
+    again = finetune("bfloat16").model.params
+    yield "parameters that differ in a second run", _differing(whole, again), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer.train_step = stopping
+        try:
+            finetune("bfloat16", Path(folder) / "run")
+        except KeyboardInterrupt:
+            pass
+        finally:
+            Trainer.train_step = train_step
+        resumed = finetune("bfloat16", Path(folder) / "run", resume=True).model.params
+    yield "parameters that differ in a resumed run", _differing(whole, jax.device_get(resumed)), 0.0
+
+
+def _differing(a: Any, b: Any) -> float:
+    import jax
+
+    return float(
+        sum(jax.tree.leaves(jax.tree.map(lambda x, y: np.sum(np.asarray(x) != np.asarray(y)), a, b)))
+    )
+
+
+def float16_training() -> Iterator[Found]:
+    """Losses of a float16 run with loss scaling beside those of a float32 run."""
+    right, found = ([entry["loss"] for entry in finetune(d).history] for d in ("float32", "float16"))
+    yield "losses of a float16 run", error(found, np.array(right)), LIMITS["float16"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(generate_greedily()))

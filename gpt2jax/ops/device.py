@@ -1,0 +1,198 @@
+"""The one place that knows devices: what a device is, and what is chosen because of it.
+
+`Device` holds facts, `Execution` the choices that follow from them. An `Execution` is part of `Precision`, a static
+argument of every compiled program, so any device's program can be traced, and run, on any other device. Each choice
+can be overridden by name: `Execution.for_device(device, dtype, attention="blockwise")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from gpt2jax.utils.validation import check_names, validated
+
+# the share of an accelerator's memory that logits and their gradient may take at once; less does not make the loss
+# slower before a chunk has fewer than some thousand rows
+_LOGITS_SHARE = 8
+# of a described device whose memory is not known
+_SMALL_ACCELERATOR = 16 << 30
+# float32 logits at once on a CPU: 100 MiB
+_CPU_LOGITS_BYTES = 100 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Facts about a device.
+
+    Attributes:
+        platform: "cpu", "cuda" (NVIDIA), "rocm" (AMD) or "tpu".
+        compute_capability: (major, minor) of an NVIDIA GPU, or None.
+        memory_bytes: of the device, or None if it is not known.
+        name: as its maker calls it.
+        is_here: this process can run programs on it; False for a device that is only described.
+    """
+
+    platform: str
+    compute_capability: tuple[int, int] | None = None
+    memory_bytes: int | None = None
+    name: str = ""
+    is_here: bool = False
+
+    @classmethod
+    def of(cls, device: Any = None) -> Device:
+        """Read the facts from a device of jax, which may be a described one; default: the first local device."""
+        device = jax.local_devices()[0] if device is None else device
+        platform = device.platform
+        if platform in ("gpu", "cuda", "rocm"):
+            version = str(getattr(getattr(device, "client", None), "platform_version", ""))
+            platform = "rocm" if platform == "rocm" or "rocm" in version.lower() else "cuda"
+        capability = None
+        if platform == "cuda":
+            digits = str(getattr(device, "compute_capability", "") or "").partition(".")
+            capability = (int(digits[0]), int(digits[2] or 0)) if digits[0].isdecimal() else None
+        name, is_here = str(getattr(device, "device_kind", "")), device in jax.local_devices()
+        return cls(platform, capability, _memory_bytes(device), name, is_here)
+
+    @classmethod
+    def of_backend(cls, backend: str) -> Device:
+        """Return a device of jax's backend "cpu", "gpu", "cuda", "rocm" or "tpu" of which nothing more is known.
+
+        A GPU then stands for a recent one of NVIDIA, of capability 8.0.
+        """
+        platform = "cuda" if backend == "gpu" else backend
+        return cls(platform, (8, 0) if platform == "cuda" else None)
+
+
+def _memory_bytes(device: Any) -> int | None:
+    try:
+        stats = device.memory_stats() or {}
+    except Exception:  # a described device has no memory to ask; which exception that is differs by platform
+        return None
+    return stats.get("bytes_limit")
+
+
+@validated
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a computation is carried out on a device; its result is the same up to rounding.
+
+    Attributes:
+        platform: of the device that the program is for.
+        attention: "plain" holds all scores; "blockwise" holds those of a block of queries and computes them again in
+            the backward pass; "cudnn" is the fused kernel of NVIDIA's library, for a causal mask without dropout in
+            16 bits, and "blockwise" everywhere else.
+        attention_block: queries of a block; on a CPU few enough for the scores to fit its caches.
+        blocks_masked_attention: rows with dropout of the probabilities or with several segments are computed by blocks
+            as well. A CPU holds all their scores, which is faster for the short rows that it trains on.
+        has_narrow_results: products of 16-bit operands give 16-bit results, accumulated in float32 inside the kernel.
+            A CPU is faster with float32 results; on an accelerator these would be written, read and cast.
+        has_unrolled_layers: layers are written out. A loop compiles sooner, and copies what the backward pass needs
+            into and out of stacks.
+        has_bitcasts: 16-bit arrays that loops slice are kept as uint16, see `precision.bitcast_to_uint16`.
+        logits_bytes: the most bytes of logits, of their dtype, at once in the loss.
+        has_vocabulary_slices: the loss computes the gradient of its logits for a part of the vocabulary at a time.
+        allows_tf32: float32 products round their operands to TF32 (10 bits of mantissa) on NVIDIA GPUs, to three
+            bfloat16 parts on a TPU.
+        has_top_k_kernel: `jax.lax.top_k` of at most 16 is a kernel; a larger one sorts.
+    """
+
+    platform: str = "cpu"
+    attention: Literal["plain", "blockwise", "cudnn"] = "plain"
+    attention_block: int = 256
+    blocks_masked_attention: bool = False
+    has_narrow_results: bool = False
+    has_unrolled_layers: bool = False
+    has_bitcasts: bool = True
+    logits_bytes: int = _CPU_LOGITS_BYTES
+    has_vocabulary_slices: bool = True
+    allows_tf32: bool = False
+    has_top_k_kernel: bool = False
+
+    @classmethod
+    def for_device(cls, device: Device, dtype: jnp.dtype, **overrides: Any) -> Execution:
+        """Choose for a device and the dtype of products.
+
+        Args:
+            device: its facts.
+            dtype: of the operands of matrix products.
+            **overrides: fields of `Execution` to set by hand.
+
+        Raises:
+            TypeError: there is no such field.
+        """
+        check_names("choice", overrides, [field.name for field in dataclasses.fields(cls)])
+        if device.platform == "cpu":
+            return dataclasses.replace(cls(attention="blockwise"), **overrides)
+        in_16_bits = jnp.dtype(dtype).itemsize == 2
+        attention = (
+            "cudnn" if in_16_bits and has_cudnn_attention(device, jnp.dtype(dtype).name) else "blockwise"
+        )
+        memory = device.memory_bytes or _SMALL_ACCELERATOR
+        choices = cls(
+            platform=device.platform,
+            attention=attention,
+            attention_block=512,
+            blocks_masked_attention=True,
+            has_narrow_results=in_16_bits,
+            has_unrolled_layers=True,
+            has_bitcasts=False,
+            logits_bytes=memory // _LOGITS_SHARE // 2,  # as much again for their gradient
+            has_vocabulary_slices=False,
+            has_top_k_kernel=device.platform == "cuda",
+        )
+        return dataclasses.replace(choices, **overrides)
+
+    def describe(self) -> str:
+        """Return the choices in one line."""
+        products = (
+            "TF32 products" if self.allows_tf32 else "16-bit results" if self.has_narrow_results else ""
+        )
+        layers = "layers written out" if self.has_unrolled_layers else "layers in a loop"
+        attention = {"cudnn": "cuDNN attention"}.get(self.attention, f"{self.attention} attention")
+        logits = f"at most {self.logits_bytes / 1e6:,.0f} MB of logits"
+        return ", ".join(part for part in (self.platform, attention, products, layers, logits) if part)
+
+
+def has_cudnn_attention(device: Device, dtype: str = "bfloat16") -> bool:
+    """Return whether cuDNN's attention kernel runs on a device: an NVIDIA GPU of capability 8.0 or more.
+
+    On a device of this process it is tried; a warning says why it does not work.
+    """
+    capability = device.compute_capability
+    if device.platform != "cuda" or capability is None or capability < (8, 0):
+        return False
+    if not device.is_here:
+        return True
+    works, why = try_cudnn_attention(dtype)
+    if not works:
+        text = f"attention is computed by blocks, because cuDNN's kernel does not work here: {why}"
+        warnings.warn(text, stacklevel=2)
+    return works
+
+
+@functools.cache
+def try_cudnn_attention(dtype: str) -> tuple[bool, str]:
+    """Run cuDNN's attention on the device of this process, once; return whether it works, and why not.
+
+    An incomplete installation passes every other test (jax issues 23227, 23833, 32430).
+    """
+
+    def loss(x: jax.Array) -> jax.Array:
+        y = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn")
+        return y.astype(jnp.float32).sum()
+
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.zeros((1, 128, 1, 64), dtype)))
+    except Exception as error:  # whatever it is, there is another kernel
+        return False, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return True, ""
+
+
+# what the functions of `ops` do unless they are told otherwise: the programs for XLA:CPU
+CPU = Execution()

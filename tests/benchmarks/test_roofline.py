@@ -1,0 +1,60 @@
+"""The reader of compiled programs, on a short program whose costs can be counted by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpt2jax.plan.devices import find_device
+
+PROGRAM = """HloModule program
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %x = f32[8,4]{1,0} get-tuple-element((s32[], f32[8,4]{1,0}) %p), index=1
+  %i = s32[] get-tuple-element((s32[], f32[8,4]{1,0}) %p), index=0
+  %y = f32[8,4]{1,0} add(f32[8,4]{1,0} %x, f32[8,4]{1,0} %x)
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(s32[] %i, f32[8,4]{1,0} %y)
+}
+
+%condition (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %c = pred[] constant(true)
+}
+
+%fused (p: f32[100,4], at: s32[]) -> f32[1,4] {
+  %p = f32[100,4]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %s = f32[1,4]{1,0} dynamic-slice(f32[100,4]{1,0} %p, s32[] %at, s32[] %at), dynamic_slice_sizes={1,4}
+}
+
+ENTRY %main (a: bf16[8,16], b: bf16[16,4], z: f32[100,4]) -> f32[8,4] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[16,4]{1,0} parameter(1)
+  %z = f32[100,4]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %d = f32[8,4]{1,0} dot(bf16[8,16]{1,0} %a, bf16[16,4]{1,0} %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %row = f32[1,4]{1,0} fusion(f32[100,4]{1,0} %z, s32[] %zero), kind=kLoop, calls=%fused
+  %start = (s32[], f32[8,4]{1,0}) tuple(s32[] %zero, f32[8,4]{1,0} %d)
+  %w = (s32[], f32[8,4]{1,0}) while((s32[], f32[8,4]{1,0}) %start), condition=%condition, body=%body TRIPS
+  ROOT %r = f32[8,4]{1,0} get-tuple-element((s32[], f32[8,4]{1,0}) %w), index=1
+}
+"""
+KNOWN = ', backend_config={"known_trip_count":{"n":"5"}}'
+
+
+@pytest.mark.parametrize(("trips", "turns", "waits"), [(KNOWN, 5, 0), ("", 1, 1)], ids=["known", "unknown"])
+def test_read_roofline_counts_turns_slices_and_products(monkeypatch, trips, turns, waits):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from roofline import read_roofline
+
+    h100 = find_device("h100")
+    found = read_roofline(PROGRAM.replace(" TRIPS", trips), h100)
+    assert found.kinds["dot"].flops == 2 * 8 * 16 * 4
+    assert found.kinds["dot"].bytes == 2 * (8 * 16 + 16 * 4) + 4 * 8 * 4
+    # of the table, only the row that the slice reads; its place, and the row that is written
+    assert found.kinds["fusion"].bytes == 4 * 4 + 4 + 4 * 4
+    assert found.kinds["add"].kernels == turns and found.kinds["add"].bytes == turns * 3 * 4 * 8 * 4
+    assert found.total.kernels == 2 + turns and found.waits == waits
+    assert found.total.seconds == pytest.approx(found.total.bytes / h100.bandwidth)
