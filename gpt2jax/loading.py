@@ -32,7 +32,7 @@ from gpt2jax.weights.hub import download
 from gpt2jax.weights.keras_lora import load_keras_lora
 from gpt2jax.weights.mapping import check_parameter_dtype
 from gpt2jax.weights.orbax import is_checkpoint, read_run, restore_trained
-from gpt2jax.weights.peft import read_adapter, write_adapter
+from gpt2jax.weights.peft import read_adapter, read_embeddings, write_adapter
 from gpt2jax.weights.saved_settings import read_saved_settings
 
 # the published models: the names that people use, and those on the hub
@@ -251,7 +251,9 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     if path.suffix == ".h5":
         lora, adapters = load_keras_lora(path, model.config)
     else:
-        lora, adapters = read_adapter(path, model.config, model.params)
+        config, params = read_embeddings(path, model.config, model.params)
+        model = dataclasses.replace(model, config=config, params=params)
+        lora, adapters = read_adapter(path, config, params)
     return dataclasses.replace(model, adapters=adapters, lora=lora)
 
 

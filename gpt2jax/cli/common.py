@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 import tyro
 
 from gpt2jax.generation.config import GenerationConfig
-from gpt2jax.utils.notices import Notice
+from gpt2jax.utils.notices import Notice, printable
 from gpt2jax.utils.validation import check_path, positive_int, validated
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def command_line(name: str) -> str:
 
 def exit_with_error(name: str, message: str, *, code: int = 2) -> NoReturn:
     """Print one line and end the program."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -226,31 +226,43 @@ class DataOptions:
 
     Attributes:
         data: "numeric-docs" (documentation of the installed numpy, jax, flax, optax), "python-docs" (of the standard
-            library), "pubmed", "arxiv", a file or folder (txt, jsonl, json, csv, tsv, parquet, arrow, also compressed,
-            or what datasets saved), a hub data set (owner/name), or an hf:// path.
-        text_column: the column with the text, if there are several.
+            library), "pubmed", "arxiv", a file or folder (txt, md, jsonl, json, csv, tsv, parquet, arrow, also
+            compressed, or what datasets saved), a quoted pattern ("data/*.txt"), a hub data set (owner/name), or an
+            hf:// path.
+        more_data: another file, folder or pattern, read behind --data; may be repeated.
+        text_column: the column with the text, if there are several; outer.inner for a field of a column of objects.
         documents: what a text is in plain .txt files: "file" (all of it, cut at <|endoftext|>), "paragraph", "line".
         limit: use only the first so many documents.
         streaming: read a hub data set as it comes instead of downloading it first; so does --limit.
         data_revision: commit, tag or branch of a hub data set. The results name the commit, which reads the same again.
+        encoding: of the texts in files, such as cp1252. Default: UTF-8.
+        records_field: the field of a JSON object that holds the rows, if it holds more than them.
     """
 
     data: str = "numeric-docs"
+    more_data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     text_column: str | None = None
     documents: Literal["file", "paragraph", "line"] = "file"
     limit: Annotated[int | None, positive_int] = None
     streaming: bool = False
     data_revision: str | None = None
+    encoding: str | None = None
+    records_field: str | None = None
+
+    @property
+    def source(self) -> str | tuple[str, ...]:
+        """What `gpt2jax.data.sources.Texts` takes."""
+        return (self.data, *self.more_data) if self.more_data else self.data
 
     def pinned(self) -> DataOptions:
         """Return the same with the commit of a hub data set: all splits are of it, and the results can name it."""
         from gpt2jax.data.sources import pin_revision
 
-        return dataclasses.replace(self, data_revision=pin_revision(self.data, self.data_revision))
+        return dataclasses.replace(self, data_revision=pin_revision(self.source, self.data_revision))
 
     def origin(self, split: str) -> dict[str, Any]:
         """Return where the texts of a split come from, for results."""
-        return {"source": self.data, "split": split, "revision": self.data_revision}
+        return {"source": self.source, "split": split, "revision": self.data_revision}
 
     def texts(self, split: str, *, limit: int | None = None) -> list[str]:
         """Return the texts of a split such as train, test[:50%] or all, at most `limit` of them."""
@@ -268,7 +280,7 @@ class DataOptions:
         from gpt2jax.data.sources import Texts
 
         return Texts(
-            self.data,
+            self.source,
             split,
             text_column=self.text_column,
             prompt_column=prompt_column,
@@ -277,6 +289,8 @@ class DataOptions:
             documents=self.documents,
             streaming=self.streaming,
             revision=self.data_revision,
+            encoding=self.encoding,
+            records_field=self.records_field,
         )
 
 

@@ -106,7 +106,7 @@ def training_texts(options: Options, source: DataOptions) -> Texts | None:
     if options.training_data is None:
         return None
     if options.training_data != source.data:
-        source = dataclasses.replace(source, data=options.training_data, data_revision=None)
+        source = dataclasses.replace(source, data=options.training_data, more_data=(), data_revision=None)
     return source.iterate(options.train_split)
 
 

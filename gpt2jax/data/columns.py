@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gpt2jax.utils.notices import printable
+
 TEXT_COLUMNS = ("text", "article", "article_text", "content", "body", "document")
 BATCH_ROWS = 1000  # rows of a table that are converted at once
 PEEKED_ROWS = 100  # rows that may be read before the column of texts is clear
+SEARCHED_ROWS = 100_000  # the same for a column that the caller names, of which no other cell is kept
 
 # a text, or {"prompt": ..., "completion": ...}
 Item = str | dict[str, str]
@@ -20,17 +24,24 @@ class Columns:
     """The columns that a caller asks for.
 
     Attributes:
-        text: column with the texts. None: the first of `TEXT_COLUMNS` that the data has, or its only text column.
+        text: column with the texts, "outer.inner" for a field of a column of objects. None: the first of
+            `TEXT_COLUMNS` that the data has, or its only text column.
         pair: columns with prompts and completions, instead.
     """
 
     text: str | None = None
     pair: tuple[str, str] | None = None
+    # of several files: the columns of the first one, and its name; no column for plain text
+    _first: list[tuple[tuple[str, ...], str]] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """The columns that the caller named."""
         return self.pair or (() if self.text is None else (self.text,))
+
+    def for_files(self) -> Columns:
+        """Return the same columns for files of one data set, which must all have their texts in the same column."""
+        return dataclasses.replace(self, _first=[])
 
     def are_clear(self, columns: Mapping[str, bool]) -> bool:
         """Return True if more rows cannot change the choice."""
@@ -49,10 +60,11 @@ class Columns:
             where: what messages call the data.
 
         Raises:
-            ValueError: a column does not exist, or the choice is not clear; all columns are listed.
+            ValueError: a column does not exist, the choice is not clear, or it differs from that of the file before;
+                all columns are listed.
         """
         listing = ", ".join(
-            f"{name if name.isprintable() else repr(name)}{'' if is_text else ' (not text)'}"
+            f"{name if name == printable(name) else repr(name)}{'' if is_text else ' (not text)'}"
             for name, is_text in columns.items()
         )
         for name in self.wanted:
@@ -61,20 +73,43 @@ class Columns:
         if self.wanted:
             return self.wanted
         texts = [name for name, is_text in columns.items() if is_text]
+        # a field within an object counts if no column is a text itself
+        texts = [name for name in texts if name.rpartition(".")[0] not in columns] or texts
         usual = [name for name in TEXT_COLUMNS if name in texts]
         if not usual and len(texts) != 1:
             raise ValueError(
                 f"{where}: say which column holds the texts (text_column); its columns: {listing}"
             )
-        return (usual[0] if usual else texts[0],)
+        names = (usual[0] if usual else texts[0],)
+        self.note(names, where)
+        return names
+
+    def note(self, names: tuple[str, ...], where: str) -> None:
+        """Compare the columns of a file with those of the first one; no column stands for plain text.
+
+        Raises:
+            ValueError: they differ, as where a file describes the others.
+        """
+        if self._first is None:
+            return
+        if not self._first:
+            self._first.append((names, where))
+        before, place = self._first[0]
+        if names == before or (not {*names, *before} - set(TEXT_COLUMNS) and not (names and before)):
+            return
+        here, there = ((f"column {cols[0]!r}" if cols else "plain text") for cols in (names, before))
+        raise ValueError(
+            f"{where} has its texts in another place ({here}) than {place} ({there}); name the files to read one by "
+            "one or by a pattern such as FOLDER/*.jsonl, or their column (text_column)"
+        )
 
 
 def row_items(rows: Iterable[tuple[str, Any]], columns: Columns, where: str) -> Iterator[Item]:
-    """Yield the texts or pairs of rows; a missing or null cell is an empty text.
+    """Yield the texts or pairs of rows; a missing or null cell or row is an empty text.
 
     Args:
-        rows: (place for messages, row); a row is a text, or a dict of cells.
-        columns: chosen by the first rows, at most `PEEKED_ROWS`.
+        rows: (place for messages, row); a row is a text, a dict of cells, or None.
+        columns: chosen by the first rows, at most `PEEKED_ROWS`, or `SEARCHED_ROWS` for those that the caller named.
         where: what messages call the data.
     """
     rows = iter(rows)
@@ -82,23 +117,47 @@ def row_items(rows: Iterable[tuple[str, Any]], columns: Columns, where: str) -> 
     seen: dict[str, bool] = {}
     for place, row in rows:
         peeked.append((place, row))
+        if row is None:
+            continue
         if not isinstance(row, dict):
             break
-        for name, value in row.items():
+        for name, value in _named_cells(row):
             is_null = value is None and name in (*TEXT_COLUMNS, *columns.wanted)
             seen[name] = seen.get(name, False) or is_text(value) or is_null
-        if columns.are_clear(seen) or len(peeked) == PEEKED_ROWS:
+        if columns.are_clear(seen) or len(peeked) == (SEARCHED_ROWS if columns.wanted else PEEKED_ROWS):
             break
+        if columns.wanted:
+            peeked[-1] = place, {name: cell_of(row, name) for name in columns.wanted}
     names = columns.choose(seen, where) if seen else None
     for place, row in itertools.chain(peeked, rows):
         if isinstance(row, str) and columns.pair is None:
             yield row
             continue
+        if row is None:
+            yield to_item([None] * len(columns.wanted or ("text",)), columns.wanted or ("text",), place)
+            continue
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a text or an object is expected, not {type(row).__name__}")
         if names is None:
-            names = columns.choose({name: is_text(value) for name, value in row.items()}, place)
-        yield to_item([row.get(name) for name in names], names, place)
+            names = columns.choose({name: is_text(value) for name, value in _named_cells(row)}, place)
+        yield to_item([cell_of(row, name) for name in names], names, place)
+
+
+def _named_cells(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, cell) of a row, those of objects within it as "outer.inner"."""
+    for name, cell in row.items():
+        yield name, cell
+        if isinstance(cell, dict):
+            yield from ((f"{name}.{inner}", value) for inner, value in _named_cells(cell))
+
+
+def cell_of(row: Mapping[str, Any], name: str) -> Any:
+    """Return a cell by its name, by "outer.inner" if it is in an object within the row; None if it is absent."""
+    if name in row or "." not in name:
+        return row.get(name)
+    outer, _, inner = name.partition(".")
+    within = row.get(outer)
+    return cell_of(within, inner) if isinstance(within, Mapping) else None
 
 
 def table_items(table: Any, columns: Columns, where: str) -> Iterator[Item]:
@@ -109,39 +168,81 @@ def table_items(table: Any, columns: Columns, where: str) -> Iterator[Item]:
             ((f"{where}, row {number}", row) for number, row in enumerate(table, start=1)), columns, where
         )
         return
-    names = columns.choose(_text_columns(table.features.arrow_schema), where)
+    names = columns.choose(column_kinds(table.features.arrow_schema, columns.wanted), where)
+    roots = [name if name in table.features else name.partition(".")[0] for name in names]
     row = 0
-    for batch in table.select_columns(list(names)).iter(BATCH_ROWS):
-        for cells in zip(*(batch[name] for name in names), strict=True):
+    for batch in table.select_columns(list(dict.fromkeys(roots))).iter(BATCH_ROWS):
+        for cells in zip(*(batch[root] for root in roots), strict=True):
             row += 1
+            cells = [
+                cell_of({root: cell}, name) for root, cell, name in zip(roots, cells, names, strict=True)
+            ]
             yield to_item(cells, names, f"{where}, row {row}")
 
 
-def _text_columns(schema: Any) -> dict[str, bool]:
-    """Return for each column of an Arrow schema whether it holds strings or lists of strings."""
+def column_kinds(schema: Any, wanted: Sequence[str] = ()) -> dict[str, bool]:
+    """Return for each column of an Arrow schema whether it holds texts or lists of texts.
+
+    Fields of columns of objects are "outer.inner". Bytes and columns of nulls count as texts if their name is
+    one of `TEXT_COLUMNS` or wanted: other bytes may be pictures.
+    """
     import pyarrow.types as kinds
 
-    def is_string(kind: Any) -> bool:
-        return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
+    def is_string(kind: Any, name: str) -> bool:
+        kind = getattr(kind, "storage_type", kind)
+        if kinds.is_dictionary(kind):
+            kind = kind.value_type
+        if kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind):
+            return True
+        is_bytes = any(
+            test(kind)
+            for test in (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_null)
+        )
+        return is_bytes and name in (*TEXT_COLUMNS, *wanted)
 
     def is_list(kind: Any) -> bool:
-        return (kinds.is_list(kind) or kinds.is_large_list(kind)) and is_string(kind.value_type)
+        tests = (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list, kinds.is_list_view)
+        return any(test(kind) for test in (*tests, kinds.is_large_list_view))
 
-    return {field.name: is_string(field.type) or is_list(field.type) for field in schema}
+    found: dict[str, bool] = {}
+
+    def add(field: Any, prefix: str) -> None:
+        name, kind = prefix + field.name, field.type
+        found[name] = is_string(kind.value_type if is_list(kind) else kind, name)
+        if kinds.is_struct(kind):
+            for inner in kind:
+                add(inner, f"{name}.")
+
+    for field in schema:
+        add(field, "")
+    return found
 
 
 def to_item(cells: Sequence[Any], names: Sequence[str], place: str) -> Item:
     """Return the text of one cell, or the pair of two; null is "", a list of sentences has one a line.
 
-    scientific_papers stores articles as lists of sentences.
+    scientific_papers stores articles as lists of sentences. Bytes, as some writers of Parquet store texts, are UTF-8.
     """
-    for cell, name in zip(cells, names, strict=True):
-        if not (cell is None or is_text(cell)):
-            raise ValueError(f"{place}: column {name!r} holds {type(cell).__name__}, not text")
-    texts = [
-        cell if isinstance(cell, str) else "\n".join(part or "" for part in cell or ()) for cell in cells
-    ]
+    texts = [_to_text(cell, name, place) for cell, name in zip(cells, names, strict=True)]
     return texts[0] if len(texts) == 1 else {"prompt": texts[0], "completion": texts[1]}
+
+
+def _to_text(cell: Any, name: str, place: str) -> str:
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, bytes):
+        try:
+            return cell.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: column {name!r} holds bytes that are not UTF-8: {error}") from None
+    if isinstance(cell, list):
+        cell = ["" if part is None else part for part in cell]
+        parts = [_to_text(part, name, place) if isinstance(part, bytes) else part for part in cell]
+        if all(isinstance(part, str) for part in parts):
+            return "\n".join(parts)
+    if cell is not None:
+        raise ValueError(f"{place}: column {name!r} holds {type(cell).__name__}, not text")
+    return ""
 
 
 def is_text(value: Any) -> bool:

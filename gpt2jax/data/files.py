@@ -1,47 +1,69 @@
-"""Files of texts: found, opened and read as a stream, on this machine, in zip archives and on the hub.
+"""Files of texts: found and opened, on this machine, in zip archives and on the hub; `readers` reads them.
 
-fsspec opens and unpacks them, as it does for `datasets`; tables (Parquet, Arrow) are read by `datasets` itself. Rows
-of JSON and CSV go through Python's own parsers, because those of `datasets` guess types and change texts: "2020-01-01"
+fsspec opens them, as it does for `datasets`; tables (Parquet, Arrow) are read by pyarrow. Rows of JSON and CSV go
+through Python's own parsers, because those of `datasets` and pyarrow guess types and change texts: "2020-01-01"
 becomes a time, "NA" and "null" become nothing, "007" a number, an object of columns one single row, and a CSV row
 with a cell too many loses its first cell, all without an error (datasets 5.2). They name no line either.
 """
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import contextlib
-import csv
 import glob
+import gzip
 import io
-import itertools
-import json
 import lzma
 import os
 import re
-import shutil
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from gpt2jax.data.columns import Columns, Item, row_items, table_items
-from gpt2jax.tokenizer.bpe import END_TOKEN
+from gpt2jax.data.encodings import likely_encoding, wide_encoding
+from gpt2jax.utils.notices import enumerate_names, notice
+from gpt2jax.utils.stand_ins import describe_stand_in
+from gpt2jax.utils.validation import must_be
 
-DOCUMENTS = ("file", "paragraph", "line")
-# extension to the reader's name in `datasets` (tables), or to None
-FORMATS = {
-    **dict.fromkeys((".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")),
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-}
-# extension to fsspec's name; its own reader of .zst needs a package that nothing here requires, pyarrow has one
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": None}
+PLAIN = (
+    ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".py", ".tokens", ".raw",
+)  # fmt: skip
+TABLES = (".parquet", ".arrow", ".feather")
+# extensions; a folder's files with others are passed over
+FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", *TABLES, *PLAIN[1:])
+# extensions of packed files. What a file is packed with is told by its first bytes alone.
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# what an unpacked file may have: any number of bytes up to the first, above it so many times its packed size
+FREE_BYTES, MAX_RATIO = 1 << 28, 1000
+_BUFFER = 1 << 17
 
 _KNOWN = f"known are {', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)}, and .zip of such files"
-_NOT_DATA = re.compile(r"(^|/)(\.|__MACOSX/|(README|dataset_infos?\.json)[^/]*$)")
+_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")
+# files that describe a data set
+_NOT_DATA = re.compile(
+    r"(^|.*/)((README|LICEN[CS]E|CHANGELOG|CITATION)[^/]*"
+    r"|(metadata|dataset_infos?|datapackage|croissant|config|package|state)\.json|requirements[^/]*\.txt)"
+)
+_ZIP_START = b"PK\x03\x04"
+
+
+def _open_zst(stream: IO[bytes]) -> IO[bytes]:
+    """Unpack by pyarrow: fsspec's reader of .zst needs a package that nothing here requires."""
+    import pyarrow
+
+    return pyarrow.input_stream(stream, compression="zstd")  # pyright: ignore[reportReturnType]
+
+
+_UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _open_zst,
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +75,14 @@ class File:
         path: its place inside the folder or archive that it was found in, with "/".
         system: the fsspec file system that opens it.
         place: its name there.
-        url: the same for `datasets`.
+        encoding: of its text, None for UTF-8.
     """
 
     name: str
     path: str
     system: Any
     place: str
-    url: str
+    encoding: str | None = None
 
     @property
     def suffixes(self) -> tuple[str, str]:
@@ -71,261 +93,201 @@ class File:
         return PurePosixPath(self.path).with_suffix("").suffix.lower(), last
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
+    def open(self) -> Iterator[io.BufferedReader[Any]]:
         """Open the file for reading bytes, unpacked."""
-        from fsspec.core import OpenFile
-
-        compression = self.suffixes[1]
-        with OpenFile(self.system, self.place, "rb", COMPRESSIONS.get(compression)) as stream:
-            if compression == ".zst":
-                import pyarrow
-
-                unpacked: Any = pyarrow.input_stream(stream, compression="zstd")
-                stream = io.BufferedReader(unpacked)
+        info = self.system.info(self.place)
+        packed_size = info.get("compress_size") or info.get("size")
+        with self.system.open(self.place, "rb") as raw:
+            is_plain = "compress_size" not in info  # which members of archives have
+            stream = io.BufferedReader(_Bytes(raw, self.name, packed_size, is_plain=is_plain), _BUFFER)
+            start = stream.peek(8)
+            if unpack := next((open for mark, open in _UNPACKERS.items() if start.startswith(mark)), None):
+                stream = io.BufferedReader(_Bytes(unpack(stream), self.name, packed_size), _BUFFER)
+            reason = describe_stand_in(stream.peek(512)[:512])
+            if reason and (self.suffixes[0] not in PLAIN or "LFS" in reason):
+                raise ValueError(f"{self.name} {reason}")
             yield stream
 
+    def is_packed(self) -> bool:
+        """Return whether the file is compressed by its first bytes."""
+        with self.system.open(self.place, "rb") as raw:
+            return raw.read(8).startswith(tuple(_UNPACKERS))
+
+    @contextlib.contextmanager
+    def open_seekable(self) -> Iterator[IO[bytes]]:
+        """Open the file for reading at any place, a packed one through a copy on disk."""
+        with self.open() as stream, contextlib.ExitStack() as stack:
+            if isinstance(stream.raw, _Bytes) and stream.raw.is_plain:
+                yield stack.enter_context(self.system.open(self.place, "rb"))
+                return
+            plain = stack.enter_context(tempfile.TemporaryFile())
+            while chunk := stream.read(1 << 20):
+                plain.write(chunk)
+            plain.seek(0)
+            yield plain
+
     def lines(self) -> Iterator[tuple[int, str]]:
-        """Yield (number, line with its end) of a file in UTF-8."""
-        offset = 0
+        r"""Yield (number, line with its end) of a text; lines end in \n, \r\n or, as on old Macs, \r."""
         with self.open() as stream:
-            for number, raw in enumerate(stream, start=1):
-                if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise ValueError(f"{self.name} is UTF-16 by its first bytes: convert it to UTF-8")
+            if self.encoding is not None:
+                yield from self._decoded_lines(stream, self.encoding)
+                return
+            if found := wide_encoding(stream.peek(4096)[:4096]):
+                sure = "by its first bytes" if found in ("utf-16", "utf-32") else "by its zero bytes"
+                raise ValueError(f"{self.name} is {found.upper()} {sure}; {_encoding_hint(found)}")
+            number = offset = 0
+            for raw in stream:
                 try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = raw.decode("utf-8" if offset else "utf-8-sig")
                 except UnicodeDecodeError as error:
-                    start = offset + error.start + (3 if number == 1 and raw[:3] == b"\xef\xbb\xbf" else 0)
-                    wrong = f"byte 0x{error.object[error.start]:02x} at offset {start} (line {number})"
-                    raise ValueError(f"{self.name} is not UTF-8: {wrong}; convert it") from None
+                    start = error.start + (3 if not offset and raw[:3] == codecs.BOM_UTF8 else 0)
+                    wrong = f"byte 0x{raw[start]:02x} at offset {offset + start} (line {number + 1})"
+                    found = likely_encoding(raw + stream.read(1 << 16))
+                    hint = f"it is probably {found}: {_encoding_hint(found)}"
+                    raise ValueError(f"{self.name} is not UTF-8: {wrong}; {hint}") from None
                 offset += len(raw)
-                yield number, line
+                for line in _split_at_returns(text):
+                    number += 1
+                    yield number, line
+
+    def _decoded_lines(self, stream: io.BufferedReader, encoding: str) -> Iterator[tuple[int, str]]:
+        text = io.TextIOWrapper(stream, encoding, newline="")
+        number = 0
+        try:
+            for number, line in enumerate(text, start=1):
+                yield number, line.removeprefix("\ufeff") if number == 1 else line
+        except UnicodeError as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.name} is not {encoding} behind line {number}; {reason}") from None
+        finally:
+            text.detach()
 
 
-def list_files(source: str) -> list[File]:
+class _Bytes(io.RawIOBase):
+    """A stream whose bytes are counted: a small file must not fill the memory when it is unpacked."""
+
+    def __init__(self, stream: Any, name: str, packed_size: int | None, *, is_plain: bool = False):
+        self.stream, self.name, self.packed_size, self.is_plain = stream, name, packed_size, is_plain
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self.stream.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        self.count += len(chunk)
+        check_unpacked(self.name, self.count, self.packed_size)
+        return len(chunk)
+
+
+def check_unpacked(name: str, size: int, packed_size: int | None) -> None:
+    """Raise ValueError if so many bytes can't be what a file of texts holds."""
+    if packed_size is not None and size > max(FREE_BYTES, MAX_RATIO * packed_size):
+        raise ValueError(
+            f"{name} unpacks to more than {MAX_RATIO} times its {packed_size:,} bytes, which texts do not; "
+            "unpack it yourself if that is right"
+        )
+
+
+def check_encoding(encoding: str | None) -> None:
+    """Raise ValueError unless Python knows the encoding."""
+    try:
+        if encoding is not None:
+            "".encode(encoding)
+    except (LookupError, TypeError, ValueError):
+        legal = "the name of an encoding such as utf-8, cp1252 or utf-16"
+        raise ValueError(must_be("encoding", legal, encoding)) from None
+
+
+def _encoding_hint(name: str) -> str:
+    return f"read it with encoding={name!r} (--encoding {name}), or convert it to UTF-8"
+
+
+def _split_at_returns(text: str) -> list[str]:
+    r"""Return the lines of a text that ends with its only \n."""
+    if "\r" not in text.removesuffix("\r\n").removesuffix("\r"):
+        return [text]
+    return re.findall(r"[^\r]*(?:\r\n|\r|$)", text)[:-1]
+
+
+def has_pattern(source: str) -> bool:
+    """Return whether a source is a pattern of paths such as data/*.txt: it has a * ? or [ and is not a path."""
+    return bool(re.search(r"[*?[]", source)) and not os.path.exists(source)
+
+
+def list_files(source: str, encoding: str | None = None) -> list[File]:
     """Return the file at a path or `hf://` path, or those of known formats in a folder or zip archive, sorted.
+
+    A local path may be a pattern with * ? [ ] and ** for folders.
 
     Raises:
         ValueError: the format is unknown, or nothing in the folder has a known one.
-        FileNotFoundError: there is no such file or folder on the hub.
+        FileNotFoundError: there is no such file or folder, or nothing fits the pattern.
     """
-    from fsspec.core import url_to_fs
-    from fsspec.implementations.local import LocalFileSystem
-    from fsspec.implementations.zip import ZipFileSystem
-
-    is_archive, is_remote = source.lower().endswith(".zip") and not os.path.isdir(source), "://" in source
-    try:
-        if is_archive and not is_remote:
-            system, root = ZipFileSystem(source), ""
-        elif is_remote:
-            system, root = url_to_fs(f"zip://::{source}" if is_archive else source)
-        else:
-            system, root = LocalFileSystem(), os.path.abspath(source)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{source} is not a zip archive: {error}") from None
+    if "://" not in source and has_pattern(source):
+        found = sorted(glob.glob(os.path.expanduser(source), recursive=True))
+        if not found:
+            raise FileNotFoundError(f"there is no file that fits the pattern {source}")
+        known = [path for path in found if os.path.isdir(path) or _is_known(path, ".zip")]
+        if not known:
+            raise ValueError(f"no file that fits {source} has a known format; {_KNOWN}")
+        _say_passed_over(source, [path for path in found if path not in known])
+        if len(known) > 1 and "**" in source:  # a folder's files fit by themselves
+            known = [path for path in known if not os.path.isdir(path)]
+        return [file for path in known for file in list_files(path, encoding)]
+    system, root, is_archive = _file_system(source)
 
     def as_file(place: str) -> File:
         path = place.removeprefix(root).lstrip("/")
-        url = system.unstrip_protocol(place) if is_remote else place
-        separator = ":" if is_archive else "/"
-        return File(
-            f"{source.rstrip('/')}{separator}{path}" if path else source,
-            path or PurePosixPath(place).name,
-            system,
-            place,
-            f"zip://{place}::{source}" if is_archive else url,
-        )
+        name = f"{source.rstrip('/')}{':' if is_archive else '/'}{path}" if path else source
+        return File(name, path or PurePosixPath(place).name, system, place, encoding)
 
     if system.info(root)["type"] != "directory":
         file = as_file(root)
         if file.suffixes[0] not in FORMATS:
-            found = file.suffixes[0] or "without an extension"
-            raise ValueError(f"{source}: unknown format {found!r}; {_KNOWN}")
+            raise ValueError(
+                f"{source}: unknown format {file.suffixes[0] or 'without an extension'!r}; {_KNOWN}"
+            )
         return [file]
-    files = [as_file(place) for place in system.find(root)]
-    files = [file for file in files if file.suffixes[0] in FORMATS and not _NOT_DATA.search(file.path)]
+    every = [file for file in map(as_file, system.find(root)) if not _HIDDEN.search(file.path)]
+    files = [file for file in every if _is_known(file.path)]
     if not files:
         raise ValueError(f"{source} holds no file of a known format; {_KNOWN}")
+    _say_passed_over(source, [file.path for file in every if file not in files])
     return sorted(files, key=lambda file: file.path.split("/"))
 
 
-def read_items(file: File, columns: Columns, documents: str = "file") -> Iterator[Item]:
-    """Yield the texts or pairs of a file, in order.
+def _file_system(source: str) -> tuple[Any, str, bool]:
+    """Return the fsspec file system of a source, the source's place in it, and whether it is a zip archive."""
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.implementations.zip import ZipFileSystem
 
-    Args:
-        file: what to read.
-        columns: which columns.
-        documents: what a text is in plain .txt files, see `gpt2jax.data.sources.Texts`.
-
-    Raises:
-        ValueError: the content is not what the extension says, or the column to read is not clear.
-    """
-    suffix = file.suffixes[0]
-    try:
-        if FORMATS[suffix] is not None:
-            yield from _table_file_items(file, columns)
-        elif suffix == ".txt":
-            yield from _text_file_items(file, columns, documents)
-        elif suffix in (".csv", ".tsv"):
-            yield from row_items(_csv_rows(file), columns, file.name)
-        else:
-            yield from row_items(_json_rows(file), columns, file.name)
-    except (
-        RuntimeError
-    ) as error:  # of zipfile: a password, or a method of compression that Python does not know
-        raise ValueError(f"{file.name} can't be unpacked: {error}") from error
-    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's, not a decompressor's
-            raise
-        raise ValueError(f"{file.name} is damaged: {error}") from error
-
-
-def _text_file_items(file: File, columns: Columns, documents: str) -> Iterator[Item]:
-    lines = file.lines()
-    start = []
-    for line in lines:
-        start.append(line)
-        if line[1].strip():  # blank lines say nothing about the content
-            break
-    lines = itertools.chain(start, lines)
-    if start and _is_json(start[-1][1], dict):  # scientific_papers names its JSON lines .txt
-        yield from row_items(_json_lines(file, lines), columns, file.name)
-    elif columns.wanted:
-        raise ValueError(f"{file.name} is plain text: it has no column {columns.wanted[0]!r}")
-    elif documents == "line":
-        yield from (line.rstrip("\r\n") for _, line in lines if line.strip())
-    else:
-        yield from _plain_documents((line.replace("\r\n", "\n") for _, line in lines), documents)
-
-
-def _plain_documents(lines: Iterable[str], documents: str) -> Iterator[str]:
-    """Yield what stands between end tokens, for paragraphs between blank lines too; blank texts are left out."""
-    parts: list[str] = []
-
-    def finish() -> Iterator[str]:
-        text = "".join(parts)
-        parts.clear()
-        if text.strip():
-            yield text.strip("\n") if documents == "paragraph" else text
-
-    for line in lines:
-        if documents == "paragraph" and not line.strip():
-            yield from finish()
-        while END_TOKEN in line:
-            before, _, line = line.partition(END_TOKEN)
-            parts.append(before)
-            yield from finish()
-            line = line.removeprefix("\n")
-        parts.append(line)
-    yield from finish()
-
-
-def _json_rows(file: File) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of JSON lines, of an array, or of an object of columns, whatever the extension."""
-    lines = file.lines()
-    start = list(itertools.islice((line for line in lines if line[1].strip()), 2))
-    lines = itertools.chain(start, lines)
-    if not start:
-        return iter(())
-    is_array = start[0][1].lstrip().startswith("[")
-    if (len(start) == 2 and _is_json(start[0][1], dict | str)) or (
-        file.suffixes[0] != ".json" and not is_array
-    ):
-        return _json_lines(file, lines)
-    try:
-        value = json.loads("".join(line for _, line in lines))
-    except ValueError as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from None
-    if isinstance(value, dict):
-        value = _rows_of_object(value, file.name)
-    rows = value if isinstance(value, list) else [value]
-    return ((f"{file.name}, entry {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _rows_of_object(value: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """Return the rows of an object of columns, or of an object that is one row."""
-    cells = list(value.values())
-    if cells and all(isinstance(column, list) for column in cells):
-        if len(set(map(len, cells))) > 1:
-            raise ValueError(f"{where} has columns of different lengths")
-        return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)]
-    if any(isinstance(cell, list) and cell and isinstance(cell[0], dict) for cell in cells):
-        raise ValueError(
-            f"{where} is one object with the keys {', '.join(value)}; expected an array of rows, or an object of "
-            "columns"
-        )
-    return [value]
-
-
-def _json_lines(file: File, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, Any]]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        place = f"{file.name}, line {number}"
+    is_zip = source.lower().endswith(".zip")
+    if "://" in source:
+        return *url_to_fs(f"zip://::{source}" if is_zip else source), is_zip
+    if os.path.isfile(source):
+        with open(source, "rb") as file:
+            # Kaggle's files are zip archives under the name of their content
+            is_zip |= file.read(4) == _ZIP_START and _is_known(source)
         try:
-            yield place, json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place} is not JSON: {error}") from None
+            if is_zip:
+                return ZipFileSystem(source), "", True
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{source} is not a zip archive: {error}") from None
+    return LocalFileSystem(), os.path.abspath(source), False
 
 
-def _is_json(line: str, kind: Any) -> bool:
-    try:
-        return isinstance(json.loads(line), kind)
-    except ValueError:
-        return False
+def _is_known(path: str, *more: str) -> bool:
+    """Return whether a file's name says that it holds texts in a known format, or has one of more extensions."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
+    while suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return bool(suffixes) and suffixes[-1] in (*FORMATS, *more) and not _NOT_DATA.fullmatch(path)
 
 
-def _csv_rows(file: File) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table whose first line names the columns and thereby shows the delimiter."""
-    # articles pass the default of 131072 characters
-    csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
-    lines = itertools.dropwhile(lambda line: not line[1].strip(), file.lines())
-    first, header = next(lines, (1, ""))
-    delimiter = "\t" if file.suffixes[0] == ".tsv" else max(",;\t|", key=header.count)
-    texts = itertools.chain([header], (line for _, line in lines))
-    reader = csv.reader(texts, delimiter=delimiter, strict=True)
-    place, names = file.name, None
-    try:
-        while True:
-            place = f"{file.name}, line {reader.line_num + first}"
-            cells = next(reader, None)
-            if cells is None:
-                return
-            if not cells:  # a blank line
-                continue
-            if names is None:
-                names = cells
-                continue
-            if len(cells) != len(names):
-                raise ValueError(f"{place}: expected {len(names)} cells as in the header, got {len(cells)}")
-            yield place, dict(zip(names, cells, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{place}: {error}") from None
-
-
-def _table_file_items(file: File, columns: Columns) -> Iterator[Item]:
-    """Yield the texts or pairs of a Parquet or Arrow file, which `datasets` reads without a copy of its own."""
-    import datasets
-    import pyarrow
-
-    kind, compression = FORMATS[file.suffixes[0]], file.suffixes[1]
-    with contextlib.ExitStack() as stack:
-        url = glob.escape(file.url)  # `datasets` takes patterns
-        # tables are read from their end, which a compressed stream does not give; "::" joins parts of an URL
-        if compression or "::" in file.place:
-            plain = stack.enter_context(tempfile.NamedTemporaryFile(suffix=f".{kind}"))
-            with file.open() as stream:
-                shutil.copyfileobj(stream, plain)
-            plain.flush()
-            url = plain.name
-        verbosity = datasets.logging.get_verbosity()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
-        stack.callback(datasets.logging.set_verbosity, verbosity)
-        try:
-            table = datasets.load_dataset(kind, data_files=[url], streaming=True, split="train")
-        except pyarrow.ArrowException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{file.name} is not a file of {str(kind).title()}: {reason}") from None
-        try:
-            yield from table_items(table, columns, file.name)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{file.name} is damaged: {str(error).splitlines()[0]}") from None
+def _say_passed_over(source: str, names: list[str]) -> None:
+    if names:
+        files = "1 file" if len(names) == 1 else f"{len(names)} files"
+        notice(f"{source}: passed over {files} without texts by name: {enumerate_names(sorted(names))}")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2jax.data.columns import Columns, Item
-from gpt2jax.data.files import File, list_files, read_items
+from gpt2jax.data.files import File, list_files
+from gpt2jax.data.readers import read_items
 
 # scientific_papers: the authors' archives, and the copy on the hub. That is a loading script, which `datasets` no
 # longer runs; its Parquet conversion stands on a branch.

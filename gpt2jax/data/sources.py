@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from gpt2jax.data.columns import Columns, Item, row_items, table_items
 from gpt2jax.data.docs_corpus import BUILTIN_NAMES, SPLITS, builtin_texts
-from gpt2jax.data.files import COMPRESSIONS, FORMATS, File, list_files, read_items
+from gpt2jax.data.files import COMPRESSIONS, FORMATS, File, check_encoding, has_pattern, list_files
 from gpt2jax.data.hub import (
     DATA_VARIABLE,
     PAPERS,
@@ -26,6 +26,7 @@ from gpt2jax.data.hub import (
     resolve_revision,
     where_to_get,
 )
+from gpt2jax.data.readers import read_items
 from gpt2jax.data.splits import (
     Reader,
     check_split,
@@ -34,7 +35,15 @@ from gpt2jax.data.splits import (
     read_split,
     split_of_file,
 )
-from gpt2jax.utils.validation import check_path, must_be, positive_int, set_field, validated
+from gpt2jax.utils.notices import enumerate_names, notice
+from gpt2jax.utils.validation import (
+    check_path,
+    must_be,
+    non_empty_string,
+    positive_int,
+    set_field,
+    validated,
+)
 
 # a name or a path, or a Dataset, IterableDataset, DatasetDict, IterableDatasetDict or column of `datasets`
 Source: TypeAlias = Any
@@ -52,19 +61,21 @@ class Texts:
 
     None is left out or changed; empty ones are included.
 
-    Files belong to a split by their name (`train.jsonl`, `val-00000-of-00002.parquet`) or their folder's
-    (`test/a.txt`). Data without splits, and data of the hub that has only a training split, is split 90/5/5 in a way
-    that depends on the texts alone: from 400 texts on by a hash of each, so that equal texts are never in two splits;
-    fewer by the order of their hashes, at least one each; one or two different texts are sliced by position.
+    Files belong to a split by their whole name (`train.jsonl`, `val-00000-of-00002.parquet`) or their folder's
+    (`test/a.txt`). What is not there of validation and test is split off the training texts, 5 % each, in a way that
+    depends on the texts alone: from 400 texts on by a hash of each, so that equal texts are never in two splits; fewer
+    by the order of their hashes, at least one each; one or two different texts are sliced by position.
 
     Attributes:
         source: one of
 
             * `"python-docs"`, `"numeric-docs"`: documentation of what is installed (`gpt2jax.data.docs_corpus`);
-            * a file: .jsonl, .json, .csv, .tsv, .parquet, .arrow with a column of texts (strings, or lists of strings,
-              which are joined by newlines), or .txt; compressed (.gz, .bz2, .xz, .zst) or not. A .txt file of JSON
-              lines is read as these; any other is one text, cut where `<|endoftext|>` stands (see `documents`);
+            * a file: .jsonl, .json, .csv, .tsv, .parquet, .arrow, .feather with a column of texts (strings, or lists of
+              strings, which are joined by newlines), or plain text (`gpt2jax.data.files.PLAIN`); compressed (gzip,
+              bzip2, xz, zstd) or not. A .txt file of JSON lines is read as these; any other plain text is one text, cut
+              where `<|endoftext|>` stands (see `documents`);
             * a folder or .zip archive of such files, or a folder that `save_to_disk` of `datasets` wrote;
+            * a pattern such as "data/*.jsonl" (** for folders), or a list of files, folders and patterns;
             * a `Dataset`, `IterableDataset` or `DatasetDict` of `datasets`, or a column of one;
             * `"owner/name"` or `"owner/name:configuration"`, a data set on the hub, and `"hf://datasets/owner/name"`,
               which may go on with `@revision` and with the path of a file or folder in it;
@@ -73,14 +84,16 @@ class Texts:
               must hold as many texts as were published.
         split: "train", "validation", "test", "all", or another that the data has, with the syntax of `datasets`:
             "train[:50%]", "test[:100]", "train+validation".
-        text_column: column with the texts. None: `text`, `article`, `article_text`, `content`, `body`, `document`, or
-            the only column with texts.
+        text_column: column with the texts, "outer.inner" for a field of a column of objects. None: `text`, `article`,
+            `article_text`, `content`, `body`, `document`, or the only column with texts.
         prompt_column, completion_column: two columns instead; each row is then {"prompt": ..., "completion": ...}.
         limit: at most so many texts, the first ones.
         documents: what a text is in plain .txt files: "file" (all between two end tokens), "paragraph" (between blank
             lines, too) or "line".
         streaming: read a data set of the hub as it comes, without downloading it first; so does `limit`. Files are
             always read as they come.
+        encoding: of the texts in files of plain text, JSON and CSV. None: UTF-8.
+        records_field: the field of a JSON object that holds the rows, in files that hold one object with more in it.
         revision: branch, tag or commit of a data set on the hub. All that is read is of one commit, see
             `pin_revision`.
 
@@ -99,10 +112,21 @@ class Texts:
     documents: Literal["file", "paragraph", "line"] = "file"
     streaming: bool = False
     revision: str | None = None
+    encoding: str | None = None
+    records_field: Annotated[str | None, non_empty_string] = None
 
     def __post_init__(self) -> None:
         check_split(self.split)
-        if not _is_dataset(self.source):
+        check_encoding(self.encoding)
+        if isinstance(self.source, list | tuple):
+            if not self.source:
+                raise ValueError(
+                    must_be("source", "a name or a path, or a list of at least one", self.source)
+                )
+            for source in self.source:
+                check_path("each source", source)
+            set_field(self, "source", tuple(map(os.fspath, self.source)))
+        elif not _is_dataset(self.source):
             check_path("source", self.source)
             set_field(self, "source", os.fspath(self.source))
         if (self.prompt_column is None) != (self.completion_column is None):
@@ -121,6 +145,8 @@ class Texts:
 
     def __iter__(self) -> Iterator[Any]:
         where = self.source if isinstance(self.source, str) else f"the {type(self.source).__name__}"
+        if isinstance(self.source, tuple):
+            where = enumerate_names(list(self.source))
         items = read_split(self.split, _open(self, where), where)
         first = list(itertools.islice(items, 1))
         if not first:
@@ -154,11 +180,17 @@ def pin_revision(source: Source, revision: str | None = None) -> str | None:
         ValueError: the source is not known, or a revision is given for data on this machine.
         FileNotFoundError: there is no such file, data set or revision, or the hub does not answer.
     """
+    if isinstance(source, list | tuple):
+        for one in source:
+            if pin_revision(one, revision) is not None or str(one) in BUILTIN_NAMES:
+                raise ValueError(must_be("each of several sources", "a file or folder on this machine", one))
+        return None
     if _is_dataset(source):
         name, is_here = f"the {type(source).__name__}", True
     else:
         path, name = check_path("source", source), os.fspath(source)
-        is_here = path.exists() or name in BUILTIN_NAMES or (revision is None and _archive(name) is not None)
+        is_here = path.exists() or name in BUILTIN_NAMES or ("://" not in name and has_pattern(str(path)))
+        is_here = is_here or (revision is None and _archive(name) is not None)
     if is_here:
         if revision is not None:
             raise ValueError(f"{name} is not on the hub: it has no revision {revision!r}")
@@ -189,6 +221,11 @@ def _open(texts: Texts, where: str) -> Mapping[str, Reader]:
     pair = (texts.prompt_column, texts.completion_column)
     columns = Columns(texts.text_column, None if None in pair else pair)  # pyright: ignore[reportArgumentType]
     commit = pin_revision(source, texts.revision)
+    if isinstance(source, tuple):
+        files = [
+            file for one in source for file in list_files(str(check_path("source", one)), texts.encoding)
+        ]
+        return _file_splits(files, columns, texts, where)
     if not isinstance(source, str):
         return _dataset_splits(source, columns, where)
     is_lazy = texts.streaming or texts.limit is not None
@@ -200,10 +237,10 @@ def _open(texts: Texts, where: str) -> Mapping[str, Reader]:
         match = _HF_PATH.fullmatch(source)
         if match and match["path"]:
             try:
-                files = list_files(f"hf://datasets/{match['id']}@{commit}/{match['path']}")
+                files = list_files(f"hf://datasets/{match['id']}@{commit}/{match['path']}", texts.encoding)
             except OSError as error:
                 raise no_data_set(source, error) from error
-            return _file_splits(files, columns, texts.documents)
+            return _file_splits(files, columns, texts, where)
         hub_id, _, configuration = (match["id"] if match else source).partition(":")
         return _dataset_splits(load_hub_dataset(hub_id, configuration, commit, lazy=is_lazy), columns, where)
     path = check_path("source", source)
@@ -216,7 +253,7 @@ def _open(texts: Texts, where: str) -> Mapping[str, Reader]:
         import datasets
 
         return _dataset_splits(datasets.load_from_disk(str(path)), columns, where)
-    return _file_splits(list_files(str(path)), columns, texts.documents)
+    return _file_splits(list_files(str(path), texts.encoding), columns, texts, where)
 
 
 def _archive(name: str) -> Path | None:
@@ -226,32 +263,40 @@ def _archive(name: str) -> Path | None:
     return next((place for place in places if name in PAPERS and place.exists()), None)
 
 
-def _file_splits(files: list[File], columns: Columns, documents: str) -> Mapping[str, Reader]:
+def _file_splits(files: list[File], columns: Columns, texts: Texts, where: str) -> Mapping[str, Reader]:
     by_split: dict[str | None, list[File]] = {}
     for file in files:
         by_split.setdefault(split_of_file(file.path), []).append(file)
 
     def read(files: list[File]) -> Iterator[Item]:
-        return itertools.chain.from_iterable(read_items(file, columns, documents) for file in files)
+        same = columns.for_files()
+        return itertools.chain.from_iterable(
+            read_items(file, same, texts.documents, texts.records_field) for file in files
+        )
 
     named = {name: partial(read, files) for name, files in by_split.items() if name is not None}
-    return named_splits(named) if named else content_splits(partial(read, files))
+    if not named:
+        return content_splits(partial(read, files), where)
+    if others := [file.path for file in by_split.get(None, [])]:
+        notice(f"{where}: passed over files of no split: {enumerate_names(others)}")
+    return named_splits(named, where)
 
 
 def _dataset_splits(data: Any, columns: Columns, where: str) -> Mapping[str, Reader]:
     """Return the splits of an object of `datasets`, which may have other names, or be a single one."""
     if isinstance(data, Mapping):
         readers = {str(name): partial(table_items, part, columns, where) for name, part in data.items()}
-        splits = named_splits(readers)
-        usual = set(SPLITS) & set(splits)
-        if usual and (usual != {"train"} or len(readers) > 1):
+        splits = named_splits(readers, where)
+        if set(SPLITS) & set(splits):
             return splits
         parts = list(readers.values())
-        return {**splits, **content_splits(lambda: itertools.chain.from_iterable(part() for part in parts))}
+        everything = lambda: itertools.chain.from_iterable(part() for part in parts)  # noqa: E731
+        return {**splits, **content_splits(everything, where)}
     if hasattr(data, "select_columns"):
-        return content_splits(partial(table_items, data, columns, where))
+        return content_splits(partial(table_items, data, columns, where), where)
     if columns.wanted:
         raise ValueError(f"{where} is one column: it has no column {columns.wanted[0]!r}")
     return content_splits(
-        lambda: row_items(((f"{where}, row {i}", cell) for i, cell in enumerate(data, 1)), columns, where)
+        lambda: row_items(((f"{where}, row {i}", cell) for i, cell in enumerate(data, 1)), columns, where),
+        where,
     )

@@ -7,12 +7,14 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from gpt2jax.data.columns import Item
 from gpt2jax.data.docs_corpus import SPLITS
 from gpt2jax.data.files import COMPRESSIONS, FORMATS
+from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import must_be, unknown_name
 
 # Data without splits is divided by content: 90 % train, 5 % validation, 5 % test.
@@ -28,41 +30,75 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
+# the number of a part of a data set, and what the hub writes behind it
+_PART = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{8,})?$")
+
 # reads a split from its start
 Reader = Callable[[], Iterator[Item]]
 
 
 def split_of_file(path: str) -> str | None:
-    """Return the split that the name of a file, at its start or end, or of a folder above it tells."""
+    """Return the split that a file's whole name, or that of a folder above it, tells.
+
+    A name counts without extensions and the number of a part (`train-00000-of-00001.parquet`), and one word and a dot
+    may stand before it (`wiki.train.tokens`). A word inside a longer name, as in a title, tells nothing.
+    """
     *folders, name = path.lower().split("/")
     while PurePosixPath(name).suffix in (*COMPRESSIONS, *FORMATS):
         name = PurePosixPath(name).stem
-    words = re.split(r"[-_.\s]+", name)
-    while len(words) > 1 and (words[-1].isdigit() or words[-1] == "of"):
-        words.pop()
-    for word in (words[0], words[-1], *reversed(folders)):
-        if word in SPLIT_NAMES:
-            return SPLIT_NAMES[word]
-    return None
+    name = (
+        re.sub(r"[^\W_]+\.", "", _PART.sub("", name), count=1)
+        if name.count(".") == 1
+        else _PART.sub("", name)
+    )
+    return next((SPLIT_NAMES[word] for word in (name, *reversed(folders)) if word in SPLIT_NAMES), None)
 
 
-def named_splits(readers: Mapping[str, Reader]) -> dict[str, Reader]:
-    """Add "all", the usual splits one after the other, and the usual names of splits that are called otherwise."""
+def named_splits(readers: Mapping[str, Reader], where: str | None = None) -> dict[str, Reader]:
+    """Add "all", the usual splits one after the other, and the usual names of splits that are called otherwise.
+
+    Args:
+        readers: the splits that exist.
+        where: what a line calls the data that says which splits are held out of the training texts, by content,
+            because they do not exist. None: a split that does not exist is an error.
+    """
     usual = {SPLIT_NAMES.get(name.lower(), name): reader for name, reader in readers.items()}
     parts = [usual[name] for name in SPLITS if name in usual]
-    return {**usual, **readers, "all": lambda: itertools.chain.from_iterable(part() for part in parts)}
+    splits = {**usual, **readers, "all": lambda: itertools.chain.from_iterable(part() for part in parts)}
+    absent = tuple(name for name in SPLITS[1:] if name not in usual)
+    if where is None or "train" not in usual or not absent:
+        return splits
+    derived = _held_out_splits(usual["train"], absent, f"{where} has no {' and no '.join(absent)} split")
+    # the training split by all its names
+    others = {name: derived["train"] for name in readers if SPLIT_NAMES.get(name.lower()) == "train"}
+    return {**splits, **derived, **others}
 
 
-def content_splits(everything: Reader) -> dict[str, Reader]:
-    """Return the splits by content of data that has none."""
-    return {
-        **{name: lambda name=name: split_by_content(everything(), name) for name in SPLITS},
-        "all": everything,
-    }
+def content_splits(everything: Reader, where: str) -> dict[str, Reader]:
+    """Return the splits by content of data that has none; a line that names the data says so."""
+    return {**_held_out_splits(everything, SPLITS[1:], f"{where} has no splits by name"), "all": everything}
 
 
-def split_by_content(items: Iterable[Item], split: str) -> Iterator[Item]:
+def _held_out_splits(everything: Reader, held_out: tuple[str, ...], reason: str) -> dict[str, Reader]:
+    share = " and ".join(f"{HELD_OUT:.0%} for {name}" for name in held_out)
+    message = f"{reason}: its training texts are split by content, {share}; split 'all' takes every text"
+
+    def read(name: str) -> Iterator[Item]:
+        notice(message)
+        return split_by_content(everything(), name, held_out)
+
+    return {name: partial(read, name) for name in ("train", *held_out)}
+
+
+def split_by_content(
+    items: Iterable[Item], split: str, held_out: tuple[str, ...] = SPLITS[1:]
+) -> Iterator[Item]:
     """Yield the texts or pairs that belong to a split, see `gpt2jax.data.sources.Texts`.
+
+    Args:
+        items: those of all splits.
+        split: "train" or one of `held_out`.
+        held_out: the splits that get `HELD_OUT` each.
 
     Raises:
         ValueError: there are fewer than three different pairs, and a pair cannot be sliced as a text can.
@@ -77,16 +113,17 @@ def split_by_content(items: Iterable[Item], split: str) -> Iterator[Item]:
                 raise ValueError(
                     f"{len(ranks)} different rows are too few to split by content; take split='all'"
                 )
-            if part := _slice_text(item, split):
+            if part := _slice_text(item, split, held_out):
                 yield part
         return
-    validation, test = HELD_OUT, 2 * HELD_OUT
-    if len(start) < _MANY:
-        held_out = max(1, round(HELD_OUT * len(ranks)))
-        validation, test = ranks[held_out - 1], ranks[2 * held_out - 1]
+    count = max(1, round(HELD_OUT * len(ranks))) if len(start) < _MANY else None
+    bounds = {
+        name: HELD_OUT * place if count is None else ranks[count * place - 1]
+        for place, name in enumerate(held_out, start=1)
+    }
     for item in every:
         fraction = _fraction(item)
-        if split == ("validation" if fraction <= validation else "test" if fraction <= test else "train"):
+        if split == next((name for name, bound in bounds.items() if fraction <= bound), "train"):
             yield item
 
 
@@ -97,14 +134,15 @@ def _fraction(item: Item) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _slice_text(text: str, split: str) -> str:
-    """Return the first 90 %, next 5 % or last 5 % of a text, which ends behind a line, else behind a word."""
+def _slice_text(text: str, split: str, held_out: tuple[str, ...]) -> str:
+    """Return the first part of a text, or a later one of 5 %, which ends behind a line, else behind a word."""
     bounds = [0]
-    for fraction in (1 - 2 * HELD_OUT, 1 - HELD_OUT):
-        at = int(len(text) * fraction)
+    for place in range(len(held_out), 0, -1):
+        at = int(len(text) * (1 - place * HELD_OUT))
         ends = [text.find(mark, at, at + len(text) // 100 + 80) + 1 for mark in "\n "]
         bounds.append(max(bounds[-1], next((end for end in ends if end), at)))
-    start, stop = dict(zip(SPLITS, itertools.pairwise([*bounds, len(text)]), strict=True))[split]
+    parts = itertools.pairwise([*bounds, len(text)])
+    start, stop = dict(zip(("train", *held_out), parts, strict=True))[split]
     return text[start:stop]
 
 

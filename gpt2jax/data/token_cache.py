@@ -28,7 +28,7 @@ from gpt2jax.utils.cache_folder import cache_folder
 from gpt2jax.utils.fingerprint import add_text
 from gpt2jax.utils.validation import check_path
 
-VERSION = 2  # of reading, digest, tokenizing and layout: with another number all files are written anew
+VERSION = 3  # of reading, digest, tokenizing and layout: with another number all files are written anew
 _MAGIC = 0x6770_7432_6A61_7831
 _FOOTER = 5 * 8
 

@@ -1,4 +1,4 @@
-"""Notices: what a user should know about files or texts although it is not an error; one line each."""
+"""Notices: one line each about what a user should know of files or texts although it is not an error."""
 
 from __future__ import annotations
 
@@ -11,4 +11,15 @@ class Notice(UserWarning):
 
 def notice(message: str) -> None:
     """Give a notice; Python shows each text once."""
-    warnings.warn(message, Notice, stacklevel=3)
+    warnings.warn(printable(message), Notice, stacklevel=3)
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped: what a file holds must not steer a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def enumerate_names(names: list[str], most: int = 5) -> str:
+    """Return names joined by commas, at most so many, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,17 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.tokenizer.files import VOCABULARY_FILES, load_tokenizer
+from gpt2jax.utils.notices import enumerate_names
+from gpt2jax.utils.stand_ins import describe_stand_in
+from gpt2jax.weights.flax_msgpack import is_flax, open_flax
 from gpt2jax.weights.hf import INDEX, WEIGHT_FILES, open_hf
 from gpt2jax.weights.keras import is_keras, is_keras_checkpoint, open_keras, open_keras_checkpoint
+from gpt2jax.weights.llmc import is_llmc, open_llmc
 from gpt2jax.weights.mapping import WeightSource
 from gpt2jax.weights.nanogpt import is_nanogpt, open_nanogpt
 from gpt2jax.weights.openai import is_openai, open_openai
+from gpt2jax.weights.tf_checkpoint import checkpoint_names
+from gpt2jax.weights.tf_h5 import is_tf_h5, open_tf_h5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +47,11 @@ def _is_hf(path: Path) -> bool:
     return path.suffix in (".safetensors", ".bin") or path.name.endswith(INDEX)
 
 
+_BINARY = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index")
+
 # the first that matches reads
 FORMATS = (
+    Format("llm.c", "a model's .bin file", is_llmc, open_llmc),
     Format(
         "Hugging Face",
         "a folder with config.json and model.safetensors or pytorch_model.bin, in one file or as an index "
@@ -49,7 +59,14 @@ FORMATS = (
         _is_hf,
         open_hf,
     ),
-    Format("OpenAI", "a folder with hparams.json and model.ckpt.*", is_openai, open_openai),
+    Format("TensorFlow of transformers", "a folder with config.json and tf_model.h5", is_tf_h5, open_tf_h5),
+    Format("Flax of transformers", "a folder with config.json and flax_model.msgpack", is_flax, open_flax),
+    Format(
+        "OpenAI",
+        "a folder with hparams.json and model.ckpt.*, or the prefix or index of a checkpoint in it",
+        is_openai,
+        open_openai,
+    ),
     Format("Keras", "a preset folder with model.weights.h5, or a *.weights.h5 file", is_keras, open_keras),
     Format("nanoGPT", "a ckpt.pt, or a folder with one", is_nanogpt, open_nanogpt),
     Format(
@@ -83,6 +100,7 @@ def open_weights(path: Path) -> tuple[str, WeightSource]:
     """Return the name of the format at a path, and its weights, no value read; raises as `load_weights`."""
     if not path.exists() and not is_keras_checkpoint(path):  # a checkpoint's prefix is not a file
         raise FileNotFoundError(f"there are no weights at {path}")
+    refuse_stand_ins(path)
     for kind in FORMATS:
         if kind.matches(path):
             return kind.name, kind.open(path)
@@ -90,8 +108,36 @@ def open_weights(path: Path) -> tuple[str, WeightSource]:
         raise ValueError(
             f"{path} holds adapters; load the model that they are for, then load_adapter(model, path)"
         )
+    if checkpoints := _checkpoints_in(path):
+        names = enumerate_names(checkpoints, most=10)
+        raise ValueError(
+            f"{path} holds several checkpoints: {names}; name one, such as {path / checkpoints[-1]}"
+        )
     expected = "; or ".join(f"{kind.expects} ({kind.name})" for kind in FORMATS)
     raise ValueError(f"{path} holds no weights of a known format; expected {expected}")
+
+
+def refuse_stand_ins(path: Path) -> None:
+    """Raise ValueError if a file of weights at a path only stands for them: a Git LFS pointer, a page of a site."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file() and (file == path or file.suffix in _BINARY or ".ckpt" in file.name):
+            with open(file, "rb") as stream:
+                reason = describe_stand_in(stream.read(512))
+            if reason is not None:
+                raise ValueError(f"{file} {reason}")
+
+
+def _checkpoints_in(path: Path) -> list[str]:
+    """Return the names of the checkpoints in a folder: TensorFlow's prefixes, folders of Trainer, files of nanoGPT."""
+    if not path.is_dir():
+        return []
+    names = checkpoint_names(path) or [
+        entry.name
+        for entry in path.iterdir()
+        if (entry.suffix == ".pt" and entry.is_file()) or (entry.is_dir() and _is_hf(entry))
+    ]
+    # by the number of the step
+    return sorted(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
 
 
 def read_tokenizer_beside(weights: Path, end_token: str | int | None = None) -> Tokenizer | None:

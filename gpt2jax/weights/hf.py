@@ -56,6 +56,8 @@ RULES = (
 WRAPPERS = ("_orig_mod.", "module.", "transformer.")
 # constants that old versions saved with the weights
 MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+# tensors of quantized linears: of GPTQ and AWQ, of bitsandbytes
+QUANTIZED = (".qweight", ".qzeros", ".g_idx", ".SCB", ".quant_state.bitsandbytes__nf4", ".absmax")
 INDEX = ".index.json"
 WEIGHT_FILES = tuple(
     f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX)
@@ -91,7 +93,13 @@ def open_hf(path: str | os.PathLike[str]) -> WeightSource:
     """Return the weights that `load_hf` loads, no value read; raises as it does, except about values."""
     file = _find_weights_file(Path(path))
     config = read_config(file.parent)
-    tensors = tie_head(config, strip_wrappers(_read_tensors(file), str(file)), str(file))
+    saved = _read_tensors(file)
+    if quantized := next((name for name in saved if name.endswith(QUANTIZED)), None):
+        raise ValueError(
+            f"{file} holds quantized weights ({quantized}), as GPTQ, AWQ and bitsandbytes write, which can't be read; "
+            "load the model that was quantized"
+        )
+    tensors = tie_head(config, strip_wrappers(saved, str(file)), str(file))
     return WeightSource(config, RULES, tensors, str(file))
 
 
@@ -155,9 +163,14 @@ def read_config(folder: Path) -> GPT2Config:
             f"{folder} has no config.json with the architecture of the weights; put it beside them"
         )
     content = read_json(path)
-    for name in ("pruned_heads", "quantization_config"):
-        if content.get(name):
-            raise ValueError(must_be(f"{path}: {name}", "absent or empty", content[name]))
+    if quantized := content.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise ValueError(
+            f"{path}: quantization_config says that the weights are quantized ({method or 'unknown method'!s:.50}), "
+            "which can't be read; load the model that was quantized"
+        )
+    if content.get("pruned_heads"):
+        raise ValueError(must_be(f"{path}: pruned_heads", "absent or empty", content["pruned_heads"]))
     try:
         return GPT2Config.from_hf(content)
     except (ValueError, TypeError) as error:

@@ -12,6 +12,8 @@ WEIGHT_FILES = {
     "pytorch_model.bin": (),
     "pytorch_model.bin.index.json": ("pytorch_model-*-of-*.bin",),
     "model.weights.h5": (),
+    "tf_model.h5": (),
+    "flax_model.msgpack": (),
 }
 OTHER_FILES = (
     "config.json",

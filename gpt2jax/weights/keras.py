@@ -156,7 +156,12 @@ def open_keras_checkpoint(path: str | os.PathLike[str]) -> WeightSource:
         raise ValueError(
             f"{path} is not a TensorFlow checkpoint; expected {Path(path).name}.index and its data"
         )
-    tensors = _rename_checkpoint(read_checkpoint(prefix), str(prefix))
+    saved = read_checkpoint(prefix)
+    if "model/wte" in saved:
+        raise ValueError(
+            f"{prefix} is a checkpoint of OpenAI's GPT-2; put its hparams.json into {prefix.parent}"
+        )
+    tensors = _rename_checkpoint(saved, str(prefix))
     return WeightSource(_infer_config(tensors, None, str(prefix)), RULES, tensors, str(prefix))
 
 

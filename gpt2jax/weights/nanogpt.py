@@ -1,7 +1,9 @@
 """Checkpoints of nanoGPT's train.py: ckpt.pt, with the configuration inside.
 
 Source: model.py and train.py of github.com/karpathy/nanoGPT. Its linears are [out, in], its GELU is the exact one, its
-LayerNorms and linears may have no biases, and its vocabulary may be padded for speed.
+LayerNorms and linears may have no biases, and its vocabulary may be padded for speed. Versions without `bias`, and
+build-nanogpt, whose configuration is an object under `config`, approximate the GELU by tanh; the first ones also
+trained the head apart from the embedding.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.weights import hf
 from gpt2jax.weights.mapping import LazyTensor, WeightSource, file_shapes
-from gpt2jax.weights.torch_reader import check_state_dict, read_torch
+from gpt2jax.weights.torch_reader import PickledObject, check_state_dict, read_torch
 
 # the names are Hugging Face's; only the kernels are transposed
 RULES = tuple(
@@ -27,7 +29,7 @@ RULES = tuple(
     else rule
     for rule in hf.RULES
 )
-MODEL_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+MODEL_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout", "flash"}
 # the rows of the embedding behind the 50257 tokens are padding that is never trained
 PADDED_VOCAB_SIZE, VOCAB_SIZE = 50304, 50257
 
@@ -51,15 +53,21 @@ def open_nanogpt(path: str | os.PathLike[str]) -> WeightSource:
     """Return the weights that `load_nanogpt` loads, no value read; raises as it does, except about values."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     content = read_torch(path)
+    if isinstance(content, dict) and isinstance(content.get("config"), PickledObject):
+        content = {**content, "model_args": content["config"].fields}  # of build-nanogpt
     parts = ("model", "model_args")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in parts):
         raise ValueError(f"{path} is not a checkpoint of nanoGPT; expected `model` and `model_args` in it")
     arguments = content["model_args"]
-    config = _read_config(path, arguments)
-    saved = check_state_dict(content["model"], f"{path}: model")
-    tensors = hf.tie_head(config, hf.strip_wrappers(saved, str(path)), str(path))
+    saved = hf.strip_wrappers(check_state_dict(content["model"], f"{path}: model"), str(path))
+    is_old = "bias" not in arguments
+    if is_old:
+        arguments = {**arguments, "bias": any(name.endswith("attn.c_attn.bias") for name in saved)}
+    config = _read_config(path, arguments, is_old=is_old, is_tied=_is_tied(saved))
+    tensors = hf.tie_head(config, saved, str(path))
     if arguments["vocab_size"] == PADDED_VOCAB_SIZE:
-        tensors = {name: _drop_padding(t) if name == "wte.weight" else t for name, t in tensors.items()}
+        tables = ("wte.weight", "lm_head.weight")
+        tensors = {name: _drop_padding(t) if name in tables else t for name, t in tensors.items()}
     if not arguments["bias"] and config.n_layer <= len(
         tensors
     ):  # else n_layer is damaged, which is reported later
@@ -72,8 +80,16 @@ def is_nanogpt(path: Path) -> bool:
     return path.suffix == ".pt" or (path / "ckpt.pt").is_file()
 
 
-def _read_config(path: Path, arguments: Mapping[Any, Any]) -> GPT2Config:
-    unknown, missing = set(arguments) - MODEL_ARGS, MODEL_ARGS - {"dropout"} - set(arguments)
+def _is_tied(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Return whether the head is the embedding; the first versions of nanoGPT trained both."""
+    head, table = tensors.get("lm_head.weight"), tensors.get("wte.weight")
+    if head is None or table is None or head.shape != table.shape:
+        return True
+    return head.read().tobytes() == table.read().tobytes()
+
+
+def _read_config(path: Path, arguments: Mapping[Any, Any], *, is_old: bool, is_tied: bool) -> GPT2Config:
+    unknown, missing = set(arguments) - MODEL_ARGS, MODEL_ARGS - {"dropout", "flash"} - set(arguments)
     if unknown or missing:
         names = ", ".join(sorted(map(str, unknown or missing)))
         raise ValueError(f"{path}: model_args has {'unknown' if unknown else 'no'} {names:.200}")
@@ -85,7 +101,8 @@ def _read_config(path: Path, arguments: Mapping[Any, Any]) -> GPT2Config:
             n_embd=arguments["n_embd"],
             n_layer=arguments["n_layer"],
             n_head=arguments["n_head"],
-            activation_function="gelu",
+            activation_function="gelu_new" if is_old else "gelu",
+            tie_word_embeddings=is_tied,
             embd_pdrop=dropout,
             attn_pdrop=dropout,
             resid_pdrop=dropout,

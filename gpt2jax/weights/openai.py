@@ -12,7 +12,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.utils.json_files import read_json
 from gpt2jax.weights.mapping import ParamRule, WeightSource
-from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
+from gpt2jax.weights.tf_checkpoint import checkpoint_names, checkpoint_prefix, read_checkpoint
 
 HPARAMS = "hparams.json"
 CONFIG_MAP = {
@@ -41,7 +41,7 @@ RULES = (
 
 
 def load_openai(folder: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
-    """Load a folder of OpenAI's release.
+    """Load a folder of OpenAI's release, or a checkpoint in one by its prefix or index.
 
     Returns:
         (config, params), blocks stacked.
@@ -56,12 +56,17 @@ def load_openai(folder: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
 
 def open_openai(folder: str | os.PathLike[str]) -> WeightSource:
     """Return the weights that `load_openai` loads, no value read; raises as it does, except about values."""
-    folder = Path(folder)
+    path = Path(folder)
+    prefix = checkpoint_prefix(path)
+    folder = path if path.is_dir() or prefix is None else prefix.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     config = _read_hparams(folder / HPARAMS)
-    prefix = checkpoint_prefix(folder)
     if prefix is None:
+        if names := checkpoint_names(folder):
+            raise ValueError(
+                f"{folder} holds several checkpoints: {', '.join(names)}; name one, such as {folder / names[-1]}"
+            )
         raise ValueError(
             f"{folder} has no checkpoint; expected model.ckpt.index and model.ckpt.data-00000-of-00001"
         )
@@ -69,8 +74,9 @@ def open_openai(folder: str | os.PathLike[str]) -> WeightSource:
 
 
 def is_openai(path: Path) -> bool:
-    """Return True if a path looks like a folder of OpenAI's release."""
-    return (path / HPARAMS).is_file()
+    """Return True if a path looks like a folder of OpenAI's release, or a checkpoint in one."""
+    is_checkpoint = not path.is_dir() and checkpoint_prefix(path) is not None
+    return ((path.parent if is_checkpoint else path) / HPARAMS).is_file()
 
 
 def _read_hparams(path: Path) -> GPT2Config:

@@ -26,9 +26,11 @@ from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.low_rank import column_norms
 from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.utils.json_files import read_json
+from gpt2jax.utils.stand_ins import describe_stand_in
 from gpt2jax.utils.validation import check, is_integer, must_be, positive_int, positive_number
 from gpt2jax.weights.hf import refuse_foreign_files, strip_prefixes
 from gpt2jax.weights.mapping import LazyTensor, check_tensors, read_into
+from gpt2jax.weights.peft_embeddings import check_modules, is_embedding, replace_embeddings, token_rows
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
 from gpt2jax.weights.torch_reader import read_state_dict
 
@@ -47,8 +49,6 @@ SUPPORTED_VALUES = {
     "bias": ("none", None),
     "lora_bias": (False, None),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base model
-    "modules_to_save": ([], None),
-    "trainable_token_indices": ([], {}, None),
     "target_parameters": ([], None),
     "layer_replication": ([], None),
     "megatron_config": ({}, None),
@@ -68,6 +68,7 @@ IGNORED_SETTINGS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "eva_config", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "revision",
     "target_modules", "ensure_weight_tying", "qalora_group_size", "runtime_config",
+    "modules_to_save", "trainable_token_indices",  # of embeddings: `peft_embeddings` reads them
 }  # fmt: skip
 
 # target such as "attn.c_attn" -> leaf such as "lora_a" -> array, stacked over the blocks
@@ -94,15 +95,8 @@ def read_adapter(
             do not fit `config`.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no adapter folder at {folder}")
-    file = next((folder / name for name in (WEIGHTS_FILE, TORCH_FILE) if (folder / name).is_file()), None)
-    if file is None or not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is not a PEFT folder; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
-    settings = _read_settings(folder / CONFIG_FILE)
-    read = read_safetensors if file.name == WEIGHTS_FILE else read_state_dict
-    # the names from the block on; PEFT leaves the adapter's own name out of its files
-    tensors = {strip_prefixes(name, WRAPPERS): tensor for name, tensor in read(file).items()}
+    file, settings, every = _open_folder(folder)
+    tensors = {name: tensor for name, tensor in every.items() if not is_embedding(name)}
     found = [target for target in TARGETS if any(f".{target}.lora_" in f".{name}" for name in tensors)]
     if not found:
         raise ValueError(f"{file} holds no adapters of {', '.join(TARGETS)}")
@@ -126,6 +120,38 @@ def read_adapter(
     if lora.use_dora:
         _fill_magnitudes(adapters, linears, params, file)
     return lora, jax.tree.map(jax.device_put, nest_targets(adapters))
+
+
+def read_embeddings(
+    folder: str | os.PathLike[str], config: GPT2Config, params: Params
+) -> tuple[GPT2Config, Params]:
+    """Return (config, params) with the embeddings that a PEFT folder holds beside its adapters, or as they are.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_adapter`.
+    """
+    file, settings, tensors = _open_folder(Path(folder))
+    tensors = {name: tensor for name, tensor in tensors.items() if is_embedding(name)}
+    if not tensors:
+        return config, params
+    return replace_embeddings(config, params, tensors, token_rows(settings, Path(folder) / CONFIG_FILE), file)
+
+
+def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], dict[str, LazyTensor]]:
+    """Return the file of tensors of a PEFT folder, its settings, and the tensors by their names from the block on."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no adapter folder at {folder}")
+    file = next((folder / name for name in (WEIGHTS_FILE, TORCH_FILE) if (folder / name).is_file()), None)
+    if file is None or not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is not a PEFT folder; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
+    for part in (folder / CONFIG_FILE, file):
+        with open(part, "rb") as stream:
+            if reason := describe_stand_in(stream.read(512)):
+                raise ValueError(f"{part} {reason}")
+    settings = _read_settings(folder / CONFIG_FILE)
+    read = read_safetensors if file.name == WEIGHTS_FILE else read_state_dict
+    # PEFT leaves the adapter's own name out of its files
+    return file, settings, {strip_prefixes(name, WRAPPERS): tensor for name, tensor in read(file).items()}
 
 
 def write_adapter(
@@ -195,7 +221,11 @@ def _linear_of(name: str) -> str:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     named = {"target_modules": (str, list, NoneType), "layers_to_transform": (int, list, NoneType)}
-    settings = read_json(path, {"peft_type": str, "r": int, "lora_alpha": float}, named)
+    kind = read_json(path, {"peft_type": str})["peft_type"]
+    if kind not in SUPPORTED_VALUES["peft_type"]:
+        raise ValueError(must_be(f"{path}: peft_type", "LORA, the only type that can be read", kind))
+    settings = read_json(path, {"r": int, "lora_alpha": float}, named)
+    check_modules(settings, path)
     for name, value in settings.items():
         if name in SUPPORTED_VALUES:
             if value not in SUPPORTED_VALUES[name]:

@@ -130,8 +130,13 @@ def checkpoint_prefix(path: Path) -> Path | None:
         # the name only: the folder may have moved since
         if found and (path / f"{Path(found[1]).name}.index").is_file():
             return path / Path(found[1]).name
-    indices = sorted(path.glob("*.index"))
-    return indices[0].with_name(indices[0].name.removesuffix(".index")) if len(indices) == 1 else None
+    names = checkpoint_names(path)
+    return path / names[0] if len(names) == 1 else None
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """Return the names of the checkpoints in a folder."""
+    return sorted(index.name.removesuffix(".index") for index in folder.glob("*.index"))
 
 
 # ---- LevelDB tables ----

@@ -185,6 +185,14 @@ class _Global:
     name: str
 
 
+@dataclasses.dataclass
+class PickledObject:
+    """An object of another program's class: its name and its fields. The class is never looked up or called."""
+
+    name: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class _Interpreter:
     """Carries out the harmless instructions of a pickle; `_INSTRUCTIONS` lists them."""
 
@@ -238,12 +246,26 @@ class _Interpreter:
             raise ValueError(f"it sets items of a {type(top).__name__} as if it were a dict")
         if len(items) % 2:
             raise ValueError("a key without a value")
+        if not all(
+            isinstance(key, str | int) for key in items[::2]
+        ):  # hashing nested tuples can take forever
+            raise ValueError("a key that is neither a text nor a whole number")
         top.update(zip(items[::2], items[1::2], strict=True))
 
     def set_state(self) -> None:
-        """Ignore attributes of an OrderedDict, such as the versions of a state dict's modules."""
-        self.stack.pop()
-        self.set_items([])
+        """Ignore attributes of an OrderedDict, such as the versions of a state dict's modules; keep an object's."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], PickledObject) and isinstance(state, dict):
+            self.stack[-1].fields.update(state)
+        else:
+            self.set_items([])
+
+    def make_object(self) -> None:
+        """Note that an object would be made of a class without arguments, as of a dataclass."""
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if not isinstance(kind, _Global) or arguments != ():
+            raise ValueError("an object that is made of something else than the name of a class")
+        self.push(PickledObject(f"{kind.module}.{kind.name}"))
 
     def push_global(self) -> None:
         attribute, module = self.stack.pop(), self.stack.pop()
@@ -356,6 +378,7 @@ _INSTRUCTIONS: dict[str, _Instruction] = {
     "GLOBAL": lambda machine, argument: machine.push(_Global(*argument.split(" ", 1))),
     "STACK_GLOBAL": lambda machine, argument: machine.push_global(),
     "REDUCE": lambda machine, argument: machine.reduce(),
+    "NEWOBJ": lambda machine, argument: machine.make_object(),
     "BUILD": lambda machine, argument: machine.set_state(),
     "BINPERSID": lambda machine, argument: machine.push(machine._storage(machine.stack.pop())),
 }

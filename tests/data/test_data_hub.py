@@ -169,7 +169,7 @@ def test_what_is_here_has_no_revision(tmp_path, hub):
         with pytest.raises(ValueError, match="is not on the hub: it has no revision 'main'"):
             load_texts(source, revision="main")
     write(tmp_path / "pubmed-dataset" / "train.txt", json_lines(TEXTS, "article_text"))
-    assert pin_revision("pubmed") is None and load_texts("pubmed") == TEXTS
+    assert pin_revision("pubmed") is None and load_texts("pubmed", "all") == TEXTS
     assert pin_revision("pubmed", COMMIT) == COMMIT and hub.asked == []
     with pytest.raises(ValueError, match="got 'wikipedia'"):
         pin_revision("wikipedia")

@@ -36,10 +36,11 @@ def test_texts_split_pairs_of_a_file_by_content(tmp_path):
 def test_texts_read_pairs_of_named_files_and_of_datasets(tmp_path):
     write(tmp_path / "train.jsonl", ROWS[:5])
     write(tmp_path / "test.jsonl", ROWS[5:7])
+    write(tmp_path / "dev.jsonl", ROWS[7:])
     assert list(Texts(tmp_path, **COLUMNS)) == PAIRS[:5]
     assert list(Texts(tmp_path, "test[:50%]", **COLUMNS)) == PAIRS[5:6]
-    with pytest.raises(ValueError, match="there is no split 'validation'; known: test, train, all"):
-        list(Texts(tmp_path, "validation", **COLUMNS))
+    with pytest.raises(ValueError, match="there is no split 'held'; known: validation, test, train, all"):
+        list(Texts(tmp_path, "held", **COLUMNS))
     assert list(Texts(datasets.Dataset.from_list(ROWS), "all", **COLUMNS)) == PAIRS
 
 

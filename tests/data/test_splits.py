@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import zipfile
 from typing import Any
 
@@ -8,7 +9,7 @@ from sample_files import TEXTS, json_lines, write
 
 from gpt2jax.data.docs_corpus import SPLITS
 from gpt2jax.data.sources import load_texts
-from gpt2jax.data.splits import split_by_content
+from gpt2jax.data.splits import split_by_content, split_of_file
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
     [
         ("train.jsonl", "validation.jsonl", "test.jsonl"),
         ("train.txt", "val.txt", "test.txt"),
-        ("my-train.jsonl", "my-dev.jsonl", "my.test.jsonl"),
+        ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("TRAIN_0.jsonl.gz", "dev.0.jsonl", "test-00000-of-00001-0123456789abcdef.json"),
         ("train-00000-of-00001.json", "valid-00000-of-00001.json", "test-00000-of-00001.json"),
         ("train/a.jsonl", "valid/a.jsonl", "test/a.jsonl"),
         ("data/Training/a.jsonl", "data/eval/a.jsonl", "data/testing/a.jsonl"),
@@ -28,7 +30,10 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 def test_splits_by_name(tmp_path, names, packed):
     folder = tmp_path / "papers"
     for name, split in zip(names, SPLITS, strict=True):
-        write(folder / name, json_lines([split, split + " 2"]))
+        write(
+            folder / name,
+            json_lines([split, split + " 2"]) if ".tokens" not in name else f"{split}<|endoftext|>{split} 2",
+        )
     write(folder / "vocab", "ignored")
     write(folder / "notes.jsonl", json_lines(["belongs to no split"]))
     write(folder / ".hidden" / "train.jsonl", json_lines(["hidden"]))
@@ -48,27 +53,69 @@ def test_splits_by_name(tmp_path, names, packed):
 def test_files_are_read_in_order_of_their_names(tmp_path):
     for number in (2, 0, 1):
         write(tmp_path / "c" / f"train-0000{number}-of-00003.jsonl", json_lines([str(number)]))
-    assert load_texts(tmp_path / "c") == ["0", "1", "2"]
-
-
-def test_missing_split_names_those_there_are(tmp_path):
-    write(tmp_path / "c" / "train.jsonl", json_lines(TEXTS))
-    with pytest.raises(ValueError, match="c: there is no split 'test'; known: train"):
-        load_texts(tmp_path / "c", split="test")
-    with pytest.raises(ValueError, match="train.jsonl: there is no split 'validation'; known: train"):
-        load_texts(tmp_path / "c" / "train.jsonl", split="validation")
-    assert load_texts(tmp_path / "c" / "train.jsonl", split="train") == TEXTS
+    assert load_texts(tmp_path / "c", "all") == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(
-    "name", ["contest.jsonl", "training_of_dogs_in_general.jsonl", "latest-test-of-x.jsonl"]
+    ("names", "expected"),
+    [
+        (("train.jsonl",), {"train": 90, "validation": 5, "test": 5}),
+        (("train.jsonl", "test.jsonl"), {"train": 95, "validation": 5, "test": 100}),
+        (("training.jsonl", "dev.jsonl"), {"train": 95, "validation": 100, "test": 5}),
+    ],
+)
+def test_splits_that_are_absent_are_held_out_of_the_training_texts(tmp_path, caplog, names, expected):
+    caplog.set_level(logging.WARNING, "gpt2jax")
+    for name in names:
+        write(tmp_path / "c" / name, json_lines([f"{name} {i}" for i in range(100)]))
+    source = tmp_path / "c" if len(names) > 1 else tmp_path / "c" / names[0]
+    parts = {split: load_texts(source, split) for split in SPLITS}
+    assert {split: len(part) for split, part in parts.items()} == expected
+    assert not set(parts["train"]) & {*parts["validation"], *parts["test"]}
+    assert len(load_texts(source, "all")) == 100 * len(names)
+    (message,) = caplog.messages
+    assert f"{source} has no " in message and "split by content, 5% for" in message
+
+
+def test_only_a_test_split_trains_nothing(tmp_path):
+    write(tmp_path / "c" / "test.jsonl", json_lines(TEXTS))
+    assert load_texts(tmp_path / "c", split="test") == TEXTS
+    with pytest.raises(ValueError, match="c: there is no split 'train'; known: test, all"):
+        load_texts(tmp_path / "c")
+
+
+def test_a_single_training_text_is_cut_by_position(tmp_path):
+    book = "".join(f"This is line {i} of the book.\n" for i in range(200))
+    write(tmp_path / "c" / "train.txt", book)
+    write(tmp_path / "c" / "test.txt", "The end.")
+    train, validation = load_texts(tmp_path / "c"), load_texts(tmp_path / "c", "validation")
+    assert train[0] + validation[0] == book and len(validation[0]) < 0.06 * len(book)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "contest.jsonl",
+        "training_of_dogs.jsonl",
+        "latest-test-of-x.jsonl",
+        "the final test.txt",
+        "my-test.jsonl",
+        "a.b.test.txt",
+    ],
 )
 def test_words_inside_a_name_tell_nothing(tmp_path, name):
-    path = write(tmp_path / name, json_lines([f"text {i}" for i in range(40)]))
-    if name.startswith("training"):
-        assert len(load_texts(path)) == 40  # at its begin a word does tell
-    else:
-        assert len(load_texts(path)) == 36
+    assert split_of_file(f"chapters/{name}") is None
+    write(tmp_path / "c" / name, json_lines([f"text {i}" for i in range(20)]))
+    write(tmp_path / "c" / "other.jsonl", json_lines([f"other {i}" for i in range(20)]))
+    assert len(load_texts(tmp_path / "c")) == 36 and len(load_texts(tmp_path / "c", "all")) == 40
+
+
+def test_files_of_no_split_are_named(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "gpt2jax")
+    for name in ("train", "test", "dev", "notes"):
+        write(tmp_path / "c" / f"{name}.jsonl", json_lines([name]))
+    assert load_texts(tmp_path / "c") == ["train"]
+    assert caplog.messages == [f"{tmp_path / 'c'}: passed over files of no split: notes.jsonl"]
 
 
 @pytest.mark.parametrize("number", [3, 19, 100, 399, 400, 5000])
@@ -119,6 +166,7 @@ def numbered(number: int) -> list[str]:
 def test_split_syntax_slices_files(tmp_path):
     texts = numbered(20)
     write(tmp_path / "c" / "train.jsonl", json_lines(texts))
+    write(tmp_path / "c" / "test.jsonl", json_lines(["a test"]))
     write(tmp_path / "c" / "test.jsonl.", "not a known format")
     write(tmp_path / "c" / "dev.csv", "text\na\nb\n")
     found = {
@@ -135,7 +183,7 @@ def test_split_syntax_slices_files(tmp_path):
     assert list(found.values()) == [texts[:10], texts[5:15], texts[18:], texts[:3], texts[-3:], texts[5:7]]
     assert load_texts(tmp_path / "c", "train[:2]+validation") == ["text 0", "text 1", "a", "b"]
     assert load_texts(tmp_path / "c", "validation + train[19:]") == ["a", "b", "text 19"]
-    assert load_texts(tmp_path / "c", "all[20:]") == ["a", "b"]
+    assert load_texts(tmp_path / "c", "all[20:]") == ["a", "b", "a test"]
     assert load_texts(tmp_path / "c", "train[15:100]") == texts[15:]  # as many as there are
     assert load_texts(tmp_path / "c", "train[:50%]", limit=2) == texts[:2]
 
@@ -152,7 +200,10 @@ def test_split_syntax_slices_splits_by_content(tmp_path, number):
 
 
 def test_split_syntax_reads_no_more_than_it_needs(tmp_path):
-    path = write(tmp_path / "train.jsonl", json_lines(TEXTS) + "broken\n")
+    path = tmp_path
+    write(tmp_path / "train.jsonl", json_lines(TEXTS) + "broken\n")
+    for name in ("validation.jsonl", "test.jsonl"):
+        write(tmp_path / name, json_lines(TEXTS))
     assert load_texts(path, "train[:3]") == TEXTS[:3]
     assert load_texts(path, "train[1:2]+train[:1]") == [TEXTS[1], TEXTS[0]]
     with pytest.raises(ValueError, match="line 6 is not JSON"):
@@ -167,10 +218,10 @@ def test_split_syntax_errors_are_one_line(tmp_path, split):
 
 
 def test_unknown_or_empty_split_is_named(tmp_path):
-    path = write(tmp_path / "train.jsonl", json_lines(TEXTS))
-    with pytest.raises(ValueError, match="there is no split 'trian'; did you mean 'train'"):
-        load_texts(path, "trian")
-    with pytest.raises(ValueError, match="there is no split 'test'; known: train, all"):
+    path = write(tmp_path / "test.jsonl", json_lines(TEXTS))
+    with pytest.raises(ValueError, match="there is no split 'tset'; did you mean 'test'"):
+        load_texts(path, "tset")
+    with pytest.raises(ValueError, match="there is no split 'train'; known: test, all"):
         load_texts(path, "train+test")
-    with pytest.raises(ValueError, match=r"has no texts in its train\[:0\] split"):
-        load_texts(path, "train[:0]")
+    with pytest.raises(ValueError, match=r"has no texts in its test\[:0\] split"):
+        load_texts(path, "test[:0]")

@@ -192,4 +192,4 @@ def test_needed_files_of_a_repository():
     preset = ["model.weights.h5", "config.json", "assets/tokenizer/merges.txt", "task.json"]
     assert hub.needed_files(preset, REPO) == preset[:3]
     with pytest.raises(ValueError, match=f"{REPO}.*no weights.*model.safetensors"):
-        hub.needed_files(["config.json", "flax_model.msgpack"], REPO)
+        hub.needed_files(["config.json", "model.onnx"], REPO)

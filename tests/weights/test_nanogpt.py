@@ -73,7 +73,7 @@ def test_load_nanogpt_truncates_the_padded_vocabulary(monkeypatch):
         (lambda c: c.pop("model_args"), "expected `model` and `model_args`"),
         (lambda c: c.update(model=[1]), "expected `model` and `model_args`"),
         (lambda c: c["model"].update(extra=3), "model: extra must be a tensor with a name, got a int"),
-        (lambda c: c["model_args"].pop("bias"), "model_args has no bias"),
+        (lambda c: c["model_args"].pop("n_head"), "model_args has no n_head"),
         (lambda c: c["model_args"].update(rotary=True), "model_args has unknown rotary"),
         (lambda c: c["model_args"].update(n_head=5), "n_head.*5"),
         (lambda c: c["model_args"].update(n_layer=10**12), f"n_layer={10**12}"),

@@ -13,10 +13,11 @@ from safetensors import numpy as safetensors_numpy
 from tiny_models import random_params
 
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.loading import load_adapter
 from gpt2jax.lora.adapters import init_adapters, merge_adapters
 from gpt2jax.lora.config import TARGETS, LoRAConfig
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.weights.peft import read_adapter, write_adapter
+from gpt2jax.weights.peft import read_adapter, read_embeddings, write_adapter
 
 TINY = GPT2Config(vocab_size=300, n_positions=16, n_embd=24, n_layer=3, n_head=2)
 LORA = LoRAConfig(rank=4, alpha=6.0, dropout=0.1, targets=("attn.c_attn", "mlp.c_proj"))
@@ -221,7 +222,8 @@ def test_read_adapter_zeros_in_blocks_without_adapter(saved):
     "changes",
     [
         {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["classifier"]},
+        {"trainable_token_indices": {"lm_head": [1]}},
         {"use_dora": "yes"},
         {"use_qalora": True},
         {"peft_type": "IA3"},
@@ -298,3 +300,45 @@ def test_read_adapter_refuses_values_that_are_not_finite(saved):
     rewrite(saved, change)
     with pytest.raises(ValueError, match=r"h\.2\.mlp\.c_proj\.lora_A\.weight.*not finite"):
         read_adapter(saved, TINY)
+
+
+def test_read_adapter_names_other_types_of_peft(saved):
+    (saved / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}')
+    with pytest.raises(
+        ValueError, match="peft_type must be LORA, the only type that can be read, got 'PROMPT_TUNING'"
+    ):
+        read_adapter(saved, TINY)
+
+
+@pytest.mark.parametrize("head", ["none", "same", "apart"])
+def test_read_embeddings_of_a_resized_vocabulary(saved, head):
+    table = np.random.default_rng(1).normal(size=(303, 24)).astype(np.float32)
+
+    def change(tensors):
+        tensors[f"{ROOT}.wte.weight"] = table
+        if head != "none":
+            tensors["base_model.model.lm_head.weight"] = table + (head == "apart")
+
+    rewrite(saved, change)
+    edit_config(saved, modules_to_save=["wte"] if head == "none" else ["wte", "lm_head"])
+    model = load_adapter(LanguageModel(TINY, BASE), saved)
+    assert model.config.vocab_size == 303 and model.config.tie_word_embeddings == (head != "apart")
+    np.testing.assert_array_equal(model.params["wte"]["embedding"], table)
+    if head == "apart":
+        np.testing.assert_array_equal(model.params["lm_head"]["kernel"], table + 1)
+    assert model.lora == dataclasses.replace(LORA, targets=model.lora.targets)
+
+
+@pytest.mark.parametrize("indices", [[7, 2], {"wte": [7, 2]}])
+def test_read_embeddings_of_trainable_tokens(saved, indices):
+    rows = np.full((2, 24), 0.5, np.float32) * [[1], [2]]
+    rewrite(saved, lambda t: t.update({f"{ROOT}.wte.token_adapter.trainable_tokens_delta": np.float32(rows)}))
+    edit_config(saved, trainable_token_indices=indices)
+    config, params = read_embeddings(saved, TINY, BASE)
+    expected = np.array(BASE["wte"]["embedding"])
+    expected[[7, 2]] = rows
+    assert config == TINY
+    np.testing.assert_array_equal(params["wte"]["embedding"], expected)
+    edit_config(saved, trainable_token_indices=[7, 300])
+    with pytest.raises(ValueError, match="for rows of trainable_token_indices below 300"):
+        read_embeddings(saved, TINY, BASE)

@@ -1,0 +1,92 @@
+"""Tables of Parquet, Arrow and Feather files, read batch by batch by pyarrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, Any
+
+from gpt2jax.data.columns import BATCH_ROWS, Columns, Item, cell_of, column_kinds, to_item
+from gpt2jax.data.files import TABLES, File, check_unpacked
+
+KINDS: dict[str, str] = dict(zip(TABLES, ("Parquet", "Arrow", "Feather"), strict=True))
+# a column that unpacks to more than this is decoded few rows at a time
+_DENSE_RATIO, _DENSE_ROWS = 100, 8
+
+
+def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
+    """Yield the texts or pairs of a table; only their columns are read.
+
+    Raises:
+        ValueError: the file is of another kind or damaged, or the column to read is not clear.
+    """
+    import pyarrow
+
+    size, row = 0, 0
+    packed_size = file.system.info(file.place).get("size")
+    with file.open_seekable() as stream:
+        try:
+            schema, batches = _open(stream, KINDS[file.suffixes[0]])
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{file.name} is not a file of {KINDS[file.suffixes[0]]}: {_line(error)}"
+            ) from None
+        names = columns.choose(column_kinds(schema, columns.wanted), file.name)
+        roots = [name if name in schema.names else name.split(".")[0] for name in names]
+        try:
+            for cells in batches(roots):
+                row += 1
+                item = to_item([cell_of(cells, name) for name in names], names, f"{file.name}, row {row}")
+                size += len(item) if isinstance(item, str) else sum(map(len, item.values()))
+                check_unpacked(file.name, size, packed_size)
+                yield item
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file.name} is damaged: {_line(error)}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file.name}, row {row + 1}: its text is not UTF-8: {error}") from None
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _open(stream: IO[bytes], kind: str) -> tuple[Any, Any]:
+    """Return the schema of a table, and a function from names of columns to its rows as dicts."""
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if kind == "Parquet":
+        table = pyarrow.parquet.ParquetFile(stream)
+        return table.schema_arrow, lambda names: _rows(
+            table.iter_batches(_batch_rows(table.metadata), columns=list(dict.fromkeys(names))), names
+        )
+    start = stream.read(4)
+    stream.seek(0)
+    if start == b"FEA1":  # the first version of Feather
+        whole = pyarrow.feather.read_table(stream)
+        return whole.schema, lambda names: _rows(whole.to_batches(BATCH_ROWS), names)
+    if start == b"ARRO":
+        file = pyarrow.ipc.open_file(stream)
+        batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        return file.schema, lambda names: _rows(batches, names)
+    reader = pyarrow.ipc.open_stream(stream)  # as `datasets` writes
+    return reader.schema, lambda names: _rows(reader, names)
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Return how many rows to decode at once: few where a short dictionary stands for much text."""
+    for group in range(metadata.num_row_groups):
+        parts = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
+        if any(part.total_uncompressed_size > _DENSE_RATIO * part.total_compressed_size for part in parts):
+            return _DENSE_ROWS
+    return BATCH_ROWS
+
+
+def _rows(batches: Any, names: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, _DENSE_ROWS):  # few: a dictionary's cells become texts here
+            part = batch.slice(start, _DENSE_ROWS)
+            columns = {name: part.column(name).to_pylist() for name in dict.fromkeys(names)}
+            for cells in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, cells, strict=True))

@@ -1,0 +1,182 @@
+"""Rows of CSV and TSV: the header and the first rows show what separates and quotes cells."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gpt2jax.data.columns import TEXT_COLUMNS
+from gpt2jax.data.files import File
+from gpt2jax.utils.notices import notice
+
+DELIMITERS = ",;\t|"
+SAMPLE_LINES, SAMPLE_CHARACTERS = 200, 1 << 18
+_EXCEL_LINE = re.compile(r'"?sep=(.)"?[,;\t|\s]*')  # Excel's own first line, which names the delimiter
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """How cells are separated and quoted; `escape` is what stands before a quote within a quoted cell."""
+
+    delimiter: str
+    quote: str | None = '"'
+    escape: str | None = None
+    skips_space: bool = False
+
+    def reader(self, lines: Iterable[str]) -> Any:
+        return csv.reader(
+            lines,
+            delimiter=self.delimiter,
+            quotechar=self.quote,
+            quoting=csv.QUOTE_NONE if self.quote is None else csv.QUOTE_MINIMAL,
+            escapechar=self.escape,
+            skipinitialspace=self.skips_space,
+            strict=True,
+        )
+
+    def describe(self) -> str:
+        """Return the dialect in words."""
+        quotes = "nothing" if self.quote is None else self.quote
+        escape = f", with {self.escape} before a quote within" if self.escape else ""
+        return f"cells are separated by {self.delimiter!r} and quoted by {quotes}{escape}"
+
+
+def csv_rows(file: File) -> Iterator[tuple[str, Any]]:
+    """Yield (place for messages, row) of a table whose first line names the columns.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the header, a quote is never closed, or the header names a
+            column twice; the message has the line.
+    """
+    # articles pass the default of 131072 characters
+    csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
+    lines = itertools.dropwhile(lambda line: not line[1].strip(), file.lines())
+    usual = "\t" if file.suffixes[0] == ".tsv" else ","
+    sample, said = list(itertools.islice(lines, 1)), ""
+    if sample and (excel := _EXCEL_LINE.fullmatch(sample[0][1].strip("\r\n"))):
+        said, sample = excel[1], []
+    size = 0
+    for line in lines:
+        sample.append(line)
+        size += len(line[1])
+        if len(sample) == SAMPLE_LINES or size > SAMPLE_CHARACTERS:
+            break
+    dialect = _find_dialect([line for _, line in sample], said or None, usual)
+    if dialect != _Dialect(usual) and sample:
+        notice(f"{file.name}: {dialect.describe()}")
+    yield from _rows(file, itertools.chain(sample, lines), dialect)
+
+
+def _find_dialect(sample: list[str], delimiter: str | None, usual: str) -> _Dialect:
+    """Return the dialect by which the header has most cells and every row of the sample as many as the header."""
+    counts = {mark: len(_first_row(_Dialect(mark), sample)) for mark in (usual, *DELIMITERS)}
+    # the header says the delimiter; a column alone has none
+    marks = [delimiter] if delimiter else [mark for mark, count in counts.items() if count > 1] or [usual]
+    marks.sort(key=lambda mark: -counts.get(mark, 0))
+    candidates = [dialect for mark in marks for dialect in _dialects(mark, sample)]
+    return next((dialect for dialect in candidates if _fits(dialect, sample)), candidates[0])
+
+
+def _dialects(delimiter: str, sample: list[str]) -> list[_Dialect]:
+    """Return the ways to quote that may be meant, the likeliest first."""
+    plain, spaced = _Dialect(delimiter), _Dialect(delimiter, skips_space=True)
+    header = _first_row(plain, sample)
+    has_spaces = len(header) > 1 and all(cell.startswith(" ") for cell in header[1:])
+    found = [spaced, plain] if has_spaces else [plain, spaced]
+    found.append(_Dialect(delimiter, escape="\\"))
+    text = "".join(sample)
+    opens = r"(?:^|[{}]) ?{}".format(re.escape(delimiter), "{}")
+    if re.search(opens.format("'"), text, re.MULTILINE) and not re.search(
+        opens.format('"'), text, re.MULTILINE
+    ):
+        found.append(_Dialect(delimiter, quote="'"))
+    if delimiter == "\t" and not _is_open(plain, sample):  # an open quote is an error rather than a letter
+        found.append(_Dialect(delimiter, quote=None))
+    return found
+
+
+def _first_row(dialect: _Dialect, sample: list[str]) -> list[str]:
+    try:
+        return next(dialect.reader(sample), [])
+    except csv.Error:
+        return []
+
+
+def _is_open(dialect: _Dialect, sample: list[str]) -> bool:
+    try:
+        list(dialect.reader(sample))
+    except csv.Error as error:
+        return "unexpected end" in str(error)
+    return False
+
+
+def _fits(dialect: _Dialect, sample: list[str]) -> bool:
+    reader, header = dialect.reader(sample), None
+    try:
+        for cells in reader:
+            header = header or cells
+            if not _is_blank(cells, header) and len(cells) != len(header):
+                return False
+    except csv.Error as error:  # the sample may end inside a cell
+        return "unexpected end" in str(error) and len(sample) == SAMPLE_LINES
+    return True
+
+
+def _is_blank(cells: list[str], header: list[str]) -> bool:
+    return not cells or (len(cells) == 1 != len(header) and not cells[0].strip())
+
+
+def _rows(file: File, lines: Iterable[tuple[int, str]], dialect: _Dialect) -> Iterator[tuple[str, Any]]:
+    numbers: list[tuple[int, str]] = []  # the lines of the row that is being read
+
+    def texts() -> Iterator[str]:
+        for line in lines:
+            numbers.append(line)
+            yield line[1]
+
+    reader, names = dialect.reader(texts()), None
+    while True:
+        numbers.clear()
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(_what_is_open(file, numbers, dialect, str(error))) from None
+        if cells is None:
+            return
+        place = f"{file.name}, line {numbers[0][0]}"
+        if names is None:
+            names = _header(cells, place)
+        elif not _is_blank(cells, names):
+            if len(cells) != len(names):
+                hint = f"; quote cells that hold {dialect.delimiter!r}" if len(cells) > len(names) else ""
+                raise ValueError(
+                    f"{place}: expected {len(names)} cells as in the header, got {len(cells)}{hint}"
+                )
+            yield place, dict(zip(names, cells, strict=True))
+
+
+def _header(cells: list[str], place: str) -> list[str]:
+    """Return the names of the columns; those without get one by their number."""
+    names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, start=1)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{place}: the header has two columns {twice!r}; rename one of them")
+    if len(names) == 1 and names[0] not in TEXT_COLUMNS:
+        notice(f"{place}: taken for the header, so that the texts begin behind {names[0]!r:.60}")
+    return names
+
+
+def _what_is_open(file: File, numbers: list[tuple[int, str]], dialect: _Dialect, reason: str) -> str:
+    """Build the message of a row that can't be read: the line where its open quote stands."""
+    place = numbers[0][0] if numbers else 1
+    if "unexpected end" not in reason or dialect.quote is None:
+        return f"{file.name}, line {place}: {reason}"
+    is_open = False
+    for number, line in numbers:
+        for _ in range(line.count(dialect.quote)):
+            is_open = not is_open
+            place = number if is_open else place
+    return f"{file.name}, line {place}: {reason}: a quote opens here and is never closed"

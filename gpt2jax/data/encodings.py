@@ -1,0 +1,76 @@
+"""Which encoding a text is probably in, for the message that names it. A text is never decoded by a guess."""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+# byte order marks; that of UTF-32 begins with that of UTF-16
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_WESTERN = "[éèêëàâäáåãæçñóòôöõøœùûüúíìîïßÉÄÖÜ“”‘’„–—…«»°§€£©®·\xa0¿¡]"
+_EASTERN = "[ąćęłńóśźżĄĆĘŁŃŚŹŻáčďéěíňřšťúůýžÁČĎÉĚŘŠŤÚŮÝŽőűŐŰöüÖÜ“”‘’„–—…\xa0]"
+_JAPANESE = "[\u3000-\u30ff\u4e00-\u9fff]"
+_HAN = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
+# encoding -> the characters that its texts have beside ASCII; the first of the best wins
+_USUAL = {
+    "cp1252": _WESTERN,
+    "mac-roman": _WESTERN,
+    "cp850": _WESTERN,
+    "cp1250": _EASTERN,
+    "cp1251": "[а-яё]",
+    "koi8-r": "[а-яё]",
+    "shift_jis": _JAPANESE,
+    "euc-jp": _JAPANESE,
+    "euc-kr": "[\uac00-\ud7a3]",
+    "gb18030": _HAN,
+    "big5": _HAN,
+}
+_ACCENTED = ("cp1252", "mac-roman", "cp850", "cp1250")
+
+
+def wide_encoding(start: bytes) -> str | None:
+    """Return the UTF-16 or UTF-32 that a file is in by its first bytes, without a mark by its zero bytes."""
+    for mark, name in _MARKS.items():
+        if start.startswith(mark):
+            return name
+    start = start[: len(start) // 4 * 4] or start[: len(start) // 2 * 2]
+    if not start:
+        return None
+    zeros = [
+        start[place::4].count(0) / len(start[place::4]) if start[place::4] else 0.0 for place in range(4)
+    ]
+    if min(zeros[1:]) > 0.9 or min(zeros[:3]) > 0.9:
+        return "utf-32-le" if zeros[0] < zeros[3] else "utf-32-be"
+    odd, even = start[1::2].count(0) / len(start[1::2]), start[::2].count(0) / len(start[::2])
+    if max(odd, even) > 0.3 and min(odd, even) < 0.1:
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return None
+
+
+def likely_encoding(sample: bytes) -> str:
+    """Return the name of the encoding that bytes which are not UTF-8 are probably in."""
+    # accents stand between plain letters
+    runs = re.findall(rb"[\x80-\xff]+", sample)
+    is_sparse = sum(map(len, runs)) <= 2 * len(runs)
+    scores = {name: _score(sample, name, usual) for name, usual in _USUAL.items()}
+    for name in scores:
+        scores[name] *= 1.0 if is_sparse == (name in _ACCENTED) else 0.3
+    best = max(scores, key=scores.__getitem__)
+    return best if scores[best] > 0 else "cp1252"
+
+
+def _score(sample: bytes, encoding: str, usual: str) -> float:
+    """Return the share of characters beside ASCII that are usual in an encoding; 0 if it has no such bytes."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(sample)  # its end may be inside a character
+    except UnicodeDecodeError:
+        return 0.0
+    foreign = re.sub(r"[\x00-\x7f]", "", text)
+    if not foreign or (usual == _JAPANESE and not re.search("[\u3040-\u30ff]", foreign)):
+        return 0.0
+    return len(re.findall(usual, foreign)) / len(foreign)

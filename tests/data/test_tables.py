@@ -1,0 +1,275 @@
+"""Tables and JSON as people have them: each row is a small input and what is right."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import zipfile
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+from sample_files import TEXTS, json_lines, parquet, write
+
+from gpt2jax.data.encodings import likely_encoding, wide_encoding
+from gpt2jax.data.sources import load_texts
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("sep.csv", "sep=;\nid;text\n1;hello there\n", ["hello there"]),
+        ("sep_quoted.csv", '"sep=|"\r\ntext|n\r\na;b|1\r\n', ["a;b"]),
+        ("mac.csv", "text,id\ra,1\r", ["a"]),
+        ("tabs.csv", "text\tid\na, b\t1\n", ["a, b"]),
+        ("commas.tsv", "text,id\na,1\n", ["a"]),
+        ("header_of_quoted_delimiters.csv", 'text,"a;b;c;d"\nx,1\n', ["x"]),
+        ("spaces.csv", 'id, text\n1, "hello, world"\n', ["hello, world"]),
+        ("backslash.csv", 'text,n\n"he said \\"a, b\\"",1\n', ['he said "a, b"']),
+        ("single.csv", "text,n\n'hello, world',1\n", ["hello, world"]),
+        ("bare_quotes.tsv", 'text\tn\n"hello" she said\t1\n', ['"hello" she said']),
+        ("pandas_index.csv", ",text\n0,a\n1,b\n", ["a", "b"]),
+        ("two_lines.csv", 'text,n\n"a\r\nb",1\n', ["a\r\nb"]),
+        ("blank_lines.csv", "text,n\na,1\n\n  \nb,2\n", ["a", "b"]),
+        ("empty_cells.csv", "text,n\n,1\nb,\n", ["", "b"]),
+        ("bom.csv", "\ufefftext,n\na,1\n", ["a"]),
+        ("pandas.json", '{"text":{"0":"a","1":"b"},"id":{"0":1,"1":2}}', ["a", "b"]),
+        ("index.json", '{"0":{"text":"a","id":1},"1":{"text":"b","id":2}}', ["a", "b"]),
+        ("index_of_digits.json", '{"0":{"words":"a"},"1":{"words":"b"}}', ["a", "b"]),
+        ("split.json", '{"columns":["id","text"],"index":[0,1],"data":[[1,"a"],[2,null]]}', ["a", ""]),
+        ("null_row.json", '[null,{"text":"a"},null]', ["", "a", ""]),
+        ("null_row.jsonl", '{"text":"a"}\nnull\n{"text":"b"}\n', ["a", "", "b"]),
+        ("null_string.json", '["a",null]', ["a", ""]),
+        ("nested.jsonl", '{"id":1,"data":{"body_text":"a"}}\n', ["a"]),
+        ("utf8_bom.json", '\ufeff[{"text":"a"}]', ["a"]),
+        ("separator.jsonl", '{"text":"a\u2028b"}\n', ["a\u2028b"]),
+    ],
+)
+def test_load_texts_reads_odd_tables(tmp_path, name, content, expected):
+    assert load_texts(write(tmp_path / name, content), "all") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "long.csv",
+            "id,text\n1,a\n2,b,c\n",
+            "long.csv, line 3: expected 2 cells as in the header, got 3; quote",
+        ),
+        ("alone.csv", "text\nhello, world\n", "line 2: expected 1 cells as in the header, got 2"),
+        (
+            "open.csv",
+            'text,id\n"a\nb",1\n"c",2\nd,"3\n',
+            "line 5: unexpected end of data: a quote opens here",
+        ),
+        ("open.tsv", 'text\tid\na\t1\n"b\t2\n', "line 3: unexpected end of data: a quote opens here"),
+        ("late.csv", "text,id\n" + "a,1\n" * 500 + 'b,"2\n', "line 502: unexpected end of data"),
+        ("twice.csv", "text,text\na,b\n", "line 1: the header has two columns 'text'"),
+        ("deep.json", "[" * 100_000, "deep.json is not JSON"),
+        ("wrapped.json", '{"version":"1.0","data":["a","b"]}', r"records_field='data', --records-field data"),
+        ("unclear.json", '{"a":{"x":"1"},"b":{"x":"2"}}', "not clear which names are those of columns"),
+        (
+            "lfs.jsonl",
+            "version https://git-lfs.github.com/spec/v1\noid x\n",
+            "is a Git LFS pointer: fetch the file",
+        ),
+        ("page.csv", "<!DOCTYPE html>\n<html>", "is an HTML page"),
+        ("plain.jsonl.gz", "no gzip", "plain.jsonl.gz is damaged: it is not compressed"),
+    ],
+)
+def test_load_texts_refuses_odd_tables_by_line(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_texts(write(tmp_path / name, content), "all")
+    assert "\n" not in str(caught.value)
+
+
+def test_records_field_names_the_rows(tmp_path):
+    path = write(
+        tmp_path / "a.json", '{"version":"1.0","data":[{"text":"a"},{"text":"b"}],"in":{"ner":["c"]}}'
+    )
+    assert load_texts(path, "all", records_field="data") == ["a", "b"]
+    assert load_texts(path, "all", records_field="in.ner") == ["c"]
+    with pytest.raises(ValueError, match="there is no field 'dat'; did you mean 'data'"):
+        load_texts(path, "all", records_field="dat")
+
+
+def test_a_named_column_is_found_wherever_it_stands(tmp_path):
+    rows = [{"id": i} for i in range(300)] + [{"id": 300, "words": "a"}]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert load_texts(path, "all", text_column="words") == [""] * 300 + ["a"]
+    pairs = load_texts(path, "all", prompt_column="words", completion_column="words")
+    assert pairs[::300] == [{"prompt": "", "completion": ""}, {"prompt": "a", "completion": "a"}]
+
+
+def test_dialect_and_header_are_shown(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "gpt2jax")
+    load_texts(write(tmp_path / "a.csv", "id;text\n1;a\n"), "all")
+    assert f"{tmp_path / 'a.csv'}: cells are separated by ';' and quoted by \"" in caplog.messages
+    load_texts(write(tmp_path / "b.csv", "first words\nmore words\n"), "all")
+    assert "taken for the header, so that the texts begin behind 'first words'" in caplog.text
+    assert len(caplog.messages) == 2
+
+
+STRINGS = pyarrow.array(["a", None, "ä"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather", "arrow", "stream"])
+@pytest.mark.parametrize(
+    ("column", "array", "expected"),
+    [
+        ("text", STRINGS.dictionary_encode(), ["a", "", "ä"]),
+        ("text", STRINGS.cast(pyarrow.large_string()), ["a", "", "ä"]),
+        ("text", STRINGS.cast(pyarrow.binary()), ["a", "", "ä"]),
+        (
+            "text",
+            pyarrow.array([["a", None], None, []], pyarrow.large_list(pyarrow.string())),
+            ["a\n", "", ""],
+        ),
+        ("text", pyarrow.nulls(2), ["", ""]),
+        ("meta", pyarrow.array([{"text": "a", "n": 1}, None]), ["a", ""]),
+    ],
+    ids=["dictionary", "large", "binary", "large-list", "null", "struct"],
+)
+def test_arrow_columns(tmp_path, kind, column, array, expected):
+    table = pyarrow.table({"id": list(range(len(array))), column: array})
+    path = tmp_path / f"a.{'arrow' if kind == 'stream' else kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind == "stream":
+        with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+    else:
+        pyarrow.feather.write_feather(table, path)
+    assert load_texts(path, "all") == expected
+    if column == "meta":
+        assert load_texts(path, "all", text_column="meta.text") == expected
+
+
+def test_bytes_that_are_not_text_are_named(tmp_path):
+    path = parquet(tmp_path / "a.parquet", text=[b"\xff\xfe"])
+    with pytest.raises(ValueError, match="row 1: column 'text' holds bytes that are not UTF-8"):
+        load_texts(path, "all")
+    path = parquet(tmp_path / "b.parquet", image=[b"\xff"], caption=["a cat"])
+    assert load_texts(path, "all") == ["a cat"]
+
+
+def test_what_unpacks_without_end_is_refused(tmp_path):
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays([0] * 20_000, ["x" * 100_000])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(ValueError, match="unpacks to more than 1000 times its"):
+        load_texts(tmp_path / "a.parquet", "all")
+
+
+# Files
+
+
+def test_plain_text_has_many_extensions(tmp_path):
+    for name in ("a.md", "b.text", "c.tex", "d.html", "e.py", "f.rst", "g.MARKDOWN", "wiki.tokens"):
+        assert load_texts(write(tmp_path / name, f"<p>{name}"), "all") == [f"<p>{name}"]
+
+
+def test_compression_is_told_by_the_content(tmp_path):
+    content = json_lines(TEXTS).encode()
+    assert load_texts(write(tmp_path / "a.jsonl", gzip.compress(content)), "all") == TEXTS
+    assert load_texts(write(tmp_path / "b.jsonl.gz", content), "all") == TEXTS
+    with zipfile.ZipFile(tmp_path / "d.csv", "w") as archive:
+        archive.writestr("d.csv", "text,n\na,1\n")
+    assert load_texts(tmp_path / "d.csv", "all") == ["a"]
+
+
+def test_several_paths_and_patterns(tmp_path):
+    for name in ("a", "b", "c"):
+        write(tmp_path / "in" / name / f"{name}.jsonl", json_lines([name]))
+    write(tmp_path / "in" / "d.md", "d")
+    assert load_texts("in/**/*.jsonl", "all") == ["a", "b", "c"]
+    assert load_texts(str(tmp_path / "in" / "[ab]" / "*"), "all") == ["a", "b"]
+    assert load_texts(["in/c", tmp_path / "in" / "a" / "a.jsonl"], "all") == ["c", "a"]
+    with pytest.raises(FileNotFoundError, match=r"no file that fits the pattern in/\*.csv"):
+        load_texts("in/*.csv", "all")
+    with pytest.raises(ValueError, match="source must be a name or a path, or a list of at least one, got "):
+        load_texts([], "all")
+    with pytest.raises(FileNotFoundError, match="there is no file or folder in/e.txt"):
+        load_texts(["in/e.txt"], "all")
+
+
+def test_files_passed_over_are_named(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "gpt2jax")
+    write(tmp_path / "c" / "a.jsonl", json_lines(["a"]))
+    for name in ("metadata.json", "notes.docx", "LICENSE", ".DS_Store", "README.md", "x\x1b[31m.bin"):
+        write(tmp_path / "c" / name, "{}")
+    assert load_texts(tmp_path / "c", "all") == ["a"]
+    (message,) = caplog.messages
+    assert (
+        "passed over 5 files without texts by name: LICENSE, README.md, metadata.json, notes.docx" in message
+    )
+    assert "\x1b" not in message and ".DS_Store" not in message
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            ("a.jsonl", '{"text":"a"}'),
+            ("info.json", '{"name":"mine"}'),
+            r"info.json .*column 'name'.*column 'text'",
+        ),
+        (
+            ("a.json", '{"name":"mine"}'),
+            ("b.jsonl", '{"text":"a"}'),
+            r"b.jsonl .*column 'text'.*column 'name'",
+        ),
+        (("a.txt", "a"), ("info.json", '{"name":"mine"}'), r"info.json .*column 'name'.*plain text"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused(tmp_path, first, second, message):
+    for name, content in (first, second):
+        write(tmp_path / "c" / name, content)
+    with pytest.raises(ValueError, match=message):
+        load_texts(tmp_path / "c", "all")
+
+
+# Encodings
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("café “x”", "cp1252"),
+        ("Straße über Ähre", "cp1252"),
+        ("Un café déjà préparé", "mac-roman"),
+        ("Un café déjà préparé", "cp850"),
+        ("Zażółć gęślą jaźń wyszło", "cp1250"),
+        ("Привет, как дела?", "cp1251"),
+        ("Привет, как дела?", "koi8-r"),
+        ("こんにちは、元気ですか", "shift_jis"),
+        ("こんにちは、元気ですか", "euc-jp"),
+        ("你好,世界。这是一个测试", "gb18030"),
+        ("안녕하세요 세계", "euc-kr"),
+        ("hello", "utf-16-le"),
+        ("hello", "utf-16-be"),
+        ("hello", "utf-32-le"),
+        ("text", "utf-16"),
+    ],
+)
+def test_the_likely_encoding_is_named_and_reads(tmp_path, text, encoding):
+    path = write(tmp_path / "a.txt", text.encode(encoding))
+    assert (wide_encoding(path.read_bytes()) or likely_encoding(path.read_bytes())) == encoding
+    with pytest.raises(ValueError, match=f"encoding='{encoding}' .--encoding {encoding}"):
+        load_texts(path, "all")
+    assert load_texts(path, "all", encoding=encoding) == [text]
+
+
+def test_a_wrong_encoding_is_named(tmp_path):
+    path = write(tmp_path / "a.csv", "text,n\ncafé,1\n")
+    with pytest.raises(ValueError, match=r"a.csv is not ascii behind line 0; UnicodeDecodeError"):
+        load_texts(path, "all", encoding="ascii")
+    with pytest.raises(
+        ValueError, match="encoding must be the name of an encoding such as utf-8, .*got 'utf-9'"
+    ):
+        load_texts(path, "all", encoding="utf-9")
