@@ -11,6 +11,7 @@ holds text position s - padding[b]. These numbers alone mark padding; a token id
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -193,5 +194,6 @@ def _apply_block(
 
 def lm_head(params: DecodingParams, hidden: jax.Array, precision: Precision) -> jax.Array:
     """Compute logits [..., V] float32 from hidden states [..., D]."""
-    logits = matmul(hidden, params["head"], precision.compute_dtype, precision.execution)
-    return logits.astype(jnp.float32)
+    # 8 bits of mantissa would make ties of the most probable tokens, and save no kernel
+    exact = dataclasses.replace(precision.execution, has_narrow_results=False)
+    return matmul(hidden, params["head"], precision.compute_dtype, exact)

@@ -59,6 +59,13 @@ def test_decode_for_a_gpu_has_no_conditional_and_no_loop_but_its_own(settings):
     assert sum(count(part, "while") for part in functions) == 1
 
 
+def test_logits_for_a_gpu_are_not_rounded_to_16_bits():
+    text = lowered(Stages(window=1), GenerationConfig(do_sample=False))
+    # the head's product is the only one with the vocabulary in its result
+    results = re.findall(r"stablehlo\.dot_general.*-> tensor<2x300x(\w+)>", text)
+    assert results == ["f32"]
+
+
 def test_decode_for_a_cpu_decides_while_it_runs():
     assert count(lowered(None, GenerationConfig()), "case") > 0
 
