@@ -72,6 +72,7 @@ class Attention(nnx.Module):
             cache = cache.update(k, v, ctx.cache_position)
             # read in its own dtype: casting all of it at each step would cost more than 16-bit products save
             k, v, dtype = *cache, cache.keys.dtype
+        assert ctx.mask is not None
         y = attention(
             q,
             k,
