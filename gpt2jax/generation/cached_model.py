@@ -34,19 +34,19 @@ DecodingParams = dict[str, Any]
 WEIGHT_DTYPES = (*COMPUTE_DTYPES, "int8")
 
 
-def decoding_precision(dtype: str | None = None, *, backend: str | None = None) -> Precision:
+def decoding_precision(dtype: str | None = None, *, device: Device | None = None) -> Precision:
     """Choose the dtypes to decode with.
 
     Args:
         dtype: of the weights, one of `WEIGHT_DTYPES`; None is float32 on a CPU (what training computes in) and
             bfloat16 on an accelerator. int8 weights leave all other dtypes at their defaults.
-        backend: what the program will run on; default: the one jax runs on.
+        device: what the program will run on; default: the first local device.
 
     Raises:
         ValueError: `dtype` is not one of `WEIGHT_DTYPES`.
     """
     check("dtype", dtype, optional(one_of(WEIGHT_DTYPES)))
-    device = Device.of() if backend is None else Device.of_backend(backend)
+    device = device or Device.of()
     if dtype is None or dtype == "int8":
         dtype = "float32" if device.platform == "cpu" else "bfloat16"
     return Precision.for_device(dtype, device)

@@ -18,13 +18,14 @@ from gpt2jax.generation.stages import Stages, make_stages
 from gpt2jax.generation.strategy import Sampling, decode
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import init_params
+from gpt2jax.ops.device import Device
 
 CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300, n_positions=64)
 
 
 def lowered(stages: Stages | None, config: GenerationConfig) -> str:
     """Return the decoding loop before compilation, as text."""
-    precision = decoding_precision("bfloat16", backend="gpu")
+    precision = decoding_precision("bfloat16", device=Device.of_backend("gpu"))
     params = jax.eval_shape(
         lambda: prepare_decoding_params(init_params(CONFIG), CONFIG, dtype=precision.compute_dtype)
     )
@@ -76,6 +77,6 @@ def test_greedy_decode_draws_no_random_numbers():
 
 
 def test_spec_without_sampling_is_that_of_any_setting():
-    precision = decoding_precision("float32", backend="cpu")
+    precision = decoding_precision("float32", device=Device.of_backend("cpu"))
     spec = DecoderSpec(CONFIG, precision, lambda logits, history: logits, Stages(window=64))
     assert spec.without_sampling == DecoderSpec(CONFIG, precision)
