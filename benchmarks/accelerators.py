@@ -214,7 +214,7 @@ def training_program(
 ) -> Program:
     """Return the step of a run with these settings."""
     train = FinetuneConfig(batch_size=rows, sequence_length=length, **{**NO_DROPOUT, **settings})
-    return make_program(PRESETS[model], train, device.backend, device.facts)
+    return make_program(PRESETS[model], train, device.facts)
 
 
 def compile_training(case: Case, device: Accelerator) -> Any:

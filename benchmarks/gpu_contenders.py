@@ -197,7 +197,7 @@ def make_plain(case: Case) -> Run:
 
     params, heads = jax.jit(gpu_plain.init, static_argnums=0)(case.config), case.config.n_head
     dtype = jnp.dtype(case.dtype)
-    is_cudnn = jax.default_backend() == "gpu" and dtype.itemsize == 2 and has_cudnn_attention()
+    is_cudnn = precision(case.dtype).execution.attention == "cudnn"
     kernel, ids = "cudnn" if is_cudnn else "xla", jnp.asarray(case.ids())
     tokens, targets = ids[:, :-1], ids[:, 1:]
     moments = gpu_plain.optimizer().init(params) if case.kind == "train" else None
@@ -220,13 +220,6 @@ def make_plain(case: Case) -> Run:
         jax.block_until_ready(results)
 
     return run
-
-
-def has_cudnn_attention() -> bool:
-    """cuDNN's attention needs compute capability 8.0."""
-    import jax
-
-    return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 8
 
 
 # ---- torch ----

@@ -32,13 +32,11 @@ def keep_compiled_programs() -> None:
     What the user says by jax's own variables counts: JAX_ENABLE_COMPILATION_CACHE=false keeps none, and
     JAX_COMPILATION_CACHE_DIR names another folder.
     """
-    folder = cache_folder(f"programs/{_processor()}")
     # jax bounds a folder only with the help of filelock
-    if (
-        folder is None
-        or "JAX_COMPILATION_CACHE_DIR" in os.environ
-        or not importlib.util.find_spec("filelock")
-    ):
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not importlib.util.find_spec("filelock"):
+        return
+    folder = cache_folder(f"programs/{_processor()}")
+    if folder is None:
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_CACHE_BYTES))

@@ -87,7 +87,7 @@ def run(options: Options) -> None:
     jax.config.update("jax_platforms", "cpu")
     model, train = _settings(options)
     _check_mesh(train, options.devices)
-    program = make_program(model, train, device.backend, device.facts)
+    program = make_program(model, train, device.facts)
     console = Console()
     _print_estimate(options, device, program, console)
     if options.compile:
@@ -138,7 +138,7 @@ def _print_estimate(options: Options, device: Accelerator, program: Program, con
     console.print(table)
     each = flops_per_token(model, length, lora=train.lora, remat=train.remat)
     rate = options.utilisation * device.flops[train.compute_dtype] * options.devices / each
-    rows = largest_batch(model, train, device.backend, device.memory, **mesh)
+    rows = largest_batch(model, train, device.facts, device.memory, **mesh)
     lines = {
         "estimate": "a lower bound; XLA's peak is usually 1.0 to 1.4 times this",
         "trained parameters": f"{count_parameters(program.state['params']):,}",

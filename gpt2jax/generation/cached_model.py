@@ -11,6 +11,7 @@ holds text position s - padding[b]. These numbers alone mark padding; a token id
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -33,19 +34,19 @@ DecodingParams = dict[str, Any]
 WEIGHT_DTYPES = (*COMPUTE_DTYPES, "int8")
 
 
-def decoding_precision(dtype: str | None = None, *, backend: str | None = None) -> Precision:
+def decoding_precision(dtype: str | None = None, *, device: Device | None = None) -> Precision:
     """Choose the dtypes to decode with.
 
     Args:
         dtype: of the weights, one of `WEIGHT_DTYPES`; None is float32 on a CPU (what training computes in) and
             bfloat16 on an accelerator. int8 weights leave all other dtypes at their defaults.
-        backend: what the program will run on; default: the one jax runs on.
+        device: what the program will run on; default: the first local device.
 
     Raises:
         ValueError: `dtype` is not one of `WEIGHT_DTYPES`.
     """
     check("dtype", dtype, optional(one_of(WEIGHT_DTYPES)))
-    device = Device.of() if backend is None else Device.of_backend(backend)
+    device = device or Device.of()
     if dtype is None or dtype == "int8":
         dtype = "float32" if device.platform == "cpu" else "bfloat16"
     return Precision.for_device(dtype, device)
@@ -193,5 +194,6 @@ def _apply_block(
 
 def lm_head(params: DecodingParams, hidden: jax.Array, precision: Precision) -> jax.Array:
     """Compute logits [..., V] float32 from hidden states [..., D]."""
-    logits = matmul(hidden, params["head"], precision.compute_dtype, precision.execution)
-    return logits.astype(jnp.float32)
+    # 8 bits of mantissa would make ties of the most probable tokens, and save no kernel
+    exact = dataclasses.replace(precision.execution, has_narrow_results=False)
+    return matmul(hidden, params["head"], precision.compute_dtype, exact)

@@ -205,6 +205,11 @@ class GenerationConfig:
             raise ValueError(must_be("num_return_sequences", legal, self.num_return_sequences))
 
 
+def is_greedy(config: GenerationConfig) -> bool:
+    """Return whether the settings always take the most probable token."""
+    return not config.do_sample or config.temperature == 0 or config.top_k == 1
+
+
 # each row of a call may have its own value of these; all rows of a call share the others
 ROW_FIELDS = (
     "max_new_tokens",

@@ -213,7 +213,7 @@ class Generator:
         """Return what the programs of a call are compiled for, on one device."""
         config = self.model.config
         stages = None
-        if jax.default_backend() != "cpu":
+        if self._precision.execution.platform != "cpu":
             configs = [row.config for row in request.rows]
             stages = make_stages(configs, has_bad_words=bool(request.bad_words), vocab_size=config.vocab_size)
         return DecoderSpec(config, self._precision, request.config.logits_processor, stages)

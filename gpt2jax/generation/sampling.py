@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
 
-from gpt2jax.generation.config import GenerationConfig
+from gpt2jax.generation.config import GenerationConfig, is_greedy
 from gpt2jax.generation.stages import SMALL_WINDOW, WINDOW, Stages, apply_stage
 
 _BLOCK = 256
@@ -37,7 +37,7 @@ class Filters(NamedTuple):
 
 def make_filters(config: GenerationConfig) -> Filters:
     """Return the filters of one row as numbers for a compiled program."""
-    if not config.do_sample or config.temperature == 0 or config.top_k == 1:
+    if is_greedy(config):
         return Filters(1.0, 1, 1.0, 0.0, 1.0)
     top_k = min(config.top_k or 2**31 - 1, 2**31 - 1)
     temperature = max(config.temperature, _SMALLEST)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from gpt2jax.generation.config import GenerationConfig
+from gpt2jax.generation.config import GenerationConfig, is_greedy
 
 # candidates of a draw: XLA's own top-k kernel takes up to 16 on a GPU, beyond that it would sort
 SMALL_WINDOW, WINDOW = 16, 64
@@ -48,13 +48,10 @@ class Stages:
 
 def make_stages(configs: Sequence[GenerationConfig], *, has_bad_words: bool, vocab_size: int) -> Stages:
     """Return the stages that rows with these settings need together."""
-    greedy = [c for c in configs if not c.do_sample or c.temperature == 0 or c.top_k == 1]
-    sampled = [c for c in configs if c not in greedy]
-    windowed = [c for c in sampled if c.top_k is not None and c.top_k <= WINDOW and c.typical_p >= 1.0]
-    whole = [c for c in sampled if c not in windowed]
-    window = max((SMALL_WINDOW if (c.top_k or 0) <= SMALL_WINDOW else WINDOW for c in windowed), default=0)
+    windows = [_window(config) for config in configs]
+    whole = [config for config, window in zip(configs, windows, strict=True) if not window]
     return Stages(
-        window=window or int(bool(greedy) or not configs),
+        window=max(windows, default=1),
         has_vocabulary=bool(whole),
         has_top_k=any(c.top_k is not None and c.top_k < vocab_size for c in whole),
         has_top_p=any(c.top_p < 1.0 for c in whole),
@@ -65,6 +62,15 @@ def make_stages(configs: Sequence[GenerationConfig], *, has_bad_words: bool, voc
         ),
         has_forbidden=has_bad_words or any(c.no_repeat_ngram_size or c.min_new_tokens for c in configs),
     )
+
+
+def _window(config: GenerationConfig) -> int:
+    """Return `Stages.window` of one row; 0 if it draws from the whole vocabulary."""
+    if is_greedy(config):
+        return 1
+    if config.top_k is None or config.top_k > WINDOW or config.typical_p < 1.0:
+        return 0
+    return SMALL_WINDOW if config.top_k <= SMALL_WINDOW else WINDOW
 
 
 def apply_stage(

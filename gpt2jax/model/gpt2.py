@@ -72,6 +72,7 @@ class Attention(nnx.Module):
             cache = cache.update(k, v, ctx.cache_position)
             # read in its own dtype: casting all of it at each step would cost more than 16-bit products save
             k, v, dtype = *cache, cache.keys.dtype
+        assert ctx.mask is not None
         y = attention(
             q,
             k,
@@ -237,17 +238,24 @@ class GPT2(nnx.Module):
         if is_loop:
             x, _ = jax.lax.scan(block, x, (params, adapters, keys, jnp.arange(self.config.n_layer)))
             return self.ln_f(x, ctx)
-        for index in range(self.config.n_layer):
-            own = nnx.state(unrolled[index]) if unrolled else _layer(params, index)
-            key = None if keys is None else keys[index]
-            x, _ = block(x, (own, _layer(adapters, index), key, index))
+        count = self.config.n_layer
+        layers = [nnx.state(module) for module in unrolled] if unrolled else _split_layers(params, count)
+        for index, layer in enumerate(zip(layers, _split_layers(adapters, count), strict=True)):
+            x, _ = block(x, (*layer, None if keys is None else keys[index], index))
         return self.ln_f(x, ctx)
 
 
-def _layer(blocks: Any, index: int) -> Any:
-    """Take one layer of stacked arrays, or of a dict of layers."""
-    is_dict = isinstance(blocks, dict) and index in blocks
-    return blocks[index] if is_dict else jax.tree.map(lambda leaf: leaf[index], blocks)
+def _split_layers(blocks: Any, count: int) -> list[Any]:
+    """Take the layers of stacked arrays apart.
+
+    The gradient of a split is one concatenation; that of a slice is a whole stack, most of it zeros.
+    """
+    leaves, structure = jax.tree.flatten(blocks)
+    parts = [jax.lax.split(jnp.asarray(leaf), [1] * count) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [jnp.squeeze(part[index], 0) for part in parts])
+        for index in range(count)
+    ]
 
 
 # ---- the functions that the rest of the library calls: plain dicts in, arrays out ----

@@ -52,7 +52,7 @@ def attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B N S H"] | Float[Array, "BN S H"],
     v: Float[Array, "B N S H"] | Float[Array, "BN S H"],
-    mask: Bool[Array, "#B 1 T S"] | None,
+    mask: Bool[Array, "#B 1 T S"],
     *,
     dtype: jnp.dtype,
     scale: Float[Array, ""] | float = 1.0,
@@ -67,7 +67,7 @@ def attention(
     Args:
         q: queries.
         k, v: keys and values, or those of a `LayerCache`.
-        mask: True = attend; None if `is_causal` says all.
+        mask: True = attend.
         dtype: of the operands of both products; softmax and sums are float32.
         scale: factor of the scores.
         is_causal: the mask is the causal mask and `segment_ids`, which allows the kernels that hold no mask.
@@ -86,8 +86,6 @@ def attention(
     if is_causal and execution.attention != "plain" and (execution.blocks_masked_attention or not is_masked):
         form = BlockForm(dtype, execution, dropout_rate if drops else 0.0)
         return _blockwise_attention(q, k, v, segment_ids, dropout_key if drops else None, form)
-    if mask is None:
-        mask = block_mask(0, q.shape[2], segment_ids)
     heads = q.shape[:2]
     scores = einsum_f32("...th,...sh->...ts", q.reshape(*k.shape[:-2], *q.shape[-2:]), k, dtype, execution)
     scores = scores.reshape(*heads, *scores.shape[-2:])

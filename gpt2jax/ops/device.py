@@ -99,7 +99,6 @@ class Execution:
         has_vocabulary_slices: the loss computes the gradient of its logits for a part of the vocabulary at a time.
         allows_tf32: float32 products round their operands to TF32 (10 bits of mantissa) on NVIDIA GPUs, to three
             bfloat16 parts on a TPU.
-        has_top_k_kernel: `jax.lax.top_k` of at most 16 is a kernel; a larger one sorts.
     """
 
     platform: str = "cpu"
@@ -112,7 +111,6 @@ class Execution:
     logits_bytes: int = _CPU_LOGITS_BYTES
     has_vocabulary_slices: bool = True
     allows_tf32: bool = False
-    has_top_k_kernel: bool = False
 
     @classmethod
     def for_device(cls, device: Device, dtype: jnp.dtype, **overrides: Any) -> Execution:
@@ -130,13 +128,13 @@ class Execution:
         if device.platform == "cpu":
             return dataclasses.replace(cls(attention="blockwise"), **overrides)
         in_16_bits = jnp.dtype(dtype).itemsize == 2
-        attention = (
-            "cudnn" if in_16_bits and has_cudnn_attention(device, jnp.dtype(dtype).name) else "blockwise"
-        )
+        # an attention chosen by hand needs no trial of cuDNN's
+        may_fuse = in_16_bits and "attention" not in overrides
+        is_fused = may_fuse and has_cudnn_attention(device, jnp.dtype(dtype).name)
         memory = device.memory_bytes or _SMALL_ACCELERATOR
         choices = cls(
             platform=device.platform,
-            attention=attention,
+            attention="cudnn" if is_fused else "blockwise",
             attention_block=512,
             blocks_masked_attention=True,
             has_narrow_results=in_16_bits,
@@ -144,7 +142,6 @@ class Execution:
             has_bitcasts=False,
             logits_bytes=memory // _LOGITS_SHARE // 2,  # as much again for their gradient
             has_vocabulary_slices=False,
-            has_top_k_kernel=device.platform == "cuda",
         )
         return dataclasses.replace(choices, **overrides)
 

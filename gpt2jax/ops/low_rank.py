@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from gpt2jax.ops.device import CPU, Execution
@@ -93,21 +92,16 @@ def column_norms(kernel: Kernel) -> Float32[Array, "*L out"]:
     return jnp.sqrt(jnp.square(dequantize(kernel)).sum(axis=-2))
 
 
-def attach_scales(adapters: Mapping[Any, Any], scale: Any, layers: int) -> dict[Any, Any]:
+def attach_scales(adapters: Mapping[str, Any], scale: Any, layers: int) -> dict[str, Any]:
     """Return adapters with "scale" [L] in each.
 
     Args:
-        adapters: dicts nested to any depth, each innermost one an adapter stacked over the blocks; or with one dict
-            for each layer, {0: ..., 1: ...}, whose adapters get scales [].
-        scale: a number for all adapters, or numbers and arrays [L] nested as stacked adapters are.
+        adapters: dicts nested to any depth, each innermost one an adapter stacked over the blocks.
+        scale: a number for all adapters, or numbers and arrays [L] nested as the adapters are.
         layers: L.
     """
-    if 0 in adapters:
-        stacks = {i: jax.tree.map(lambda s, i=i: s[i] if np.ndim(s) else s, scale) for i in adapters}
-        return {i: attach_scales(part, stacks[i], 0) for i, part in adapters.items()}
     if "lora_a" in adapters:
-        shape = (layers,) if layers else ()
-        return {**adapters, "scale": jnp.broadcast_to(jnp.asarray(scale, jnp.float32), shape)}
+        return {**adapters, "scale": jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (layers,))}
     return {
         name: attach_scales(part, scale[name] if isinstance(scale, Mapping) else scale, layers)
         for name, part in adapters.items()

@@ -13,6 +13,7 @@ from gpt2jax.lora.adapters import cast_base
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params, count_parameters, hidden_states
+from gpt2jax.ops.device import Device
 from gpt2jax.plan.program import Program, make_program
 from gpt2jax.train.config import FinetuneConfig
 
@@ -118,20 +119,20 @@ def flops_per_token(
     return 3 * forward - frozen + recompute
 
 
-def largest_batch(model: GPT2Config, train: FinetuneConfig, backend: str, memory: int, **mesh: int) -> int:
+def largest_batch(model: GPT2Config, train: FinetuneConfig, device: Device, memory: int, **mesh: int) -> int:
     """Return the most rows whose estimate is at most `memory` bytes a device; 0 if none are.
 
     Args:
         model: of the run.
         train: settings; their batch size is not used.
-        backend: "gpu" or "tpu".
+        device: facts about it.
         memory: bytes of one device.
         **mesh: fsdp, tensor, devices, as in `estimate_memory`.
     """
     unit = mesh.get("devices", 1) // mesh.get("tensor", 1) * train.gradient_accumulation_steps
 
     def estimate(units: int) -> int:
-        program = make_program(model, dataclasses.replace(train, batch_size=units * unit), backend)
+        program = make_program(model, dataclasses.replace(train, batch_size=units * unit), device)
         return estimate_memory(program, **mesh).total
 
     few, more = estimate(8), estimate(16)  # all of it is constant or in proportion to the rows

@@ -23,32 +23,22 @@ from gpt2jax.train.step import init_state, make_configured_step, with_dropout
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A training step for a backend: its settings and the shapes of its arguments.
+    """A training step for a device: its settings and the shapes of its arguments.
 
     Attributes:
-        backend: "cpu", "gpu" or "tpu".
         state, frozen, batch: shapes of the step's arguments.
     """
 
     model: GPT2Config
     train: FinetuneConfig
-    backend: str
     precision: Precision
     state: dict[str, Any]
     frozen: Params | None
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def make_program(
-    model: GPT2Config, train: FinetuneConfig, backend: str, device: Device | None = None
-) -> Program:
-    """Build the step that `finetune` would run.
-
-    Args:
-        model: of the run.
-        train: its settings.
-        backend: "cpu", "gpu" or "tpu".
-        device: facts about the device; None: a device of the backend of which nothing more is known.
+def make_program(model: GPT2Config, train: FinetuneConfig, device: Device) -> Program:
+    """Build the step that `finetune` would run on a device.
 
     Raises:
         ValueError: the sequence is longer than the context.
@@ -75,8 +65,8 @@ def make_program(
     shape = (train.batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
     batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    precision = Precision.for_device(train.compute_dtype, device or Device.of_backend(backend))
-    return Program(model, train, backend, precision, jax.eval_shape(start, trainable), frozen, batch)
+    precision = Precision.for_device(train.compute_dtype, device)
+    return Program(model, train, precision, jax.eval_shape(start, trainable), frozen, batch)
 
 
 def _optimizer(train: FinetuneConfig) -> Any:
@@ -94,7 +84,7 @@ def compile_program(program: Program, mesh: Mesh) -> Any:
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     with use_mesh(mesh):
         return compile_for(
-            program.backend,
+            program.precision.execution.platform,
             step,
             place(state, shardings(state, mesh)),
             None if frozen is None else place(frozen, shardings(frozen, mesh)),

@@ -20,7 +20,6 @@ from gpt2jax.sharding import constrain_batch, constrain_params
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params
 from gpt2jax.train.optimizer import clip_scale
-from gpt2jax.train.unrolled import stack_layers, unstack_layers
 
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -117,10 +116,7 @@ def make_train_step(
     loss = _make_loss(
         config, precision, lora=lora, label_smoothing=label_smoothing, z_loss=z_loss, remat=remat
     )
-    gradient = _make_gradient(
-        loss, of_adapters=lora is not None, is_unrolled=precision.execution.has_unrolled_layers
-    )
-    gradient = _accumulate(gradient, gradient_accumulation_steps)
+    gradient = _accumulate(_make_gradient(loss, of_adapters=lora is not None), gradient_accumulation_steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, frozen, batch):
@@ -214,25 +210,10 @@ def _make_loss(
     return loss_sum
 
 
-def _make_gradient(
-    loss_sum: Callable[..., Any], *, of_adapters: bool, is_unrolled: bool
-) -> Callable[..., Any]:
-    """Build the gradient of the loss sum in the trainable parameters; it returns the sums too.
-
-    Args:
-        loss_sum: from `_make_loss`.
-        of_adapters: the trainable parameters are adapters.
-        is_unrolled: the layers are written out: the gradients of each are stacked at the end. Differentiated through,
-            each slice of a stack would make a gradient of the whole stack, most of it zeros.
-    """
+def _make_gradient(loss_sum: Callable[..., Any], *, of_adapters: bool) -> Callable[..., Any]:
+    """Build the gradient of the loss sum in the trainable parameters; it returns the sums too."""
 
     def gradient(trainable, frozen, batch, key, scale):
-        if not is_unrolled or (frozen is not None and not of_adapters):
-            return of_arrays(trainable, frozen, batch, key, scale)
-        gradients, sums = of_arrays(unstack_layers(trainable), frozen, batch, key, scale)
-        return (stack_layers(gradients) if 0 not in trainable["h"] else gradients), sums
-
-    def of_arrays(trainable, frozen, batch, key, scale):
         if of_adapters or "wte" not in trainable:
             return jax.grad(loss_sum, has_aux=True)(trainable, None, frozen, batch, key, scale)
         # differentiated through, the lookup would make a second gradient of the whole table, most of it zeros

@@ -42,11 +42,9 @@ def should_unroll(model: GPT2Config, train: FinetuneConfig, length: int, backend
 
 
 def unstack_layers(tree: Any) -> Any:
-    """Unroll the layers of a training state or of parameters; unrolled ones stay as they are."""
+    """Unroll the layers of a training state or of parameters."""
 
     def layers(blocks):
-        if 0 in blocks:
-            return blocks
         count = jax.tree.leaves(blocks)[0].shape[0]
         return {i: jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(count)}
 

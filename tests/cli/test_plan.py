@@ -7,6 +7,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from gpt2jax.cli.plan import main
+from gpt2jax.ops.device import Device
 from gpt2jax.plan import devices, program
 
 
@@ -52,7 +53,7 @@ def test_plan_compiles_for_the_device_and_says_whether_it_fits(capsys, monkeypat
     real = program.compile_program
 
     def compile_here(plan, mesh):
-        return real(program.make_program(plan.model, plan.train, "cpu"), mesh)
+        return real(program.make_program(plan.model, plan.train, Device.of_backend("cpu")), mesh)
 
     monkeypatch.setattr(program, "compile_program", compile_here)
     main(options)

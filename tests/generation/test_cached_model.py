@@ -28,6 +28,7 @@ from gpt2jax.lora.adapters import init_adapters
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS, GPT2Config
 from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.precision import Precision
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97, n_positions=24)
@@ -42,7 +43,8 @@ ODD = GPT2Config(
     scale_attn_by_inverse_layer_idx=True,
     activation_function="relu",
 )
-F32 = decoding_precision("float32", backend="cpu")
+CPU = Device("cpu")
+F32 = decoding_precision("float32", device=CPU)
 
 
 def params_of(config, seed=0):
@@ -184,10 +186,10 @@ def test_prepare_model_merges_adapters():
 
 
 def test_dtype_by_backend():
-    assert decoding_precision(backend="cpu").compute_dtype == jnp.float32
-    assert decoding_precision(backend="gpu").compute_dtype == jnp.bfloat16
-    assert decoding_precision("bfloat16", backend="cpu").activation_dtype == jnp.float32
-    assert decoding_precision("int8", backend="cpu").compute_dtype == jnp.float32
+    assert decoding_precision(device=CPU).compute_dtype == jnp.float32
+    assert decoding_precision(device=Device.of_backend("gpu")).compute_dtype == jnp.bfloat16
+    assert decoding_precision("bfloat16", device=CPU).activation_dtype == jnp.float32
+    assert decoding_precision("int8", device=CPU).compute_dtype == jnp.float32
     with pytest.raises(
         ValueError,
         match="dtype must be one of float32, tensorfloat32, bfloat16, float16, int8, or None, got 'int4'",
@@ -220,7 +222,7 @@ def begun(batch: int, length: int) -> tuple[DecodeState, Any]:
 
 
 def compiled_decode(batch, dtype) -> tuple[Any, Any]:
-    config, narrow = WIDE, decoding_precision(dtype, backend="cpu")
+    config, narrow = WIDE, decoding_precision(dtype, device=CPU)
     weights = weight_dtype(dtype, narrow)
     params = jax.eval_shape(lambda: prepare_decoding_params(init_params(config), config, dtype=weights))
     cache = jax.eval_shape(lambda: init_cache(config, batch, 128, narrow.activation_dtype))

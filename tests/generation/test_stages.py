@@ -18,13 +18,14 @@ from gpt2jax.generation.stages import Stages, make_stages
 from gpt2jax.generation.strategy import Sampling, decode
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import init_params
+from gpt2jax.ops.device import Device
 
 CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300, n_positions=64)
 
 
 def lowered(stages: Stages | None, config: GenerationConfig) -> str:
     """Return the decoding loop before compilation, as text."""
-    precision = decoding_precision("bfloat16", backend="gpu")
+    precision = decoding_precision("bfloat16", device=Device.of_backend("gpu"))
     params = jax.eval_shape(
         lambda: prepare_decoding_params(init_params(CONFIG), CONFIG, dtype=precision.compute_dtype)
     )
@@ -59,6 +60,13 @@ def test_decode_for_a_gpu_has_no_conditional_and_no_loop_but_its_own(settings):
     assert sum(count(part, "while") for part in functions) == 1
 
 
+def test_logits_for_a_gpu_are_not_rounded_to_16_bits():
+    text = lowered(Stages(window=1), GenerationConfig(do_sample=False))
+    # the head's product is the only one with the vocabulary in its result
+    results = re.findall(r"stablehlo\.dot_general.*-> tensor<2x300x(\w+)>", text)
+    assert results == ["f32"]
+
+
 def test_decode_for_a_cpu_decides_while_it_runs():
     assert count(lowered(None, GenerationConfig()), "case") > 0
 
@@ -69,6 +77,6 @@ def test_greedy_decode_draws_no_random_numbers():
 
 
 def test_spec_without_sampling_is_that_of_any_setting():
-    precision = decoding_precision("float32", backend="cpu")
+    precision = decoding_precision("float32", device=Device.of_backend("cpu"))
     spec = DecoderSpec(CONFIG, precision, lambda logits, history: logits, Stages(window=64))
     assert spec.without_sampling == DecoderSpec(CONFIG, precision)

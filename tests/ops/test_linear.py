@@ -18,6 +18,7 @@ from gpt2jax.generation.cached_model import (
 )
 from gpt2jax.generation.kv_cache import init_cache
 from gpt2jax.ops.cross_entropy import cross_entropy
+from gpt2jax.ops.device import Device
 from gpt2jax.ops.linear import (
     bitcast_kernel,
     dequantize,
@@ -251,7 +252,7 @@ def test_int8_decoding_loss_of_gpt2_mini_within_0_02():
     assert len(tokens) >= 4
 
     def loss(dtype):
-        precision = decoding_precision(dtype, backend="cpu")
+        precision = decoding_precision(dtype, device=Device.of_backend("cpu"))
         params = prepare_decoding_params(model.params, model.config, dtype=dtype)
 
         @jax.jit
