@@ -19,7 +19,7 @@ import tyro
 
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.notices import Notice, printable
-from gpt2jax.utils.validation import check_path, positive_int, validated
+from gpt2jax.utils.validation import check_path, field_names, positive_int, validated
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
@@ -128,6 +128,12 @@ def _what_is_wrong(box: str) -> str:
             words.append(text)
     # tyro names our class of options before the error of a setting
     return re.sub(r"^Error parsing \w+: ", "", " ".join(words)).rstrip(".")
+
+
+def named_fields(options: type, argv: Sequence[str]) -> set[str]:
+    """Return the fields of a class of options that a command line names, also with their default."""
+    words = {word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    return {name for name in field_names(options) if {f"__{name}", f"__no_{name}"} & words}
 
 
 def print_line(console: Any, what: str, text: str) -> None:
