@@ -19,7 +19,15 @@ from gpt2jax.cli import common, main
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # commands with one of these as a word need a network, or take minutes: their options are parsed, nothing is run
-NOT_HERE = {"gpt2", "gpt2-medium", "gpt2-xl", "pubmed", "python-docs", "--resume", "runs/gpt2-mini-numeric-docs"}
+NOT_HERE = {
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-xl",
+    "pubmed",
+    "python-docs",
+    "--resume",
+    "runs/gpt2-mini-numeric-docs",
+}
 SENTENCES = ["The rows are sorted by date.", "Return the sum of all values.", "Each call opens a new file."]
 
 
