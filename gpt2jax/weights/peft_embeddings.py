@@ -23,7 +23,7 @@ from gpt2jax.weights.mapping import LazyTensor, aligned_empty, read_into
 
 # modules of transformers' GPT-2 that can be read -> (key in the parameters, key of the array)
 MODULES = {"wte": ("wte", "embedding"), "wpe": ("wpe", "embedding"), "lm_head": ("lm_head", "kernel")}
-# what an embedding is called behind its module, the best one first; with a resized vocabulary it has several names
+# the names of an embedding after that of its module, the best one first; a resized vocabulary is saved under several
 _WHOLE = (
     "modules_to_save.weight",
     "modules_to_save.default.weight",

@@ -113,7 +113,7 @@ def test_a_named_column_is_found_wherever_it_stands(tmp_path):
         ("id;text\n1;a\n", ": cells are separated by ';' and quoted by \"$"),
         (
             "first words\nmore words\n",
-            ", line 1: taken for the header, so that the texts begin behind 'first words'$",
+            ", line 1: taken for the header, so that the texts begin after 'first words'$",
         ),
     ],
 )
@@ -273,7 +273,7 @@ def test_the_likely_encoding_is_named_and_reads(tmp_path, text, encoding):
 
 def test_a_wrong_encoding_is_named(tmp_path):
     path = write(tmp_path / "a.csv", "text,n\ncafé,1\n")
-    with pytest.raises(ValueError, match=r"a.csv is not ascii behind line 0; UnicodeDecodeError"):
+    with pytest.raises(ValueError, match=r"a.csv is not ascii after line 0; UnicodeDecodeError"):
         load_texts(path, "all", encoding="ascii")
     with pytest.raises(
         ValueError, match="encoding must be the name of an encoding such as utf-8, .*got 'utf-9'"
