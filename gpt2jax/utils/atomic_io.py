@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -83,12 +83,12 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         for folder, _, names in os.walk(aside):
             for name in names:
                 _sync_file(os.path.join(folder, name))
-            _sync_folder(folder)
+            sync_folder(folder)
         _take_name(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _take_name(aside: Path, target: Path) -> None:
@@ -135,7 +135,7 @@ def _sync_file(path: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-def _sync_folder(path: str | os.PathLike[str]) -> None:
+def sync_folder(path: str | os.PathLike[str]) -> None:
     """Make a rename survive a crash, on systems that let a folder be opened."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
