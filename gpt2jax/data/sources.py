@@ -28,6 +28,7 @@ from gpt2jax.data.hub import (
 )
 from gpt2jax.data.readers import read_items
 from gpt2jax.data.splits import (
+    ContentSplit,
     Reader,
     check_split,
     content_splits,
@@ -143,10 +144,28 @@ class Texts:
         """What the texts follow from, if that never changes: data of the hub at a commit. None for all else."""
         return repr(self) if isinstance(self.source, str) and is_commit(self.revision) else None
 
-    def __iter__(self) -> Iterator[Any]:
-        where = self.source if isinstance(self.source, str) else f"the {type(self.source).__name__}"
+    @property
+    def where(self) -> str:
+        """What messages call the source."""
         if isinstance(self.source, tuple):
-            where = enumerate_names(list(self.source))
+            return enumerate_names(list(self.source))
+        return self.source if isinstance(self.source, str) else f"the {type(self.source).__name__}"
+
+    def has_split(self, name: str) -> bool:
+        """Return whether the data has a split by name; one that is made from its content does not count."""
+        reader = _open(self, self.where).get(name)
+        return reader is not None and not isinstance(reader, ContentSplit)
+
+    def count_undivided(self) -> int | None:
+        """Return how many texts the data has in all if the split is made from its content, else None."""
+        readers = _open(self, self.where)
+        names = re.findall(r"[^\W\d]\w*", self.split)
+        if any(isinstance(readers.get(name), ContentSplit) for name in names):
+            return sum(1 for _ in readers["all"]())
+        return None
+
+    def __iter__(self) -> Iterator[Any]:
+        where = self.where
         items = read_split(self.split, _open(self, where), where)
         first = list(itertools.islice(items, 1))
         if not first:
