@@ -151,6 +151,14 @@ class Texts:
             return enumerate_names(list(self.source))
         return self.source if isinstance(self.source, str) else f"the {type(self.source).__name__}"
 
+    def is_papers(self) -> bool:
+        """Return whether this is scientific_papers, by whatever name or path: it has the columns of these."""
+        if self.source in PAPERS or self.source in BUILTIN_NAMES:
+            return self.source in PAPERS
+        columns = _columns(self)
+        next(_open(self, self.where, columns)["all"](), None)
+        return "section_names" in columns.seen and not columns.seen.isdisjoint(("article", "article_text"))
+
     def has_split(self, name: str) -> bool:
         """Return whether the data has a split by name; one that is made from its content does not count."""
         reader = _open(self, self.where).get(name)
@@ -231,11 +239,15 @@ def _is_dataset(source: Any) -> bool:
     return type(source).__module__.partition(".")[0] == "datasets"
 
 
-def _open(texts: Texts, where: str) -> Mapping[str, Reader]:
+def _columns(texts: Texts) -> Columns:
+    pair = (texts.prompt_column, texts.completion_column)
+    return Columns(texts.text_column, None if None in pair else pair)  # pyright: ignore[reportArgumentType]
+
+
+def _open(texts: Texts, where: str, columns: Columns | None = None) -> Mapping[str, Reader]:
     """Return the readers of all splits of a source."""
     source = texts.source
-    pair = (texts.prompt_column, texts.completion_column)
-    columns = Columns(texts.text_column, None if None in pair else pair)  # pyright: ignore[reportArgumentType]
+    columns = columns or _columns(texts)
     commit = pin_revision(source, texts.revision)
     if isinstance(source, tuple):
         files = [
