@@ -217,7 +217,7 @@ def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, fail
         monkeypatch.setattr("os.fsync", fail)
     else:
         monkeypatch.setattr(
-            atomic_io, "open", lambda file, mode: FullDisk(io.FileIO(file, mode)), raising=False
+            atomic_io, "open", lambda path, mode: FullDisk(io.FileIO(path, mode)), raising=False
         )
     given = iter(texts) if reads_once else texts
     with pytest.warns(Notice, match="cache can't keep token ids .No space left on device.: they stay in mem"):
