@@ -84,7 +84,7 @@ def cached_documents(
             if sink.error is not None:
                 raise sink.error
     except OSError as error:
-        if sink is not None and error is not sink.error:  # of reading the texts
+        if sink is not None and sink.error is None:  # of reading the texts
             raise
         reason = os.strerror(error.errno) if error.errno else error
         notice(
