@@ -84,9 +84,9 @@ def cached_documents(
             if sink.error is not None:
                 raise sink.error
     except OSError as error:
-        if sink is not None and error is not sink.error:  # of reading the texts
+        if sink is not None and sink.error is None:  # of reading the texts
             raise
-        reason = error.strerror or error
+        reason = os.strerror(error.errno) if error.errno else error
         notice(
             f"{path.parent} can't keep token ids ({reason}): they stay in memory, the next run tokenizes again"
         )
@@ -184,7 +184,8 @@ class _Sink:
                 os.fsync(self._file.fileno())
         except OSError as error:
             self.error = error
-            content = _read_at(self._file.fileno(), self._size * self._dtype.itemsize, 0)
+            with open(self._file.name, "rb") as file:
+                content = _read_at(file.fileno(), self._size * self._dtype.itemsize, 0)
             self._chunks.append(np.frombuffer(content, self._dtype))
             return False
         self._crc = zlib.crc32(values.data, self._crc)

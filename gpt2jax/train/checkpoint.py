@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.train.step import TrainState
-from gpt2jax.utils.atomic_io import sync_folder
+from gpt2jax.utils.atomic_io import make_folder, naming_file, sync_folder
 from gpt2jax.weights.orbax import check_checkpoint, plain_path, readable_checkpoint, seal_checkpoint
 
 _PENDING = "unlogged"  # the name of the pending metrics on disk
@@ -38,6 +40,20 @@ def _sealed_path() -> Any:
     return SealedPath
 
 
+@functools.cache
+def _silence_orbax() -> None:
+    """Keep Orbax from printing the errors that it also raises: up to 600 lines of tracebacks for a full disk."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    show = sys.unraisablehook
+
+    def show_others(unraisable: sys.UnraisableHookArgs) -> None:
+        # a write that goes on after another one of the same checkpoint has failed
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+
+
 class _Folder:
     """A folder of checkpoints, one folder for each step, and Orbax's manager of it.
 
@@ -50,23 +66,19 @@ class _Folder:
         import orbax.checkpoint as ocp
 
         self.path = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            for leftover in folder.glob(
-                "*.orbax-checkpoint-tmp"
-            ):  # of a killed run: the run folder is locked
-                shutil.rmtree(leftover, ignore_errors=True)
+        _silence_orbax()
+        make_folder(folder)
+        self._remove_leftovers()
         self._open = contextlib.ExitStack()
         self._plain = self._open.enter_context(plain_path(folder))
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, temporary_path_class=_sealed_path()
         )
-        with self._errors_of(f"the checkpoints in {folder} can't be opened"):
-            self.manager = ocp.CheckpointManager(self._plain, options=options)
+        self.manager = ocp.CheckpointManager(self._plain, options=options)
 
     def save(self, step: int, args: Any) -> None:
         """Copy what is to be saved and write it in the background."""
-        with self._errors_of(f"a checkpoint can't be written to {self.path}", self._advice):
+        with self._writing():
             self.manager.save(step, args=args)
 
     def restore(self, step: int | None, args: Any) -> Any:
@@ -78,25 +90,30 @@ class _Folder:
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        with self._errors_of(f"a checkpoint can't be written to {self.path}", self._advice):
+        with self._writing():
             self.manager.wait_until_finished()
             self.manager.close()
         # only now: a thread that still writes must not find another folder under this number
         self._open.close()
 
-    def _advice(self) -> str:
-        whole = self.manager.latest_step()
-        kept = "there is no earlier one" if whole is None else f"that of step {whole} is whole"
-        return f"; {kept}; make room there, then resume the run"
+    def _remove_leftovers(self) -> None:
+        """Delete checkpoints that were not finished; no other process writes here, since the run folder is locked."""
+        if jax.process_index() == 0:
+            for leftover in self.path.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _errors_of(self, what: str, advice: Any = str) -> Iterator[None]:
-        """Turn any error of Orbax in the block into an OSError that names the folder."""
+    def _writing(self) -> Iterator[None]:
+        """Turn any error of Orbax in the block into an OSError that names the folder and the last whole checkpoint."""
         try:
-            yield
+            with naming_file(self.path):
+                yield
         except Exception as error:
+            self._remove_leftovers()
+            whole = self.manager.latest_step()
+            kept = "there is no earlier one" if whole is None else f"that of step {whole} is whole"
             reason = str(error).replace(str(self._plain), str(self.path))
-            raise OSError(f"{what}: {reason:.300}{advice()}") from error
+            raise OSError(f"a checkpoint can't be written to {self.path} ({kept}): {reason:.300}") from error
 
 
 class Checkpoints:

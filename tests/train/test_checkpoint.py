@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +81,7 @@ def test_checkpoints_that_cannot_be_read_back_are_an_error_when_they_are_written
     checkpoints.save(1, STATE, PENDING)
     with pytest.raises(OSError, match=r"a checkpoint can't be written to .*exp\[1\]"):
         checkpoints.close()
-    assert [entry.name for entry in (tmp_path / "exp[1]").iterdir()] == ["1.orbax-checkpoint-tmp"]
+    assert not list((tmp_path / "exp[1]").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +154,49 @@ def test_checkpoints_remove_what_a_killed_run_left(saved, tmp_path):
     assert checkpoints.latest_step() == 7
     checkpoints.close()
     assert [entry.name for entry in (tmp_path / "c").iterdir()] == ["7"]
+
+
+# A limit on the size of files, which a process can set for itself, fails as a full disk does.
+FULL = """
+import pathlib, resource, sys
+sys.path[:0] = {paths!r}
+from test_checkpoint import PENDING, STATE, Checkpoints, jax, np as numpy
+checkpoints = Checkpoints(pathlib.Path({folder!r}))
+checkpoints.save(1, STATE, PENDING)
+checkpoints.close()
+generator = numpy.random.default_rng(0)
+larger = {{**STATE, "params": {{str(i): jax.device_put(generator.random(20_000)) for i in range(20)}}}}
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+checkpoints = Checkpoints(pathlib.Path({folder!r}))
+try:
+    checkpoints.save(2, larger, PENDING)
+    checkpoints.close()
+except OSError as error:
+    print(error)
+checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+def test_checkpoints_on_a_full_disk(tmp_path):
+    """One error without Orbax's tracebacks; the last whole checkpoint stays, and nothing else."""
+    here = os.path.dirname(__file__)
+    folder = str(tmp_path / "c")
+    script = FULL.format(paths=[here, os.path.dirname(here)], folder=folder)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout == (
+        f"a checkpoint can't be written to {folder} (that of step 1 is whole): [Errno 27] File too large; "
+        f"make room there, or choose another folder: '{folder}'\n"
+    )
+    assert [entry.name for entry in (tmp_path / "c").iterdir()] == ["1"]
+    assert_is_state(restore(tmp_path / "c")[0])
+
+
+def test_checkpoints_name_what_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(NotADirectoryError, match="file is a file; expected a folder"):
+        Checkpoints(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="link is a link to nowhere, which does not exist"):
+        Checkpoints(tmp_path / "link")
