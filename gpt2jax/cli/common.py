@@ -353,12 +353,12 @@ def warn_if_trained_on(model: str, source: DataOptions, split: str) -> None:
         return
     from gpt2jax.utils.json_files import read_json
 
-    trained = read_json(file, ()).get("data", {})
+    trained = read_json(file, optional={"data": dict}).get("data", {})
     trained_source = trained.get("source")
     same = tuple(trained_source) if isinstance(trained_source, list) else trained_source
     if same == source.source and split in ("all", trained.get("split")):
         notice(
-            f"{model} was trained on split {trained['split']} of {source.data}, which is among these texts; "
+            f"{model} was trained on split {trained.get('split')} of {source.data}, which is among these texts; "
             "--eval-split test leaves it out"
         )
 

@@ -15,6 +15,7 @@ import tyro
 
 from gpt2jax.cli.common import GenerationOptions, TextOptions, check_file, named_fields, run_command
 from gpt2jax.generation.config import GenerationConfig
+from gpt2jax.utils.json_files import parse_json
 from gpt2jax.utils.progress import is_interactive
 from gpt2jax.utils.validation import must_be
 
@@ -131,8 +132,8 @@ def _split_lines(text: str) -> list[str]:
 def _json_prompt(line: str, place: str) -> str:
     """Return the prompt in a line of JSON, such as `generate --out` writes."""
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        prompt = parse_json(line, place)["prompt"]
+    except (ValueError, LookupError, TypeError):
         raise ValueError(f'{place}: expected JSON with a field "prompt"') from None
     if not isinstance(prompt, str):
         raise ValueError(must_be(f'{place}: the field "prompt"', "a text", prompt))
