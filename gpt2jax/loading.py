@@ -15,6 +15,7 @@ from gpt2jax.model.gpt2 import Params
 from gpt2jax.tokenizer.bpe import SpecialTokens, Tokenizer
 from gpt2jax.tokenizer.end_tokens import choose_end_tokens, read_token_ids
 from gpt2jax.tokenizer.files import load_tokenizer
+from gpt2jax.utils.atomic_io import recover_folder
 from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.validation import (
@@ -188,6 +189,7 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
     source = str(name)
     path = check_path("name", name)
     check("revision", revision, optional(non_empty_string))
+    recover_folder(path)
     # a TensorFlow checkpoint goes by the first part of its files' names
     exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
     is_packaged = source == PACKAGED_MODEL
@@ -211,6 +213,8 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
 
 def _locate_run(path: pathlib.Path) -> Location:
     """Return the result of a run folder: its model, or its adapters and their base."""
+    for name in ("model", "adapter", "base"):
+        recover_folder(path / name)
     if (path / "model").is_dir():
         return Location(path / "model", None, str(path / "model"))
     if not (path / "adapter").is_dir():

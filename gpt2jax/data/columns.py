@@ -33,6 +33,8 @@ class Columns:
     pair: tuple[str, str] | None = None
     # of several files: the columns of the first one, () for plain text, and its name
     _first: list[tuple[tuple[str, ...], str]] | None = dataclasses.field(default=None, compare=False)
+    # all columns of the rows that the choice was made from
+    seen: set[str] = dataclasses.field(default_factory=set, compare=False)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -63,6 +65,7 @@ class Columns:
             ValueError: a column does not exist, the choice is not clear, or it differs from that of the file before;
                 all columns are listed.
         """
+        self.seen.update(columns)
         listing = ", ".join(
             f"{name if name == printable(name) else repr(name)}{'' if is_text else ' (not text)'}"
             for name, is_text in columns.items()

@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -85,12 +85,21 @@ def _held_out_splits(everything: Reader, held_out: tuple[str, ...], reason: str)
         f"{reason}: its training texts are split by content, {share}, at least one text each; split 'all' takes every "
         "text"
     )
+    return {name: ContentSplit(everything, name, held_out, message) for name in ("train", *held_out)}
 
-    def read(name: str) -> Iterator[Item]:
-        notice(message)
-        return split_by_content(everything(), name, held_out)
 
-    return {name: partial(read, name) for name in ("train", *held_out)}
+@dataclass(frozen=True)
+class ContentSplit:
+    """The reader of a split that the data does not have by name: it says so, and splits the texts by content."""
+
+    everything: Reader
+    name: str
+    held_out: tuple[str, ...]
+    message: str
+
+    def __call__(self) -> Iterator[Item]:
+        notice(self.message)
+        return split_by_content(self.everything(), self.name, self.held_out)
 
 
 def split_by_content(

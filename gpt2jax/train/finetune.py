@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -83,6 +84,8 @@ def finetune(
     plan = plan_run(model, config, documents)
     if validation is not None:
         check_labels(validation, config.packing, plan.batches.sequence_length, "validation texts")
+    if progress:
+        print(f"training: {plan.describe(config)}", file=sys.stderr)
     folder = _run_folder(output, resume=resume, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         if folder is not None:
