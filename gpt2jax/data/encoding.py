@@ -124,4 +124,5 @@ def _as_ids(text: Any, index: int, tokenizer: Tokenizer | None) -> Sequence[int]
     ids = np.asarray(text)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"text {index} is neither a string nor a list of token ids: {text!r:.60}")
-    return ids
+    # ids from 2**63 on are outside of every vocabulary, and of the int64 in which that is checked
+    return np.minimum(ids, np.iinfo(np.int64).max) if ids.dtype == np.uint64 else ids

@@ -15,12 +15,12 @@ from gpt2jax.utils.validation import (
     int_in_range,
     is_integer,
     must_be,
-    non_empty_string,
     non_negative_int,
     number,
     one_of,
     positive_int,
     positive_number,
+    unicode_text,
     validated,
 )
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 64
 MAX_TOP_LOGPROBS = 20
+MAX_COUNT = 1 << 16  # of beams, of continuations of a prompt, of drafted tokens
 
 
 class DecoderModel(Protocol):
@@ -50,7 +51,7 @@ class DecoderModel(Protocol):
 
 def _strings(values: Any) -> tuple[str, ...]:
     values = () if values is None else (values,) if isinstance(values, str) else values
-    return each(non_empty_string).convert(values)
+    return each(unicode_text).convert(values)
 
 
 def _words(values: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -72,7 +73,9 @@ def _accepts(test: Callable[[Any], bool]) -> Callable[[Any], Any]:
     return convert
 
 
-_texts = Rule("a text or a list of texts, none of them empty", _strings)
+_texts = Rule("a text or a list of texts, in Unicode and none of them empty", _strings)
+# larger ones fill the memory of any device before the first token
+_count, _count_or_none = int_in_range(1, MAX_COUNT), int_in_range(0, MAX_COUNT)
 _texts_or_ids = Rule("a list of texts or of lists of token ids, none of them empty", _words)
 _processor = Rule("a function of logits and token history", _accepts(callable))
 _model = Rule(
@@ -174,16 +177,16 @@ class GenerationConfig:
     no_repeat_ngram_size: Annotated[int, non_negative_int] = 0
     bad_words: Annotated[Sequence[str | Sequence[int]], _texts_or_ids] = ()
     logits_processor: Annotated[Callable[..., Any] | None, _processor] = None
-    num_return_sequences: Annotated[int, positive_int] = 1
+    num_return_sequences: Annotated[int, _count] = 1
     stop_token_ids: Annotated[Sequence[int] | None, each(non_negative_int)] = None
     stop_strings: Annotated[str | Sequence[str], _texts] = ()
     top_logprobs: Annotated[int, int_in_range(0, MAX_TOP_LOGPROBS)] = 0
-    prompt_lookup_num_tokens: Annotated[int, non_negative_int] = 0
+    prompt_lookup_num_tokens: Annotated[int, _count_or_none] = 0
     # two models are not compared: their parameters are arrays
     draft_model: Annotated[DecoderModel | None, _model] = dataclasses.field(default=None, compare=False)
-    num_draft_tokens: Annotated[int, positive_int] = 4
+    num_draft_tokens: Annotated[int, _count] = 4
     penalty_alpha: Annotated[float, in_range(0, 1)] = 0.0
-    num_beams: Annotated[int, positive_int] = 1
+    num_beams: Annotated[int, _count] = 1
     length_penalty: Annotated[float, number] = 1.0
     early_stopping: Annotated[bool | Literal["never"], one_of((True, False, "never"))] = False
     overflow: Literal["error", "sliding_window"] = "error"

@@ -27,7 +27,7 @@ import tiktoken
 
 from gpt2jax.tokenizer.added_tokens import SPACE, TokenFinder, TokenFlags
 from gpt2jax.utils.notices import notice
-from gpt2jax.utils.validation import check, int_in_range, must_be, one_of
+from gpt2jax.utils.validation import check, int_in_range, must_be, one_of, unicode_text
 
 END_TOKEN = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -40,6 +40,12 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 
 # Only \s+(?!\S) still backtracks, and runs out of stack in a run of a million spaces before a word.
 _LONG_RUN = 50_000
+# the middle of a character, and what the pattern reads otherwise behind another sign
+_CANNOT_BEGIN = re.compile(rb"[\x80-\xbf]|'(?:[sdmt]|ll|ve|re)")
+# A word of more characters than this is cut; it takes 12 MB.
+_WINDOW = 1 << 18
+_LONG_WORD = re.compile(rf"[^{SPACE}]{{{_WINDOW},}}+")
+_WORD_END = re.compile(rf"(?<=[^{SPACE}]) (?=[^{SPACE}])")
 _LONG_SPACE = re.compile(f"(?<![{SPACE}])[{SPACE}]{{{_LONG_RUN},}}+(?=[^{SPACE}])")
 
 # Files write a byte as one printable character: itself where Latin-1 prints it, else one from U+0100 on. The
@@ -260,15 +266,15 @@ class Tokenizer:
             return self._replace(
                 end_token=text, end_token_id=end_token, roles={**self.roles, "eos_token": text}
             )
-        if not isinstance(end_token, str) or not end_token:
-            raise ValueError(must_be("end_token", "the text or the id of a token", end_token))
-        found = self._unsplit.get(end_token)
-        if found is None and end_token.encode() in self._token_of_id:
-            found = self._token_of_id.index(end_token.encode())
-        changes = {"end_token": end_token, "roles": {**self.roles, "eos_token": end_token}}
+        rule = dataclasses.replace(unicode_text, legal="the text or the id of a token")
+        token: str = check("end_token", end_token, rule)
+        found = self._unsplit.get(token)
+        if found is None and token.encode() in self._token_of_id:
+            found = self._token_of_id.index(token.encode())
+        changes = {"end_token": token, "roles": {**self.roles, "eos_token": token}}
         if found is not None:
             return self._replace(end_token_id=found, **changes)
-        flags, special = {**self.token_flags, end_token: TokenFlags()}, {end_token: self.vocab_size}
+        flags, special = {**self.token_flags, token: TokenFlags()}, {token: self.vocab_size}
         return self._replace(
             end_token_id=self.vocab_size,
             special_tokens=self.special_tokens | special,
@@ -276,7 +282,7 @@ class Tokenizer:
             vocab_size=self.vocab_size + 1,
             _unsplit=self._unsplit | special,
             _finder=TokenFinder(flags, self.special_tokens | special),
-            _token_of_id=[*self._token_of_id, end_token.encode()],
+            _token_of_id=[*self._token_of_id, token.encode()],
             **changes,
         )
 
@@ -313,16 +319,54 @@ class Tokenizer:
         if self.add_prefix_space and text and text[0] != " ":
             text = " " + text
         if len(text) <= _LONG_RUN:
-            ranks = self._encoding.encode_ordinary(text)
-        else:  # the pattern, too, splits a run before its last space
-            splits = [0, *(match.end() - 1 for match in _LONG_SPACE.finditer(text)), len(text)]
-            ranks = [
-                rank
-                for start, end in itertools.pairwise(splits)
-                for rank in self._encoding.encode_ordinary(text[start:end])
-            ]
+            return self._to_ids(self._encoding.encode_ordinary(text))
+        ids: list[int] = []
+        same = list(
+            range(self._encoding.n_vocab)
+        )  # one object for each id: tiktoken makes one for each token
+        for start, end in itertools.pairwise((0, *sorted(self._cuts(text)), len(text))):
+            ids += self._to_ids([same[rank] for rank in self._encoding.encode_ordinary(text[start:end])])
+        return ids
+
+    def _to_ids(self, ranks: list[int]) -> list[int]:
         table = self._id_of_rank
         return ranks if table is None else [table[rank] for rank in ranks if table[rank] >= 0]
+
+    def _cuts(self, text: str) -> set[int]:
+        """Return places where cutting a long text does not change its tokens, so that few are made at a time."""
+        # the pattern, too, splits a run of spaces before its last one, and between a word and a space before a word
+        cuts = {match.end() - 1 for match in _LONG_SPACE.finditer(text)}
+        for start in range(_WINDOW, len(text), _WINDOW):
+            if match := _WORD_END.search(text, start, start + _WINDOW):
+                cuts.add(match.start())
+        for match in _LONG_WORD.finditer(text):
+            start = match.start() - (
+                text[match.start() - 1 : match.start()] == " "
+            )  # which belongs to the word
+            while match.end() - start > _WINDOW:  # tiktoken takes 48 times the size of a word
+                start = self._cut_word(text, start, start + _WINDOW)
+                cuts.add(start)
+        return cuts
+
+    def _cut_word(self, text: str, start: int, end: int) -> int:
+        """Return the end of a token in the middle of a part of a word.
+
+        It is the end of a token of the whole word, too. Of equal pairs the left one is merged first, so that what
+        follows changes tokens before it only through pairs each of which was learned earlier than the one before: at
+        most as many as there are merges, and half a window has more bytes.
+        """
+        part = text[start:end].encode()
+        place = 0
+        for rank in self._encoding.encode_ordinary(text[start:end]):
+            place += self._lengths[rank]
+            if 2 * place >= len(part) and not _CANNOT_BEGIN.match(part, place):
+                break
+        return start + len(part[:place].decode())
+
+    @functools.cached_property
+    def _lengths(self) -> list[int]:
+        """Bytes of the token of each rank."""
+        return [1] * len(BYTE_ORDER) + [len(left) + len(right) for left, right in self.merges]
 
     def _replace(self, **changes: object) -> Tokenizer:
         """Return a copy with other attributes."""

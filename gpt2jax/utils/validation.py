@@ -93,6 +93,11 @@ def _accept(test: Callable[[Any], bool], kind: Callable[[Any], Any]) -> Callable
     return convert
 
 
+def _to_unicode(text: str) -> str:
+    text.encode()  # raises UnicodeEncodeError, a ValueError
+    return str(text)
+
+
 def at_least(least: int) -> Rule:
     """Build the rule of whole numbers from `least` on."""
     legal = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
@@ -182,6 +187,10 @@ number = Rule("a finite number", _accept(lambda x: is_number(x), float))
 positive_number = above(0)
 boolean = Rule("True or False", _accept(lambda x: isinstance(x, bool), bool))
 string = Rule("a text", _accept(lambda x: isinstance(x, str), str))
+# a lone half of a surrogate pair has no UTF-8, so that no text of a model can hold it
+unicode_text = Rule(
+    "a text in Unicode, not empty", _accept(lambda x: isinstance(x, str) and x != "", _to_unicode)
+)
 non_empty_string = Rule("a text that is not empty", _accept(lambda x: isinstance(x, str) and x != "", str))
 seed = Rule("a whole number from 0 to 2**32 - 1", _accept(lambda x: is_seed(x), int))
 

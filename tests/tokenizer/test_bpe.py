@@ -5,6 +5,7 @@ import itertools
 import json
 import pickle
 import random
+import re
 import time
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import regex
 
+from gpt2jax.tokenizer import bpe
 from gpt2jax.tokenizer.bpe import END_TOKEN, VOCAB_BPE_SHA256, Tokenizer, parse_merges
 from gpt2jax.tokenizer.files import save_tokenizer
 
@@ -280,3 +282,25 @@ def test_gpt2_loads_fast():
 def test_parse_merges_names_the_line(text):
     with pytest.raises(ValueError, match="line [12] of the merges"):
         parse_merges(text + "\n")
+
+
+@pytest.mark.parametrize(
+    "unit", ["a", " b a", "-'s", "''", "ACGT", "ab", "日本語", "😀", "it's 1--é\n", "word and "], ids=ascii
+)
+def test_encode_cuts_long_words_without_a_change(monkeypatch, unit):
+    tokenizer, generator = Tokenizer.gpt2(), random.Random(0)
+    texts = ["b " + unit * (4000 // len(unit)) + unit[0] * 3000 + "'s z"]
+    texts.append("".join(generator.choice(unit) for _ in range(9000)).replace(" ", "a"))
+    texts.append("".join(generator.choice(unit) for _ in range(9000)))
+    expected = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(bpe, "_LONG_RUN", 500)
+    monkeypatch.setattr(bpe, "_WINDOW", 1000)
+    monkeypatch.setattr(bpe, "_LONG_WORD", re.compile(r"\S{1000,}+"))
+    assert [tokenizer.encode(text) for text in texts] == expected
+    assert all(len(tokenizer._cuts(text)) > 2 for text in texts)
+
+
+@pytest.mark.parametrize("end_token", ["", "\ud800", 2**70, -1, None])
+def test_with_end_token_refuses_what_is_no_token(end_token):
+    with pytest.raises(ValueError, match="end_token must be"):
+        Tokenizer.gpt2(300).with_end_token(end_token)
