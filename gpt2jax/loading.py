@@ -103,20 +103,20 @@ def build_model(
     Raises:
         ValueError: a file beside the weights is damaged, or an argument does not fit the model.
     """
-    saved = read_saved_settings(weights)
+    folder = weights if weights.is_dir() else weights.parent
+    saved = read_saved_settings(folder)
     if tokenizer is None:
         model = LanguageModel(config, params, read_tokenizer_beside(weights, end_token), saved=saved)
     else:
         model = LanguageModel(config, params, saved=saved)
     model = _with_tokenizer(model, tokenizer, end_token)
     files = {"config.json": saved.config, "generation_config.json": saved.generation}
-    named = {name: read_token_ids(str(weights / name), content) for name, content in files.items()}
-    is_derived = bool(saved.generation.get("_from_model_config"))
-    if is_derived and set(named["generation_config.json"]) == set(named["config.json"]):
+    named = {name: read_token_ids(str(folder / name), content) for name, content in files.items()}
+    if saved.is_derived and set(named["generation_config.json"]) == set(named["config.json"]):
         del named["generation_config.json"]
     if end_token is not None:  # the caller knows better than the files
         return model
-    trusted = () if is_derived else ("generation_config.json",)
+    trusted = () if saved.is_derived else ("generation_config.json",)
     found = choose_end_tokens(config.vocab_size, model.tokenizer, named, trusted=trusted)
     end = config.eos_token_id if found.end is None and not named.get("config.json") else found.end
     bos = end if config.bos_token_id is None else config.bos_token_id

@@ -19,7 +19,7 @@ import tyro
 
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.notices import Notice, notice, printable
-from gpt2jax.utils.validation import check_path, positive_int, validated
+from gpt2jax.utils.validation import check_path, field_names, positive_int, validated
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
@@ -60,7 +60,7 @@ def run_command(
     for stream in (sys.stdout, sys.stderr):  # what an encoding does not have must not end a program
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
-    warnings.showwarning = functools.partial(_show_notice, name, warnings.showwarning)
+    warnings.showwarning = functools.partial(_show_notice, name, set(), warnings.showwarning)
     try:
         try:
             run(_parse(name, options, argv, prefixes=prefixes))
@@ -81,11 +81,14 @@ def run_command(
 
 
 def _show_notice(
-    name: str, show: Any, message: Any, category: type[Warning], *place: Any, **kwargs: Any
+    name: str, shown: set[str], show: Any, message: Any, category: type[Warning], *place: Any, **kwargs: Any
 ) -> None:
-    """Print a notice as one line, any other warning as Python does."""
+    """Print a notice as one line, and only once; any other warning as Python does."""
     if issubclass(category, Notice):
-        print(f"gpt2jax {name}: note: {' '.join(str(message).split())}", file=sys.stderr)
+        line = f"gpt2jax {name}: note: {' '.join(str(message).split())}"
+        if line not in shown:  # Python forgets what it has shown when jax changes the filters of warnings
+            print(line, file=sys.stderr)
+        shown.add(line)
     else:
         show(message, category, *place, **kwargs)
 
@@ -128,6 +131,12 @@ def _what_is_wrong(box: str) -> str:
             words.append(text)
     # tyro names our class of options before the error of a setting
     return re.sub(r"^Error parsing \w+: ", "", " ".join(words)).rstrip(".")
+
+
+def named_fields(options: type, argv: Sequence[str]) -> set[str]:
+    """Return the fields of a class of options that a command line names, also with their default."""
+    words = {word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    return {name for name in field_names(options) if {f"__{name}", f"__no_{name}"} & words}
 
 
 def print_line(console: Any, what: str, text: str) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Annotated, Any
 
 import tyro
 
-from gpt2jax.cli.common import GenerationOptions, TextOptions, check_file, run_command
+from gpt2jax.cli.common import GenerationOptions, TextOptions, check_file, named_fields, run_command
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.progress import is_interactive
 from gpt2jax.utils.validation import must_be
-
-if TYPE_CHECKING:
-    from gpt2jax.generation.generator import Generator
 
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -41,7 +39,8 @@ class Options:
         batch_size: most rows, or beams, to run at once.
         dtype: of the weights: float32, bfloat16, float16, int8. Default: float32 on a CPU, bfloat16 elsewhere.
         out: write JSON lines to this file instead of text to the terminal; - is standard output.
-        config: how to generate.
+        config: how to generate. What is not given comes from generation_config.json beside the weights, if it says
+            so; a line shows what does.
     """
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -58,12 +57,14 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    run_command("generate", Options, run, argv)
+    given = named_fields(GenerationConfig, sys.argv[1:] if argv is None else argv)
+    run_command("generate", Options, functools.partial(run, given=given), argv)
 
 
-def run(options: Options) -> None:
-    """Load the model and continue the prompts."""
+def run(options: Options, given: Collection[str]) -> None:
+    """Load the model and continue the prompts; `given` names the settings of generation that the user gave."""
     from gpt2jax.generation.generator import Generator
+    from gpt2jax.generation.requests import make_request
     from gpt2jax.loading import load
 
     prompts = read_prompts(options)
@@ -72,23 +73,32 @@ def run(options: Options) -> None:
         prompts = [] if sys.stdin is None else sys.stdin.read().splitlines()
         if not prompts:
             raise ValueError("there is no prompt: give one as an argument, in --file, or on standard input")
-    config, seed = options.config, options.seed
-    can_stream = config.num_beams == config.num_return_sequences == 1
-    if interactive and not can_stream:
-        raise ValueError("num_beams and num_return_sequences must be 1 to continue prompts as they are typed")
+    settings = {name: getattr(options.config, name) for name in given}
     if options.out is not None and str(options.out) != "-":
         check_file(options.out, overwrite=True)
     with Generator(options.text.load(options.model), dtype=options.dtype) as generator:
         if options.draft_model is not None:
-            config = dataclasses.replace(config, draft_model=load(options.draft_model))
+            settings["draft_model"] = load(options.draft_model)
+        config = make_request(generator.model, [], None, settings).config
+        can_stream = config.num_beams == config.num_return_sequences == 1
+        if interactive and not can_stream:
+            raise ValueError(
+                "num_beams and num_return_sequences must be 1 to continue prompts as they are typed"
+            )
+
+        def show(index: int, prompt: str) -> None:
+            _show(prompt, generator.stream(prompt, seed=options.seed + index, **settings))
+
         if interactive:
-            _ask_for_prompts(generator, config, seed)
+            _ask_for_prompts(show)
         elif options.out is None and can_stream:
             for index, prompt in enumerate(prompts):
-                _show(prompt, generator.stream(prompt, config, seed=seed + index))
+                show(index, prompt)
         else:
             _write(
-                lambda: generator.generate(prompts, config, seed=seed, batch_size=options.batch_size),
+                lambda: generator.generate(
+                    prompts, seed=options.seed, batch_size=options.batch_size, **settings
+                ),
                 options.out,
             )
 
@@ -142,7 +152,7 @@ def _show(prompt: str, pieces: Any) -> None:
         print(f"[first text after {first - began:.2f} s; {speed}{drafts}]", file=sys.stderr)
 
 
-def _ask_for_prompts(generator: Generator, config: GenerationConfig, seed: int) -> None:
+def _ask_for_prompts(show: Callable[[int, str], None]) -> None:
     """Ask for prompts one by one and continue each."""
     print("Type the beginning of a text; an empty line lets the model begin; Ctrl-D ends.", file=sys.stderr)
     index = 0
@@ -153,7 +163,7 @@ def _ask_for_prompts(generator: Generator, config: GenerationConfig, seed: int) 
             print()
             return
         try:
-            _show(prompt, generator.stream(prompt, config, seed=seed + index))
+            show(index, prompt)
         except ValueError as error:  # a prompt that is too long must not end the program
             print(f"error: {error}", file=sys.stderr)
         index += 1

@@ -27,6 +27,7 @@ from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.evaluation.accumulators import TokenScores, sum_by_document
 from gpt2jax.evaluation.scoring import Scorer, score_windows
 from gpt2jax.evaluation.windows import Windows, plan_rolling_windows
+from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.generate import generate
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import load
@@ -159,12 +160,11 @@ class HarnessModel(TemplateLM):
             outputs = generate(
                 self.model,
                 prompts,
-                max_new_tokens=most,
-                stop_strings=until,
+                # a config counts alone: a task's figures must not depend on a generation_config.json
+                GenerationConfig(max_new_tokens=most, stop_strings=until, **sampling),
                 dtype=self.compute_dtype,
                 batch_size=self.batch_size,
                 seed=self.seed,
-                **sampling,
             )
             for index, output in zip(indices, outputs, strict=True):
                 answers[index] = output.text

@@ -85,6 +85,7 @@ def _generation(request: Request, row: PromptState, new_tokens: np.ndarray, scor
         prompt_ids=list(row.token_ids),
         finish_reason="stop" if is_stopped else "length",
         score=float(score),
+        file_settings=dict(request.file_settings),
     )
 
 

@@ -10,6 +10,7 @@ from gpt2jax.utils.validation import (
     Rule,
     check_names,
     each,
+    field_names,
     in_range,
     int_in_range,
     is_integer,
@@ -84,6 +85,7 @@ _SAMPLING = ("temperature", "top_p", "min_p", "typical_p")
 _SPECULATION = ("prompt_lookup_num_tokens", "draft_model", "num_draft_tokens")
 _EXCLUDES = {
     "max_length": ("max_new_tokens",),
+    "min_length": ("min_new_tokens",),
     "prompt_lookup_num_tokens": ("draft_model", "num_draft_tokens"),
     "penalty_alpha": (*_SAMPLING, "num_return_sequences", *_SPECULATION),
     "num_beams": (
@@ -115,6 +117,7 @@ class GenerationConfig:
         max_new_tokens: most tokens to add. Default: 64, or what is left of the context if that is less.
         max_length: most tokens of prompt and continuation together; instead of max_new_tokens.
         min_new_tokens: a continuation has at least this many tokens before a stop token.
+        min_length: prompt and continuation together have at least this many; instead of min_new_tokens.
         do_sample: draw tokens at random; otherwise always take the most probable one (greedy).
         temperature: divides the logits: below 1 sharpens the distribution, above 1 flattens it, 0 is greedy.
         top_k: keep this many of the most probable tokens; None keeps all.
@@ -158,6 +161,7 @@ class GenerationConfig:
     max_new_tokens: Annotated[int | None, positive_int] = None
     max_length: Annotated[int | None, positive_int] = None
     min_new_tokens: Annotated[int, non_negative_int] = 0
+    min_length: Annotated[int, non_negative_int] = 0
     do_sample: bool = True
     temperature: Annotated[float, in_range(0)] = 1.0
     top_k: Annotated[int | None, positive_int] = 5
@@ -185,11 +189,7 @@ class GenerationConfig:
     overflow: Literal["error", "sliding_window"] = "error"
 
     def __post_init__(self) -> None:
-        given = {
-            field.name
-            for field in dataclasses.fields(self)
-            if not _is_default(self, field.name, field.default)
-        }
+        given = _changed({name: getattr(self, name) for name in field_names(type(self))})
         for name, others in _EXCLUDES.items():
             ignored = [other for other in others if other in given]
             if name in given and ignored:
@@ -215,6 +215,7 @@ ROW_FIELDS = (
     "max_new_tokens",
     "max_length",
     "min_new_tokens",
+    "min_length",
     "do_sample",
     "temperature",
     "top_k",
@@ -238,7 +239,7 @@ def resolve_configs(
     """Merge a config, or one for each row, with overrides.
 
     Args:
-        config: None stands for the defaults.
+        config: None stands for `GenerationConfig()`.
         overrides: fields of `GenerationConfig`, or `eos_token_id`, transformers' name of `stop_token_ids`. A list for
             one of `ROW_FIELDS` has one value for each row.
         num_prompts: a prompt has `num_return_sequences` rows, in beam search one row.
@@ -286,8 +287,17 @@ def resolve_configs(
     return first, configs
 
 
-def _is_default(config: GenerationConfig, name: str, default: Any) -> bool:
-    return _is_same(getattr(config, name), default)
+def excluded_by(settings: Mapping[str, Any]) -> set[str]:
+    """Return the settings that must not be given with these."""
+    given = _changed(settings)
+    excluded = {other for name in given for other in _EXCLUDES.get(name, ())}
+    return excluded | {name for name, others in _EXCLUDES.items() if given.intersection(others)}
+
+
+def _changed(settings: Mapping[str, Any]) -> set[str]:
+    """Return the names of settings that do not have their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
+    return {name for name, value in settings.items() if not _is_same(value, defaults.get(name))}
 
 
 def _is_same(a: Any, b: Any) -> bool:

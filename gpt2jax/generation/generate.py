@@ -40,7 +40,8 @@ def generate(
         model: a `LanguageModel`.
         prompts: a text or list of token ids, or a list of these. An empty one starts from the end token alone, which is
             how GPT-2 begins a text.
-        config: the settings; a list has one for each row.
+        config: the settings; a list has one for each row. Default: those beside the weights, see
+            `gpt2jax.generation.file_settings`, else those of `GenerationConfig()`.
         seed: row i draws with seed + i; a list has one seed for each row.
         batch_size: most rows, or beams, to run at once.
         dtype: of the weights: "float32", "bfloat16", "float16" or "int8". Default: float32 on a CPU, bfloat16
@@ -100,7 +101,7 @@ def beam_search(
     Arguments and errors are those of `generate`. Penalties change log-probabilities here, and so the scores.
 
     Args:
-        config: the settings; without one, `num_beams` is 4.
+        config: the settings. Default: as for `generate`, with 4 beams.
         batch_size: most beams to follow at once; a prompt has `num_beams` of them.
 
     Returns:

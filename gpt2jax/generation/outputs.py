@@ -27,6 +27,7 @@ class Generation:
         drafted, accepted: in speculative decoding, the number of draft tokens, and of those that were right.
         score: in beam search, the sum of the log-probabilities after penalties, the stop token's too, divided by the
             number of tokens to the power of the length penalty.
+        file_settings: the settings that came from a file beside the weights, not from the call.
     """
 
     prompt: str
@@ -39,6 +40,7 @@ class Generation:
     drafted: int = 0
     accepted: int = 0
     score: float | None = None
+    file_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.prompt + self.text
@@ -107,4 +109,5 @@ class OutputBuilder:
             top_logprobs=self._top[:count] if self._request.config.top_logprobs else None,
             drafted=self._drafted,
             accepted=self._accepted,
+            file_settings=dict(self._request.file_settings),
         )

@@ -13,6 +13,7 @@ from gpt2jax.generation.config import (
     as_list,
     resolve_configs,
 )
+from gpt2jax.generation.file_settings import find_file_settings
 from gpt2jax.tokenizer.end_tokens import find_end_token, require_end_token
 from gpt2jax.utils.validation import SEED_RANGE, is_integer, is_seed, must_be
 
@@ -49,6 +50,7 @@ class Request:
         stop_ids: token ids that end a row.
         stop_strings: texts that end a row, as UTF-8.
         bad_words: sequences of token ids that must not occur.
+        file_settings: the settings among these that come from a file beside the weights.
     """
 
     model: DecoderModel
@@ -57,6 +59,7 @@ class Request:
     stop_ids: list[int]
     stop_strings: list[bytes]
     bad_words: list[list[int]]
+    file_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_request(
@@ -71,6 +74,7 @@ def make_request(
     """Check the arguments of a call against the model.
 
     Args:
+        config: None stands for what lies beside the weights; see `gpt2jax.generation.file_settings`.
         is_search: beam search, also with one beam.
 
     Raises:
@@ -78,7 +82,8 @@ def make_request(
         TypeError: there is no such setting.
     """
     prompts = as_prompts(prompts)
-    shared, configs = resolve_configs(config, overrides, len(prompts), is_search=is_search)
+    saved = find_file_settings(model, overrides) if config is None else {}
+    shared, configs = resolve_configs(config, {**saved, **overrides}, len(prompts), is_search=is_search)
     can_slide = not is_search and shared.num_beams == 1
     return Request(
         model=model,
@@ -87,6 +92,7 @@ def make_request(
         stop_ids=stop_ids(model, shared.stop_token_ids),
         stop_strings=_stop_bytes(model, shared.stop_strings),
         bad_words=_bad_word_ids(model, shared.bad_words),
+        file_settings=saved,
     )
 
 
@@ -139,7 +145,11 @@ def prepare_prompts(
             limit = _new_tokens(
                 name, len(token_ids), model.config.n_positions, configs[row], can_slide=can_slide
             )
-            rows.append(PromptState(text, token_ids, limit, seeds[row], configs[row]))
+            config = configs[row]
+            if config.min_length:
+                least = max(0, config.min_length - len(token_ids))
+                config = dataclasses.replace(config, min_length=0, min_new_tokens=least)
+            rows.append(PromptState(text, token_ids, limit, seeds[row], config))
     return rows
 
 
@@ -196,7 +206,8 @@ def _new_tokens(name: str, length: int, context: int, config: GenerationConfig, 
         new = config.max_length - length
         if new < 1:
             raise ValueError(
-                f"max_length must be above the length of {name} ({length} tokens), got {config.max_length}"
+                f"max_length must be above the length of {name} ({length} tokens), got {config.max_length}; "
+                "max_new_tokens counts new ones alone"
             )
     elif config.max_new_tokens is not None:
         new = config.max_new_tokens

@@ -237,8 +237,10 @@ def _read_unsplit_tokens(
         special = bool(entry.get("special"))
         found[token] = UnsplitToken(id_, special, TokenFlags.read(entry, special=special))
 
+    described = dict(_special_entries(folder, config))
+    special = dict.fromkeys((*roles.values(), END_TOKEN, *described))
     for token, id_ in _read_optional(folder / "added_tokens.json").items():
-        add(token, id_, {})
+        add(token, id_, {"special": token in special})  # their flags are not in the files
     try:
         for entry in fast.get("added_tokens", []):
             add(str(entry["content"]), int(entry["id"]), entry)
@@ -246,8 +248,7 @@ def _read_unsplit_tokens(
             add(str(entry["content"]), int(id_), entry)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}: an added token is damaged: {error!r:.100}") from None
-    described = dict(_special_entries(folder, config))
-    for token in (*roles.values(), END_TOKEN, *described):
+    for token in special:
         if token in found:
             found[token] = dataclasses.replace(found[token], special=True)
         elif token in vocabulary:

@@ -29,18 +29,22 @@ class SavedSettings:
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def is_derived(self) -> bool:
+        """Whether generation_config.json only repeats config.json, or is not there."""
+        return not self.generation or bool(self.generation.get("_from_model_config"))
+
+    @property
     def unused_config(self) -> dict[str, Any]:
         """What config.json holds that `GPT2Config` does not, such as a pad token or the parameters of tasks."""
         return {name: value for name, value in self.config.items() if name not in _OWN}
 
 
-def read_saved_settings(weights: Path) -> SavedSettings:
-    """Return what lies beside some weights.
+def read_saved_settings(folder: Path) -> SavedSettings:
+    """Return what lies in the folder of some weights.
 
     Raises:
         ValueError: a file is damaged; the message names it.
     """
-    folder = weights if weights.is_dir() else weights.parent
     paths = (folder / "config.json", folder / "generation_config.json")
     config, generation = (read_json(path) if path.is_file() else {} for path in paths)
     # a preset of Keras has a config.json of another kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from gpt2jax.generation.generate import generate
 from gpt2jax.generation.logits_processors import Penalties, TokenHistory, apply_penalties
 from gpt2jax.generation.sampling import full_weights, make_filters
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.loading import load
 from gpt2jax.weights.hf import load_hf
 
 torch = pytest.importorskip("torch")
@@ -188,3 +190,32 @@ def test_penalties_are_those_of_transformers(ours, theirs):
     context, settings, steps = jax.tree.map(jnp.asarray, (context, settings, rows * 8))
     got = apply_penalties(jnp.asarray(logits), context, settings, steps, jnp.array([5, 7, -1, -1]))
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.7, "max_length": 30},
+        {"no_repeat_ngram_size": 2, "max_new_tokens": 12, "min_new_tokens": 3},
+        {"min_length": 20, "max_length": 30, "bad_words_ids": [[5], [7, 8]], "suppress_tokens": [9]},
+        {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True, "max_new_tokens": 9},
+    ],
+    ids=str,
+)
+def test_generation_config_beside_the_weights(settings, tmp_path):
+    """The same folder in both, and no setting in the call, except that ours would sample."""
+    make_pair({**TINY, "bos_token_id": 210, "eos_token_id": [210, 3]}, 1, tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(
+        json.dumps({**settings, "bos_token_id": 210, "eos_token_id": [210, 3], "pad_token_id": 0})
+    )
+    theirs, ours = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval(), load(tmp_path)
+    for prompt in prompts_of(211):
+        tokens = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long)
+        )[0, len(prompt) :].tolist()
+        [output] = generate(ours, prompt, do_sample=False)
+        assert output.token_ids == (tokens[:-1] if tokens[-1] in (210, 3) else tokens)
+    ours.save(tmp_path / "again")
+    again = transformers.GenerationConfig.from_pretrained(tmp_path / "again")
+    assert again.to_diff_dict() == theirs.generation_config.to_diff_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from typing import Any
 
@@ -105,3 +106,18 @@ def test_save_tokenizer_keeps_flags(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     again = load_tokenizer(tmp_path)
     assert again.token_flags == tokenizer.token_flags and again.fingerprint == tokenizer.fingerprint
+
+
+def test_load_tokenizer_tokens_of_older_files(tmp_path):
+    """Tokens of added_tokens.json have no flags; those with a role are special."""
+    save_tokenizer(BASE, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 300, "new": 301}')
+    roles = {"eos_token": END_TOKEN, "pad_token": {"content": "<pad>", "lstrip": True}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(roles))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special_tokens == {END_TOKEN: 299, "<pad>": 300}
+    assert tokenizer.added_tokens == {"new": 301}
+    assert tokenizer.token_flags["<pad>"] == TokenFlags()
+    assert tokenizer.token_flags["new"] == TokenFlags(normalized=True)
