@@ -109,9 +109,10 @@ def compare(
     same_tokens = _same_tokens(list(models.values()), evaluation.windows)
     # generation comes first: it is short, and finds a prompt that does not fit
     written = generate_texts(models, prompts, generation, seed)
+    named = {name: dataclasses.replace(model, source=name) for name, model in models.items()}  # for notices
     evaluations = {
         name: evaluate(model, texts, evaluation, per_token=same_tokens, progress=progress)
-        for name, model in models.items()
+        for name, model in named.items()
     }
     paired: Any = {"same_tokens": same_tokens, "resamples": resamples, "seed": seed}
     results = _model_results(models, evaluations, written, paired)

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpt2jax.comparison.excerpts import Excerpts
 from gpt2jax.comparison.paired import PairedDifference, loss_standard_error
-from gpt2jax.evaluation.result import Evaluation
+from gpt2jax.evaluation.result import Evaluation, finite_values
 
 SCHEMA = "gpt2jax.comparison"
 SCHEMA_VERSION = 2  # 1 had other names for some figures of models, and "gains" for "breakdown"
@@ -122,7 +122,9 @@ class Comparison:
                 if model.versus_baseline and model.versus_baseline.breakdown
             },
             "overlap": self.overlap,
-            "generations": [generation for model in self.models for generation in model.generations],
+            "generations": [
+                finite_values(generation) for model in self.models for generation in model.generations
+            ],
             "repetition": {model.name: model.repetition for model in self.models if model.repetition},
             "settings": self.settings,
             "data": self.data,

@@ -38,7 +38,7 @@ class Batches:
         seed: of the order; each epoch has its own permutation.
 
     Raises:
-        ValueError: nothing can be predicted: no document has two tokens, or all documents are prompts.
+        ValueError: nothing can be predicted, see `check_labels`.
     """
 
     documents: Documents
@@ -50,7 +50,7 @@ class Batches:
     _rows: Rows = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_long_enough(self.documents)
+        check_labels(self.documents, self.packing, self.sequence_length)
         rows = make_rows(self.documents, self.packing, self.sequence_length, self.end_token_id)
         object.__setattr__(self, "_rows", rows)
 
@@ -102,6 +102,16 @@ def check_long_enough(documents: Documents, what: str = "texts") -> None:
         )
     if documents.prompts is not None and (documents.lengths == documents.prompts).all():
         raise ValueError(f"all {len(documents)} completions are empty: there is nothing to predict in them")
+
+
+def check_labels(documents: Documents, packing: str, sequence_length: int, what: str = "texts") -> None:
+    """Raise ValueError if the rows of a packing hold nothing to predict; see `check_long_enough` too."""
+    check_long_enough(documents, what)
+    if packing == "padded" and documents.prompts is not None and documents.prompts.min() >= sequence_length:
+        raise ValueError(
+            f"all {len(documents)} prompts fill their rows of {sequence_length} tokens: no completion is left; "
+            "a larger sequence_length, shorter prompts or packing='packed' help"
+        )
 
 
 # ---- the rows of each packing: row(index, shift) builds a Batch without the batch axis ----

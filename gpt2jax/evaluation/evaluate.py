@@ -34,6 +34,7 @@ from gpt2jax.evaluation.texts import CHUNK_SIZE, tokenize_chunk
 from gpt2jax.evaluation.windows import plan_rolling_windows, plan_windows, truncate_documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import add_text, params_fingerprint
+from gpt2jax.utils.notices import enumerate_names, notice
 from gpt2jax.utils.progress import evaluation_progress
 from gpt2jax.utils.validation import (
     check_model,
@@ -162,6 +163,10 @@ def _result(
         raise ValueError("there are no texts: the data set is empty")
     if found.longest < 2:
         check_long_enough(Documents(np.empty(0), np.zeros(found.documents + 1, np.int64)))
+    if broken := np.flatnonzero(~np.isfinite(found.per_document.loss)).tolist():
+        count = f"{len(broken):,} of {found.documents:,} documents have no finite loss"
+        numbers = enumerate_names([str(number) for number in broken])
+        notice(f"{model.source or 'the model'}: {count}: {numbers}, counted from 0")
     return Evaluation(
         config,
         found.per_document,

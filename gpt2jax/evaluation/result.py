@@ -276,3 +276,12 @@ def _exp(loss: float) -> float:
 def finite(value: float | None) -> float | None:
     """Return `value`, or None for nan and infinity, which JSON does not have."""
     return None if value is None or not math.isfinite(value) else float(value)
+
+
+def finite_values(tree: Any) -> Any:
+    """Return plain values, nested in dicts and lists, with None for numbers that are not finite."""
+    if isinstance(tree, dict):
+        return {name: finite_values(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [finite_values(value) for value in tree]
+    return finite(tree) if isinstance(tree, float) else tree

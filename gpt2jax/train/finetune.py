@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from gpt2jax.data.batches import check_long_enough
+from gpt2jax.data.batches import check_labels
 from gpt2jax.data.documents import Documents
 from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.language_model import LanguageModel
@@ -66,7 +66,7 @@ def finetune(
         FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given, or a run goes on in
             it now.
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
-            good checkpoint.
+            good checkpoint. Or every step was skipped, which only float16 does.
         ModuleNotFoundError: `config.trackers` names what is not installed.
         KeyboardInterrupt: Ctrl-C or SIGTERM, when the step is done and a checkpoint written; says how to go on.
     """
@@ -82,6 +82,8 @@ def finetune(
     progress = progress and jax.process_index() == 0
     documents, validation = _tokenize(model, config, train_texts, validation_texts, progress=progress)
     plan = plan_run(model, config, documents)
+    if validation is not None:
+        check_labels(validation, config.packing, plan.batches.sequence_length, "validation texts")
     if progress:
         print(f"training: {plan.describe(config)}", file=sys.stderr)
     folder = _run_folder(output, resume=resume, overwrite=overwrite)
@@ -113,9 +115,7 @@ def _tokenize(
     documents = tokenize(train_texts)
     if validation_texts is None:
         return documents, None
-    validation = tokenize(validation_texts)
-    check_long_enough(validation, "validation texts")
-    return documents, validation
+    return documents, tokenize(validation_texts)
 
 
 def _run_folder(output: Any, *, resume: bool, overwrite: bool) -> RunFolder | None:

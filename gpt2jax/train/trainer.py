@@ -222,7 +222,8 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; the state is saved, and the message says how to go on.
-            FloatingPointError: the loss is not finite any more.
+            FloatingPointError: the loss is not finite any more, or every step was skipped.
+            ValueError: no batch held a token to learn.
         """
         try:
             if self.controller.patience_exhausted():  # of a run that had ended before it was resumed
@@ -232,6 +233,7 @@ class Trainer:
             while not self.is_last_step:
                 self.train_step()
                 self.run_due_actions()
+            self._check_learned()
         except KeyboardInterrupt as interrupt:
             self._save_interrupted()
             raise explain_interrupt(interrupt, self._checkpoints, self.folder) from None
@@ -256,6 +258,20 @@ class Trainer:
             if action.is_due():
                 action.run()
         self.controller.raise_if_signalled()
+
+    def _check_learned(self) -> None:
+        """Raise an error if the run has not changed the model."""
+        last = self.log.history[-1]
+        if not last["tokens"]:
+            raise ValueError(
+                f"all {self.step} batches held prompts and padding only: nothing was learned; more steps, a larger "
+                "batch_size or a larger sequence_length help"
+            )
+        if last.get("skipped", 0) >= self.step:
+            raise FloatingPointError(
+                f"all {self.step} steps were skipped, because their gradients overflow float16: nothing was learned; "
+                "compute_dtype bfloat16 or float32, or more steps, helps: each skipped step halves the loss scale"
+            )
 
     def _every(self, steps: int) -> Callable[[], bool]:
         return lambda: self.step % steps == 0 or self.is_last_step

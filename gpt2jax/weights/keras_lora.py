@@ -21,7 +21,7 @@ from gpt2jax.lora.config import QKV_TARGETS, LoRAConfig, nest_targets
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.weights.h5_reader import read_h5
-from gpt2jax.weights.mapping import LazyTensor, Shape, check_tensors, read_into
+from gpt2jax.weights.mapping import Shape, check_tensors, read_all
 from gpt2jax.weights.peft import FlatAdapters
 
 FIRST_BLOCK, LAYERS_PER_BLOCK = 2, 10  # layers 0 and 1 are the embeddings
@@ -66,11 +66,13 @@ def load_keras_lora(path: str | os.PathLike[str], config: GPT2Config) -> tuple[L
     both = [f"{name[:-1]}{letter}" for name in tensors if name in shapes for letter in "ab"]
     check_tensors(f"{path} does not fit the model", tensors, shapes, required=both)
     adapters: FlatAdapters = {}
-    for name, tensor in tensors.items():
+    arrays = {name: np.empty(tensor.shape, np.float32) for name, tensor in tensors.items()}
+    read_all(str(path), {name: (arrays[name], tensor, "same") for name, tensor in tensors.items()})
+    for name, values in arrays.items():
         layer, target = roots[name[:-1]]
         if target not in adapters:
             adapters[target] = _zero_factors(config, target, rank)
-        _read_factor(adapters[target], name, tensor, layer)
+        _set_factor(adapters[target], name, values, layer)
     wide = {target: config.n_head * rank for target in adapters if target in QKV_TARGETS}
     lora = LoRAConfig(rank, float(rank), targets=tuple(adapters), rank_pattern=wide, alpha_pattern=wide)
     return lora, jax.tree.map(jax.device_put, nest_targets(adapters))
@@ -97,13 +99,11 @@ def _zero_factors(config: GPT2Config, target: str, rank: int) -> dict[str, np.nd
     }
 
 
-def _read_factor(factors: dict[str, np.ndarray], name: str, tensor: LazyTensor, layer: int) -> None:
-    """Read one tensor into its place in a linear's factors."""
+def _set_factor(factors: dict[str, np.ndarray], name: str, values: np.ndarray, layer: int) -> None:
+    """Put the values of one tensor into their place in a linear's factors."""
     if name.endswith("a"):
-        read_into(factors["lora_a"][layer], name, tensor)
+        factors["lora_a"][layer] = values.reshape(factors["lora_a"][layer].shape)
         return
-    values = np.empty(tensor.shape, np.float32)
-    read_into(values, name, tensor)
     target = factors["lora_b"][layer]
     heads = np.eye(len(target) // len(values), dtype=np.float32)  # one head outside of query, key and value
     target[...] = np.kron(heads, values)

@@ -3,7 +3,7 @@
 A format reader delivers `{name: LazyTensor}`, of which no value has been read. `load_params` checks all names, shapes
 and dtypes against the table, reports every problem at once, and then reads one tensor at a time into its place.
 `export_tensors` is the way back. Blocks are separate in every file and stacked along a leading layer axis here.
-Adapters are read by the same two steps, `check_tensors` and `read_into`.
+Adapters are read by the same two steps, `check_tensors` and `read_all`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
+from gpt2jax.utils.notices import enumerate_names, notice
 from gpt2jax.utils.validation import check, one_of
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -127,9 +128,11 @@ def load_params(
         source: name of the file or folder, for messages.
         dtype: of the parameters, one of `PARAMETER_DTYPES`; values are rounded to it as they are read.
 
+    A notice names tensors with NaN or infinite values.
+
     Raises:
         ValueError: naming all tensors that are unknown, missing, of a wrong shape or of a wrong dtype; or one
-            whose values are not finite.
+            with values that are too large for `dtype`.
     """
     check_parameter_dtype(dtype)
     leaves = _leaf_shapes(config)
@@ -147,9 +150,13 @@ def load_params(
         other_problems=[f"parameter {path}: no tensor of this format fills it" for path in unfilled],
     )
     arrays = {path: aligned_empty(shape, dtype) for path, shape in leaves.items()}
-    for name, tensor in tensors.items():
-        rule = places[name].rule
-        read_into(places[name].select(arrays[rule.path]), name, tensor, rule.layout)
+    read_all(
+        source,
+        {
+            name: (places[name].select(arrays[places[name].rule.path]), tensor, places[name].rule.layout)
+            for name, tensor in tensors.items()
+        },
+    )
     params: Params = {}
     for path in leaves:
         *parents, key = path.split(".")
@@ -195,12 +202,24 @@ def check_tensors(
         raise ValueError(f"{subject}: {'; '.join([*problems[:MAX_PROBLEMS_SHOWN], *more])}")
 
 
-def read_into(target: np.ndarray, name: str, tensor: LazyTensor, layout: Layout = "same") -> None:
-    """Read a tensor into an array, rounded to the array's dtype; without a copy if the file allows it.
+def read_all(source: str, targets: Mapping[str, tuple[np.ndarray, LazyTensor, Layout]]) -> None:
+    """Read tensors into arrays, rounded to the arrays' dtypes; a notice names those with NaN or infinite values.
+
+    Args:
+        source: name of the file or folder, for messages.
+        targets: by the name of a tensor: where its values go, the tensor, and its layout.
 
     Raises:
-        ValueError: a value is not a finite number, or the file is cut short or damaged.
+        ValueError: a value is too large for the array's dtype, or a file is cut short or damaged.
     """
+    broken = [name for name, target in targets.items() if not _read_into(name, *target)]
+    if broken:
+        tensors = f"{len(broken)} of {len(targets)} tensors hold"
+        notice(f"{source}: {tensors} values that are not finite numbers: {enumerate_names(broken)}")
+
+
+def _read_into(name: str, target: np.ndarray, tensor: LazyTensor, layout: Layout) -> bool:
+    """Read a tensor without a copy if the file allows it; return True if all its values are finite."""
     same_dtype = numpy_dtype(tensor.dtype) == target.dtype
     if tensor.offset is not None and same_dtype and layout != "transposed" and target.flags.c_contiguous:
         finite = _read_in_chunks(target, name, tensor, tensor.offset)
@@ -210,9 +229,11 @@ def read_into(target: np.ndarray, name: str, tensor: LazyTensor, layout: Layout 
             target[...] = values.T if layout == "transposed" else values.reshape(target.shape)
         del values  # the check of a 16-bit tensor needs memory too
         finite = is_finite(target)
-    if not finite:
-        rounded = "" if same_dtype else f" in {target.dtype}"
-        raise ValueError(f"{tensor.file}: tensor {name} holds values that are not finite numbers{rounded}")
+        if not finite and not same_dtype and is_finite(tensor.read()):
+            raise ValueError(
+                f"{tensor.file}: tensor {name} holds values that are not finite numbers in {target.dtype}"
+            )
+    return finite
 
 
 def _read_in_chunks(target: np.ndarray, name: str, tensor: LazyTensor, offset: int) -> bool:

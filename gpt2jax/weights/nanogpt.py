@@ -1,15 +1,16 @@
 """Checkpoints of nanoGPT's train.py: ckpt.pt, with the configuration inside.
 
 Source: model.py and train.py of github.com/karpathy/nanoGPT. Its linears are [out, in], its GELU is the exact one, its
-LayerNorms and linears may have no biases, and its vocabulary may be padded for speed. Versions without `bias`, and
-build-nanogpt, whose configuration is an object under `config`, approximate the GELU by tanh; the first ones also
-trained the head apart from the embedding.
+LayerNorms and linears may have no biases, and its vocabulary may be padded for speed. Versions before June 2023, and
+build-nanogpt, whose configuration is an object under `config`, approximate the GELU by tanh. Versions before
+27 January 2023 have no `bias` in their settings, and those before 14 January trained the head apart from the embedding.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
+from gpt2jax.utils.notices import notice
 from gpt2jax.weights import hf
 from gpt2jax.weights.mapping import LazyTensor, WeightSource, file_shapes
 from gpt2jax.weights.torch_reader import PickledObject, check_state_dict, read_torch
@@ -61,6 +63,11 @@ def open_nanogpt(path: str | os.PathLike[str]) -> WeightSource:
     arguments = content["model_args"]
     saved = hf.strip_wrappers(check_state_dict(content["model"], f"{path}: model"), str(path))
     is_old = "bias" not in arguments
+    if not is_old and _is_of_early_torch(path):
+        notice(
+            f"{path}: the exact GELU is taken; if the file is of nanoGPT from before June 2023, which approximated it "
+            "by tanh, convert it and set activation_function to gelu_new in its config.json"
+        )
     if is_old:
         arguments = {**arguments, "bias": any(name.endswith("attn.c_attn.bias") for name in saved)}
     config = _read_config(path, arguments, is_old=is_old, is_tied=_is_tied(saved))
@@ -78,6 +85,14 @@ def open_nanogpt(path: str | os.PathLike[str]) -> WeightSource:
 def is_nanogpt(path: Path) -> bool:
     """Return True if a path looks like a checkpoint of nanoGPT, or a folder with one."""
     return path.suffix == ".pt" or (path / "ckpt.pt").is_file()
+
+
+def _is_of_early_torch(path: Path) -> bool:
+    """Return whether a version of PyTorch before 2.1, of October 2023, wrote a file."""
+    if not zipfile.is_zipfile(path):
+        return True
+    with zipfile.ZipFile(path) as archive:
+        return not any(name.endswith("/byteorder") for name in archive.namelist())
 
 
 def _is_tied(tensors: Mapping[str, LazyTensor]) -> bool:

@@ -29,7 +29,7 @@ from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.stand_ins import describe_stand_in
 from gpt2jax.utils.validation import check, is_integer, must_be, positive_int, positive_number
 from gpt2jax.weights.hf import refuse_foreign_files, strip_prefixes
-from gpt2jax.weights.mapping import LazyTensor, check_tensors, read_into
+from gpt2jax.weights.mapping import LazyTensor, check_tensors, read_all
 from gpt2jax.weights.peft_embeddings import (
     Embeddings,
     check_modules,
@@ -123,8 +123,7 @@ def read_adapter(
         required=[name for name in places if _linear_of(name) in linears],
         other_problems=_contradictions(settings, linears, found, config.n_layer),
     )
-    for name, tensor in tensors.items():
-        read_into(places[name], name, tensor, "transposed")
+    read_all(str(file), {name: (places[name], tensor, "transposed") for name, tensor in tensors.items()})
     if lora.use_dora:
         _fill_magnitudes(adapters, linears, params, file)
     return lora, jax.tree.map(jax.device_put, nest_targets(adapters))

@@ -19,7 +19,7 @@ import numpy as np
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.utils.validation import is_integer, must_be
-from gpt2jax.weights.mapping import LazyTensor, aligned_empty, read_into
+from gpt2jax.weights.mapping import LazyTensor, aligned_empty, read_all
 
 # modules of transformers' GPT-2 that can be read -> (key in the parameters, key of the array)
 MODULES = {"wte": ("wte", "embedding"), "wpe": ("wpe", "embedding"), "lm_head": ("lm_head", "kernel")}
@@ -153,5 +153,5 @@ def _replace_rows(table: np.ndarray, ids: list[int], tensor: LazyTensor, name: s
 
 def _read(tensor: LazyTensor, name: str, dtype: str) -> np.ndarray:
     array = aligned_empty(tensor.shape, dtype)
-    read_into(array, name, tensor)
+    read_all(tensor.file, {name: (array, tensor, "same")})
     return array

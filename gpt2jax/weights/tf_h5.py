@@ -1,7 +1,8 @@
 """Weights that transformers' TensorFlow models saved: tf_model.h5.
 
-Source: `TFGPT2LMHeadModel.save_pretrained` of transformers 4; its linears, "TFConv1D", have kernels [in, out] and
-biases [1, out].
+Source: `TFGPT2LMHeadModel.save_pretrained` of transformers 4. Its linears, "TFConv1D", have kernels [in, out] and
+biases [1, out]. Its head is always tied, whatever the configuration says. Its embeddings were called `weight` in older
+versions, and `embeddings` later.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from gpt2jax.weights.mapping import LazyTensor, WeightSource
 
 FILE = "tf_model.h5"
 _NAME = re.compile(
-    r"(?:.*?/)?(?:h_\._(?P<layer>\d+)/)?(?P<module>wte|wpe|ln_[12f]|(?:attn|mlp)/c_\w+|lm_head)/(?P<variable>\w+)(?::0)?"
+    r"(?:.*?/)?(?:h_\._(?P<layer>\d+)/)?(?P<module>wte|wpe|ln_[12f]|(?:attn|mlp)/c_\w+)/(?P<variable>\w+)(?::0)?"
 )
 _VARIABLES = {
-    "gamma": "weight", "beta": "bias", "embeddings": "weight", "weight": "weight", "bias": "bias", "kernel": "weight",
+    "gamma": "weight", "beta": "bias", "embeddings": "weight", "weight": "weight", "bias": "bias",
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def open_tf_h5(path: Path) -> WeightSource:
         ValueError: the file is damaged, or config.json is missing or does not fit.
     """
     file = path / FILE if path.is_dir() else path
-    config = hf.read_config(file.parent)
+    config = dataclasses.replace(hf.read_config(file.parent), tie_word_embeddings=True)
     tensors: dict[str, LazyTensor] = {}
     for full, tensor in read_h5(file).items():
         match = _NAME.fullmatch(full)
@@ -46,7 +47,7 @@ def open_tf_h5(path: Path) -> WeightSource:
         if name in tensors:
             raise ValueError(f"{file} has tensor {name} twice, once as {full}")
         tensors[name] = _without_leading_one(tensor) if name.endswith(".bias") else tensor
-    return WeightSource(config, hf.RULES, hf.tie_head(config, tensors, str(file)), str(file))
+    return WeightSource(config, hf.RULES, tensors, str(file))
 
 
 def _without_leading_one(tensor: LazyTensor) -> LazyTensor:

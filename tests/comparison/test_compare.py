@@ -180,7 +180,8 @@ def test_excerpts_show_the_texts_by_difference(comparison, model):
 @pytest.mark.slow
 def test_compare_model_without_finite_loss(model, tmp_path):
     broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * np.nan, model.params))
-    found = compare({"good": model, "broken": broken}, TEXTS, [], **SETTINGS)
+    with pytest.warns(Notice, match="^broken: 16 of 16 documents have no finite loss: 0, 1, 2, "):
+        found = compare({"good": model, "broken": broken}, TEXTS, PROMPTS, **SETTINGS)
     data = json.loads((found.save(tmp_path) / "comparison.json").read_text())
     assert data["models"][1]["loss"] is None and data["paired"]["broken"]["difference"] is None
     assert "no finite loss" in (tmp_path / "report.md").read_text()

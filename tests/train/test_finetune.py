@@ -278,6 +278,40 @@ def test_finetune_stops_if_float16_overflows_at_any_scale(model, tmp_path, monke
     assert (last["step"], last["loss_scale"], last["skipped"]) == (2, 2.0, 2)
 
 
+@pytest.mark.slow
+def test_finetune_fails_if_every_step_was_skipped(model, tmp_path):
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * 1e30, model.params))
+    config = FinetuneConfig(steps=3, batch_size=4, sequence_length=16, compute_dtype="float16")
+    for resume in (False, True):  # resumed, it has ended already
+        with pytest.raises(
+            FloatingPointError, match="all 3 steps were skipped, .* nothing was learned; compute"
+        ):
+            finetune(broken, texts(), config, output=tmp_path / "run", resume=resume, progress=False)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+LONG_PROMPTS = [{"prompt": [1] * 40, "completion": [2]}]
+
+
+@pytest.mark.slow
+def test_finetune_fails_if_every_token_was_masked_out(model):
+    config = FinetuneConfig(
+        steps=1, batch_size=4, sequence_length=16
+    )  # the end of the only document is not drawn
+    with pytest.raises(ValueError, match="all 1 batches held prompts and padding only: nothing was learned"):
+        finetune(model, [{"prompt": [1] * 900, "completion": [2]}], config, progress=False)
+
+
+@pytest.mark.parametrize(
+    "rows", [(LONG_PROMPTS, texts(3)), (texts(3), LONG_PROMPTS)], ids=["train", "validation"]
+)
+def test_finetune_leaves_nothing_if_prompts_fill_the_rows(model, tmp_path, rows):
+    config = FinetuneConfig(steps=1, batch_size=4, sequence_length=16, packing="padded")
+    with pytest.raises(ValueError, match="all 1 prompts fill their rows of 16 tokens: no completion is left"):
+        finetune(model, rows[0], config, validation_texts=rows[1], output=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_log_counts_float16_overflows_as_not_finite():
     config = FinetuneConfig(learning_rate=1e-3, compute_dtype="float16")
     log = TrainLog(config, 9, None, 0, [])

@@ -20,6 +20,9 @@ FOLDERS = (
     "openai",
     "nanogpt-bias",
     "nanogpt-plain",
+    "flax-tied",
+    "flax-untied",
+    "tf",
 )
 
 

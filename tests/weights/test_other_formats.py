@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,7 @@ from flax import serialization
 from tiny_models import random_params
 
 from gpt2jax.model.config import GPT2Config
+from gpt2jax.utils.notices import Notice
 from gpt2jax.weights import hf, nanogpt
 from gpt2jax.weights.formats import load_weights
 from gpt2jax.weights.hf import save_hf
@@ -94,7 +96,8 @@ def test_open_flax_cut_short_or_damaged(tmp_path):
 )
 @pytest.mark.parametrize("table", ["weight", "embeddings"])
 def test_open_tf_h5(tmp_path, root, table):
-    with h5py.File(write_config(tmp_path / "a") / "tf_model.h5", "w") as file:
+    config = dataclasses.replace(TINY, tie_word_embeddings=False)  # which these models ignore
+    with h5py.File(write_config(tmp_path / "a", config) / "tf_model.h5", "w") as file:
         for name, values in export_tensors(TINY, hf.RULES, PARAMS):
             *parents, leaf = name.split(".")
             if parents[-1].startswith("ln_"):
@@ -185,6 +188,18 @@ def test_load_nanogpt_with_flash_and_a_head_apart(monkeypatch):
     config, params = load_nanogpt(GOLDEN / "nanogpt-bias")
     assert not config.tie_word_embeddings
     np.testing.assert_array_equal(params["lm_head"]["kernel"], params["wte"]["embedding"] + 1)
+
+
+def test_load_nanogpt_of_the_first_half_of_2023_says_which_gelu(tmp_path):
+    with (
+        zipfile.ZipFile(GOLDEN / "nanogpt-bias" / "ckpt.pt") as source,
+        zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as target,
+    ):
+        for entry in source.infolist():
+            if not entry.filename.endswith("/byteorder"):  # PyTorch before 2.1 did not write it
+                target.writestr(entry.filename, source.read(entry))
+    with pytest.warns(Notice, match="ckpt.pt: the exact GELU is taken; .* nanoGPT from before June 2023"):
+        assert load_nanogpt(tmp_path)[0].activation_function == "gelu"
 
 
 def test_load_nanogpt_reads_the_config_object_of_build_nanogpt(monkeypatch):
