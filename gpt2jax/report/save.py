@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from importlib import resources
@@ -12,6 +13,7 @@ from gpt2jax.comparison.result import Comparison
 from gpt2jax.report import summary, tables
 from gpt2jax.report.plots import NUM_COLOURS, comparison_plots, training_plots
 from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.home_folder import abbreviate_home
 from gpt2jax.utils.validation import check_path
 
 DEEPEST = 2.0  # nats: the difference from which a token has the deepest colour
@@ -20,10 +22,13 @@ DEEPEST = 2.0  # nats: the difference from which a token has the deepest colour
 def save_report(comparison: Comparison, folder: str | pathlib.Path) -> pathlib.Path:
     """Write `report.html`, `report.md` and `comparison.json` into a folder; all are rendered before one is written.
 
+    See `hide_home` for what they do not tell.
+
     Returns:
         The folder.
     """
     folder = check_path("folder", folder)
+    comparison = hide_home(comparison)
     files = {
         "report.html": render_html(comparison),
         "report.md": render_markdown(comparison),
@@ -34,6 +39,16 @@ def save_report(comparison: Comparison, folder: str | pathlib.Path) -> pathlib.P
             # half of a surrogate pair, which a prompt may hold, cannot be written as UTF-8
             file.write(content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     return folder
+
+
+def hide_home(comparison: Comparison) -> Comparison:
+    """Return the comparison with "~" for the user's home folder in names of models and texts and the command line."""
+    return dataclasses.replace(
+        comparison,
+        models=[dataclasses.replace(model, info=abbreviate_home(model.info)) for model in comparison.models],
+        data=abbreviate_home(comparison.data),
+        command=abbreviate_home(comparison.command),
+    )
 
 
 def render_html(comparison: Comparison) -> str:
