@@ -34,9 +34,6 @@ USER_ERRORS = (
     ModuleNotFoundError,  # of an optional package; the message says what to install
 )
 
-# adapters as the commands make them: large enough to gain nearly what training all parameters gains
-# (benchmarks/training_quality.py), where LoRAConfig's own defaults are PEFT's
-LORA_RANK, LORA_TARGETS = 32, ("*",)
 COMPARED_TOKENS = 100  # of each text that a comparison generates
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from gpt2jax.cli.common import (
-    LORA_RANK,
-    LORA_TARGETS,
     ComparedTextOptions,
     DataOptions,
     ProcessOptions,
@@ -49,12 +46,17 @@ class TrainOptions(FinetuneConfig):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions(LoRAConfig):
-    """The settings of adapters with the defaults of the commands, except alpha: its default depends on the rank."""
+    """The settings of adapters before alpha, whose default follows from the rank, is filled in."""
 
     __doc__ = LoRAConfig.__doc__
-    rank: int = LORA_RANK
-    alpha: tyro.conf.Suppress[float] = float(LORA_RANK)
-    targets: tuple[str, ...] = LORA_TARGETS
+    alpha: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+
+    def __post_init__(self) -> None:
+        """Check nothing; `config` does."""
+
+    def config(self) -> LoRAConfig:
+        """Return the settings, checked and complete."""
+        return LoRAConfig(**vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,6 @@ class Options:
         cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
         train: settings of the run.
         lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
-        lora_alpha: the output of an adapter is scaled by alpha / rank. Default: what makes the scale 1.
         lora_settings: settings of the adapters.
         distributed: processes that train together.
         compare: evaluate the model before and after and write the report.
@@ -109,7 +110,6 @@ class Options:
     cache_tokens: bool = True
     train: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
     lora: bool = False
-    lora_alpha: Annotated[float | None, tyro.conf.arg(name="lora.alpha")] = None
     lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
     distributed: Annotated[ProcessOptions, tyro.conf.arg(name="")] = ProcessOptions()
     compare: bool = True
@@ -254,17 +254,10 @@ def finetune_config(options: Options) -> FinetuneConfig:
     folder = default_cache() if options.cache_tokens else None
     defaults: dict[str, Any] = {
         "packing": options.packing or ("padded" if _iterate(options, "all").is_papers() else "concat"),
-        "lora": lora_config(options.lora_settings, options.lora_alpha) if options.lora else None,
+        "lora": options.lora_settings.config() if options.lora else None,
         "token_cache": None if folder is None else str(folder),
     }
     return FinetuneConfig(**{**given, **defaults})
-
-
-def lora_config(settings: LoRAConfig, alpha: float | None) -> LoRAConfig:
-    """Build the settings of the adapters; without --lora.alpha their scale is 1."""
-    if alpha is None:
-        alpha = math.sqrt(settings.rank) if settings.use_rslora else float(settings.rank)
-    return LoRAConfig(**{**vars(settings), "alpha": alpha})
 
 
 def default_output(options: Options) -> pathlib.Path:
