@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
+from gpt2jax.evaluation.config import EvaluationConfig
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.notices import Notice, notice, printable
 from gpt2jax.utils.validation import check_path, positive_int, validated
@@ -306,6 +307,17 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationOptions(EvaluationConfig):
+    """`EvaluationConfig` before the dtype, whose default follows from the models, is filled in."""
+
+    __doc__ = EvaluationConfig.__doc__
+    compute_dtype: Literal["float32", "tensorfloat32", "bfloat16", "float16"] | None = None  # pyright: ignore
+
+    def __post_init__(self) -> None:
+        """Check nothing; `evaluation_config` does."""
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerationOptions(GenerationConfig):
     """`GenerationConfig` with the types that a command line can give."""
 
@@ -331,17 +343,25 @@ class ComparedTextOptions(GenerationOptions):
         return self
 
 
-def warn_if_trained_on(model: str, source: DataOptions, split: str) -> None:
-    """Give a notice if a model is a run that was trained on texts that are now to be evaluated."""
-    folder = check_path("model", model)
-    file = next(
-        (place / "run.json" for place in (folder, folder.parent) if (place / "run.json").is_file()), None
-    )
-    if file is None:
-        return
+def run_description(model: str) -> dict[str, Any]:
+    """Return what `run.json` says if a model is a run, or in one; else nothing."""
     from gpt2jax.utils.json_files import read_json
 
-    trained = read_json(file, ()).get("data", {})
+    folder = check_path("model", model)
+    files = (place / "run.json" for place in (folder, folder.parent, folder.parent.parent))
+    return next((read_json(file) for file in files if file.is_file()), {})
+
+
+def evaluation_config(config: EvaluationOptions, models: Sequence[str]) -> EvaluationConfig:
+    """Return the settings of an evaluation; the default dtype is the one that the runs among the models trained in."""
+    found = {run_description(model).get("finetune", {}).get("compute_dtype") for model in models} - {None}
+    dtype = config.compute_dtype or (found.pop() if len(found) == 1 else "float32")
+    return EvaluationConfig(**{**vars(config), "compute_dtype": dtype})
+
+
+def warn_if_trained_on(model: str, source: DataOptions, split: str) -> None:
+    """Give a notice if a model is a run that was trained on texts that are now to be evaluated."""
+    trained = run_description(model).get("data", {})
     trained_source = trained.get("source")
     same = tuple(trained_source) if isinstance(trained_source, list) else trained_source
     if same == source.source and split in ("all", trained.get("split")):

@@ -23,12 +23,15 @@ from gpt2jax.cli.common import (
 )
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.utils.validation import check, positive_int
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
 
 # an optimizer step of the default job takes about two seconds on two cores: it is to end within three minutes
 DEFAULT_JOB_STEPS = 40
+# of a validation, which a run repeats, and of the comparison of the default job
+EVAL_DOCUMENTS = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Options:
         lora_settings: settings of the adapters.
         distributed: processes that train together.
         compare: evaluate the model before and after and write the report.
-        eval_documents: at most so many held-out documents, for the validation and for the comparison each.
+        eval_documents: at most so many documents of the comparison, and of the validation. Default: for the comparison
+            all, as `compare` takes (numeric-docs: 120); for the validation, which is repeated, 120.
         prompts: prompts for the generated texts. Default: a set that suits the data.
         generation: settings of the generated texts.
     """
@@ -113,7 +117,7 @@ class Options:
     lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
     distributed: Annotated[ProcessOptions, tyro.conf.arg(name="")] = ProcessOptions()
     compare: bool = True
-    eval_documents: int = 120
+    eval_documents: int | None = None
     prompts: tuple[str, ...] | None = None
     generation: Annotated[ComparedTextOptions, tyro.conf.arg(name="")] = ComparedTextOptions()
 
@@ -142,8 +146,8 @@ def run(options: Options) -> None:
     from gpt2jax.train.run_folder import RunFolder
     from gpt2jax.train.state import offload_params
 
-    if options.eval_documents < 1:
-        raise ValueError(f"--eval-documents must be a positive whole number, got {options.eval_documents}")
+    if options.eval_documents is not None:
+        check("--eval-documents", options.eval_documents, positive_int)
     options.distributed.initialize()
     console = Console(quiet=jax.process_index() > 0)
     options = dataclasses.replace(options, source=options.source.pinned())
@@ -153,8 +157,10 @@ def run(options: Options) -> None:
     folder = RunFolder(output, resume=options.resume, overwrite=options.overwrite)
     check_folder(output)
     train_texts = _texts(options, options.train_split, limit=options.source.limit)
-    validation_texts = _texts(options, options.validation_split, limit=options.eval_documents)
-    test_texts = _texts(options, options.eval_split, limit=options.eval_documents) if options.compare else []
+    validation_texts = _texts(options, options.validation_split, limit=_held_out_limits(options)[0])
+    test_texts = (
+        _texts(options, options.eval_split, limit=_held_out_limits(options)[1]) if options.compare else []
+    )
     print_line(console, "texts", _describe_texts(options, train_texts, validation_texts, test_texts))
     model = offload_params(starting_model(options), config)
     print_line(console, "model", repr(model))
@@ -188,10 +194,18 @@ def _describe_texts(options: Options, train_texts: Any, validation_texts: Any, t
         return f"{first}{len(texts):,} of split {split}"
 
     parts = [f"{count(train_texts, options.train_split, options.source.limit)} to train on"]
-    parts += [f"{count(validation_texts, options.validation_split, options.eval_documents)} for validation"]
+    limits = _held_out_limits(options)
+    parts += [f"{count(validation_texts, options.validation_split, limits[0])} for validation"]
     if options.compare:
-        parts += [f"{count(test_texts, options.eval_split, options.eval_documents)} for the comparison"]
+        parts += [f"{count(test_texts, options.eval_split, limits[1])} for the comparison"]
     return f"documents of {options.source.data}: {', '.join(parts)}"
+
+
+def _held_out_limits(options: Options) -> tuple[int | None, int | None]:
+    """Return the most documents of the validation and of the comparison."""
+    is_default_job = options.source.data == "numeric-docs"
+    default = EVAL_DOCUMENTS if is_default_job else None
+    return options.eval_documents or EVAL_DOCUMENTS, options.eval_documents or default
 
 
 def _prompts(options: Options) -> Sequence[str]:
@@ -211,12 +225,14 @@ def _compare(
         texts,
         prompts=_prompts(options),
         sequence_length=length,
+        compute_dtype=options.train.compute_dtype,
         training_texts=training_texts,
         generation=options.generation.config(),
         seed=options.train.seed,
         history=result.history,
         command=command_line("finetune"),
         source=options.source.origin(options.eval_split),
+        progress=not console.quiet,
     )
     if not console.quiet:  # of several processes all compute it, so that none waits for another one
         comparison.save(result.output)
