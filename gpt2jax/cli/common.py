@@ -35,6 +35,7 @@ USER_ERRORS = (
     ModuleNotFoundError,  # of an optional package; the message says what to install
 )
 
+MAX_STAGES = 20  # runs that are followed back
 COMPARED_TOKENS = 100  # of each text that a comparison generates
 
 
@@ -350,6 +351,18 @@ def run_description(model: str) -> dict[str, Any]:
     folder = check_path("model", model)
     files = (place / "run.json" for place in (folder, folder.parent, folder.parent.parent))
     return next((read_json(file) for file in files if file.is_file()), {})
+
+
+def count_stages(model: str) -> int:
+    """Return how many runs, one after the other, made a model; 0 if it is not a run."""
+    stages = 0
+    # a run that was overwritten by one that began with it would never end
+    while (description := run_description(model)) and stages < MAX_STAGES:
+        stages += 1
+        model = description.get("base_model") or ""
+        if not model:
+            break
+    return stages
 
 
 def evaluation_config(config: EvaluationOptions, models: Sequence[str]) -> EvaluationConfig:

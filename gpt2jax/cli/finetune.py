@@ -16,6 +16,7 @@ from gpt2jax.cli.common import (
     TextOptions,
     check_folder,
     command_line,
+    count_stages,
     default_prompts,
     exit_with_error,
     print_line,
@@ -220,8 +221,9 @@ def _compare(
     from gpt2jax.report.summary import print_comparison
 
     length = options.train.sequence_length or min(model.config.n_positions, 1024)
+    before, after = stage_names(options.model)
     comparison = compare(
-        {"generic": model, "specialised": result.model},
+        {before: model, after: result.model},
         texts,
         prompts=_prompts(options),
         sequence_length=length,
@@ -246,6 +248,12 @@ def _iterate(options: Options, split: str, limit: int | None = None) -> Texts:
         prompt_column=options.prompt_column,
         completion_column=options.completion_column,
     )
+
+
+def stage_names(model: str) -> tuple[str, str]:
+    """Return what the report calls the model that the training begins with, and the trained one."""
+    stages = count_stages(model)
+    return (f"stage {stages}", f"stage {stages + 1}") if stages else ("generic", "specialised")
 
 
 def _texts(options: Options, split: str, *, limit: int | None) -> Any:
