@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
+from gpt2jax.evaluation.config import EvaluationConfig
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.notices import Notice, notice, printable
 from gpt2jax.utils.validation import check_path, field_names, positive_int, validated
@@ -34,9 +35,7 @@ USER_ERRORS = (
     ModuleNotFoundError,  # of an optional package; the message says what to install
 )
 
-# adapters as the commands make them: large enough to gain nearly what training all parameters gains
-# (benchmarks/training_quality.py), where LoRAConfig's own defaults are PEFT's
-LORA_RANK, LORA_TARGETS = 32, ("*",)
+MAX_STAGES = 20  # runs that are followed back
 COMPARED_TOKENS = 100  # of each text that a comparison generates
 
 
@@ -318,6 +317,17 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationOptions(EvaluationConfig):
+    """`EvaluationConfig` before the dtype, whose default follows from the models, is filled in."""
+
+    __doc__ = EvaluationConfig.__doc__
+    compute_dtype: Literal["float32", "tensorfloat32", "bfloat16", "float16"] | None = None  # pyright: ignore
+
+    def __post_init__(self) -> None:
+        """Check nothing; `evaluation_config` does."""
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerationOptions(GenerationConfig):
     """`GenerationConfig` with the types that a command line can give."""
 
@@ -343,17 +353,37 @@ class ComparedTextOptions(GenerationOptions):
         return self
 
 
-def warn_if_trained_on(model: str, source: DataOptions, split: str) -> None:
-    """Give a notice if a model is a run that was trained on texts that are now to be evaluated."""
-    folder = check_path("model", model)
-    file = next(
-        (place / "run.json" for place in (folder, folder.parent) if (place / "run.json").is_file()), None
-    )
-    if file is None:
-        return
+def run_description(model: str) -> dict[str, Any]:
+    """Return what `run.json` says if a model is a run, or in one; else nothing."""
     from gpt2jax.utils.json_files import read_json
 
-    trained = read_json(file, ()).get("data", {})
+    folder = check_path("model", model)
+    files = (place / "run.json" for place in (folder, folder.parent, folder.parent.parent))
+    return next((read_json(file) for file in files if file.is_file()), {})
+
+
+def count_stages(model: str) -> int:
+    """Return how many runs, one after the other, made a model; 0 if it is not a run."""
+    stages = 0
+    # a run that was overwritten by one that began with it would never end
+    while (description := run_description(model)) and stages < MAX_STAGES:
+        stages += 1
+        model = description.get("base_model") or ""
+        if not model:
+            break
+    return stages
+
+
+def evaluation_config(config: EvaluationOptions, models: Sequence[str]) -> EvaluationConfig:
+    """Return the settings of an evaluation; the default dtype is the one that the runs among the models trained in."""
+    found = {run_description(model).get("finetune", {}).get("compute_dtype") for model in models} - {None}
+    dtype = config.compute_dtype or (found.pop() if len(found) == 1 else "float32")
+    return EvaluationConfig(**{**vars(config), "compute_dtype": dtype})
+
+
+def warn_if_trained_on(model: str, source: DataOptions, split: str) -> None:
+    """Give a notice if a model is a run that was trained on texts that are now to be evaluated."""
+    trained = run_description(model).get("data", {})
     trained_source = trained.get("source")
     same = tuple(trained_source) if isinstance(trained_source, list) else trained_source
     if same == source.source and split in ("all", trained.get("split")):

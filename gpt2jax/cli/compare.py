@@ -12,15 +12,16 @@ import tyro
 from gpt2jax.cli.common import (
     ComparedTextOptions,
     DataOptions,
+    EvaluationOptions,
     TextOptions,
     check_folder,
     command_line,
     default_prompts,
+    evaluation_config,
     print_line,
     run_command,
     warn_if_trained_on,
 )
-from gpt2jax.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
@@ -54,7 +55,7 @@ class Options:
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
     text: TextOptions = TextOptions()
     eval_split: str | None = None
-    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
+    evaluation: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = EvaluationOptions()
     training_data: str | None = None
     train_split: str = "train"
     prompts: tuple[str, ...] | None = None
@@ -77,6 +78,7 @@ def run(options: Options) -> None:
     from gpt2jax.report.summary import print_comparison
 
     names = named_models(options.models)
+    evaluation = evaluation_config(options.evaluation, list(names.values()))
     check_folder(options.out)
     if (options.out / "comparison.json").exists() and not options.overwrite:
         raise FileExistsError(
@@ -95,7 +97,7 @@ def run(options: Options) -> None:
         models,
         texts,
         options.prompts or default_prompts(source.data),
-        options.evaluation,
+        evaluation,
         options.generation.config(),
         training_texts=training_texts(options, source),
         seed=options.seed,

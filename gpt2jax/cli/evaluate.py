@@ -12,14 +12,15 @@ import tyro
 
 from gpt2jax.cli.common import (
     DataOptions,
+    EvaluationOptions,
     TextOptions,
     check_file,
     check_folder,
     command_line,
+    evaluation_config,
     run_command,
     warn_if_trained_on,
 )
-from gpt2jax.evaluation.config import EvaluationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Options:
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
     eval_split: str | None = None
     text: TextOptions = TextOptions()
-    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
+    evaluation: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = EvaluationOptions()
     seed: int = 0
     out: pathlib.Path | None = None
     resume: bool = False
@@ -64,6 +65,7 @@ def run(options: Options) -> None:
     from gpt2jax.evaluation.result import SCHEMA, SCHEMA_VERSION
     from gpt2jax.utils.atomic_io import atomic_write
 
+    evaluation = evaluation_config(options.evaluation, [options.model])
     file, state = output_files(options)
     source = options.source.pinned()
     split = options.eval_split or source.held_out_split()
@@ -72,7 +74,7 @@ def run(options: Options) -> None:
     result = evaluate(
         model,
         source.iterate(split, limit=source.limit),
-        options.evaluation,
+        evaluation,
         state=state,
         resume=options.resume,
         progress=True,

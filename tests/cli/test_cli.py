@@ -241,7 +241,7 @@ def test_finetune_config_with_adapters_of_every_kind():
     assert every.base_dtype == "int8" and every.lora == LoRAConfig(
         4, 16, targets=("attn.q", "mlp.*"), use_rslora=True, use_dora=True, rank_pattern={"h.3.mlp.c_fc": 2}
     )
-    assert config("").lora is None and config("--lora").lora == LoRAConfig(32, 32, targets=("*",))
+    assert config("").lora is None and config("--lora").lora == LoRAConfig()
     for words in ("--lora --lora.rank 9", "--lora.rank 9 --lora.use-rslora"):
         plain = config(words).lora
         assert plain is not None and plain.rank == 9 and plain.scale == 1

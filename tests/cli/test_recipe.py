@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpt2jax.cli.common import DataOptions
-from gpt2jax.cli.finetune import Options, _describe_texts, finetune_config
+from gpt2jax.cli.finetune import Options, _describe_texts, finetune_config, stage_names
 from gpt2jax.data.documents import Documents, to_offsets
 from gpt2jax.data.hub import DATA_VARIABLE
 from gpt2jax.language_model import from_config
@@ -76,3 +76,15 @@ def test_run_plan_describes_the_run():
         "6 steps of 5 rows, 3 epochs of 10 rows; rows of 8 tokens, the first tokens of each text"
     )
     assert "adamw with learning rate 0.001, float32" in shown and shown.endswith("(cpu)")
+
+
+def test_stage_names_follow_the_lineage(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, base in ((first, "gpt2-mini"), (second, str(first / "model"))):
+        (folder / "model").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"base_model": base}))
+    assert stage_names("gpt2-mini") == ("generic", "specialised")
+    assert stage_names(str(first)) == stage_names(str(first / "model")) == ("stage 1", "stage 2")
+    assert stage_names(str(second)) == ("stage 2", "stage 3")
+    (first / "run.json").write_text(json.dumps({"base_model": str(first)}))
+    assert stage_names(str(first))[0] == "stage 20"

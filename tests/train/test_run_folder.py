@@ -89,8 +89,8 @@ def test_begin_refuses_what_must_agree(path, model):
         return str(error.value)
 
     assert "finetune.seed was 0, is 7" in refused(seed=7)
-    assert "finetune.lora.rank was 8, is 4" in refused(lora=LoRAConfig(rank=4))
-    assert "finetune.lora.rank was 8, is None" in refused(lora=None)
+    assert "finetune.lora.rank was 32, is 4" in refused(lora=LoRAConfig(rank=4))
+    assert "finetune.lora.rank was 32, is None" in refused(lora=None)
     assert "finetune.base_dtype was None, is 'int8'" in refused(base_dtype="int8")
     assert "data.sha256" in refused(documents=tokenize_documents([[1, 2, 3], [4, 6]], None, vocab_size=101))
     # another model of the same shape under the same name
