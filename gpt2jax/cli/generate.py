@@ -70,7 +70,7 @@ def run(options: Options, given: Collection[str]) -> None:
     prompts = read_prompts(options)
     interactive = not prompts and sys.stdin is not None and sys.stdin.isatty()
     if not prompts and not interactive:
-        prompts = [] if sys.stdin is None else sys.stdin.read().splitlines()
+        prompts = [] if sys.stdin is None else _split_lines(sys.stdin.read().removeprefix("\ufeff"))
         if not prompts:
             raise ValueError("there is no prompt: give one as an argument, in --file, or on standard input")
     settings = {name: getattr(options.config, name) for name in given}
@@ -116,13 +116,16 @@ def read_prompts(options: Options) -> list[str]:
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
         raise ValueError(f"{options.file}, line {line}: the file must be UTF-8; save it as UTF-8") from None
-    # only these end a line: a prompt may hold U+2028 and others, at which splitlines splits
-    lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     is_json = options.file.suffix.lower() in JSON_LINES
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_split_lines(content), 1):
         if line.strip():
             prompts.append(_json_prompt(line, f"{options.file}, line {number}") if is_json else line)
     return prompts
+
+
+def _split_lines(text: str) -> list[str]:
+    """Split at line ends alone: a prompt may hold U+2028 and others, at which `str.splitlines` splits."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def _json_prompt(line: str, place: str) -> str:

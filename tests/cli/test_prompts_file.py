@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 
+from gpt2jax.cli import main
 from gpt2jax.cli.generate import Options, _json_line, read_prompts
 
 
@@ -49,6 +51,24 @@ def test_read_prompts_names_file_and_line(tmp_path, line, message):
     (tmp_path / "p.jsonl").write_bytes(json.dumps({"prompt": "a"}).encode() + b"\n" + line)
     with pytest.raises(ValueError, match=message):
         read_prompts(Options(file=tmp_path / "p.jsonl"))
+
+
+def test_generate_of_a_bad_prompts_file_is_one_line(tmp_path, capsys):
+    path = tmp_path / "i.jsonl"
+    path.write_text('{"prompt":{}}\n')
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--file", str(path)])
+    assert ended.value.code == 2
+    message = 'line 1: the field "prompt" must be a text, got {}'
+    assert capsys.readouterr().err == f"gpt2jax generate: error: {path}, {message}\n"
+
+
+@pytest.mark.slow
+def test_generate_splits_standard_input_at_line_ends_alone(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffa\u2028b\x85\n\nc"))
+    main(["generate", "--max-new-tokens", "1", "--out", "-"])
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == ["a\u2028b\x85", "", "c"]
 
 
 def test_read_prompts_nested_too_deeply(tmp_path):
