@@ -255,14 +255,16 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     if path.suffix == ".h5":
         lora, adapters = load_keras_lora(path, model.config)
     else:
-        config, params = read_embeddings(path, model.config, model.params)
-        model = dataclasses.replace(model, config=config, params=params)
+        config, params, embeddings = read_embeddings(path, model.config, model.params)
+        model = dataclasses.replace(model, config=config, params=params, adapter_embeddings=embeddings)
         lora, adapters = read_adapter(path, config, params)
     return dataclasses.replace(model, adapters=adapters, lora=lora)
 
 
 def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     """Write the model's LoRA adapters as a PEFT folder (adapter_config.json, adapter_model.safetensors).
+
+    Embeddings that came with the adapters (`LanguageModel.adapter_embeddings`) are written with them.
 
     Raises:
         ValueError: the model has no adapters.
@@ -272,7 +274,15 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
         raise ValueError("the model has no adapters to save; fine-tune it with lora=LoRAConfig(...) first")
     base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
     path = check_path("path", path)
-    write_adapter(path, model.config, model.lora, model.adapters, base_model=base_model, params=model.params)
+    write_adapter(
+        path,
+        model.config,
+        model.lora,
+        model.adapters,
+        base_model=base_model,
+        params=model.params,
+        embeddings=model.adapter_embeddings,
+    )
 
 
 def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 import tyro
 
 from gpt2jax.generation.config import GenerationConfig
-from gpt2jax.utils.notices import Notice, printable
+from gpt2jax.utils.notices import Notice, notice, printable
 from gpt2jax.utils.validation import check_path, positive_int, validated
 
 if TYPE_CHECKING:
@@ -264,6 +264,20 @@ class DataOptions:
         """Return where the texts of a split come from, for results."""
         return {"source": self.source, "split": split, "revision": self.data_revision}
 
+    def held_out_split(self) -> str:
+        """Return the split to evaluate if none is asked for: a held-out one that the data has by name, else all."""
+        texts = self.iterate("all")
+        return next((name for name in ("test", "validation") if texts.has_split(name)), "all")
+
+    def describe(self, split: str, count: int) -> tuple[str, dict[str, Any]]:
+        """Say which and how many documents of the data a split is, in words and for results."""
+        total = self.iterate(split).count_undivided()
+        of = "" if total is None else f" of {total:,}"
+        first = "the first " if count == self.limit else ""
+        part = "all" if split == "all" and not first else f"split {split}"
+        origin = self.origin(split) | ({} if total is None else {"total_documents": total})
+        return f"{first}{count:,}{of} documents of {self.data}, {part}", origin
+
     def texts(self, split: str, *, limit: int | None = None) -> list[str]:
         """Return the texts of a split such as train, test[:50%] or all, at most `limit` of them."""
         return list(self.iterate(split, limit=limit))
@@ -318,6 +332,26 @@ class ComparedTextOptions(GenerationOptions):
         if self.max_new_tokens is None and self.max_length is None:
             return dataclasses.replace(self, max_new_tokens=COMPARED_TOKENS)
         return self
+
+
+def warn_if_trained_on(model: str, source: DataOptions, split: str) -> None:
+    """Give a notice if a model is a run that was trained on texts that are now to be evaluated."""
+    folder = check_path("model", model)
+    file = next(
+        (place / "run.json" for place in (folder, folder.parent) if (place / "run.json").is_file()), None
+    )
+    if file is None:
+        return
+    from gpt2jax.utils.json_files import read_json
+
+    trained = read_json(file, ()).get("data", {})
+    trained_source = trained.get("source")
+    same = tuple(trained_source) if isinstance(trained_source, list) else trained_source
+    if same == source.source and split in ("all", trained.get("split")):
+        notice(
+            f"{model} was trained on split {trained['split']} of {source.data}, which is among these texts; "
+            "--eval-split test leaves it out"
+        )
 
 
 DOCUMENTATION_PROMPTS = (

@@ -18,6 +18,7 @@ from gpt2jax.cli.common import (
     default_prompts,
     print_line,
     run_command,
+    warn_if_trained_on,
 )
 from gpt2jax.evaluation.config import EvaluationConfig
 
@@ -36,7 +37,8 @@ class Options:
             compared with the first.
         source: of the texts.
         text: how texts become tokens, the same for all models.
-        eval_split: which texts, in the split syntax of `datasets`: test, "test[:100]", all.
+        eval_split: which texts, in the split syntax of `datasets`: test, "test[:100]", all. Default: the test split, or
+            else the validation split, if the data has it by name; all texts of other data.
         evaluation: settings of the evaluation. The default length is that of the shortest context, at most 128.
         training_data: where the models' training texts come from (as --data); the report then says how much of the
             texts is in them.
@@ -51,7 +53,7 @@ class Options:
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
     text: TextOptions = TextOptions()
-    eval_split: str = "test"
+    eval_split: str | None = None
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
     training_data: str | None = None
     train_split: str = "train"
@@ -82,7 +84,13 @@ def run(options: Options) -> None:
         )
     source = options.source.pinned()
     models = {name: options.text.load(model) for name, model in names.items()}
-    texts = source.texts(options.eval_split, limit=source.limit)
+    split = options.eval_split or source.held_out_split()
+    texts = source.texts(split, limit=source.limit)
+    described, origin = source.describe(split, len(texts))
+    console = Console()
+    print_line(console, "texts", described)
+    for model in names.values():
+        warn_if_trained_on(model, source, split)
     comparison = compare(
         models,
         texts,
@@ -92,11 +100,10 @@ def run(options: Options) -> None:
         training_texts=training_texts(options, source),
         seed=options.seed,
         command=command_line("compare"),
-        source=source.origin(options.eval_split),
+        source=origin,
         progress=True,
     )
     comparison.save(options.out)
-    console = Console()
     print_comparison(comparison, console)
     print_line(console, "wrote", f"{options.out}/report.html, report.md, comparison.json")
 

@@ -10,7 +10,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from gpt2jax.cli.common import DataOptions, TextOptions, check_file, check_folder, command_line, run_command
+from gpt2jax.cli.common import (
+    DataOptions,
+    TextOptions,
+    check_file,
+    check_folder,
+    command_line,
+    run_command,
+    warn_if_trained_on,
+)
 from gpt2jax.evaluation.config import EvaluationConfig
 
 
@@ -21,7 +29,8 @@ class Options:
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
         source: of the texts.
-        eval_split: which texts, in the split syntax of `datasets`: test, "test[:100]", all.
+        eval_split: which texts, in the split syntax of `datasets`: test, "test[:100]", all. Default: the test split, or
+            else the validation split, if the data has it by name; all texts of other data.
         text: how texts become tokens.
         evaluation: settings of the evaluation.
         seed: has no effect; every command takes it, and an evaluation draws nothing at random.
@@ -32,7 +41,7 @@ class Options:
 
     model: str = "gpt2-mini"
     source: DataOptions = dataclasses.field(default_factory=DataOptions)
-    eval_split: str = "test"
+    eval_split: str | None = None
     text: TextOptions = TextOptions()
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
     seed: int = 0
@@ -57,17 +66,20 @@ def run(options: Options) -> None:
 
     file, state = output_files(options)
     source = options.source.pinned()
+    split = options.eval_split or source.held_out_split()
+    warn_if_trained_on(options.model, source, split)
     model = options.text.load(options.model)
     result = evaluate(
         model,
-        source.iterate(options.eval_split, limit=source.limit),
+        source.iterate(split, limit=source.limit),
         options.evaluation,
         state=state,
         resume=options.resume,
         progress=True,
     )
     figures = result.as_dict()
-    Console().print(figures_table(options, figures))
+    described, origin = source.describe(split, result.documents)
+    Console().print(figures_table(f"{options.model} on {described}", figures))
     print(f"Scored: {result.description}.")
     if file is not None:
         content = {
@@ -78,7 +90,7 @@ def run(options: Options) -> None:
             "data": {
                 "documents": result.documents,
                 "sha256": result.data_sha256,
-                **source.origin(options.eval_split),
+                **origin,
             },
             "versions": versions(),
             "command": command_line("evaluate"),
@@ -106,13 +118,12 @@ def output_files(options: Options) -> tuple[pathlib.Path | None, pathlib.Path | 
     return file, state
 
 
-def figures_table(options: Options, figures: dict[str, Any]) -> Any:
+def figures_table(title: str, figures: dict[str, Any]) -> Any:
     """Return the figures that are single values as a table for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{options.model} on {options.source.data}, {options.eval_split}")
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in figures.items():

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -27,9 +27,11 @@ from gpt2jax.cli.common import (
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig
 
+if TYPE_CHECKING:
+    from gpt2jax.data.sources import Texts
+
 # an optimizer step of the default job takes about two seconds on two cores: it is to end within three minutes
 DEFAULT_JOB_STEPS = 40
-BASELINE_DATA = ("pubmed", "arxiv")  # of the Keras baseline, which trained on the first tokens of each text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Options:
         resume: go on where a killed or interrupted run in that folder stopped.
         overwrite: delete the run that the folder holds.
         packing: "concat" trains on every token; "packed" too, with several texts in a row kept apart; "padded" trains
-            on the first tokens of each text. Default: "padded" for pubmed and arxiv, else "concat".
+            on the first tokens of each text. Default: "padded" for scientific_papers (pubmed, arxiv), by whatever name
+            or path, as in the Keras baseline; else "concat".
         prompt_column: column whose texts are context only, with --completion-column.
         completion_column: column whose texts are learned.
         cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
@@ -152,13 +155,7 @@ def run(options: Options) -> None:
     train_texts = _texts(options, options.train_split, limit=options.source.limit)
     validation_texts = _texts(options, options.validation_split, limit=options.eval_documents)
     test_texts = _texts(options, options.eval_split, limit=options.eval_documents) if options.compare else []
-    count = f"{len(train_texts):,} documents" if isinstance(train_texts, list) else "documents as they come"
-    print_line(
-        console,
-        "texts",
-        f"{options.source.data}: {count} to train on, {len(validation_texts):,} for validation, "
-        f"{len(test_texts):,} held out for the comparison",
-    )
+    print_line(console, "texts", _describe_texts(options, train_texts, validation_texts, test_texts))
     model = offload_params(starting_model(options), config)
     print_line(console, "model", repr(model))
     print_line(console, "device", Precision.for_device(config.compute_dtype).execution.describe())
@@ -179,6 +176,22 @@ def run(options: Options) -> None:
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "model" if config.lora is None else "adapter"
     print_line(console, "wrote", f"{output}: {files}{result_folder}, checkpoints, metrics.jsonl")
+
+
+def _describe_texts(options: Options, train_texts: Any, validation_texts: Any, test_texts: Any) -> str:
+    """Say how many documents of which split are used for what."""
+
+    def count(texts: Any, split: str, limit: int | None) -> str:
+        if not isinstance(texts, list):
+            return f"split {split} as it comes"
+        first = "the first " if len(texts) == limit else ""
+        return f"{first}{len(texts):,} of split {split}"
+
+    parts = [f"{count(train_texts, options.train_split, options.source.limit)} to train on"]
+    parts += [f"{count(validation_texts, options.validation_split, options.eval_documents)} for validation"]
+    if options.compare:
+        parts += [f"{count(test_texts, options.eval_split, options.eval_documents)} for the comparison"]
+    return f"documents of {options.source.data}: {', '.join(parts)}"
 
 
 def _prompts(options: Options) -> Sequence[str]:
@@ -210,14 +223,18 @@ def _compare(
     print_comparison(comparison, console)
 
 
-def _texts(options: Options, split: str, *, limit: int | None) -> Any:
-    """Return texts, or prompts with completions: a list, or a stream for --streaming where it is trained on."""
-    texts = options.source.iterate(
+def _iterate(options: Options, split: str, limit: int | None = None) -> Texts:
+    return options.source.iterate(
         split,
         limit=limit,
         prompt_column=options.prompt_column,
         completion_column=options.completion_column,
     )
+
+
+def _texts(options: Options, split: str, *, limit: int | None) -> Any:
+    """Return texts, or prompts with completions: a list, or a stream for --streaming where it is trained on."""
+    texts = _iterate(options, split, limit)
     return texts if options.source.streaming and split == options.train_split else list(texts)
 
 
@@ -236,7 +253,7 @@ def finetune_config(options: Options) -> FinetuneConfig:
         given = {**given, "steps": DEFAULT_JOB_STEPS}
     folder = default_cache() if options.cache_tokens else None
     defaults: dict[str, Any] = {
-        "packing": options.packing or ("padded" if options.source.data in BASELINE_DATA else "concat"),
+        "packing": options.packing or ("padded" if _iterate(options, "all").is_papers() else "concat"),
         "lora": lora_config(options.lora_settings, options.lora_alpha) if options.lora else None,
         "token_cache": None if folder is None else str(folder),
     }

@@ -20,6 +20,7 @@ from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.requests import Prompt, as_prompts
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import data_fingerprint
+from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import (
     check,
     check_names,
@@ -113,8 +114,11 @@ def compare(
         for name, model in models.items()
     }
     paired: Any = {"same_tokens": same_tokens, "resamples": resamples, "seed": seed}
+    results = _model_results(models, evaluations, written, paired)
+    if (versus := results[-1].versus_baseline) and versus.difference.warning:
+        notice(versus.difference.warning)
     return Comparison(
-        models=_model_results(models, evaluations, written, paired),
+        models=results,
         overlap=None if training_texts is None else text_overlap(training_texts, texts),
         settings={"seed": seed, "resamples": resamples, **_describe_generation(generation)},
         data={"documents": len(texts), "sha256": data_fingerprint(texts), **(source or {})},

@@ -27,6 +27,8 @@ from gpt2jax.tokenizer.bpe import Tokenizer
 
 CONFIDENCE = 0.95
 PER_TOKEN, PER_BYTE = "nats per token", "nats per byte"
+# the bootstrap's 95 % interval of a mean of normal values holds the truth in 84 % of samples of 5, in 90 % of 10
+FEWEST_DOCUMENTS = 10
 MAX_LISTED = 10  # documents that improve most, and as many that regress most
 MIN_TOKENS = 16  # the mean over a shorter document is mostly chance
 
@@ -58,11 +60,20 @@ class PairedDifference:
     documents: int
     resamples: int
 
+    @property
+    def warning(self) -> str | None:
+        """A sentence on what makes the interval unreliable, or None."""
+        if self.documents >= FEWEST_DOCUMENTS:
+            return None
+        documents = "1 document" if self.documents == 1 else f"{self.documents} documents"
+        advice = f"is too narrow; take at least {FEWEST_DOCUMENTS}"
+        return f"the interval of the difference comes from {documents} and {advice}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; None for numbers that are not finite."""
         values = dataclasses.asdict(self) | {"interval": [finite(end) for end in self.interval]}
         values = {name: finite(x) if isinstance(x, float) else x for name, x in values.items()}
-        return values | {"confidence": CONFIDENCE}
+        return values | {"confidence": CONFIDENCE, "warning": self.warning}
 
 
 def paired_difference(

@@ -28,6 +28,7 @@ from gpt2jax.data.hub import (
 )
 from gpt2jax.data.readers import read_items
 from gpt2jax.data.splits import (
+    ContentSplit,
     Reader,
     check_split,
     content_splits,
@@ -143,10 +144,36 @@ class Texts:
         """What the texts follow from, if that never changes: data of the hub at a commit. None for all else."""
         return repr(self) if isinstance(self.source, str) and is_commit(self.revision) else None
 
-    def __iter__(self) -> Iterator[Any]:
-        where = self.source if isinstance(self.source, str) else f"the {type(self.source).__name__}"
+    @property
+    def where(self) -> str:
+        """What messages call the source."""
         if isinstance(self.source, tuple):
-            where = enumerate_names(list(self.source))
+            return enumerate_names(list(self.source))
+        return self.source if isinstance(self.source, str) else f"the {type(self.source).__name__}"
+
+    def is_papers(self) -> bool:
+        """Return whether this is scientific_papers, by whatever name or path: it has the columns of these."""
+        if self.source in PAPERS or self.source in BUILTIN_NAMES:
+            return self.source in PAPERS
+        columns = _columns(self)
+        next(_open(self, self.where, columns)["all"](), None)
+        return "section_names" in columns.seen and not columns.seen.isdisjoint(("article", "article_text"))
+
+    def has_split(self, name: str) -> bool:
+        """Return whether the data has a split by name; one that is made from its content does not count."""
+        reader = _open(self, self.where).get(name)
+        return reader is not None and not isinstance(reader, ContentSplit)
+
+    def count_undivided(self) -> int | None:
+        """Return how many texts the data has in all if the split is made from its content, else None."""
+        readers = _open(self, self.where)
+        names = re.findall(r"[^\W\d]\w*", self.split)
+        if any(isinstance(readers.get(name), ContentSplit) for name in names):
+            return sum(1 for _ in readers["all"]())
+        return None
+
+    def __iter__(self) -> Iterator[Any]:
+        where = self.where
         items = read_split(self.split, _open(self, where), where)
         first = list(itertools.islice(items, 1))
         if not first:
@@ -155,10 +182,7 @@ class Texts:
 
 
 def load_texts(source: Source, split: str = "train", **options: Any) -> list[str]:
-    """Return the texts of a data set.
-
-    Args:
-        source, split, options: see `Texts`, which reads the same as a stream.
+    """Return the texts of a data set; `Texts` explains all arguments, and reads the same as a stream.
 
     Raises:
         ValueError, FileNotFoundError: see `Texts`.
@@ -215,11 +239,15 @@ def _is_dataset(source: Any) -> bool:
     return type(source).__module__.partition(".")[0] == "datasets"
 
 
-def _open(texts: Texts, where: str) -> Mapping[str, Reader]:
+def _columns(texts: Texts) -> Columns:
+    pair = (texts.prompt_column, texts.completion_column)
+    return Columns(texts.text_column, None if None in pair else pair)  # pyright: ignore[reportArgumentType]
+
+
+def _open(texts: Texts, where: str, columns: Columns | None = None) -> Mapping[str, Reader]:
     """Return the readers of all splits of a source."""
     source = texts.source
-    pair = (texts.prompt_column, texts.completion_column)
-    columns = Columns(texts.text_column, None if None in pair else pair)  # pyright: ignore[reportArgumentType]
+    columns = columns or _columns(texts)
     commit = pin_revision(source, texts.revision)
     if isinstance(source, tuple):
         files = [

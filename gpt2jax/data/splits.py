@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -30,7 +30,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
-# the number of a part of a data set, and what the hub writes behind it
+# the number of a part of a data set, and what the hub writes after it
 _PART = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{8,})?$")
 
 # reads a split from its start
@@ -82,12 +82,21 @@ def content_splits(everything: Reader, where: str) -> dict[str, Reader]:
 def _held_out_splits(everything: Reader, held_out: tuple[str, ...], reason: str) -> dict[str, Reader]:
     share = " and ".join(f"{HELD_OUT:.0%} for {name}" for name in held_out)
     message = f"{reason}: its training texts are split by content, {share}; split 'all' takes every text"
+    return {name: ContentSplit(everything, name, held_out, message) for name in ("train", *held_out)}
 
-    def read(name: str) -> Iterator[Item]:
-        notice(message)
-        return split_by_content(everything(), name, held_out)
 
-    return {name: partial(read, name) for name in ("train", *held_out)}
+@dataclass(frozen=True)
+class ContentSplit:
+    """The reader of a split that the data does not have by name: it says so, and splits the texts by content."""
+
+    everything: Reader
+    name: str
+    held_out: tuple[str, ...]
+    message: str
+
+    def __call__(self) -> Iterator[Item]:
+        notice(self.message)
+        return split_by_content(self.everything(), self.name, self.held_out)
 
 
 def split_by_content(
@@ -135,7 +144,7 @@ def _fraction(item: Item) -> float:
 
 
 def _slice_text(text: str, split: str, held_out: tuple[str, ...]) -> str:
-    """Return the first part of a text, or a later one of 5 %, which ends behind a line, else behind a word."""
+    """Return the first part of a text, or a later one of 5 %, which ends after a line, else after a word."""
     bounds = [0]
     for place in range(len(held_out), 0, -1):
         at = int(len(text) * (1 - place * HELD_OUT))

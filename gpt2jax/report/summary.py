@@ -106,12 +106,13 @@ def summary(comparison: Comparison, model: ModelResult) -> str:
     low, high = difference.interval
     documents = "document" if difference.documents == 1 else "documents"
     mean = with_error(difference.difference, difference.standard_error, signed=True)
+    caution = f" Caution: {difference.warning}." if difference.warning else ""
     return (
         f"Paired difference {mean} {difference.unit} "
         f"({percent(CONFIDENCE, 0)} interval {number(low, signed=True)} to {number(high, signed=True)}). "
         f"Perplexity {number(first.perplexity, 2)} → {number(second.perplexity, 2)}, "
         f"accuracy {percent(first.accuracy)} → {percent(second.accuracy)}. "
-        f"Lower loss on {percent(difference.win_rate)} of {difference.documents:,} {documents}."
+        f"Lower loss on {percent(difference.win_rate)} of {difference.documents:,} {documents}.{caution}"
     )
 
 

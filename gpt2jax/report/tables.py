@@ -185,7 +185,8 @@ def settings_table(comparison: Comparison) -> Table:
     settings = dataclasses.asdict(comparison.baseline.evaluation.config) | comparison.settings
     rows = [(name, str(value)) for name, value in settings.items() if value is not None]
     data = comparison.data
-    rows += [("texts", f"{data['documents']:,}, SHA-256 {data['sha256']}")]
+    of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
+    rows += [("texts", f"{data['documents']:,}{of}, SHA-256 {data['sha256']}")]
     names = {"source": "texts from", "split": "split", "revision": "revision"}
     rows += [(label, str(data[name])) for name, label in names.items() if data.get(name) is not None]
     for model in comparison.models:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -81,6 +82,8 @@ def finetune(
     progress = progress and jax.process_index() == 0
     documents, validation = _tokenize(model, config, train_texts, validation_texts, progress=progress)
     plan = plan_run(model, config, documents)
+    if progress:
+        print(f"training: {plan.describe(config)}", file=sys.stderr)
     folder = _run_folder(output, resume=resume, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         if folder is not None:

@@ -31,6 +31,12 @@ from gpt2jax.utils.progress import training_progress
 from gpt2jax.utils.validation import must_be
 from gpt2jax.weights.orbax import eval_params
 
+_PACKINGS = {
+    "concat": "every token of the texts, joined (concat)",
+    "packed": "every token of the texts, kept apart (packed)",
+    "padded": "the first tokens of each text (padded)",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
@@ -41,6 +47,17 @@ class RunPlan:
     steps: int
     eval_every: int
     checkpoint_every: int
+
+    def describe(self, config: FinetuneConfig) -> str:
+        """Say what a run does: steps, epochs, rows, precision and devices."""
+        batches, devices, rate = self.batches, jax.devices(), config.learning_rate
+        epochs = self.steps * config.batch_size / batches.rows
+        kind = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
+        return (
+            f"{self.steps:,} steps of {config.batch_size:,} rows, {epochs:.3g} epochs of {batches.rows:,} rows; "
+            f"rows of {batches.sequence_length:,} tokens, {_PACKINGS[config.packing]}; "
+            f"{config.optimizer} with learning rate {rate:g}, {config.compute_dtype}, {kind} ({devices[0].platform})"
+        )
 
 
 def plan_run(model: LanguageModel, config: FinetuneConfig, documents: Documents) -> RunPlan:

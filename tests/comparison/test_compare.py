@@ -19,6 +19,7 @@ from gpt2jax.generation.generate import generate
 from gpt2jax.report.plots import comparison_plots
 from gpt2jax.report.tables import figures_table
 from gpt2jax.utils.fingerprint import params_fingerprint
+from gpt2jax.utils.notices import Notice
 
 
 @pytest.mark.slow
@@ -114,10 +115,22 @@ def test_compare_model_with_itself(model):
 
 
 def test_compare_single_document_has_no_standard_error(model, other_model, tmp_path):
-    found = compare({"a": model, "b": other_model}, ["one text only"], [], **SETTINGS)
+    with pytest.warns(Notice, match="interval of the difference comes from 1 document and is too narrow"):
+        found = compare({"a": model, "b": other_model}, ["one text only"], [], **SETTINGS)
     assert found.differences["b"].standard_error is None
     data = json.loads((found.save(tmp_path) / "comparison.json").read_text())
     assert data["models"][0]["loss_standard_error"] is None
+    assert (
+        "Caution: the interval of the difference comes from 1 document"
+        in (tmp_path / "report.md").read_text()
+    )
+
+
+def test_paired_difference_of_ten_documents_has_no_warning(comparison):
+    found = comparison.differences[NASTY]
+    assert found.documents == len(TEXTS) and found.as_dict()["warning"] is None
+    assert dataclasses.replace(found, documents=10).warning is None
+    assert "comes from 9 documents" in str(dataclasses.replace(found, documents=9).warning)
 
 
 def test_compare_one_model(model, tmp_path):

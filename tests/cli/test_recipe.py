@@ -1,0 +1,78 @@
+"""The recipe of `finetune` follows from what the data is, and the first lines of a run say what it is."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+
+from gpt2jax.cli.common import DataOptions
+from gpt2jax.cli.finetune import Options, _describe_texts, finetune_config
+from gpt2jax.data.documents import Documents, to_offsets
+from gpt2jax.data.hub import DATA_VARIABLE
+from gpt2jax.language_model import from_config
+from gpt2jax.model.config import PRESETS
+from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.trainer import plan_run
+
+PAPER = {
+    "article_id": "1",
+    "article_text": ["One .", "Two ."],
+    "section_names": ["i"],
+    "sections": [["One ."]],
+}
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """The archive of pubmed, as --data pubmed finds it."""
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "pubmed-dataset.zip", "w") as archive:
+        for name in ("train", "val", "test"):
+            archive.writestr(f"pubmed-dataset/{name}.txt", json.dumps(PAPER) + "\n")
+    return tmp_path / "pubmed-dataset.zip"
+
+
+def packing(data, **options):
+    return finetune_config(Options(source=DataOptions(data=str(data)), cache_tokens=False, **options)).packing
+
+
+def test_finetune_config_packs_papers_alike_by_every_name(archive):
+    assert packing("pubmed") == "padded"
+    assert packing(archive) == "padded"
+    assert packing(archive.rename(archive.with_name("mine.zip"))) == "padded"
+    hub_row = {"article": "One .", "abstract": "Short .", "section_names": "i"}
+    (archive.parent / "rows.jsonl").write_text(json.dumps(hub_row) + "\n")
+    assert packing(archive.parent / "rows.jsonl") == "padded"
+    assert packing("pubmed", packing="concat") == "concat"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", '{"text": "One ."}\n'), ("a.jsonl", '{"article": "One ."}\n'), ("pubmed.txt", "One .\n")],
+)
+def test_finetune_config_trains_on_all_of_other_texts(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert packing(tmp_path / name) == "concat"
+    assert packing("numeric-docs") == "concat"
+
+
+def test_describe_texts_names_splits_and_counts():
+    options = Options(source=DataOptions(data="mine", limit=3), eval_documents=2, eval_split="all")
+    described = _describe_texts(options, ["a"] * 3, ["b"], ["c"] * 2)
+    expected = "the first 3 of split train to train on, 1 of split validation for validation, "
+    assert described == f"documents of mine: {expected}the first 2 of split all for the comparison"
+
+
+def test_run_plan_describes_the_run():
+    model = from_config(PRESETS["gpt2-mini"], seed=0)
+    lengths = np.full(10, 9)
+    documents = Documents(np.zeros(90, np.int32), to_offsets(lengths))
+    config = FinetuneConfig(epochs=3, batch_size=5, sequence_length=8, packing="padded", learning_rate=1e-3)
+    shown = plan_run(model, config, documents).describe(config)
+    assert shown.startswith(
+        "6 steps of 5 rows, 3 epochs of 10 rows; rows of 8 tokens, the first tokens of each text"
+    )
+    assert "adamw with learning rate 0.001, float32" in shown and shown.endswith("(cpu)")
