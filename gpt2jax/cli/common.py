@@ -72,7 +72,7 @@ def run_command(
     except USER_ERRORS as error:
         if isinstance(error, OSError):
             _drop_unwritten()
-        exit_with_error(name, str(error))
+        exit_with_error(name, _name_option(str(error), options))
     except FloatingPointError as error:
         exit_with_error(name, str(error), code=1)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
@@ -106,7 +106,8 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
     except SystemExit as end:
         if end.code != 2:  # --help, on standard output
             raise
-        exit_with_error(name, f"{_what_is_wrong(said.getvalue())}; see gpt2jax {name} --help")
+        reason = _name_option(_what_is_wrong(said.getvalue()), options)
+        exit_with_error(name, f"{reason}; see gpt2jax {name} --help")
     # a shell leaves "~" as it is in --out=~/folder
     paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
     expanded: Any = {name: check_path(name, value) for name, value in paths.items()}
@@ -127,6 +128,27 @@ def _what_is_wrong(box: str) -> str:
             words.append(text)
     # tyro names our class of options before the error of a setting
     return re.sub(r"^Error parsing \w+: ", "", " ".join(words)).rstrip(".")
+
+
+def _name_option(message: str, options: type) -> str:
+    """Return a message that begins with the name of a setting with the option that sets it."""
+    name = re.match(r"[a-z][\w.]*(?= must )", message)
+    if name is None or name[0] not in _settings_of(options):
+        return message
+    return f"--{name[0].replace('_', '-')}{message[name.end() :]}"
+
+
+def _settings_of(options: type) -> set[str]:
+    """Return the names of the settings that options set, those of nested options included."""
+    names = set()
+    for field in dataclasses.fields(options):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default):
+            prefix = getattr(default, "error_prefix", "")
+            names |= {f"{prefix}{name}" for name in _settings_of(type(default))}
+        elif default is not dataclasses.MISSING:  # which positional arguments do not have
+            names.add(field.name)
+    return names
 
 
 def print_line(console: Any, what: str, text: str) -> None:

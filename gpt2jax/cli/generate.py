@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
 from gpt2jax.cli.common import GenerationOptions, TextOptions, check_file, run_command
 from gpt2jax.generation.config import GenerationConfig
@@ -28,6 +29,9 @@ class Options:
     """Continue prompts.
 
     Without prompts, lines of standard input are prompts; at a terminal, it asks for them one by one.
+
+    $ gpt2jax generate "Return the" --model runs/gpt2-mini-numeric-docs --max-new-tokens 40
+    $ gpt2jax generate --file prompts.jsonl --out texts.jsonl --top-p 0.9 --top-k 0
 
     Attributes:
         prompts: texts to continue; "" lets the model begin a text.
@@ -47,13 +51,13 @@ class Options:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     file: pathlib.Path | None = None
     model: str = "gpt2-mini"
-    text: TextOptions = TextOptions()
+    text: Annotated[TextOptions, OmitArgPrefixes, arg(name="tokenizer")] = TextOptions()
     draft_model: str | None = None
     seed: int = 0
     batch_size: int = 32
     dtype: str | None = None
     out: pathlib.Path | None = None
-    config: Annotated[GenerationOptions, tyro.conf.arg(name="")] = GenerationOptions()
+    config: Annotated[GenerationOptions, OmitArgPrefixes, arg(name="generation")] = GenerationOptions()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -155,7 +155,7 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
             ["compare", "gpt2-mini", "b=gpt2-mini", "--out", "FILE"],
             "FILE is a file; give the name of a folder",
         ),
-        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "sequence_length must be"),
+        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "--sequence-length must be"),
         (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--sequence-length", "0"], "must be a whole number of at least 2, or None, got 0"),
@@ -216,7 +216,7 @@ def test_imply_lora_refuses_no_lora(capsys):
 def test_run_command_tells_a_setting_without_the_class_of_the_options(capsys):
     message = fails(capsys, "evaluate", "--limit", "0")
     assert message.startswith(
-        "gpt2jax evaluate: error: limit must be a positive whole number, or None, got 0;"
+        "gpt2jax evaluate: error: --limit must be a positive whole number, or None, got 0;"
     )
 
 
@@ -346,14 +346,14 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
             ["--coordinator", "here", "--processes", "2", "--process", "0"],
             "must be HOST:PORT or auto, got 'here'",
         ),
-        (["--steps", "0"], "steps must be a positive whole number, or None, got 0"),
+        (["--steps", "0"], "--steps must be a positive whole number, or None, got 0"),
         (["--stepz", "3"], "Unrecognized options: --stepz"),
         (["--steps", "many"], "--steps"),
         (["--packing", "rows"], "'rows'"),
         (["--freeze", "nothing"], "freeze must be patterns that match parameters, got ['nothing']"),
         (
             ["--lora.rank-pattern", "h.9.attn.c_attn", "4"],
-            "lora.rank_pattern must match linear layers with an adapter",
+            "lora.rank-pattern must match linear layers with an adapter",
         ),
         (["--out", "FILE/inside"], "is a file; give the name of a folder"),
         (["--init", "random", "--model", "mine"], "with --init random, got 'mine'"),
