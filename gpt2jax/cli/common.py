@@ -423,14 +423,35 @@ def default_prompts(data: str) -> tuple[str, ...]:
     return DOCUMENTATION_PROMPTS if data in ("numeric-docs", "python-docs") else DEFAULT_PROMPTS
 
 
+def _is_one_of_several_processes() -> bool:
+    """Return whether srun or mpirun started this process with others, and say so."""
+
+    def number(variable: str) -> int:
+        value = os.environ.get(variable, "")
+        return int(value) if value.isascii() and value.isdecimal() else 1
+
+    mpi, slurm = number("OMPI_COMM_WORLD_SIZE"), number("SLURM_NTASKS")
+    # an allocation has SLURM_NTASKS, too; only a step of srun has a list of its nodes
+    is_step = slurm > 1 and "SLURM_STEP_NODELIST" in os.environ
+    if is_step or mpi > 1:
+        program, count = ("srun", slurm) if is_step else ("mpirun", mpi)
+        notice(
+            f"{program} started {count} processes, which train together; --processes 1 lets each train alone"
+        )
+        return True
+    if slurm > 1:
+        notice(f"SLURM_NTASKS is {slurm}, but this process trains alone; srun starts all of them")
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class ProcessOptions:
     """Several processes that train together; start each with the same options, except --process.
 
     Attributes:
         coordinator: host:port on the machine of process 0, or "auto" if Slurm, Open MPI, Kubernetes or a TPU pod
-            says which processes take part.
-        processes: number of processes.
+            says which processes take part. Default: "auto" for processes that srun or mpirun started.
+        processes: number of processes; 1 trains alone, whatever started it.
         process: the number of this process, from 0.
     """
 
@@ -444,11 +465,15 @@ class ProcessOptions:
         Raises:
             ValueError: the three options do not go together, or "auto" finds no description of the processes.
         """
-        if self.coordinator is None and self.processes is None and self.process is None:
-            return
+        if self.coordinator is None and self.processes in (None, 1) and self.process is None:
+            if self.processes == 1 or not _is_one_of_several_processes():
+                return
+            coordinator = "auto"
+        else:
+            coordinator = self.coordinator
         import jax
 
-        if self.coordinator == "auto":
+        if coordinator == "auto":
             try:
                 jax.distributed.initialize(num_processes=self.processes, process_id=self.process)
             except ValueError as error:

@@ -70,10 +70,12 @@ def run(options: Options) -> None:
     from gpt2jax.generation.generator import Generator
     from gpt2jax.loading import load
 
-    prompts = read_prompts(options)
+    rows = read_rows(options)
+    prompts = [row["prompt"] for row in rows]
     interactive = not prompts and sys.stdin is not None and sys.stdin.isatty()
     if not prompts and not interactive:
         prompts = [] if sys.stdin is None else sys.stdin.read().splitlines()
+        rows = [{"prompt": prompt} for prompt in prompts]
         if not prompts:
             raise ValueError("there is no prompt: give one as an argument, in --file, or on standard input")
     config, seed = options.config, options.seed
@@ -89,19 +91,28 @@ def run(options: Options) -> None:
             _ask_for_prompts(generator, config, seed)
         elif options.out is None and can_stream:
             for index, prompt in enumerate(prompts):
-                _show(prompt, generator.stream(prompt, config, seed=seed + index))
+                if len(prompts) > 1:
+                    print("\n" * (index > 0) + f"--- prompt {index + 1} of {len(prompts)} ---")
+                pieces = generator.stream(prompt, config, seed=seed + index)
+                _show(prompt, pieces, show_time=is_interactive() or len(prompts) > 1)
         else:
             _write(
                 lambda: generator.generate(prompts, config, seed=seed, batch_size=options.batch_size),
                 options.out,
+                [row for row in rows for _ in range(config.num_return_sequences)],
             )
 
 
 def read_prompts(options: Options) -> list[str]:
     """Return the prompts of the arguments and of the file."""
-    prompts = list(options.prompts)
+    return [row["prompt"] for row in read_rows(options)]
+
+
+def read_rows(options: Options) -> list[dict[str, Any]]:
+    """Return the prompts of the arguments and of the file, each with the other fields of its line of JSON."""
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in options.prompts]
     if options.file is None:
-        return prompts
+        return rows
     if not options.file.is_file():
         raise FileNotFoundError(f"there is no file {options.file}")
     data = options.file.read_bytes()
@@ -115,30 +126,32 @@ def read_prompts(options: Options) -> list[str]:
     is_json = options.file.suffix.lower() in JSON_LINES
     for number, line in enumerate(lines, 1):
         if line.strip():
-            prompts.append(_json_prompt(line, f"{options.file}, line {number}") if is_json else line)
-    return prompts
+            place = f"{options.file}, line {number}"
+            rows.append(_json_row(line, place) if is_json else {"prompt": line})
+    return rows
 
 
-def _json_prompt(line: str, place: str) -> str:
-    """Return the prompt in a line of JSON, such as `generate --out` writes."""
+def _json_row(line: str, place: str) -> dict[str, Any]:
+    """Return a line of JSON with a prompt, such as `generate --out` writes."""
     try:
-        prompt = json.loads(line)["prompt"]
+        row = json.loads(line)
+        prompt = row["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f'{place}: expected JSON with a field "prompt"') from None
     if not isinstance(prompt, str):
         raise ValueError(must_be(f'{place}: the field "prompt"', "a text", prompt))
-    return prompt
+    return row
 
 
-def _show(prompt: str, pieces: Any) -> None:
-    """Print a continuation as it comes, and to a terminal how fast that was."""
+def _show(prompt: str, pieces: Any, *, show_time: bool) -> None:
+    """Print a continuation as it comes, and on standard error how fast that was."""
     began, first = time.perf_counter(), None
     print(prompt, end="", flush=True)
     for piece in pieces:
         first = first or time.perf_counter()
         print(piece, end="", flush=True)
     print()
-    if first is not None and is_interactive():
+    if first is not None and show_time:
         output, seconds = pieces.generation, time.perf_counter() - began
         tokens = len(output.token_ids)
         speed = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"
@@ -157,7 +170,8 @@ def _ask_for_prompts(generator: Generator, config: GenerationConfig, seed: int) 
             print()
             return
         try:
-            _show(prompt, generator.stream(prompt, config, seed=seed + index))
+            pieces = generator.stream(prompt, config, seed=seed + index)
+            _show(prompt, pieces, show_time=is_interactive())
         except ValueError as error:  # a prompt that is too long must not end the program
             print(f"error: {error}", file=sys.stderr)
         index += 1
@@ -173,27 +187,30 @@ def _json_line(content: dict[str, Any]) -> str:
     return line
 
 
-def _write(make: Callable[[], list[Any]], out: pathlib.Path | None) -> None:
-    """Print continuations, or write them as JSON lines and say how fast they were made."""
+def _write(make: Callable[[], list[Any]], out: pathlib.Path | None, rows: list[dict[str, Any]]) -> None:
+    """Print continuations, or write them as JSON lines behind the fields of their prompts and say how fast it was."""
     from gpt2jax.utils.atomic_io import atomic_write
 
     began = time.perf_counter()
     outputs = make()
     seconds = time.perf_counter() - began
     if out is None:
-        for output in outputs:
-            print(str(output) + "\n")
+        for index, output in enumerate(outputs):
+            if len(outputs) > 1:
+                print("\n" * (index > 0) + f"--- text {index + 1} of {len(outputs)} ---")
+            print(output)
+        print(f"[{_speed(outputs, seconds)}]", file=sys.stderr)
         return
-    lines = [_json_line(dataclasses.asdict(output)) for output in outputs]
+    lines = [_json_line(row | dataclasses.asdict(output)) for row, output in zip(rows, outputs, strict=True)]
     if str(out) == "-":
         sys.stdout.writelines(lines)
     else:
         with atomic_write(out) as file:
             file.writelines(lines)
-    tokens = sum(len(output.token_ids) for output in outputs)
     where = "standard output" if str(out) == "-" else out
-    print(
-        f"wrote {len(outputs)} continuations, {tokens} tokens in {seconds:.1f} s, "
-        f"{tokens / seconds:.0f} a second, to {where}",
-        file=sys.stderr,
-    )
+    print(f"wrote {len(outputs)} continuations, {_speed(outputs, seconds)}, to {where}", file=sys.stderr)
+
+
+def _speed(outputs: list[Any], seconds: float) -> str:
+    tokens = sum(len(output.token_ids) for output in outputs)
+    return f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"

@@ -261,7 +261,9 @@ def test_generate_by_search(capsys):
     model, settings = gpt2jax.load("gpt2-mini"), ["--max-new-tokens", "8"]
     main(["generate", "Return the", *settings, "--num-beams", "3", "--num-return-sequences", "2"])
     [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return_sequences=2, max_new_tokens=8)
-    assert capsys.readouterr().out == "".join(f"{beam}\n\n" for beam in beams)
+    shown = capsys.readouterr()
+    assert shown.out == f"--- text 1 of 2 ---\n{beams[0]}\n\n--- text 2 of 2 ---\n{beams[1]}\n"
+    assert "tokens in" in shown.err
     main(["generate", "Return the", *settings, "--penalty-alpha", "0.6", "--top-k", "4"])
     [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
     assert capsys.readouterr().out == f"{output}\n"
