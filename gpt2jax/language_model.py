@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,8 @@ class LanguageModel:
         source: the name or path given to `load`, or None.
         stop_token_ids: tokens at which generation stops besides the end token.
         saved: what lay beside the weights besides the architecture, or None.
+        adapter_embeddings: embeddings in `params` that the adapters' file replaced, by PEFT's names ("wte", "wpe",
+            "lm_head"): the ids of the rows, or None for all. `save_adapter` writes them with the adapters.
     """
 
     config: GPT2Config
@@ -61,6 +63,7 @@ class LanguageModel:
     source: str | None = None
     stop_token_ids: tuple[int, ...] = ()
     saved: SavedSettings | None = None
+    adapter_embeddings: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         c = self.config
@@ -127,7 +130,12 @@ class LanguageModel:
         if self.adapters is None or self.lora is None:
             return self
         params = merge_adapters(self.params, self.adapters, self.lora)
-        return dataclasses.replace(self, params=params, adapters=None, lora=None, source=None)
+        return self._without_adapters(params)
+
+    def _without_adapters(self, params: Params) -> LanguageModel:
+        return dataclasses.replace(
+            self, params=params, adapters=None, lora=None, source=None, adapter_embeddings={}
+        )
 
     def unmerge_adapter(self) -> LanguageModel:
         """Undo `merge_adapter`, up to rounding: the weights hold the adapters already, and the result has neither.
@@ -141,7 +149,7 @@ class LanguageModel:
         if self.adapters is None or self.lora is None:
             return self
         params = unmerge_adapters(self.params, self.adapters, self.lora)
-        return dataclasses.replace(self, params=params, adapters=None, lora=None, source=None)
+        return self._without_adapters(params)
 
     def save(self, path: str | pathlib.Path, format: str = "hf", *, dtype: str = "float32") -> None:
         """Save the model as a folder that transformers, CTranslate2 and llama.cpp's converter load as it is.

@@ -15,6 +15,7 @@ from gpt2jax.model.gpt2 import Params
 from gpt2jax.tokenizer.bpe import SpecialTokens, Tokenizer
 from gpt2jax.tokenizer.end_tokens import choose_end_tokens, read_token_ids
 from gpt2jax.tokenizer.files import load_tokenizer
+from gpt2jax.utils.atomic_io import recover_folder
 from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.validation import (
@@ -188,6 +189,7 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
     source = str(name)
     path = check_path("name", name)
     check("revision", revision, optional(non_empty_string))
+    recover_folder(path)
     # a TensorFlow checkpoint goes by the first part of its files' names
     exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
     is_packaged = source == PACKAGED_MODEL
@@ -211,6 +213,8 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
 
 def _locate_run(path: pathlib.Path) -> Location:
     """Return the result of a run folder: its model, or its adapters and their base."""
+    for name in ("model", "adapter", "base"):
+        recover_folder(path / name)
     if (path / "model").is_dir():
         return Location(path / "model", None, str(path / "model"))
     if not (path / "adapter").is_dir():
@@ -251,14 +255,16 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     if path.suffix == ".h5":
         lora, adapters = load_keras_lora(path, model.config)
     else:
-        config, params = read_embeddings(path, model.config, model.params)
-        model = dataclasses.replace(model, config=config, params=params)
+        config, params, embeddings = read_embeddings(path, model.config, model.params)
+        model = dataclasses.replace(model, config=config, params=params, adapter_embeddings=embeddings)
         lora, adapters = read_adapter(path, config, params)
     return dataclasses.replace(model, adapters=adapters, lora=lora)
 
 
 def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     """Write the model's LoRA adapters as a PEFT folder (adapter_config.json, adapter_model.safetensors).
+
+    Embeddings that came with the adapters (`LanguageModel.adapter_embeddings`) are written with them.
 
     Raises:
         ValueError: the model has no adapters.
@@ -268,7 +274,15 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
         raise ValueError("the model has no adapters to save; fine-tune it with lora=LoRAConfig(...) first")
     base_model = None if model.source is None else HUB_IDS.get(model.source, model.source)
     path = check_path("path", path)
-    write_adapter(path, model.config, model.lora, model.adapters, base_model=base_model, params=model.params)
+    write_adapter(
+        path,
+        model.config,
+        model.lora,
+        model.adapters,
+        base_model=base_model,
+        params=model.params,
+        embeddings=model.adapter_embeddings,
+    )
 
 
 def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel:

@@ -75,7 +75,7 @@ def _open(stream: IO[bytes], kind: str) -> tuple[Any, Any]:
 
 
 def _batch_rows(metadata: Any) -> int:
-    """Return how many rows to decode at once: few where a short dictionary stands for much text."""
+    """Return how many rows to decode at once: few if a short dictionary holds the texts of many rows."""
     for group in range(metadata.num_row_groups):
         parts = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
         if any(part.total_uncompressed_size > _DENSE_RATIO * part.total_compressed_size for part in parts):

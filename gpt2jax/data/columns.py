@@ -31,7 +31,7 @@ class Columns:
 
     text: str | None = None
     pair: tuple[str, str] | None = None
-    # of several files: the columns of the first one, and its name; no column for plain text
+    # of several files: the columns of the first one, () for plain text, and its name
     _first: list[tuple[tuple[str, ...], str]] | None = dataclasses.field(default=None, compare=False)
     # all columns of the rows that the choice was made from
     seen: set[str] = dataclasses.field(default_factory=set, compare=False)
@@ -88,17 +88,19 @@ class Columns:
         return names
 
     def note(self, names: tuple[str, ...], where: str) -> None:
-        """Compare the columns of a file with those of the first one; no column stands for plain text.
+        """Compare the columns of a file with those of the first file; plain text has no columns.
 
         Raises:
-            ValueError: they differ, as where a file describes the others.
+            ValueError: they differ, such as in a file that describes the others. Plain text and a column of
+                `TEXT_COLUMNS` may be mixed.
         """
         if self._first is None:
             return
         if not self._first:
             self._first.append((names, where))
         before, place = self._first[0]
-        if names == before or (not {*names, *before} - set(TEXT_COLUMNS) and not (names and before)):
+        is_mixed = not names or not before
+        if names == before or (is_mixed and set(TEXT_COLUMNS).issuperset((*names, *before))):
             return
         here, there = ((f"column {cols[0]!r}" if cols else "plain text") for cols in (names, before))
         raise ValueError(

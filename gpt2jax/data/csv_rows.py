@@ -165,7 +165,7 @@ def _header(cells: list[str], place: str) -> list[str]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{place}: the header has two columns {twice!r}; rename one of them")
     if len(names) == 1 and names[0] not in TEXT_COLUMNS:
-        notice(f"{place}: taken for the header, so that the texts begin behind {names[0]!r:.60}")
+        notice(f"{place}: taken for the header, so that the texts begin after {names[0]!r:.60}")
     return names
 
 

@@ -13,7 +13,7 @@ class Documents:
     """Token ids of documents, end to end.
 
     Attributes:
-        tokens: [total] uint16 or int32, without end tokens; may be memory-mapped.
+        tokens: [total] uint16 or int32, without end tokens; may be a `TokenFile`, which reads them from the cache.
         offsets: [n + 1] int64; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         prompts: [n] int64, how many leading tokens of each document are context only, never labels.
             None if no document has any.
@@ -40,7 +40,8 @@ class Documents:
         arrays = [self.tokens, self.offsets, *([] if self.prompts is None else [self.prompts])]
         digest = hashlib.sha256()
         for array in arrays:
-            digest.update(np.ascontiguousarray(array).data)
+            for begin in range(0, len(array), 1 << 20):  # ids may be in a file that is larger than the memory
+                digest.update(np.ascontiguousarray(array[begin : begin + (1 << 20)]).data)
         return digest.hexdigest()
 
 

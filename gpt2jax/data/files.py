@@ -158,7 +158,7 @@ class File:
                 yield number, line.removeprefix("\ufeff") if number == 1 else line
         except UnicodeError as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.name} is not {encoding} behind line {number}; {reason}") from None
+            raise ValueError(f"{self.name} is not {encoding} after line {number}; {reason}") from None
         finally:
             text.detach()
 

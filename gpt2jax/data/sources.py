@@ -182,10 +182,7 @@ class Texts:
 
 
 def load_texts(source: Source, split: str = "train", **options: Any) -> list[str]:
-    """Return the texts of a data set.
-
-    Args:
-        source, split, options: see `Texts`, which reads the same as a stream.
+    """Return the texts of a data set; `Texts` explains all arguments, and reads the same as a stream.
 
     Raises:
         ValueError, FileNotFoundError: see `Texts`.

@@ -30,7 +30,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
-# the number of a part of a data set, and what the hub writes behind it
+# the number of a part of a data set, and what the hub writes after it
 _PART = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{8,})?$")
 
 # reads a split from its start
@@ -144,7 +144,7 @@ def _fraction(item: Item) -> float:
 
 
 def _slice_text(text: str, split: str, held_out: tuple[str, ...]) -> str:
-    """Return the first part of a text, or a later one of 5 %, which ends behind a line, else behind a word."""
+    """Return the first part of a text, or a later one of 5 %, which ends after a line, else after a word."""
     bounds = [0]
     for place in range(len(held_out), 0, -1):
         at = int(len(text) * (1 - place * HELD_OUT))

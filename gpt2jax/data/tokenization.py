@@ -32,8 +32,8 @@ def tokenize_documents(
             ids; labels are the completion's only), a column of a `datasets.Dataset`, or any iterable of these.
         tokenizer: encodes the strings; may be None if all texts are ids.
         vocab_size: ids must be below it.
-        cache: folder of files with ids, which are memory-mapped. Texts that the same tokenizer encoded before are
-            taken from there; see `gpt2jax.data.token_cache`.
+        cache: folder of files with ids, which are read as they are needed. Texts that the same tokenizer encoded
+            before are taken from there; see `gpt2jax.data.token_cache`.
         progress: show a progress bar.
 
     Raises:

@@ -69,8 +69,11 @@ def keras_metrics(
     `evaluate` with windows="truncate", its default, gives the same figures without another pass of the model.
 
     Args:
-        model, texts: as for `evaluate`.
-        sequence_length, batch_size, compute_dtype: see `EvaluationConfig`.
+        model: as for `evaluate`.
+        texts: as for `evaluate`.
+        sequence_length: see `EvaluationConfig`.
+        batch_size: see `EvaluationConfig`.
+        compute_dtype: see `EvaluationConfig`.
 
     Raises:
         ValueError: there are no texts, or a setting is not legal.

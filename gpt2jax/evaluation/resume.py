@@ -2,22 +2,26 @@
 
 The file holds the sums by document and the tables of `evaluation/accumulators.py`, not the scores of tokens: it grows
 by some 80 bytes a document. It is replaced as a whole after each chunk. float64 sums are stored exactly, so a resumed
-evaluation ends with the same figures to the last digit.
+evaluation ends with the same figures to the last digit. The file is an .npz file followed by its CRC-32, which readers
+of .npz files pass over.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import pathlib
-import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
 
 from gpt2jax.evaluation.accumulators import Breakdown, DocumentSums
 from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.notices import notice
 
+_CHECKSUM = b"\nCRC-32 "  # its eight hexadecimal digits follow
 STATE_VERSION = 2  # 1 had the Keras loss of every document, and other names
 
 
@@ -70,8 +74,11 @@ def write_state(path: pathlib.Path, state: State, identity: dict[str, Any]) -> N
     }
     arrays = {f"per_document.{name}": value for name, value in vars(state.per_document).items()}
     arrays |= {f"breakdown.{name}": value for name, value in vars(state.breakdown).items()}
+    content = io.BytesIO()
+    np.savez(content, about=np.array(json.dumps(about)), **arrays)
     with atomic_write(path, "wb") as file:
-        np.savez(file, about=np.array(json.dumps(about)), **arrays)
+        file.write(content.getbuffer())
+        file.write(_CHECKSUM + b"%08x" % zlib.crc32(content.getbuffer()))
 
 
 def read_state(path: pathlib.Path, identity: dict[str, Any]) -> State:
@@ -84,30 +91,59 @@ def read_state(path: pathlib.Path, identity: dict[str, Any]) -> State:
     if not path.exists():
         return State()
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = _read_arrays(path)
         about = json.loads(str(arrays.pop("about")))
-    except (ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is not the state of an evaluation, or it is damaged: {error}") from None
-    if about["state_version"] != STATE_VERSION:
+        version = about["state_version"]
+        is_current = version == STATE_VERSION
+        belongs_to, state = (about["identity"], _as_state(about, arrays)) if is_current else ({}, State())
+    except OSError:
+        raise
+    except Exception as error:  # NumPy and zipfile raise whatever a damaged file leads them to
         raise ValueError(
-            f"{path} must have state version {STATE_VERSION}, got {about['state_version']}; an evaluation is resumed "
+            f"{path} is not the state of an evaluation, or it is damaged: {error!s:.200}"
+        ) from None
+    if not is_current:
+        raise ValueError(
+            f"{path} must have state version {STATE_VERSION}, got {version}; an evaluation is resumed "
             "with the gpt2jax that began it: start it anew in another folder"
         )
     for name, value in identity.items():
-        if about["identity"].get(name) != value:
+        if belongs_to.get(name) != value:
             raise ValueError(
-                f"{path} belongs to another evaluation: its {name} is {about['identity'].get(name)!r}, not {value!r}; "
+                f"{path} belongs to another evaluation: its {name} is {belongs_to.get(name)!r}, not {value!r}; "
                 "choose another folder, or do not resume"
             )
+    return state
 
+
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read a state file and verify its checksum; one without it, of an older version, gives a notice."""
+    content = path.read_bytes()
+    end = len(content) - len(_CHECKSUM) - 8
+    if content[end:].startswith(_CHECKSUM):
+        content, expected = content[:end], int(content[-8:], 16)
+        if zlib.crc32(content) != expected:
+            raise ValueError("its checksum is another one")
+    else:
+        notice(f"{path} has no checksum, which older versions did not write: damage can't be told")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        if sum(part.file_size for part in file.zip.infolist()) > len(content):
+            raise ValueError("it is compressed, which a state is not")
+        return {name: file[name] for name in file.files}
+
+
+def _as_state(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> State:
     def part(kind: type, prefix: str) -> Any:
-        return kind(**{field.name: arrays[f"{prefix}.{field.name}"] for field in dataclasses.fields(kind)})
+        values = {field.name: arrays[f"{prefix}.{field.name}"] for field in dataclasses.fields(kind)}
+        for name, value in values.items():
+            if value.ndim != 1 or value.dtype.kind not in "bif":
+                raise ValueError(f"{prefix}.{name} must be a list of numbers")
+        return kind(**values)
 
-    return State(
-        part(DocumentSums, "per_document"),
-        part(Breakdown, "breakdown"),
-        about["data_sha256"],
-        about["longest"],
-        about["seconds"],
-    )
+    sums = part(DocumentSums, "per_document")
+    if len({len(value) for value in vars(sums).values()}) != 1:
+        raise ValueError("its sums are of different numbers of documents")
+    if not isinstance(about["identity"], dict):
+        raise ValueError("its identity must be an object")
+    breakdown = part(Breakdown, "breakdown")
+    return State(sums, breakdown, str(about["data_sha256"]), int(about["longest"]), float(about["seconds"]))

@@ -63,6 +63,7 @@ class TokenFinder:
         self._finds_plain = len(self._special) < len(self._flags)
         raw = [token for token, value in self._flags.items() if not value.normalized]
         passes = (raw, [token for token in self._flags if token not in raw])
+        self._special_pattern = re.compile(_longest_first(self._special))
         self._patterns = [re.compile(_longest_first(tokens)) for tokens in passes if tokens]
 
     def split(self, text: str, *, parse_special: bool) -> Iterator[tuple[str, bool]]:
@@ -77,9 +78,10 @@ class TokenFinder:
                 ]
         yield from parts
 
-    def spelled(self, text: str) -> str | None:
-        """Return a special token whose characters a text holds, or None."""
-        return next((token for token in self._special if token in text), None)
+    def find_special(self, text: str) -> str | None:
+        """Return the first special token whose characters a text holds, or None."""
+        match = self._special_pattern.search(text) if self._special else None
+        return None if match is None else match[0]
 
     def _find(self, pattern: re.Pattern[str], text: str, parse_special: bool) -> Iterator[tuple[str, bool]]:
         done = 0  # the end of what has been yielded

@@ -16,22 +16,21 @@ from gpt2jax.tokenizer.bpe import (
     END_TOKEN,
     Merge,
     Tokenizer,
-    parse_merges,
     token_bytes,
     token_chars,
+)
+from gpt2jax.tokenizer.vocabulary import (
+    VOCABULARY_FILES,
+    check_complete,
+    check_merges,
+    read_fast,
+    read_vocabulary,
 )
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.json_files import Kind, read_json
 from gpt2jax.utils.notices import notice
-from gpt2jax.utils.validation import check, int_in_range, must_be
+from gpt2jax.utils.validation import check, int_in_range
 
-# (vocabulary, merges) of Hugging Face, OpenAI's release, a Keras preset and its folder above.
-VOCABULARY_FILES = (
-    ("vocab.json", "merges.txt"),
-    ("encoder.json", "vocab.bpe"),
-    ("vocabulary.json", "merges.txt"),
-    ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt"),
-)
 MAX_ID = 10_000_000  # a damaged id must not ask for memory
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA_ROLES = ("additional_special_tokens", "extra_special_tokens")  # lists, in old and new files
@@ -71,10 +70,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_token: str | int | None 
     kinds = {"model": dict, "added_tokens": list, "pre_tokenizer": (dict, NoneType)}
     fast = _read_optional(fast_file, kinds)
     if "model" in fast:  # Keras writes a tokenizer.json of another kind
-        vocabulary, merges = _read_fast(fast_file, fast)
+        vocabulary, merges = read_fast(fast_file, fast)
         prefix_space = bool(fast["pre_tokenizer"].get("add_prefix_space", True))
     else:
-        vocabulary, merges = _read_vocabulary(folder)
+        vocabulary, merges = read_vocabulary(folder)
         prefix_space = bool(config.get("add_prefix_space", False))
     unsplit = _read_unsplit_tokens(folder, fast, config, vocabulary, roles)
     legal_id = int_in_range(0, MAX_ID)
@@ -90,7 +89,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_token: str | int | None 
                 f"(transformers would add it as id {count}); name one with end_token=... (--end-token)"
             )
         own_end = None
-    _check_merges(folder, merges)
+    check_merges(folder, merges)
     try:
         tokenizer = _build(vocabulary, merges, unsplit, own_end, roles, prefix_space)
     except ValueError as error:
@@ -215,57 +214,6 @@ def _read_roles(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return {role: str(text["content"] if isinstance(text, dict) else text) for role, text in texts.items()}
 
 
-def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[Merge]]:
-    for vocabulary, merges in VOCABULARY_FILES:
-        if (folder / vocabulary).is_file() and (folder / merges).is_file():
-            try:
-                return read_json(folder / vocabulary), parse_merges((folder / merges).read_text("utf-8"))
-            except ValueError as error:
-                raise ValueError(
-                    str(error) if str(folder) in str(error) else f"{folder / merges}: {error}"
-                ) from None
-    pairs = ", ".join(" + ".join(pair) for pair in VOCABULARY_FILES)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder with a tokenizer in it")
-    for pair in VOCABULARY_FILES:
-        for here, other in (pair, pair[::-1]):
-            if (folder / here).is_file():
-                raise FileNotFoundError(f"{folder} has {here} but no {other}")
-    raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor one of {pairs}")
-
-
-def _read_fast(file: Path, fast: Mapping[str, Any]) -> tuple[dict[str, int], list[Merge]]:
-    """Return (vocabulary, merges) of a tokenizer.json; raise ValueError unless the rest of it is as in GPT-2's."""
-    model, splitter = fast["model"], fast.get("pre_tokenizer") or {}
-    supported = {
-        "model.type": (model.get("type", "BPE"), ("BPE",)),
-        "model.dropout": (model.get("dropout"), (None, 0, 0.0)),
-        "model.byte_fallback": (model.get("byte_fallback", False), (False,)),
-        "model.continuing_subword_prefix": (model.get("continuing_subword_prefix"), (None, "")),
-        "model.end_of_word_suffix": (model.get("end_of_word_suffix"), (None, "")),
-        "normalizer": (fast.get("normalizer"), (None,)),
-        "pre_tokenizer.type": (splitter.get("type"), ("ByteLevel",)),
-        "pre_tokenizer.use_regex": (splitter.get("use_regex", True), (True,)),
-    }
-    for name, (value, legal) in supported.items():
-        if value not in legal:
-            raise ValueError(must_be(f"{file}: {name}", f"{legal[0]!r} as in GPT-2's byte-level BPE", value))
-    for name, kind in (("vocab", dict), ("merges", list)):
-        if not isinstance(model.get(name), kind):
-            raise ValueError(must_be(f"{file}: model.{name}", f"a {kind.__name__}", model.get(name)))
-    return model["vocab"], [_parse_merge(file, entry) for entry in model["merges"]]
-
-
-def _parse_merge(file: Path, entry: Any) -> Merge:
-    """Return a merge of a tokenizer.json, which is "a b" in older files, ["a", "b"] in newer ones."""
-    texts = entry.split(" ") if isinstance(entry, str) else entry
-    if isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts):
-        left, right = map(token_bytes, texts)
-        if left and right:
-            return left, right
-    raise ValueError(must_be(f"{file}: a merge", "a pair of byte-level tokens", entry))
-
-
 @dataclasses.dataclass(frozen=True)
 class UnsplitToken:
     """A token that is found in a text before it is split: its id, whether it is special, and its flags."""
@@ -352,7 +300,7 @@ def _build(
         raise ValueError(f"{len(lacking)} merges make tokens without an id, first {lacking[0]!r}")
     names = [bytes([byte]) for byte in BYTE_ORDER] + [left + right for left, right in merges]
     unreachable.update((id_of[token], token) for token in id_of.keys() - set(names))
-    _check_complete(id_of, merges, unreachable)
+    check_complete(id_of, merges, unreachable)
     return Tokenizer(
         merges,
         token_ids=[id_of.get(token, -1) for token in names],
@@ -364,50 +312,3 @@ def _build(
         roles=roles,
         add_prefix_space=prefix_space,
     )
-
-
-def _check_complete(
-    id_of: Mapping[bytes, int], merges: Sequence[Merge], unreachable: Mapping[int, bytes]
-) -> None:
-    """Raise ValueError for a list of merges that ends before the vocabulary does.
-
-    A token without a merge may be one that was added by hand. It was cut off if the vocabulary goes on with it behind
-    the token of the last merge, or if there are more such tokens than merges; and if it consists of two tokens.
-    """
-
-    def is_pair(token: bytes) -> bool:
-        return any(token[:at] in id_of and token[at:] in id_of for at in range(1, len(token)))
-
-    last = id_of[merges[-1][0] + merges[-1][1]] if merges else -1
-    lost = [token for _, token in sorted(unreachable.items()) if is_pair(token)]
-    if lost and (unreachable.get(last + 1) == lost[0] or len(lost) > len(merges)):
-        raise ValueError(
-            f"the merges are cut off after {len(merges)}: the vocabulary has {len(lost)} tokens that no merge makes, "
-            f"first {lost[0]!r}; fetch merges.txt or tokenizer.json again"
-        )
-
-
-def _check_merges(folder: Path, merges: Sequence[Merge]) -> None:
-    """Raise ValueError for merges that tiktoken would apply in another way.
-
-    A merges file allows the pairs that it lists; tiktoken joins any two neighbours whose bytes are a token. Both
-    agree if the earlier merges alone turn each token's bytes into the pair listed for it. That is so for merges
-    that were learned from a text, but not for all lists that were made by hand.
-    """
-    known = Tokenizer.gpt2().merges
-    same = 0
-    while same < min(len(known), len(merges)) and merges[same] == known[same]:
-        same += 1
-    ranks = {left + right: rank for rank, (left, right) in enumerate(merges)}
-    for rank, (left, right) in enumerate(merges[same:], start=same):
-        parts = [bytes([byte]) for byte in left + right]
-        while len(parts) > 2:
-            best, at = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-            if best >= rank:
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if parts != [left, right]:
-            raise ValueError(
-                f"{folder}: the merges are not those of a learned byte-pair encoding: {left + right!r} is "
-                f"listed as {left!r} + {right!r}, but the merges before it give {parts!r}"
-            )

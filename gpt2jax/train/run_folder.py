@@ -17,7 +17,7 @@ from gpt2jax.data.documents import Documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import save_adapter
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.atomic_io import atomic_write, make_folder, naming_file
 from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.validation import check_path
@@ -119,7 +119,7 @@ class RunFolder:
             FileExistsError: another program runs in the folder now, or has left a run there since it was checked.
         """
         if self._writes:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         if not self._writes or fcntl is None:
             yield
             return
@@ -163,7 +163,6 @@ class RunFolder:
         if self._overwrite and self.path.is_dir():
             for name in (*_OWN, *_REPORT):
                 _remove(self.path / name)
-        self.path.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path / RUN_FILE) as file:
             json.dump(self.description, file, indent=2)
 
@@ -207,7 +206,8 @@ class RunFolder:
         """Add a line to `metrics.jsonl`."""
         if not self._writes:
             return
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with naming_file(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def finish(self, model: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 Source: `flax.serialization.msgpack_serialize`: a MessagePack map of maps, each array an extension of type 1 that holds
 (shape, name of the dtype, bytes). `FlaxConv1D` of transformers 4 keeps its kernels [out, in], the reverse of PyTorch's.
+The library `msgpack` copies the whole file into memory; here only the places of the arrays are read.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ RULES = tuple(
 )
 MAX_DEPTH = 20
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8", "bool")
-# first byte -> (format of the length or number behind it)
-_LENGTHS = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I", 0xC7: ">B", 0xC8: ">H", 0xC9: ">I", 0xD9: ">B", 0xDA: ">H", 0xDB: ">I",
-            0xDC: ">H", 0xDD: ">I", 0xDE: ">H", 0xDF: ">I"}  # fmt: skip
-_NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i",
-            0xD3: ">q"}  # fmt: skip
+# first byte -> format of the length or number that follows; other values do not occur in files of weights
+_MAPS = {0xDE: ">H", 0xDF: ">I"}
+_TEXTS = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
+_BYTES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
+_EXTENSIONS = {0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}
+_NUMBERS = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
 
 
 def is_flax(path: Path) -> bool:
@@ -60,90 +62,86 @@ def read_msgpack(path: Path) -> dict[str, LazyTensor]:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             reader = _Reader(path, content)
-            tree = reader.read()
+            reader.read_map("")
             if reader.position != len(content):
-                raise ValueError("there is more behind its end")
-        tensors: dict[str, LazyTensor] = {}
-        _flatten(tree, "", tensors)
-    except (ValueError, IndexError, TypeError, struct.error) as error:
+                raise ValueError("it goes on after its end")
+    except (ValueError, IndexError, struct.error) as error:
         raise ValueError(f"{path} is cut short, damaged, or not Flax weights: {error}") from None
-    return tensors
-
-
-def _flatten(node: Any, prefix: str, tensors: dict[str, LazyTensor]) -> None:
-    if isinstance(node, LazyTensor):
-        tensors[prefix[:-1]] = node
-    elif isinstance(node, dict):
-        for name, value in node.items():
-            _flatten(value, f"{prefix}{name}.", tensors)
-    else:
-        raise ValueError(
-            f"{prefix[:-1] or 'its content'!s:.100} must be an array, got a {type(node).__name__}"
-        )
+    return reader.tensors
 
 
 class _Reader:
-    """Reads MessagePack; arrays become tensors that are read later."""
+    """Reads a MessagePack map of maps; arrays become tensors that are read later."""
 
-    def __init__(self, path: Path, content: Any, position: int = 0):
-        self.path, self.content, self.position = path, content, position
+    def __init__(self, path: Path, content: Any):
+        self.path, self.content, self.position = path, content, 0
+        self.tensors: dict[str, LazyTensor] = {}
 
-    def take(self, count: int) -> bytes:
+    def read_map(self, prefix: str, depth: int = 0) -> None:
+        """Note the tensors of the map at the position, and of the maps in it."""
+        if depth > MAX_DEPTH:
+            raise ValueError("its maps are nested too deeply")
+        length = self._length(_MAPS, 0x80, 0x8F)
+        if length is None or length > len(self.content) - self.position:
+            raise ValueError(f"{prefix.removesuffix('.') or 'its content'!s:.100} must be a map or an array")
+        for _ in range(length):
+            name = prefix + self._text()
+            if (size := self._length(_EXTENSIONS)) is None:
+                self.read_map(f"{name}.", depth + 1)
+            else:
+                self.tensors[name] = self._tensor(size)
+
+    def _tensor(self, length: int) -> LazyTensor:
+        end = self.position + 1 + length
+        mark, dims = self._take(2), self._length({}, 0x90, 0x9F)
+        if mark != b"\x01\x93" or dims is None:
+            raise ValueError("an array without shape, dtype and bytes")
+        shape, dtype = tuple(self._number() for _ in range(dims)), self._text()
+        size = self._length(_BYTES)
+        if size is None or dtype not in _DTYPES or size != math.prod(shape) * numpy_dtype(dtype).itemsize:
+            raise ValueError(f"an array of dtype {dtype!r:.50} and shape {shape!r:.50} with {size} bytes")
+        path, start, self.position = self.path, self.position, end
+        if start + size != end or end > len(self.content):
+            raise ValueError("it ends inside an array")
+
+        def read() -> np.ndarray:
+            return np.fromfile(path, numpy_dtype(dtype), math.prod(shape), offset=start).reshape(shape)
+
+        return LazyTensor(shape, dtype, read, str(path), start)
+
+    def _take(self, count: int) -> bytes:
         if self.position + count > len(self.content):
             raise ValueError("it ends inside a value")
         self.position += count
         return self.content[self.position - count : self.position]
 
-    def number(self, code: str) -> Any:
-        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+    def _length(self, formats: dict[int, str], first: int = 1, last: int = 0) -> int | None:
+        """Return the length of a value of one kind, or None, and stay, if the next value is of another kind.
 
-    def read(self, depth: int = 0) -> Any:
-        if depth > MAX_DEPTH:
-            raise ValueError("its maps are nested too deeply")
-        kind = self.take(1)[0]
-        if kind < 0x80 or kind >= 0xE0:
-            return kind if kind < 0x80 else kind - 256
-        if kind in (0xC0, 0xC2, 0xC3):
-            return {0xC0: None, 0xC2: False, 0xC3: True}[kind]
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
-        if kind < 0xC0:  # short maps, lists and texts
-            length = kind & (0x1F if kind >= 0xA0 else 0x0F)
-        elif kind in _LENGTHS:
-            length = self.number(_LENGTHS[kind])
-        else:
-            length = 1 << (kind - 0xD4)  # extensions of 1, 2, 4, 8 and 16 bytes
-        if 0xC7 <= kind <= 0xC9 or 0xD4 <= kind <= 0xD8:
-            return self.extension(length)
-        if 0xA0 <= kind < 0xC0 or 0xD9 <= kind <= 0xDB:
-            return self.take(length).decode()
-        if 0xC4 <= kind <= 0xC6:
-            return self.take(length)
-        if length > len(self.content) - self.position:
-            raise ValueError("it has more entries than bytes")
-        if kind < 0x90 or kind >= 0xDE:
-            return {str(self.read(depth + 1)): self.read(depth + 1) for _ in range(length)}
-        return [self.read(depth + 1) for _ in range(length)]
+        Args:
+            formats: by the first byte, how a length that follows is written.
+            first, last: the first bytes that hold the length themselves.
+        """
+        kind = self.content[self.position]
+        if first <= kind <= last:
+            self.position += 1
+            return kind - first
+        if kind not in formats:
+            return None
+        self.position += 1
+        return self._unpack(formats[kind])
 
-    def extension(self, length: int) -> LazyTensor:
-        """Return the array of an extension of type 1: its shape, the name of its dtype, and its bytes."""
-        if self.number(">b") != 1 or self.position + length > len(self.content):
-            raise ValueError("it ends inside an array, or holds a value that is not one")
-        end = self.position + length
-        if self.take(1)[0] != 0x93:
-            raise ValueError("an array without shape, dtype and bytes")
-        shape, dtype = self.read(1), self.read(1)
-        dtype = dtype.decode() if isinstance(dtype, bytes) else dtype
-        if dtype not in _DTYPES or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"an array of dtype {dtype!r:.50} and shape {shape!r:.50}")
-        count = math.prod(shape)
-        size = self.number(_LENGTHS[self.take(1)[0]])
-        if size != count * numpy_dtype(dtype).itemsize or self.position + size != end:
-            raise ValueError(f"an array of shape {shape!r:.50} with {size} bytes")
-        start, self.position = self.position, end
-        path, place = self.path, tuple(shape)
+    def _unpack(self, code: str) -> int:
+        return struct.unpack(code, self._take(struct.calcsize(code)))[0]
 
-        def read() -> np.ndarray:
-            return np.fromfile(path, numpy_dtype(dtype), count, offset=start).reshape(place)
+    def _text(self) -> str:
+        length = self._length(_TEXTS, 0xA0, 0xBF)
+        if length is None:
+            raise ValueError("a name that is not a text")
+        return self._take(length).decode()
 
-        return LazyTensor(place, dtype, read, str(path), start)
+    def _number(self) -> int:
+        number = self._length(_NUMBERS, 0, 0x7F)
+        if number is None:
+            raise ValueError("a shape of something else than whole numbers")
+        return number

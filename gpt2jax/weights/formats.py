@@ -10,7 +10,8 @@ from pathlib import Path
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params
 from gpt2jax.tokenizer.bpe import Tokenizer
-from gpt2jax.tokenizer.files import VOCABULARY_FILES, load_tokenizer
+from gpt2jax.tokenizer.files import load_tokenizer
+from gpt2jax.tokenizer.vocabulary import VOCABULARY_FILES
 from gpt2jax.utils.notices import enumerate_names
 from gpt2jax.utils.stand_ins import describe_stand_in
 from gpt2jax.weights.flax_msgpack import is_flax, open_flax

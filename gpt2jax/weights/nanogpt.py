@@ -30,7 +30,7 @@ RULES = tuple(
     for rule in hf.RULES
 )
 MODEL_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout", "flash"}
-# the rows of the embedding behind the 50257 tokens are padding that is never trained
+# the rows of the embedding after the 50257 tokens are padding that is never trained
 PADDED_VOCAB_SIZE, VOCAB_SIZE = 50304, 50257
 
 

@@ -30,7 +30,15 @@ from gpt2jax.utils.stand_ins import describe_stand_in
 from gpt2jax.utils.validation import check, is_integer, must_be, positive_int, positive_number
 from gpt2jax.weights.hf import refuse_foreign_files, strip_prefixes
 from gpt2jax.weights.mapping import LazyTensor, check_tensors, read_into
-from gpt2jax.weights.peft_embeddings import check_modules, is_embedding, replace_embeddings, token_rows
+from gpt2jax.weights.peft_embeddings import (
+    Embeddings,
+    check_modules,
+    embedding_settings,
+    embedding_tensors,
+    is_embedding,
+    replace_embeddings,
+    token_rows,
+)
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
 from gpt2jax.weights.torch_reader import read_state_dict
 
@@ -124,8 +132,8 @@ def read_adapter(
 
 def read_embeddings(
     folder: str | os.PathLike[str], config: GPT2Config, params: Params
-) -> tuple[GPT2Config, Params]:
-    """Return (config, params) with the embeddings that a PEFT folder holds beside its adapters, or as they are.
+) -> tuple[GPT2Config, Params, Embeddings]:
+    """Return (config, params) with the embeddings that a PEFT folder holds beside its adapters, and which these are.
 
     Raises:
         FileNotFoundError, ValueError: see `read_adapter`.
@@ -133,7 +141,7 @@ def read_embeddings(
     file, settings, tensors = _open_folder(Path(folder))
     tensors = {name: tensor for name, tensor in tensors.items() if is_embedding(name)}
     if not tensors:
-        return config, params
+        return config, params, {}
     return replace_embeddings(config, params, tensors, token_rows(settings, Path(folder) / CONFIG_FILE), file)
 
 
@@ -162,6 +170,7 @@ def write_adapter(
     *,
     base_model: str | None = None,
     params: Params | None = None,
+    embeddings: Embeddings | None = None,
 ) -> None:
     """Write adapters as a PEFT folder, whole or not at all.
 
@@ -174,7 +183,8 @@ def write_adapter(
         lora: their settings.
         adapters: the adapters, stacked over the blocks.
         base_model: name or path of that model, for PEFT's AutoPeftModel.
-        params: its parameters, needed for DoRA of query, key or value.
+        params: its parameters, needed for DoRA of query, key or value, and for `embeddings`.
+        embeddings: which embeddings to write beside the adapters, see `read_embeddings`.
 
     Raises:
         ValueError: DoRA of query, key or value without `params`.
@@ -183,9 +193,9 @@ def write_adapter(
     if any(target in QKV_TARGETS for target in lora.targets):
         lora, adapters = fuse_qkv(config, lora, adapters, params)
     flat = {target: jax.tree.map(np.asarray, _get_target(adapters, target)) for target in lora.targets}
-    arrays = [
-        (f"base_model.model.transformer.{name}", values.T) for name, values in _iter_parts(config, lora, flat)
-    ]
+    arrays = [(name, values.T) for name, values in _iter_parts(config, lora, flat)]
+    embeddings = embeddings if embeddings and params else {}
+    arrays += embedding_tensors(params or {}, embeddings)
     is_whole = float(lora.alpha).is_integer()  # PEFT declares alpha as a whole number, and computes with any
     settings = {
         "peft_type": "LORA",
@@ -202,11 +212,14 @@ def write_adapter(
         "fan_in_fan_out": True,
         "bias": "none",
         "inference_mode": True,
+        **embedding_settings(embeddings),
     }
     refuse_foreign_files(Path(folder), KNOWN_FILES, "a saved adapter")
     with atomic_folder(folder, overwrite=True) as aside:
         (aside / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-        write_safetensors(aside / WEIGHTS_FILE, arrays, "float32", {"format": "pt"})
+        roots = {True: "base_model.model", False: "base_model.model.transformer"}
+        named = [(f"{roots[name.startswith('lm_head')]}.{name}", values) for name, values in arrays]
+        write_safetensors(aside / WEIGHTS_FILE, named, "float32", {"format": "pt"})
 
 
 def _get_target(adapters: Params, target: str) -> Params:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tyro
 from rich.console import Console
+from tiny_models import random_model
 
 import gpt2jax
 from gpt2jax.cli import compare, evaluate, finetune, main
@@ -35,6 +36,14 @@ def texts(tmp_path_factory):
     rows = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 30)) + f" {i}" for i in range(40)]
     path.write_text("".join(json.dumps({"title": f"t{i}", "body": row}) + "\n" for i, row in enumerate(rows)))
     return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    """Save a model whose programs take less time to compile than those of gpt2-mini."""
+    path = tmp_path_factory.mktemp("model") / "small"
+    random_model(0).save(path)
+    return str(path)
 
 
 SHORT = ["--steps", "2", "--batch-size", "4", "--sequence-length", "32", "--max-new-tokens", "8"]
@@ -89,17 +98,17 @@ def test_finetune_repeats_a_finished_run_from_its_checkpoint(run, texts, capsys)
 
 
 @pytest.mark.slow
-def test_finetune_with_adapters_on_an_int8_base(texts, tmp_path, monkeypatch):
+def test_finetune_with_adapters_on_an_int8_base(texts, small, tmp_path, monkeypatch):
     """The comparison has the model's own weights, back from the host, and the same with the adapters."""
     compared = []
     monkeypatch.setattr(
         finetune, "_compare", lambda _, model, result, *rest: compared.append((model, result))
     )
     options = ["--data", str(texts), "--text-column", "body", *SHORT, "--lora", "--base-dtype", "int8"]
-    main(["finetune", *options, "--out", str(tmp_path / "run")])
+    main(["finetune", "--model", small, *options, "--out", str(tmp_path / "run")])
     ((model, result),) = compared
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.params))
-    base, trained = gpt2jax.load("gpt2-mini"), gpt2jax.load(tmp_path / "run")
+    base, trained = gpt2jax.load(small), gpt2jax.load(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, model.params, base.params)
     jax.tree.map(np.testing.assert_array_equal, result.model.params, trained.params)
     jax.tree.map(np.testing.assert_array_equal, result.model.adapters, trained.adapters)
@@ -257,8 +266,8 @@ def test_generate(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_generate_by_search(capsys):
-    model, settings = gpt2jax.load("gpt2-mini"), ["--max-new-tokens", "8"]
+def test_generate_by_search(small, capsys):
+    model, settings = gpt2jax.load(small), ["--model", small, "--max-new-tokens", "8"]
     main(["generate", "Return the", *settings, "--num-beams", "3", "--num-return-sequences", "2"])
     [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return_sequences=2, max_new_tokens=8)
     shown = capsys.readouterr()
@@ -270,14 +279,16 @@ def test_generate_by_search(capsys):
 
 
 @pytest.mark.slow
-def test_generate_takes_a_draft_model_and_every_kind_of_option(capsys):
-    model = gpt2jax.load("gpt2-mini")
-    words = "--no-do-sample --top-k None --stop-token-ids 1 2 --bad-words x --max-new-tokens 6"
-    main(["generate", "Return the", *words.split(), "--draft-model", "gpt2-mini", "--num-draft-tokens", "3"])
+def test_generate_takes_a_draft_model_and_every_kind_of_option(small, capsys):
+    model = gpt2jax.load(small)
+    words = (
+        f"--model {small} --no-do-sample --top-k None --stop-token-ids 1 2 --bad-words x --max-new-tokens 6"
+    )
+    main(["generate", "Return the", *words.split(), "--draft-model", small, "--num-draft-tokens", "3"])
     settings = {"do_sample": False, "stop_token_ids": [1, 2], "bad_words": ["x"], "max_new_tokens": 6}
     assert capsys.readouterr().out == f"{gpt2jax.generate(model, 'Return the', **settings)[0]}\n"
     assert "num_beams=2 does not go with draft_model" in fails(
-        capsys, "generate", "a", "--num-beams", "2", "--draft-model", "gpt2-mini"
+        capsys, "generate", "a", "--num-beams", "2", "--draft-model", small
     )
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import zipfile
 from typing import Any
 
@@ -10,6 +9,7 @@ from sample_files import TEXTS, json_lines, write
 from gpt2jax.data.docs_corpus import SPLITS
 from gpt2jax.data.sources import load_texts
 from gpt2jax.data.splits import split_by_content, split_of_file
+from gpt2jax.utils.notices import Notice
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -64,16 +64,16 @@ def test_files_are_read_in_order_of_their_names(tmp_path):
         (("training.jsonl", "dev.jsonl"), {"train": 95, "validation": 100, "test": 5}),
     ],
 )
-def test_splits_that_are_absent_are_held_out_of_the_training_texts(tmp_path, caplog, names, expected):
-    caplog.set_level(logging.WARNING, "gpt2jax")
+def test_splits_that_are_absent_are_held_out_of_the_training_texts(tmp_path, names, expected):
     for name in names:
         write(tmp_path / "c" / name, json_lines([f"{name} {i}" for i in range(100)]))
     source = tmp_path / "c" if len(names) > 1 else tmp_path / "c" / names[0]
-    parts = {split: load_texts(source, split) for split in SPLITS}
+    with pytest.warns(Notice) as given:
+        parts = {split: load_texts(source, split) for split in SPLITS}
     assert {split: len(part) for split, part in parts.items()} == expected
     assert not set(parts["train"]) & {*parts["validation"], *parts["test"]}
     assert len(load_texts(source, "all")) == 100 * len(names)
-    (message,) = caplog.messages
+    (message,) = {str(one.message) for one in given}
     assert f"{source} has no " in message and "split by content, 5% for" in message
 
 
@@ -110,12 +110,11 @@ def test_words_inside_a_name_tell_nothing(tmp_path, name):
     assert len(load_texts(tmp_path / "c")) == 36 and len(load_texts(tmp_path / "c", "all")) == 40
 
 
-def test_files_of_no_split_are_named(tmp_path, caplog):
-    caplog.set_level(logging.WARNING, "gpt2jax")
+def test_files_of_no_split_are_named(tmp_path):
     for name in ("train", "test", "dev", "notes"):
         write(tmp_path / "c" / f"{name}.jsonl", json_lines([name]))
-    assert load_texts(tmp_path / "c") == ["train"]
-    assert caplog.messages == [f"{tmp_path / 'c'}: passed over files of no split: notes.jsonl"]
+    with pytest.warns(Notice, match="/c: passed over files of no split: notes.jsonl$"):
+        assert load_texts(tmp_path / "c") == ["train"]
 
 
 @pytest.mark.parametrize("number", [3, 19, 100, 399, 400, 5000])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import zipfile
 
 import pyarrow
@@ -16,6 +15,7 @@ from sample_files import TEXTS, json_lines, parquet, write
 
 from gpt2jax.data.encodings import likely_encoding, wide_encoding
 from gpt2jax.data.sources import load_texts
+from gpt2jax.utils.notices import Notice
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -107,13 +107,19 @@ def test_a_named_column_is_found_wherever_it_stands(tmp_path):
     assert pairs[::300] == [{"prompt": "", "completion": ""}, {"prompt": "a", "completion": "a"}]
 
 
-def test_dialect_and_header_are_shown(tmp_path, caplog):
-    caplog.set_level(logging.WARNING, "gpt2jax")
-    load_texts(write(tmp_path / "a.csv", "id;text\n1;a\n"), "all")
-    assert f"{tmp_path / 'a.csv'}: cells are separated by ';' and quoted by \"" in caplog.messages
-    load_texts(write(tmp_path / "b.csv", "first words\nmore words\n"), "all")
-    assert "taken for the header, so that the texts begin behind 'first words'" in caplog.text
-    assert len(caplog.messages) == 2
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id;text\n1;a\n", ": cells are separated by ';' and quoted by \"$"),
+        (
+            "first words\nmore words\n",
+            ", line 1: taken for the header, so that the texts begin after 'first words'$",
+        ),
+    ],
+)
+def test_dialect_and_header_are_shown(tmp_path, content, message):
+    with pytest.warns(Notice, match="a.csv" + message):
+        load_texts(write(tmp_path / "a.csv", content), "all")
 
 
 STRINGS = pyarrow.array(["a", None, "ä"])
@@ -198,13 +204,13 @@ def test_several_paths_and_patterns(tmp_path):
         load_texts(["in/e.txt"], "all")
 
 
-def test_files_passed_over_are_named(tmp_path, caplog):
-    caplog.set_level(logging.WARNING, "gpt2jax")
+def test_files_passed_over_are_named(tmp_path):
     write(tmp_path / "c" / "a.jsonl", json_lines(["a"]))
     for name in ("metadata.json", "notes.docx", "LICENSE", ".DS_Store", "README.md", "x\x1b[31m.bin"):
         write(tmp_path / "c" / name, "{}")
-    assert load_texts(tmp_path / "c", "all") == ["a"]
-    (message,) = caplog.messages
+    with pytest.warns(Notice) as given:
+        assert load_texts(tmp_path / "c", "all") == ["a"]
+    (message,) = [str(one.message) for one in given]
     assert (
         "passed over 5 files without texts by name: LICENSE, README.md, metadata.json, notes.docx" in message
     )
@@ -267,7 +273,7 @@ def test_the_likely_encoding_is_named_and_reads(tmp_path, text, encoding):
 
 def test_a_wrong_encoding_is_named(tmp_path):
     path = write(tmp_path / "a.csv", "text,n\ncafé,1\n")
-    with pytest.raises(ValueError, match=r"a.csv is not ascii behind line 0; UnicodeDecodeError"):
+    with pytest.raises(ValueError, match=r"a.csv is not ascii after line 0; UnicodeDecodeError"):
         load_texts(path, "all", encoding="ascii")
     with pytest.raises(
         ValueError, match="encoding must be the name of an encoding such as utf-8, .*got 'utf-9'"

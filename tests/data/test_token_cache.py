@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import multiprocessing
+import os
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 import gpt2jax.data.encoding as documents_module
+import gpt2jax.utils.atomic_io as atomic_io
 from gpt2jax.data.batches import Batches
-from gpt2jax.data.token_cache import default_cache, read_tokens
+from gpt2jax.data.token_cache import TokenFile, default_cache, read_tokens
 from gpt2jax.data.tokenization import tokenize_documents
 from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.utils.notices import Notice
 
 TEXTS = ["one text", "", "another\ud800 text", "ein dritter, länger"]
 
@@ -54,7 +61,7 @@ def test_cached_is_what_is_not_cached(tmp_path, monkeypatch, texts, vocab_size):
     first = tokenize_documents(texts, tokenizer, vocab_size=vocab_size, cache=tmp_path)
     calls = tokenizer.calls
     again = tokenize_documents(texts, tokenizer, vocab_size=vocab_size, cache=tmp_path)
-    assert tokenizer.calls == calls and isinstance(again.tokens, np.memmap)
+    assert tokenizer.calls == calls and isinstance(again.tokens, TokenFile)
     assert_same(first, expected)
     assert_same(again, expected)
     assert len(list(tmp_path.iterdir())) == 1
@@ -106,16 +113,123 @@ def test_texts_that_say_where_they_come_from_are_read_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "empty"])
-def test_a_damaged_file_is_made_anew(tmp_path, damage):
+def flip(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "empty", "flipped", "longer", "a folder", "unreadable"])
+def test_a_damaged_file_is_made_anew(tmp_path, monkeypatch, damage):
     tokenizer = Counting()
-    expected = tokenize_documents(TEXTS, tokenizer, vocab_size=300, cache=tmp_path)
-    expected = type(expected)(np.array(expected.tokens), expected.offsets)
+    expected = tokenize_documents(TEXTS, tokenizer, vocab_size=300)
+    tokenize_documents(TEXTS, tokenizer, vocab_size=300, cache=tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
-    path.write_bytes({"cut": content[:-16], "other": b"x" * 64, "empty": b""}[damage])
-    assert read_tokens(path) is None
-    assert_same(tokenize_documents(TEXTS, tokenizer, vocab_size=300, cache=tmp_path), expected)
+    changed = {"cut": content[:-16], "other": b"x" * 64, "empty": b"", "longer": content + bytes(8)}
+    with monkeypatch.context() as context:
+        if damage == "unreadable":  # by other users than root
+            context.setattr("builtins.open", failing_open(path))
+        elif damage == "a folder":
+            path.unlink()
+            path.mkdir()
+        else:
+            path.write_bytes(changed.get(damage, flip(content, 3)))
+        with pytest.warns(
+            Notice, match=f"{path.name} (is damaged|can't be read) .*the texts are tokenized again"
+        ):
+            assert read_tokens(path, 300) is None
+    with pytest.warns(Notice) if damage != "unreadable" else contextlib.nullcontext():
+        assert_same(tokenize_documents(TEXTS, tokenizer, vocab_size=300, cache=tmp_path), expected)
+    if damage != "a folder":
+        assert path.read_bytes() == content
+
+
+def failing_open(path):
+    def failing(name, *args, **named):
+        if name == path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open(name, *args, **named)
+
+    return failing
+
+
+@pytest.mark.parametrize("texts", [TEXTS, [{"prompt": "a b", "completion": " c"}, "plain"]])
+def test_read_tokens_tells_flipped_bits_of_every_byte(tmp_path, texts):
+    tokenize_documents(texts, Counting(), vocab_size=300, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        for bit in range(0, 8 * len(content), 5):
+            path.write_bytes(flip(content, bit))
+            assert read_tokens(path, 300) is None, bit
+    path.write_bytes(content)
+    assert read_tokens(path, 300) is not None
+
+
+def test_read_tokens_refuses_ids_above_the_vocabulary(tmp_path):
+    tokenize_documents([[1, 299]], None, vocab_size=300, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    with pytest.warns(Notice, match="has an id that a vocabulary of 299 does not have"):
+        assert read_tokens(path, 299) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "replaced"])
+def test_a_file_that_is_cut_while_it_is_used(tmp_path, damage):
+    texts = [list(range(50)), list(range(60))]
+    documents = tokenize_documents(texts, None, vocab_size=300, cache=tmp_path)
+    batches = Batches(documents, "padded", 64, 2, 299, 0)
+    (path,) = tmp_path.iterdir()
+    if damage == "cut":
+        os.truncate(path, 80)
+        with pytest.raises(ValueError, match=f"{path.name} was cut while it was in use; start again"):
+            batches.batch(0)
+    else:
+        path.unlink()
+        assert batches.batch(0)["tokens"].max() == 299 and documents[1].tolist() == texts[1]
+
+
+@pytest.mark.parametrize("reads_once", [False, True])
+@pytest.mark.parametrize("room", ["no file", 0, 20, 90, "no sync"])
+def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, room, reads_once):
+    """The disk has room for nothing, some of the ids, all of them, or fails at the end."""
+    monkeypatch.setattr(documents_module, "CHUNK_SIZE", 10)  # several pieces
+    texts = TEXTS + TEXTS
+    expected = tokenize_documents(texts, Counting(), vocab_size=300)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            space = room - self.tell()
+            return super().write(bytes(data)[:space]) if space > 0 else fail()
+
+    if room == "no file":
+        monkeypatch.setattr("tempfile.mkstemp", fail)
+    elif room == "no sync":
+        monkeypatch.setattr("os.fsync", fail)
+    else:
+        full = lambda path, mode: io.BufferedWriter(FullDisk(path, mode))  # noqa: E731
+        monkeypatch.setattr(atomic_io, "open", full, raising=False)
+    given = iter(texts) if reads_once else texts
+    with pytest.warns(Notice, match="cache can't keep token ids .No space left on device.: they stay in mem"):
+        documents = tokenize_documents(given, Counting(), vocab_size=300, cache=cache)
+    assert_same(documents, expected)
+    assert not list(cache.iterdir())
+
+
+def test_errors_of_the_texts_are_no_errors_of_the_cache(tmp_path):
+    def texts() -> Iterator[str]:
+        yield "one"
+        raise OSError("the texts can't be read")
+
+    with pytest.raises(OSError, match="the texts can't be read"):
+        tokenize_documents(texts(), Counting(), vocab_size=300, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def _tokenize(folder, barrier, results) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 
 import gpt2jax.evaluation.evaluate as module
+from gpt2jax.evaluation.accumulators import Breakdown, DocumentSums
 from gpt2jax.evaluation.evaluate import evaluate
-from gpt2jax.evaluation.resume import read_state
+from gpt2jax.evaluation.resume import State, read_state, write_state
+from gpt2jax.utils.notices import Notice
 
 LENGTH = 16
 TEXTS = [f"document number {i}, of {i % 7} or more " + "words " * (i % 11) for i in range(100)]
@@ -146,6 +149,7 @@ def test_evaluate_refuses_a_state_of_something_else(model, other_model, tmp_path
         evaluate(chosen, texts, **{"sequence_length": LENGTH, **change}, state=state, resume=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no checksum")
 def test_read_state_refuses_other_files_and_versions(tmp_path):
     state = tmp_path / "state.npz"
     for content in (b"", b"PK\x03\x04 no", b"x" * 100):
@@ -155,6 +159,58 @@ def test_read_state_refuses_other_files_and_versions(tmp_path):
     np.savez(state, about=np.array(json.dumps({"state_version": 1})))
     with pytest.raises(ValueError, match="must have state version 2, got 1; .* start it anew"):
         read_state(state, {})
+    np.savez_compressed(state, about=np.zeros(1 << 16))
+    with pytest.raises(ValueError, match="it is compressed"):
+        read_state(state, {})
+
+
+def small_state(path: pathlib.Path) -> bytes:
+    def zeros(kind: type, size: int) -> Any:
+        return kind(**{field.name: np.zeros(size) for field in dataclasses.fields(kind)})
+
+    write_state(path, State(zeros(DocumentSums, 3), zeros(Breakdown, 2), "abc", 7, 1.5), {"model": "x"})
+    return path.read_bytes()
+
+
+def test_read_state_tells_flipped_bits(tmp_path):
+    path = tmp_path / "state.npz"
+    content = small_state(path)
+    assert read_state(path, {"model": "x"}).longest == 7
+    mark = len(content) - 16
+    for at in [*range(0, mark, 29), *range(len(content) - 8, len(content))]:
+        changed = bytearray(content)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="state.npz is not the state of an evaluation, or it is damaged"):
+            read_state(path, {"model": "x"})
+    path.write_bytes(content[:mark] + content[mark + 16 :])  # as an older version wrote it
+    with pytest.warns(Notice, match="state.npz has no checksum"):
+        assert read_state(path, {"model": "x"}).longest == 7
+
+
+@pytest.mark.filterwarnings("ignore:.*has no checksum")
+def test_read_state_refuses_states_of_another_form(tmp_path):
+    path = tmp_path / "state.npz"
+    small_state(path)
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    about = json.loads(str(arrays["about"]))
+    changes: list[tuple[str, Any]] = [
+        ("per_document.loss", None),
+        ("per_document.loss", np.zeros(4)),
+        ("breakdown.bin_tokens", np.zeros((2, 2))),
+        ("breakdown.bin_tokens", np.array(["a", "b"])),
+        ("about", np.array(json.dumps([]))),
+        ("about", np.array(json.dumps({"state_version": 2}))),
+        ("about", np.array(json.dumps(about | {"identity": 5}))),
+        ("about", np.array(json.dumps(about | {"longest": None}))),
+        ("about", np.array("[" * 5000)),
+    ]
+    for name, value in changes:
+        others: dict[str, Any] = {key: array for key, array in arrays.items() if key != name}
+        np.savez(path, **(others if value is None else others | {name: value}))
+        with pytest.raises(ValueError, match="state.npz is not the state of an evaluation, or it is damaged"):
+            read_state(path, {"model": "x"})
 
 
 def test_evaluate_refuses_a_state_that_it_cannot_use(model, tmp_path):

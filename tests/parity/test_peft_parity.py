@@ -51,16 +51,18 @@ def logits(model) -> np.ndarray:
         return model.eval()(torch.tensor(IDS)).logits.numpy()
 
 
-def peft_model(base, settings: dict[str, Any]):
-    """The base with adapters of peft whose every number is random."""
+def peft_model(base, settings: dict[str, Any], model=None):
+    """The base, or a model made of it, with adapters of peft whose every number is random."""
     lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "fan_in_fan_out": True, **settings})
-    model = peft.get_peft_model(torch_base(base), lora)
+    model = peft.get_peft_model(torch_base(base) if model is None else model, lora)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:  # DoRA's magnitudes stay about as long as the weights' columns are
                 noise = torch.randn(parameter.shape, generator=generator) * 0.1
                 parameter.copy_(parameter + noise if "magnitude" in name else noise)
+            elif parameter.requires_grad:  # embeddings
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
 
 
@@ -181,6 +183,53 @@ def test_gradient_of_dora(tmp_path, base):
     for (path, ours), wanted in zip(leaves, jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(wanted) > 1e-4, jax.tree_util.keystr(path)
         assert np.linalg.norm(ours - wanted) <= 1e-5 * np.linalg.norm(wanted), jax.tree_util.keystr(path)
+
+
+ROWS = [1, 5, 7]
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("vocab_size", "settings"),
+    [
+        (300, {"modules_to_save": ["wte"]}),
+        (300, {"modules_to_save": ["lm_head"]}),
+        (300, {"modules_to_save": ["wte", "lm_head"]}),
+        (300, {"modules_to_save": ["transformer.wte"], "ensure_weight_tying": True}),
+        (300, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+        (300, {"modules_to_save": ["wpe"], "trainable_token_indices": ROWS}),
+        (300, {"trainable_token_indices": {"wte": ROWS, "lm_head": ROWS}}),
+        (300, {"trainable_token_indices": {"wte": ROWS, "lm_head": [2]}}),
+        (300, {"trainable_token_indices": {"lm_head": ROWS}}),
+        (310, {}),
+        (310, {"trainable_token_indices": [305, 2]}),
+        (310, {"modules_to_save": ["wte"]}),
+        (310, {"modules_to_save": ["wte", "lm_head"]}),
+    ],
+    ids=str,
+)
+def test_embeddings_of_peft_there_and_back(tmp_path, base, vocab_size, settings, is_tied):
+    """The adapter of peft, and ours written from it, are the same model in both libraries."""
+    if not is_tied:
+        model = torch_base(base)
+        head = model.lm_head.weight.detach() * 1.5
+        model.config.tie_word_embeddings, model.lm_head.weight = False, torch.nn.Parameter(head)
+        model.save_pretrained(base)
+
+    def resized():
+        model = torch_base(base)
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        return model
+
+    theirs = peft_model(base, {"r": 2, "target_modules": ["c_attn"], **settings}, resized())
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = logits(theirs)
+    for name in ("theirs", "ours"):
+        model = gpt2jax.load_adapter(gpt2jax.load(base), tmp_path / name)
+        np.testing.assert_allclose(model.logits(IDS), expected, rtol=1e-5, atol=1e-5)
+        gpt2jax.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(resized(), tmp_path / "ours")
+    np.testing.assert_allclose(logits(again), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

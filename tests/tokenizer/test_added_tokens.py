@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import pytest
@@ -57,7 +58,8 @@ def test_token_finder_leaves_special_tokens_as_text():
     assert split("a<s>word", special=("<s>",), parse_special=False, **flags) == ["a<s>", "[word]"]
     assert split("a<s>word", special=("<s>",), **flags) == ["a", "[<s>]", "[word]"]
     finder = TokenFinder(flags, ("<s>",))
-    assert finder.spelled("x<s>") == "<s>" and finder.spelled("word") is None
+    assert finder.find_special("x<s>") == "<s>" and finder.find_special("word") is None
+    assert TokenFinder({}, ()).find_special("x") is None
 
 
 def test_encode_parses_special_tokens_if_asked():
@@ -67,9 +69,27 @@ def test_encode_parses_special_tokens_if_asked():
     assert parsing.encode(text) == BASE.encode(text, allow_special=True) == [64, 299, 65]
     assert parsing.encode_batch([text]) == [[64, 299, 65]]
     assert parsing.fingerprint != BASE.fingerprint == parsing.with_special_tokens("text").fingerprint
-    assert BASE.spelled_special_token(text) == END_TOKEN and parsing.spelled_special_token(text) is None
     with pytest.raises(ValueError, match="special_tokens must be one of text, parse, got 'yes'"):
         BASE.with_special_tokens("yes")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("encode", ["encode", "encode_batch"])
+def test_encode_says_once_that_a_special_token_is_read_as_text(encode):
+    text = f"a{END_TOKEN}b"
+    texts = [text] if encode == "encode_batch" else text
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            getattr(BASE, encode)(texts)
+    assert [str(one.message) for one in caught] == [
+        "a text holds the special token '<|endoftext|>', which is read as plain characters; "
+        'special_tokens="parse" (--special-tokens parse) reads it as the token'
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BASE.encode(text, allow_special=False)
+        BASE.encode("<|end")
+        getattr(BASE.with_special_tokens("parse"), encode)(texts)
 
 
 def test_encode_prefix_space_after_each_token():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,8 @@ def assert_same_run(a: trainer.Run, b: trainer.Run) -> None:
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory) -> trainer.Run:
-    return train(model, CONFIG, tmp_path_factory.mktemp("whole") / "run")
+    name = os.fsdecode(b"run[1]*\xff")  # a pattern, and not UTF-8
+    return train(model, CONFIG, tmp_path_factory.mktemp("whole") / name)
 
 
 def at_call(owner: Any, name: str, number: int, *, after: bool) -> Patch:

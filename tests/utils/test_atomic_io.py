@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from gpt2jax.utils.atomic_io import atomic_folder, atomic_write
+import gpt2jax.utils.atomic_io as atomic_io
+from gpt2jax.utils.atomic_io import atomic_folder, atomic_write, recover_folder
+from gpt2jax.utils.notices import Notice
 
 
 def names(folder: Path) -> list[str]:
@@ -161,7 +166,179 @@ def test_atomic_folder_restores_the_old_folder(tmp_path, monkeypatch):
         rename(source, destination)
 
     monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(atomic_io, "_exchange", lambda one, other: False)  # a system that cannot
     with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("")
     assert (target / "a").read_text() == "old"
     assert names(tmp_path) == ["run"]
+
+
+# A process that forks once for each of its system calls that Python reports: the child ends at the k-th of them.
+KILLED = """
+import os, shutil, sys, warnings
+from pathlib import Path
+import gpt2jax.utils.atomic_io as atomic_io
+warnings.simplefilter("ignore")
+kind, tmp = sys.argv[1], Path(sys.argv[2])
+if kind == "folder without exchange":
+    atomic_io._exchange = lambda one, other: False
+target = tmp / "target"
+
+def write(text):
+    if kind == "file":
+        with atomic_io.atomic_write(target) as file:
+            file.write(text)
+        return
+    with atomic_io.atomic_folder(target, overwrite=True) as folder:
+        (folder / "sub").mkdir()
+        for name in ("a", "sub/b", text):
+            (folder / name).write_text(text)
+
+def read():
+    if kind == "file":
+        return target.read_text()
+    names = sorted(path.relative_to(target).as_posix() for path in target.rglob("*"))
+    (text,) = {path.read_text() for path in target.rglob("*") if path.is_file()}
+    assert names == sorted(["a", "sub", "sub/b", text]), names
+    return text
+
+write("old")
+kills, seen, recovered = 0, set(), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        calls = 0
+        def count(event, arguments):
+            global calls
+            if event.startswith(("os.", "open", "fcntl.", "shutil.", "tempfile.", "ctypes.")):
+                calls += 1
+                if calls > kills:
+                    os._exit(9)
+        sys.addaudithook(count)
+        write("new")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not target.exists():
+        assert kind == "folder without exchange"
+        recovered += 1
+        atomic_io.recover_folder(target)
+    seen.add(read())
+    if code == 0:
+        break
+    kills += 1
+    write("old")
+    assert os.listdir(tmp) == ["target"], os.listdir(tmp)
+assert read() == "new"
+print(kills, recovered, *sorted(seen))
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "folder without exchange"])
+def test_atomic_io_killed_between_any_two_system_calls(tmp_path, kind):
+    """The old content or the new one has its name, and the next writer deletes what is left."""
+    done = subprocess.run([sys.executable, "-c", KILLED, kind, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills, recovered, *seen = done.stdout.split()
+    assert seen == ["new", "old"] and int(kills) > (10 if kind == "file" else 20)
+    assert (int(recovered) > 0) == (kind == "folder without exchange")
+
+
+def test_atomic_write_leaves_what_living_processes_write(tmp_path):
+    with atomic_write(tmp_path / "a") as first, atomic_folder(tmp_path / "b") as second:
+        with atomic_write(tmp_path / "c"), atomic_folder(tmp_path / "d"):
+            pass
+        first.write("a")
+        (second / "x").write_text("x")
+    assert names(tmp_path) == ["a", "b", "c", "d"] and (tmp_path / "b" / "x").exists()
+
+
+def test_atomic_write_leaves_the_files_of_others(tmp_path):
+    others = [".a.12345678.part", ".a.20260101.old", "a.gpt2jax-12345678.part", ".b.gpt2jax-12345678.old"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "c").mkdir()
+    (tmp_path / ".a.gpt2jax-abcdefgh.part").symlink_to("c")
+    (tmp_path / ".a.gpt2jax-abcd_123.part").write_text("left")
+    with atomic_write(tmp_path / "a"):
+        pass
+    assert names(tmp_path) == sorted([*others, ".a.gpt2jax-abcdefgh.part", "a", "c"])
+
+
+def test_atomic_write_and_folder_take_names_of_255_bytes(tmp_path):
+    name = "語" * 85
+    with atomic_write(tmp_path / name) as file:
+        file.write("x")
+    with atomic_folder(tmp_path / name[::-1].replace("語", "文")):
+        pass
+    assert (tmp_path / name).read_text() == "x" and len(names(tmp_path)) == 2
+
+
+def no_room(number: int = errno.ENOSPC) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        no_room(),
+        no_room(errno.EROFS),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(
+            "Can't write data (file write failed: errno = 28, error message = 'No space left on device')"
+        ),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"),
+    ],
+    ids=["full", "read-only", "safetensors", "HDF5", "TensorStore"],
+)
+def test_atomic_io_names_what_cannot_be_written(tmp_path, error):
+    message = r"(No space left on device|Read-only file system); make room there, or .*: '{}'"
+    with pytest.raises(OSError, match=message.format(tmp_path / "a")), atomic_write(tmp_path / "a"):
+        raise error
+    with pytest.raises(OSError, match=message.format(tmp_path / "b")), atomic_folder(tmp_path / "b"):
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_atomic_write_on_a_disk_that_is_full(tmp_path):
+    """A limit on the size of files, which a process can set for itself, fails as a full disk does."""
+    script = (
+        "import resource, sys; from gpt2jax.utils.atomic_io import atomic_write\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "with atomic_write(sys.argv[1]) as file: file.write('x' * 100_000)"
+    )
+    (tmp_path / "a").write_text("old")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], capture_output=True, text=True)
+    assert f"File too large; make room there, or choose another folder: '{tmp_path / 'a'}'" in done.stderr
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_atomic_io_names_a_file_or_a_dangling_link_where_a_folder_should_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "far").symlink_to("no/where")
+    (tmp_path / "loop").symlink_to("loop")
+    for write in (atomic_write, atomic_folder):
+        with pytest.raises(NotADirectoryError, match="file is a file; expected a folder"):
+            write(tmp_path / "file" / "a").__enter__()
+        for name, where in (("link/b/c", "nowhere"), ("far", "no/where"), ("loop", "loop")):
+            with pytest.raises(
+                FileNotFoundError,
+                match=f"{name.partition('/')[0]} is a link to {where}, which does not exist",
+            ):
+                write(tmp_path / name).__enter__()
+    with atomic_write(tmp_path / "link") as file:  # its folder exists
+        file.write("x")
+    assert (tmp_path / "nowhere").read_text() == "x"
+
+
+def test_recover_folder(tmp_path):
+    old = tmp_path / ".run.gpt2jax-abcdefgh.old"
+    recover_folder(tmp_path / "run")
+    old.mkdir()
+    recover_folder(tmp_path / "run")  # nothing in it
+    (old / "a").write_text("old")
+    recover_folder(tmp_path / "runs")
+    assert names(tmp_path) == [old.name]
+    with pytest.warns(Notice, match="run has its name again: a program was killed"):
+        recover_folder(tmp_path / "run")
+    assert names(tmp_path) == ["run"] and names(tmp_path / "run") == ["a"]

@@ -1,4 +1,4 @@
-"""Weights as other programs leave them, built to their layouts from random parameters, and files that are none."""
+"""Weights as other programs leave them, built to their layouts, and files that only stand for weights."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_read_torch_keeps_objects_unmade(tmp_path):
         machine.run(io.BytesIO(nested))
 
 
-# Files that are none, and folders with too many
+# Files that only stand for weights, and folders with several
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_read_adapter_zeros_in_blocks_without_adapter(saved):
     [
         {"bias": "all"},
         {"modules_to_save": ["classifier"]},
-        {"trainable_token_indices": {"lm_head": [1]}},
+        {"trainable_token_indices": {"wpe": [1]}},
         {"use_dora": "yes"},
         {"use_qalora": True},
         {"peft_type": "IA3"},
@@ -310,34 +310,46 @@ def test_read_adapter_names_other_types_of_peft(saved):
         read_adapter(saved, TINY)
 
 
-@pytest.mark.parametrize("head", ["none", "same", "apart"])
-def test_read_embeddings_of_a_resized_vocabulary(saved, head):
-    table = np.random.default_rng(1).normal(size=(303, 24)).astype(np.float32)
+TABLE = np.random.default_rng(1).normal(size=(303, 24)).astype(np.float32)
 
+
+@pytest.mark.parametrize("head", ["same", "apart"])
+def test_load_adapter_with_a_resized_vocabulary(saved, head):
     def change(tensors):
-        tensors[f"{ROOT}.wte.weight"] = table
-        if head != "none":
-            tensors["base_model.model.lm_head.weight"] = table + (head == "apart")
+        tensors[f"{ROOT}.wte.weight"] = TABLE
+        tensors["base_model.model.lm_head.weight"] = TABLE + (head == "apart")
 
     rewrite(saved, change)
-    edit_config(saved, modules_to_save=["wte"] if head == "none" else ["wte", "lm_head"])
     model = load_adapter(LanguageModel(TINY, BASE), saved)
-    assert model.config.vocab_size == 303 and model.config.tie_word_embeddings == (head != "apart")
-    np.testing.assert_array_equal(model.params["wte"]["embedding"], table)
+    assert model.config.vocab_size == 303 and model.config.tie_word_embeddings == (head == "same")
+    np.testing.assert_array_equal(model.params["wte"]["embedding"], TABLE)
     if head == "apart":
-        np.testing.assert_array_equal(model.params["lm_head"]["kernel"], table + 1)
-    assert model.lora == dataclasses.replace(LORA, targets=model.lora.targets)
+        np.testing.assert_array_equal(model.params["lm_head"]["kernel"], TABLE + 1)
+    assert model.lora is not None and set(model.lora.targets) == set(LORA.targets)
+    assert model.adapter_embeddings == {"wte": None, "lm_head": None}
+    assert model.merge_adapter().adapter_embeddings == {}
 
 
-@pytest.mark.parametrize("indices", [[7, 2], {"wte": [7, 2]}])
+def test_read_embeddings_of_the_tokens_alone_leave_the_head_as_it_was(saved):
+    rewrite(saved, lambda t: t.update({f"{ROOT}.wte.weight": TABLE[:300]}))
+    edit_config(saved, modules_to_save=["wte"])
+    config, params, found = read_embeddings(saved, TINY, BASE)
+    assert not config.tie_word_embeddings and found == {"wte": None}
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], BASE["wte"]["embedding"])
+    rewrite(saved, lambda t: t.update({f"{ROOT}.wte.weight": TABLE}))
+    with pytest.raises(ValueError, match="has 303 tokens in wte, and no lm_head for as many"):
+        read_embeddings(saved, TINY, BASE)
+
+
+@pytest.mark.parametrize("indices", [[7, 2], {"wte": [7, 2]}, {"transformer.wte": [7, 2], "lm_head": [7, 2]}])
 def test_read_embeddings_of_trainable_tokens(saved, indices):
     rows = np.full((2, 24), 0.5, np.float32) * [[1], [2]]
     rewrite(saved, lambda t: t.update({f"{ROOT}.wte.token_adapter.trainable_tokens_delta": np.float32(rows)}))
     edit_config(saved, trainable_token_indices=indices)
-    config, params = read_embeddings(saved, TINY, BASE)
+    config, params, found = read_embeddings(saved, TINY, BASE)
     expected = np.array(BASE["wte"]["embedding"])
     expected[[7, 2]] = rows
-    assert config == TINY
+    assert config == TINY and found == {"wte": (7, 2)}
     np.testing.assert_array_equal(params["wte"]["embedding"], expected)
     edit_config(saved, trainable_token_indices=[7, 300])
     with pytest.raises(ValueError, match="for rows of trainable_token_indices below 300"):

@@ -1,0 +1,31 @@
+"""CRC-32 checksums: they tell a file that was damaged since it was written from one that was not."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+_PIECE = 1 << 20  # bytes of a file that are held at once
+
+
+def file_crc32(path: str | os.PathLike[str], *, sync: bool = False) -> tuple[int, int]:
+    """Return (size in bytes, CRC-32) of a file; with `sync` it is on the disk afterwards."""
+    # Not CRC-32C, which takes an eighth of the time (2.6 GB/s here): Orbax's files end with their own CRC-32C, and over
+    # such a file it is the same number whatever the file holds.
+    size = crc = 0
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        for piece in iter_pieces(file):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return size, crc
+
+
+def iter_pieces(file: IO[bytes], size: int | None = None) -> Iterator[bytes]:
+    """Yield the rest of an open file, or its next `size` bytes at most, in pieces of a MiB."""
+    left = size
+    while piece := file.read(_PIECE if left is None else min(_PIECE, left)):
+        yield piece
+        left = None if left is None else left - len(piece)
