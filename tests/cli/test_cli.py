@@ -334,7 +334,7 @@ def test_brackets_in_names_are_no_markup():
 )
 def test_generate_refuses_options_without_effect(capsys, options, message):
     line = fails(capsys, "generate", "a", *options.split())
-    assert line == f"gpt2jax generate: error: {message}"
+    assert line == f"gpt2jax generate: error: {message}; see gpt2jax generate --help"
 
 
 @pytest.mark.parametrize(
