@@ -264,7 +264,7 @@ def _losses(
     logits, targets, extras, precision: Precision
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return loss, nll, correctness and the log of the softmax's denominator, each [C], for logits [C, V]."""
-    if precision.execution.platform != "cpu":
+    if not precision.execution.has_cpu_shapes:
         return _losses_of_rows(
             logits, targets, extras, functools.partial(jnp.sum, axis=-1), _highest_and_target
         )
