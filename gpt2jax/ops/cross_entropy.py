@@ -263,7 +263,7 @@ def _losses(
     logits, targets, extras, precision: Precision
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return loss, nll, correctness and the log of the softmax's denominator, each [C], for logits [C, V]."""
-    if precision.execution.platform != "cpu":
+    if not precision.execution.has_cpu_shapes:
         return _losses_of_rows(logits, targets, extras, _reduce_in_one_pass)
     rows = len(targets)
     size = rows // ROW_BLOCKS if rows % ROW_BLOCKS == 0 else rows
