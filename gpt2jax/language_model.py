@@ -28,8 +28,9 @@ from gpt2jax.model.gpt2 import (
     output_logits,
 )
 from gpt2jax.ops.precision import FLOAT32
-from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.bpe import END_TOKEN, Tokenizer
 from gpt2jax.tokenizer.end_tokens import find_end_token, require_end_token
+from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import check, check_model, check_path, is_number, must_be, one_of
 from gpt2jax.utils.validation import seed as seed_rule
 from gpt2jax.weights.saved_settings import SavedSettings
@@ -176,12 +177,27 @@ class LanguageModel:
             if dtype != "float32":
                 raise ValueError(must_be("dtype", "float32 for a Keras preset", dtype))
             save_keras(path, merged.config, merged.params, merged.tokenizer)
+            _notice_lost_end_token(merged)
             return
         end = find_end_token(merged)
         config = dataclasses.replace(merged.config, eos_token_id=end)
         stops = [] if end is None else list(dict.fromkeys((end, *merged.stop_token_ids)))
         extra: dict[str, Any] = {"saved": merged.saved, "stop_token_ids": stops}
         save_hf(path, config, merged.params, merged.tokenizer, dtype=dtype, **extra)
+
+
+def _notice_lost_end_token(model: LanguageModel) -> None:
+    """Say that a Keras preset, whose end token is <|endoftext|>, does not keep the model's."""
+    end, tokenizer = find_end_token(model), model.tokenizer
+    if tokenizer is None:
+        kept = GPT2Config.published_end_token(model.config.vocab_size)["eos_token_id"]
+    else:
+        kept = tokenizer.special_tokens.get(END_TOKEN)
+    if end is not None and end != kept:
+        notice(
+            f"a Keras preset does not keep the end token {end}; name it where the preset is loaded, with "
+            "end_token=... (--end-token)"
+        )
 
 
 def _array(values: Any) -> Any:

@@ -27,6 +27,7 @@ LAYERS = (
     "report",
     "plan",
     "cli",
+    "__main__",
 )
 # methods of data classes that users call, each a late import inside the method: (file, imported folder)
 EXCEPTIONS = {

@@ -72,7 +72,7 @@ def run_command(
     except USER_ERRORS as error:
         if isinstance(error, OSError):
             _drop_unwritten()
-        exit_with_error(name, str(error))
+        exit_with_error(name, _name_option(str(error), options))
     except FloatingPointError as error:
         exit_with_error(name, str(error), code=1)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
@@ -109,7 +109,8 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
     except SystemExit as end:
         if end.code != 2:  # --help, on standard output
             raise
-        exit_with_error(name, f"{_what_is_wrong(said.getvalue())}; see gpt2jax {name} --help")
+        reason = _name_option(_what_is_wrong(said.getvalue()), options)
+        exit_with_error(name, f"{reason}; see gpt2jax {name} --help")
     # a shell leaves "~" as it is in --out=~/folder
     paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
     expanded: Any = {name: check_path(name, value) for name, value in paths.items()}
@@ -136,6 +137,27 @@ def named_fields(options: type, argv: Sequence[str]) -> set[str]:
     """Return the fields of a class of options that a command line names, also with their default."""
     words = {word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     return {name for name in field_names(options) if {f"__{name}", f"__no_{name}"} & words}
+
+
+def _name_option(message: str, options: type) -> str:
+    """Return a message that begins with the name of a setting with the option that sets it."""
+    name = re.match(r"[a-z][\w.]*(?= must )", message)
+    if name is None or name[0] not in _settings_of(options):
+        return message
+    return f"--{name[0].replace('_', '-')}{message[name.end() :]}"
+
+
+def _settings_of(options: type) -> set[str]:
+    """Return the names of the settings that options set, those of nested options included."""
+    names = set()
+    for field in dataclasses.fields(options):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default):
+            prefix = getattr(default, "error_prefix", "")
+            names |= {f"{prefix}{name}" for name in _settings_of(type(default))}
+        elif default is not dataclasses.MISSING:  # which positional arguments do not have
+            names.add(field.name)
+    return names
 
 
 def print_line(console: Any, what: str, text: str) -> None:
@@ -410,14 +432,35 @@ def default_prompts(data: str) -> tuple[str, ...]:
     return DOCUMENTATION_PROMPTS if data in ("numeric-docs", "python-docs") else DEFAULT_PROMPTS
 
 
+def _is_one_of_several_processes() -> bool:
+    """Return whether srun or mpirun started this process with others, and say so."""
+
+    def number(variable: str) -> int:
+        value = os.environ.get(variable, "")
+        return int(value) if value.isascii() and value.isdecimal() else 1
+
+    mpi, slurm = number("OMPI_COMM_WORLD_SIZE"), number("SLURM_NTASKS")
+    # an allocation has SLURM_NTASKS, too; only a step of srun has a list of its nodes
+    is_step = slurm > 1 and "SLURM_STEP_NODELIST" in os.environ
+    if is_step or mpi > 1:
+        program, count = ("srun", slurm) if is_step else ("mpirun", mpi)
+        notice(
+            f"{program} started {count} processes, which train together; --processes 1 lets each train alone"
+        )
+        return True
+    if slurm > 1:
+        notice(f"SLURM_NTASKS is {slurm}, but this process trains alone; srun starts all of them")
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class ProcessOptions:
     """Several processes that train together; start each with the same options, except --process.
 
     Attributes:
         coordinator: host:port on the machine of process 0, or "auto" if Slurm, Open MPI, Kubernetes or a TPU pod
-            says which processes take part.
-        processes: number of processes.
+            says which processes take part. Default: "auto" for processes that srun or mpirun started.
+        processes: number of processes; 1 trains alone, whatever started it.
         process: the number of this process, from 0.
     """
 
@@ -431,11 +474,15 @@ class ProcessOptions:
         Raises:
             ValueError: the three options do not go together, or "auto" finds no description of the processes.
         """
-        if self.coordinator is None and self.processes is None and self.process is None:
-            return
+        if self.coordinator is None and self.processes in (None, 1) and self.process is None:
+            if self.processes == 1 or not _is_one_of_several_processes():
+                return
+            coordinator = "auto"
+        else:
+            coordinator = self.coordinator
         import jax
 
-        if self.coordinator == "auto":
+        if coordinator == "auto":
             try:
                 jax.distributed.initialize(num_processes=self.processes, process_id=self.process)
             except ValueError as error:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
 from gpt2jax.cli.common import (
     ComparedTextOptions,
@@ -33,6 +34,9 @@ class Options:
 
     The generated texts have at most 100 new tokens; --max-new-tokens or --max-length gives another length.
 
+    $ gpt2jax compare gpt2 mine=runs/mine --data my-texts --eval-split test
+    $ gpt2jax compare gpt2 first=runs/first second=runs/second --data held-out.jsonl --out report
+
     Attributes:
         models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The others are
             compared with the first.
@@ -52,14 +56,18 @@ class Options:
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
-    source: DataOptions = dataclasses.field(default_factory=DataOptions)
-    text: TextOptions = TextOptions()
+    source: Annotated[DataOptions, OmitArgPrefixes, arg(name="data")] = dataclasses.field(
+        default_factory=DataOptions
+    )
+    text: Annotated[TextOptions, OmitArgPrefixes, arg(name="tokenizer")] = TextOptions()
     eval_split: str | None = None
-    evaluation: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = EvaluationOptions()
+    evaluation: Annotated[EvaluationOptions, OmitArgPrefixes, arg(name="evaluation")] = EvaluationOptions()
     training_data: str | None = None
     train_split: str = "train"
     prompts: tuple[str, ...] | None = None
-    generation: Annotated[ComparedTextOptions, tyro.conf.arg(name="")] = ComparedTextOptions()
+    generation: Annotated[ComparedTextOptions, OmitArgPrefixes, arg(name="generation")] = (
+        ComparedTextOptions()
+    )
     seed: int = 0
     out: pathlib.Path = pathlib.Path("comparison")
     overwrite: bool = False

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
 from gpt2jax.cli.common import (
     DataOptions,
@@ -27,6 +27,9 @@ from gpt2jax.cli.common import (
 class Options:
     """Loss and accuracy of a model on texts.
 
+    $ gpt2jax evaluate --model gpt2 --data my-texts
+    $ gpt2jax evaluate --model runs/mine --data my.jsonl --eval-split test --out figures.json
+
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
         source: of the texts.
@@ -41,10 +44,12 @@ class Options:
     """
 
     model: str = "gpt2-mini"
-    source: DataOptions = dataclasses.field(default_factory=DataOptions)
+    source: Annotated[DataOptions, OmitArgPrefixes, arg(name="data")] = dataclasses.field(
+        default_factory=DataOptions
+    )
     eval_split: str | None = None
-    text: TextOptions = TextOptions()
-    evaluation: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = EvaluationOptions()
+    text: Annotated[TextOptions, OmitArgPrefixes, arg(name="tokenizer")] = TextOptions()
+    evaluation: Annotated[EvaluationOptions, OmitArgPrefixes, arg(name="evaluation")] = EvaluationOptions()
     seed: int = 0
     out: pathlib.Path | None = None
     resume: bool = False

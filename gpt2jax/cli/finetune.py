@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
 from gpt2jax.cli.common import (
     ComparedTextOptions,
@@ -69,58 +70,63 @@ class Options:
 
     Without options: gpt2-mini, specialised on the documentation of the installed numerical packages in 40 steps.
 
+    $ gpt2jax finetune --model gpt2 --data my-texts --epochs 3
+    $ gpt2jax finetune --model gpt2-medium --data my.jsonl --text-column body --lora
+
     The generated texts have at most 100 new tokens; --max-new-tokens or --max-length gives another length.
 
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
-        init: "random" trains a model of that name's shape from scratch.
-        source: of the texts.
-        text: how texts become tokens.
-        train_split: what is trained on, with the syntax of the datasets library: train, "train[:50%]", train+test.
-        validation_split: what is evaluated during the training.
-        eval_split: what the comparison is made on.
         out: folder for metrics, checkpoints, the model and the report. Default: runs/MODEL-DATA.
+        lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
         resume: go on where a killed or interrupted run in that folder stopped.
         overwrite: delete the run that the folder holds.
+        compare: evaluate the model before and after and write the report.
+        prompts: prompts for the generated texts. Default: a set that suits the data.
         packing: "concat" trains on every token; "packed" too, with several texts in a row kept apart; "padded" trains
             on the first tokens of each text. Default: "padded" for scientific_papers (pubmed, arxiv), by whatever name
             or path, as in the Keras baseline; else "concat".
-        prompt_column: column whose texts are context only, with --completion-column.
-        completion_column: column whose texts are learned.
-        cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
-        train: settings of the run.
-        lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
-        lora_settings: settings of the adapters.
-        distributed: processes that train together.
-        compare: evaluate the model before and after and write the report.
+        train_split: what is trained on, with the syntax of the datasets library: train, "train[:50%]", train+test.
+        validation_split: what is evaluated during the training.
+        eval_split: what the comparison is made on.
         eval_documents: at most so many documents of the comparison, and of the validation. Default: for the comparison
             all, as `compare` takes (numeric-docs: 120); for the validation, which is repeated, 120.
-        prompts: prompts for the generated texts. Default: a set that suits the data.
+        prompt_column: column whose texts are context only, with --completion-column.
+        completion_column: column whose texts are learned.
+        init: "random" trains a model of that name's shape from scratch.
+        cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
+        source: of the texts.
+        train: settings of the run.
         generation: settings of the generated texts.
+        lora_settings: settings of the adapters.
+        text: how texts become tokens.
+        distributed: processes that train together.
     """
 
     model: str = "gpt2-mini"
-    init: Literal["pretrained", "random"] = "pretrained"
-    source: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
-    text: Annotated[TextOptions, tyro.conf.arg(name="")] = TextOptions()
+    out: pathlib.Path | None = None
+    lora: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    compare: bool = True
+    prompts: tuple[str, ...] | None = None
+    packing: Literal["concat", "packed", "padded"] | None = None
     train_split: str = "train"
     validation_split: str = "validation"
     eval_split: str = "test"
-    out: pathlib.Path | None = None
-    resume: bool = False
-    overwrite: bool = False
-    packing: Literal["concat", "packed", "padded"] | None = None
+    eval_documents: int | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
     cache_tokens: bool = True
-    train: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
-    lora: bool = False
+    source: Annotated[DataOptions, OmitArgPrefixes, arg(name="data")] = DataOptions()
+    train: Annotated[TrainOptions, OmitArgPrefixes, arg(name="training")] = TrainOptions()
+    generation: Annotated[ComparedTextOptions, OmitArgPrefixes, arg(name="generation")] = (
+        ComparedTextOptions()
+    )
     lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
-    distributed: Annotated[ProcessOptions, tyro.conf.arg(name="")] = ProcessOptions()
-    compare: bool = True
-    eval_documents: int | None = None
-    prompts: tuple[str, ...] | None = None
-    generation: Annotated[ComparedTextOptions, tyro.conf.arg(name="")] = ComparedTextOptions()
+    text: Annotated[TextOptions, OmitArgPrefixes, arg(name="tokenizer")] = TextOptions()
+    distributed: Annotated[ProcessOptions, OmitArgPrefixes, arg(name="several processes")] = ProcessOptions()
 
 
 def main(argv: Sequence[str]) -> None:

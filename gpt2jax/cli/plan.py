@@ -26,6 +26,9 @@ class Options:
 
     The options of the run are those of `gpt2jax finetune`, which explains them.
 
+    $ gpt2jax plan --model gpt2-xl --device h100 --lora
+    $ gpt2jax plan --model gpt2 --device t4 --compute-dtype float16 --sequence-length 128 --batch-size 32
+
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
         device: t4, v100, a100, a100-40, l4, rtx4090, h100, h200, v5e, v6e.

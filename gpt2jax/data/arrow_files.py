@@ -28,7 +28,7 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
             schema, batches = _open(stream, KINDS[file.suffixes[0]])
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(
-                f"{file.name} is not a file of {KINDS[file.suffixes[0]]}: {_line(error)}"
+                f"{file.name} is not a whole {KINDS[file.suffixes[0]]} file: {_line(error)}"
             ) from None
         names = columns.choose(column_kinds(schema, columns.wanted), file.name)
         roots = [name if name in schema.names else name.split(".")[0] for name in names]

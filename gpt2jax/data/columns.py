@@ -70,6 +70,8 @@ class Columns:
             f"{name if name == printable(name) else repr(name)}{'' if is_text else ' (not text)'}"
             for name, is_text in columns.items()
         )
+        if not columns:
+            raise ValueError(f"{where} has no columns")
         for name in self.wanted:
             if not columns.get(name):
                 raise ValueError(f"{where} has no text column {name!r}; its columns: {listing}")

@@ -42,7 +42,8 @@ class _Dialect:
         """Return the dialect in words."""
         quotes = "nothing" if self.quote is None else self.quote
         escape = f", with {self.escape} before a quote within" if self.escape else ""
-        return f"cells are separated by {self.delimiter!r} and quoted by {quotes}{escape}"
+        spaces = "; spaces after a separator are left out" if self.skips_space else ""
+        return f"cells are separated by {self.delimiter!r} and quoted by {quotes}{escape}{spaces}"
 
 
 def csv_rows(file: File) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,8 @@ _MARKS = {
 }
 _WESTERN = "[éèêëàâäáåãæçñóòôöõøœùûüúíìîïßÉÄÖÜ“”‘’„–—…«»°§€£©®·\xa0¿¡]"
 _EASTERN = "[ąćęłńóśźżĄĆĘŁŃŚŹŻáčďéěíňřšťúůýžÁČĎÉĚŘŠŤÚŮÝŽőűŐŰöüÖÜ“”‘’„–—…\xa0]"
+_TURKISH = _WESTERN[:-1] + "ğışĞİŞ]"
+_CYRILLIC = "[а-яё]"
 _JAPANESE = "[\u3000-\u30ff\u4e00-\u9fff]"
 _HAN = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
 # encoding -> the characters that its texts have beside ASCII; the first of the best wins
@@ -22,15 +24,26 @@ _USUAL = {
     "mac-roman": _WESTERN,
     "cp850": _WESTERN,
     "cp1250": _EASTERN,
-    "cp1251": "[а-яё]",
-    "koi8-r": "[а-яё]",
+    "iso8859-2": _EASTERN,
+    "cp1254": _TURKISH,
+    **dict.fromkeys(("cp1251", "koi8-r", "cp866", "iso8859-5"), _CYRILLIC),
+    "cp1253": "[ά-ώ]",
+    "cp1255": "[א-ת]",
+    "cp1256": "[ء-ي]",
     "shift_jis": _JAPANESE,
     "euc-jp": _JAPANESE,
     "euc-kr": "[\uac00-\ud7a3]",
     "gb18030": _HAN,
     "big5": _HAN,
 }
-_ACCENTED = ("cp1252", "mac-roman", "cp850", "cp1250")
+_ACCENTED = ("cp1252", "mac-roman", "cp850", "cp1250", "iso8859-2", "cp1254")
+# the letters of most of a text: the bytes of one alphabet are rarer letters of another
+_FREQUENT = {
+    _CYRILLIC: "[оеаинтсрвл]",
+    "[ά-ώ]": "[αοιετσνρκπ]",
+    "[א-ת]": "[יוהלארתמבש]",
+    "[ء-ي]": "[اليمنورتبه]",
+}
 
 
 def wide_encoding(start: bytes) -> str | None:
@@ -47,7 +60,9 @@ def wide_encoding(start: bytes) -> str | None:
     if min(zeros[1:]) > 0.9 or min(zeros[:3]) > 0.9:
         return "utf-32-le" if zeros[0] < zeros[3] else "utf-32-be"
     odd, even = start[1::2].count(0) / len(start[1::2]), start[::2].count(0) / len(start[::2])
-    if max(odd, even) > 0.3 and min(odd, even) < 0.1:
+    # texts without Latin letters have zeros in line ends and spaces only
+    is_foreign = min(odd, even) == 0 and re.search(rb"[\x01-\x08\x80-\xff]", start)
+    if max(odd, even) > (0.01 if is_foreign else 0.3) and min(odd, even) < 0.1:
         return "utf-16-le" if odd > even else "utf-16-be"
     return None
 
@@ -65,7 +80,10 @@ def likely_encoding(sample: bytes) -> str:
 
 
 def _score(sample: bytes, encoding: str, usual: str) -> float:
-    """Return the share of characters beside ASCII that are usual in an encoding; 0 if it has no such bytes."""
+    """Return the share of characters beside ASCII that are usual in an encoding, with a bonus for frequent letters.
+
+    It is 0 if the encoding does not have the bytes.
+    """
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(sample)  # its end may be inside a character
     except UnicodeDecodeError:
@@ -73,4 +91,5 @@ def _score(sample: bytes, encoding: str, usual: str) -> float:
     foreign = re.sub(r"[\x00-\x7f]", "", text)
     if not foreign or (usual == _JAPANESE and not re.search("[\u3040-\u30ff]", foreign)):
         return 0.0
-    return len(re.findall(usual, foreign)) / len(foreign)
+    counts = [len(re.findall(letters, foreign)) for letters in (usual, _FREQUENT.get(usual, "(?!)"))]
+    return (counts[0] + 0.2 * counts[1]) / len(foreign)

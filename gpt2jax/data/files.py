@@ -49,6 +49,8 @@ _NOT_DATA = re.compile(
     r"|(metadata|dataset_infos?|datapackage|croissant|config|package|state)\.json|requirements[^/]*\.txt)"
 )
 _ZIP_START = b"PK\x03\x04"
+# bytes that texts in no encoding have, except UTF-16 and UTF-32, which are told apart before
+_CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 def _open_zst(stream: IO[bytes]) -> IO[bytes]:
@@ -142,7 +144,10 @@ class File:
                 except UnicodeDecodeError as error:
                     start = error.start + (3 if not offset and raw[:3] == codecs.BOM_UTF8 else 0)
                     wrong = f"byte 0x{raw[start]:02x} at offset {offset + start} (line {number + 1})"
-                    found = likely_encoding(raw + stream.read(1 << 16))
+                    sample = raw + stream.read(1 << 16)
+                    if _CONTROLS.search(sample):
+                        raise ValueError(f"{self.name} holds binary data, not text: {wrong}") from None
+                    found = likely_encoding(sample)
                     hint = f"it is probably {found}: {_encoding_hint(found)}"
                     raise ValueError(f"{self.name} is not UTF-8: {wrong}; {hint}") from None
                 offset += len(raw)

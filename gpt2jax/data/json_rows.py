@@ -32,7 +32,7 @@ def json_rows(file: File, columns: Columns, records_field: str | None = None) ->
     if not start:
         return iter(())
     is_array = start[0][1].lstrip().startswith("[")
-    is_lines = len(start) == 2 and _is_json(start[0][1], dict | str | None)
+    is_lines = len(start) == 2 and _is_json(start[0][1], dict | list | str | None)
     if records_field is None and (is_lines or (file.suffixes[0] != ".json" and not is_array)):
         return json_lines(file, lines)
     text = "".join(line for _, line in lines)
@@ -88,21 +88,29 @@ def _rows_of_object(value: dict[str, Any], columns: Columns, where: str) -> list
     cells = list(value.values())
     if set(value) in ({"columns", "data"}, {"columns", "index", "data"}):  # pandas, orient="split"
         return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
-    if cells and all(isinstance(column, list) for column in cells):
+    has_lists = bool(cells) and all(isinstance(cell, list) for cell in cells)
+    if has_lists and any(not all(isinstance(row, dict) for row in column) for column in cells):
         if len(set(map(len, cells))) > 1:
             raise ValueError(f"{where} has columns of different lengths")
-        if len(value) > 1 or not any(isinstance(cell, dict) for cell in cells[0]):
-            return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)]
-    if cells and all(isinstance(cell, dict) for cell in cells):
+        return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)]
+    is_nested = bool(cells) and all(isinstance(cell, dict) for cell in cells)
+    # the object within may hold rows or columns itself
+    is_wrapped = is_nested and len(cells) == 1 and all(isinstance(cell, list) for cell in cells[0].values())
+    if is_nested and not is_wrapped:
         return _rows_of_nested(value, columns, where)
     is_row = any(is_text(cell_of(value, name)) for name in columns.wanted)
-    lists = [name for name, cell in value.items() if isinstance(cell, list) and cell]
-    if lists and not is_row:
-        rows = " or ".join(map(repr, lists))
+    fields = [name for name, cell in value.items() if isinstance(cell, list) and cell]
+    if is_wrapped:
+        (outer, inner), *_ = value.items()
+        fields = [
+            f"{outer}.{name}" for name, cell in inner.items() if any(isinstance(row, dict) for row in cell)
+        ]
+        fields = fields or [outer]
+    if fields and not is_row:
         raise ValueError(
-            f"{where} is one object with the keys {', '.join(value)}; if its rows are in {rows}, name that "
-            f"field (records_field={lists[0]!r}, --records-field {lists[0]}); if it is one text, name its column "
-            "(text_column)"
+            f"{where} is one object with the keys {', '.join(value)}; if its rows are in "
+            f"{' or '.join(map(repr, fields))}, name that field (records_field={fields[0]!r}, --records-field "
+            f"{fields[0]}); if it is one text, name its column (text_column)"
         )
     return [value]
 

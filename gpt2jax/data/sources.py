@@ -36,6 +36,7 @@ from gpt2jax.data.splits import (
     read_split,
     split_of_file,
 )
+from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.notices import enumerate_names, notice
 from gpt2jax.utils.validation import (
     check_path,
@@ -239,6 +240,12 @@ def _is_dataset(source: Any) -> bool:
     return type(source).__module__.partition(".")[0] == "datasets"
 
 
+def _is_saved_dataset(path: Path) -> bool:
+    """Return True for a folder that `save_to_disk` of `datasets` wrote."""
+    state = path / "state.json"  # other programs write a file of that name too
+    return (path / "dataset_dict.json").is_file() or (state.is_file() and "_data_files" in read_json(state))
+
+
 def _columns(texts: Texts) -> Columns:
     pair = (texts.prompt_column, texts.completion_column)
     return Columns(texts.text_column, None if None in pair else pair)  # pyright: ignore[reportArgumentType]
@@ -277,7 +284,7 @@ def _open(texts: Texts, where: str, columns: Columns | None = None) -> Mapping[s
             raise ValueError(f"{source} has no columns to choose {columns.wanted[0]!r} from")
         return named_splits({part: lambda part=part: iter(builtin_texts(source, part)) for part in SPLITS})
     path = path if path.exists() else _archive(source) or path
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if _is_saved_dataset(path):
         import datasets
 
         return _dataset_splits(datasets.load_from_disk(str(path)), columns, where)

@@ -164,7 +164,7 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
             ["compare", "gpt2-mini", "b=gpt2-mini", "--out", "FILE"],
             "FILE is a file; give the name of a folder",
         ),
-        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "sequence_length must be"),
+        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "--sequence-length must be"),
         (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--sequence-length", "0"], "must be a whole number of at least 2, or None, got 0"),
@@ -225,7 +225,7 @@ def test_imply_lora_refuses_no_lora(capsys):
 def test_run_command_tells_a_setting_without_the_class_of_the_options(capsys):
     message = fails(capsys, "evaluate", "--limit", "0")
     assert message.startswith(
-        "gpt2jax evaluate: error: limit must be a positive whole number, or None, got 0;"
+        "gpt2jax evaluate: error: --limit must be a positive whole number, or None, got 0;"
     )
 
 
@@ -270,7 +270,9 @@ def test_generate_by_search(small, capsys):
     model, settings = gpt2jax.load(small), ["--model", small, "--max-new-tokens", "8"]
     main(["generate", "Return the", *settings, "--num-beams", "3", "--num-return-sequences", "2"])
     [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return_sequences=2, max_new_tokens=8)
-    assert capsys.readouterr().out == "".join(f"{beam}\n\n" for beam in beams)
+    shown = capsys.readouterr()
+    assert shown.out == f"--- text 1 of 2 ---\n{beams[0]}\n\n--- text 2 of 2 ---\n{beams[1]}\n"
+    assert "tokens in" in shown.err
     main(["generate", "Return the", *settings, "--penalty-alpha", "0.6", "--top-k", "4"])
     [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
     assert capsys.readouterr().out == f"{output}\n"
@@ -357,14 +359,14 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
             ["--coordinator", "here", "--processes", "2", "--process", "0"],
             "must be HOST:PORT or auto, got 'here'",
         ),
-        (["--steps", "0"], "steps must be a positive whole number, or None, got 0"),
+        (["--steps", "0"], "--steps must be a positive whole number, or None, got 0"),
         (["--stepz", "3"], "Unrecognized options: --stepz"),
         (["--steps", "many"], "--steps"),
         (["--packing", "rows"], "'rows'"),
         (["--freeze", "nothing"], "freeze must be patterns that match parameters, got ['nothing']"),
         (
             ["--lora.rank-pattern", "h.9.attn.c_attn", "4"],
-            "lora.rank_pattern must match linear layers with an adapter",
+            "lora.rank-pattern must match linear layers with an adapter",
         ),
         (["--out", "FILE/inside"], "is a file; give the name of a folder"),
         (["--init", "random", "--model", "mine"], "with --init random, got 'mine'"),

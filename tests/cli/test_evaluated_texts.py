@@ -90,14 +90,14 @@ def test_evaluation_config_takes_the_dtype_of_the_training(tmp_path):
         (tmp_path / name / "run.json").write_text(json.dumps({"finetune": {"compute_dtype": dtype}}))
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
 
-    def dtype(models, **settings):
+    def dtype_of(models, **settings):
         return evaluation_config(EvaluationOptions(**settings), models).compute_dtype
 
-    assert dtype([a]) == dtype(["gpt2-mini", a]) == dtype([f"{a}/checkpoints/3"]) == "float16"
-    assert dtype(["gpt2-mini"]) == dtype([a, b]) == "float32"
-    assert dtype([a], compute_dtype="float32") == "float32"
+    assert dtype_of([a]) == dtype_of(["gpt2-mini", a]) == dtype_of([f"{a}/checkpoints/3"]) == "float16"
+    assert dtype_of(["gpt2-mini"]) == dtype_of([a, b]) == "float32"
+    assert dtype_of([a], compute_dtype="float32") == "float32"
     with pytest.raises(ValueError, match="stride must be None with windows='truncate', got 4"):
-        dtype([a], stride=4)
+        dtype_of([a], stride=4)
 
 
 def test_finetune_compares_on_all_held_out_documents():

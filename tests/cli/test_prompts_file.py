@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 
-from gpt2jax.cli.generate import Options, _json_line, read_prompts
+from gpt2jax.cli import main
+from gpt2jax.cli.generate import Options, _json_line, read_prompts, read_rows
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,47 @@ def test_read_prompts_names_file_and_line(tmp_path, line, message):
         read_prompts(Options(file=tmp_path / "p.jsonl"))
 
 
+def test_generate_of_a_bad_prompts_file_is_one_line(tmp_path, capsys):
+    path = tmp_path / "i.jsonl"
+    path.write_text('{"prompt":{}}\n')
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--file", str(path)])
+    assert ended.value.code == 2
+    message = 'line 1: the field "prompt" must be a text, got {}'
+    assert capsys.readouterr().err == f"gpt2jax generate: error: {path}, {message}\n"
+
+
+@pytest.mark.slow
+def test_generate_splits_standard_input_at_line_ends_alone(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffa\u2028b\x85\n\nc"))
+    main(["generate", "--max-new-tokens", "1", "--out", "-"])
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == ["a\u2028b\x85", "", "c"]
+
+
 def test_read_prompts_nested_too_deeply(tmp_path):
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
     with pytest.raises(ValueError, match='p.jsonl, line 1: expected JSON with a field "prompt"'):
         read_prompts(Options(file=tmp_path / "p.jsonl"))
+
+
+def test_read_rows_keeps_the_other_fields(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"id": 7, "prompt": "a"}\n')
+    rows = read_rows(Options(prompts=("first",), file=tmp_path / "p.jsonl"))
+    assert rows == [{"prompt": "first"}, {"id": 7, "prompt": "a"}]
+
+
+@pytest.mark.slow
+def test_generate_keeps_fields_and_separates_prompts(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(
+        '{"id": 7, "prompt": "Return", "text": "old"}\n{"id": 8, "prompt": "the"}\n'
+    )
+    arguments = ["generate", "--file", str(tmp_path / "p.jsonl"), "--max-new-tokens", "8"]
+    main([*arguments, "--out", str(tmp_path / "out.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["prompt"]) for row in rows] == [(7, "Return"), (8, "the")]
+    capsys.readouterr()
+    main(arguments)
+    shown = capsys.readouterr()
+    expected = [f"--- prompt {i + 1} of 2 ---\n{row['prompt']}{row['text']}\n" for i, row in enumerate(rows)]
+    assert shown.out == "\n".join(expected) and shown.err.count(" tokens in ") == 2

@@ -171,7 +171,7 @@ def test_utf16_is_named(tmp_path):
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2 is not JSON"),
         ("a.json", '[{"text": "a"}', "a.json is not JSON"),
         ("a.csv", 'text\n"open', "a.csv, line .* unexpected end"),
-        ("a.parquet", "no parquet at all", "a.parquet is not a file of Parquet"),
+        ("a.parquet", "no parquet at all", "a.parquet is not a whole Parquet file"),
         ("a.zip", "no zip", "a.zip is not a zip archive"),
         ("a.jsonl.gz", "no gzip", "a.jsonl.gz is damaged"),
         ("a.jsonl.bz2", "no bzip", "a.jsonl.bz2 is damaged"),
@@ -250,7 +250,7 @@ def test_arrow_files(tmp_path, name):
     table = pyarrow.table({"id": list(range(5)), "text": pyarrow.array(TEXTS).dictionary_encode()})
     pyarrow.feather.write_feather(table, tmp_path / name)
     assert load_texts(tmp_path / name, "all") == TEXTS
-    with pytest.raises(ValueError, match="b.arrow is not a file of Arrow"):
+    with pytest.raises(ValueError, match="b.arrow is not a whole Arrow file"):
         load_texts(write(tmp_path / "b.arrow", "no Arrow at all"), "all")
 
 

@@ -12,6 +12,7 @@ import pytest
 from gpt2jax.tokenizer.added_tokens import TokenFlags
 from gpt2jax.tokenizer.bpe import END_TOKEN, Tokenizer
 from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
+from gpt2jax.utils.notices import Notice
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -219,6 +220,17 @@ def test_added_tokens_are_found_as_the_slow_class_finds_them(seed):
 
 def _strips(flags: TokenFlags) -> dict[str, bool]:
     return {"lstrip": flags.lstrip, "rstrip": flags.rstrip}
+
+
+def test_end_token_that_transformers_adds(tmp_path):
+    """What the notice says of a vocabulary without an end token, and that an option does the same."""
+    save_tokenizer(Tokenizer(Tokenizer.gpt2(400).merges, end_token=None), tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink()
+    theirs = transformers.GPT2Tokenizer.from_pretrained(str(tmp_path))
+    with pytest.warns(Notice, match=f"transformers would add it as id {theirs.eos_token_id}"):
+        assert load_tokenizer(tmp_path).end_token_id is None
+    assert load_tokenizer(tmp_path, end_token=END_TOKEN).end_token_id == theirs.eos_token_id == 399
 
 
 def test_chat_template_and_padding_survive(tmp_path):

@@ -13,6 +13,7 @@ from tiny_models import random_params
 
 import gpt2jax
 from gpt2jax.generation.requests import make_request, stop_ids
+from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import load
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.tokenizer.bpe import END_TOKEN, Tokenizer
@@ -108,6 +109,31 @@ def test_end_token_without_tokenizer_is_that_of_the_files(
     assert end_and_stops(folder, notice) == (end, stops)
 
 
+@pytest.mark.parametrize(("tokenizer", "end"), [(None, None), (TOKENIZER, 299)])
+def test_end_token_that_no_file_names(tmp_path, params, tokenizer, end):
+    """GPT-2's 50256, which transformers takes then, is outside the vocabulary: the last ordinary token is not meant."""
+    folder = save(tmp_path / "a", params, tokenizer=tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    del config["eos_token_id"], config["bos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert end_and_stops(folder) == (end, [] if end is None else [end])
+    load(folder).save(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == end
+
+
+def test_save_says_that_a_keras_preset_does_not_keep_the_end_token(tmp_path, params):
+    pytest.importorskip("h5py")
+    kept = LanguageModel(CONFIG, params, TOKENIZER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept.save(tmp_path / "kept", format="keras")
+    assert load(tmp_path / "kept").end_token_id == 299
+    other = dataclasses.replace(kept, tokenizer=TOKENIZER.with_end_token("<s>"))
+    with pytest.warns(Notice, match=r"does not keep the end token 300; name it .* \(--end-token\)"):
+        other.save(tmp_path / "other", format="keras")
+    assert load(tmp_path / "other", end_token="<s>").end_token_id == 300
+
+
 def test_end_token_survives_load_and_save(tmp_path, params):
     with pytest.warns(Notice, match="50256, outside"):
         model = load(save(tmp_path / "a", params, 50256, [299, 198]))
@@ -130,6 +156,10 @@ def test_model_without_end_token_says_so_where_it_matters(tmp_path, params):
         ValueError, match=r"the model has no end token to begin.*330 ids; name one with .*--end-token"
     ):
         gpt2jax.evaluate(model, [[1, 2, 3]])
+    with pytest.raises(ValueError, match="the model has no end token to begin and to separate texts"):
+        gpt2jax.finetune(
+            model, [[1, 2, 3]] * 9, gpt2jax.FinetuneConfig(steps=1, batch_size=1, sequence_length=8)
+        )
     with pytest.raises(ValueError, match="no end token for prompt 1, which is empty, to begin with"):
         make_request(model, [[1], []], None, {})
     assert make_request(model, [[1]], None, {}).stop_ids == []
