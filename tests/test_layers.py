@@ -25,6 +25,7 @@ LAYERS = (
     "evaluation",
     "comparison",
     "report",
+    "studies",
     "plan",
     "cli",
     "__main__",

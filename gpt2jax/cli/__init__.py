@@ -13,6 +13,7 @@ set_compiler_parts()
 
 COMMANDS = {
     "finetune": "train a model on texts, compare it with the model it started from, write a report",
+    "study": "evaluate, fine-tune in stages, evaluate each, generate with each, write one report",
     "generate": "continue prompts",
     "evaluate": "loss and accuracy of a model on texts",
     "compare": "compare several models on the same texts, write a report",

@@ -172,7 +172,7 @@ def test_save_report_leaves_no_half_file_and_takes_surrogates(model, tmp_path, m
     found.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"report.html", "report.md", "comparison.json"}
-    monkeypatch.setattr("gpt2jax.report.save.render_markdown", lambda comparison: 1 / 0)
+    monkeypatch.setattr("gpt2jax.report.save.render_markdown", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         found.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
