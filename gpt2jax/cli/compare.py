@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import (
+from gpt2jax.cli.common import check_folder, command_line, print_line, run_command
+from gpt2jax.cli.options import (
     ComparedTextOptions,
     DataOptions,
     EvaluationOptions,
     TextOptions,
-    check_folder,
-    command_line,
     default_prompts,
     evaluation_config,
-    print_line,
-    run_command,
     warn_if_trained_on,
 )
 

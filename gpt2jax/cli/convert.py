@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import TokenizerOptions, exit_with_error, print_line, run_command
+from gpt2jax.cli.common import exit_with_error, print_line, run_command
+from gpt2jax.cli.options import TokenizerOptions
 from gpt2jax.utils.validation import must_be
 
 if TYPE_CHECKING:

@@ -10,15 +10,12 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import (
+from gpt2jax.cli.common import check_file, check_folder, command_line, run_command
+from gpt2jax.cli.options import (
     DataOptions,
     EvaluationOptions,
     TextOptions,
-    check_file,
-    check_folder,
-    command_line,
     evaluation_config,
-    run_command,
     warn_if_trained_on,
 )
 

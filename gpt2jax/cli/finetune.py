@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import (
+from gpt2jax.cli.common import check_folder, command_line, exit_with_error, print_line, run_command
+from gpt2jax.cli.options import (
     ComparedTextOptions,
     DataOptions,
     ProcessOptions,
     TextOptions,
-    check_folder,
-    command_line,
     count_stages,
     default_prompts,
-    exit_with_error,
-    print_line,
-    run_command,
 )
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import GenerationOptions, TextOptions, check_file, named_fields, run_command
+from gpt2jax.cli.common import check_file, named_fields, run_command
+from gpt2jax.cli.options import GenerationOptions, TextOptions
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.progress import is_interactive
 from gpt2jax.utils.validation import must_be

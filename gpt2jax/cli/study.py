@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gpt2jax.cli.common import (
-    DataOptions,
-    GenerationOptions,
-    TextOptions,
-    check_folder,
-    command_line,
-    print_line,
-    run_command,
-)
+from gpt2jax.cli.common import check_folder, command_line, print_line, run_command
 from gpt2jax.cli.finetune import AdapterOptions, TrainOptions, imply_lora
+from gpt2jax.cli.options import DataOptions, GenerationOptions, TextOptions
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.utils.validation import must_be
 

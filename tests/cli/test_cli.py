@@ -20,8 +20,9 @@ from tiny_models import random_model
 
 import gpt2jax
 from gpt2jax.cli import compare, evaluate, finetune, main
-from gpt2jax.cli.common import DataOptions, print_line, run_command
+from gpt2jax.cli.common import print_line, run_command
 from gpt2jax.cli.finetune import Options, finetune_config, imply_lora
+from gpt2jax.cli.options import DataOptions
 from gpt2jax.data import sources
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.stopping import Interrupted

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from gpt2jax.cli import finetune, main
-from gpt2jax.cli.common import DataOptions, EvaluationOptions, evaluation_config, warn_if_trained_on
 from gpt2jax.cli.finetune import _held_out_limits
+from gpt2jax.cli.options import DataOptions, EvaluationOptions, evaluation_config, warn_if_trained_on
 from gpt2jax.utils.notices import Notice
 
 

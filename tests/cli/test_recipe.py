@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from gpt2jax.cli.common import DataOptions, ProcessOptions
 from gpt2jax.cli.finetune import Options, _describe_texts, finetune_config, stage_names
+from gpt2jax.cli.options import DataOptions, ProcessOptions
 from gpt2jax.data.documents import Documents, to_offsets
 from gpt2jax.data.hub import DATA_VARIABLE
 from gpt2jax.language_model import from_config
