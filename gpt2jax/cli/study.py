@@ -40,9 +40,8 @@ class Options:
     """Repeat the whole study: evaluate a model on validation and test, fine-tune it in stages, evaluate and generate
     after each, and write one report beside the study's published figures.
 
-    Examples:
-      gpt2jax study --limit 300
-      gpt2jax study --model gpt2 --data pubmed --compute-dtype float16
+    Without options: gpt2-mini on the documentation of the installed numerical packages. The study itself, on a GPU:
+    gpt2jax study --model gpt2 --data pubmed --compute-dtype float16
 
     All documents of the splits train, validation and test are used. The texts are at most 200 tokens long, prompt
     included, if --max-new-tokens and --max-length say nothing else.
@@ -118,8 +117,9 @@ def run(options: Options) -> None:
         command=command_line("study"),
     )
     for table in study_tables(found.results):
-        # one column a model where that fits a terminal better, as `compare` prints it
-        print_table(transpose(table) if len(table.rows) < len(table.columns) else table, console)
+        # one column a model where that is narrower, as `compare` prints it
+        is_wide = table.columns[0] == "Model" and len(table.rows) < len(table.columns)
+        print_table(transpose(table) if is_wide else table, console)
     print_line(console, "wrote", f"{output}: report.html, report.md, comparison.json, study.json")
 
 

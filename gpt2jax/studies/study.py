@@ -324,13 +324,9 @@ def _begin(
         raise FileExistsError(f"{folder} holds a study; resume it, overwrite it, or choose another folder")
     if file.exists() and resume:
         before = read_json(file, tuple(description))
-        different = [name for name in ("model", "texts", "config") if before[name] != description[name]]
-        if different:
-            name = different[0]
-            parts = [part for part in description[name] if description[name][part] != before[name].get(part)]
-            raise ValueError(
-                f"cannot resume {folder}: {name} differs in {', '.join(parts)}; choose another folder"
-            )
+        for name in ("model", "texts", "config"):
+            if differences := _differences(before[name], description[name]):
+                raise ValueError(f"cannot resume {folder}: {'; '.join(differences)}; choose another folder")
         return before.get("results")
     if folder.exists() and any(folder.iterdir()) and not file.exists():
         raise FileExistsError(f"{folder} is not empty and holds no study; choose another folder")
@@ -341,6 +337,19 @@ def _begin(
             shutil.rmtree(place)
     _write_json(file, description)
     return None
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Say which values of two nested dicts differ."""
+    if before == now:
+        return []
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [f"{name} was {before!r:.100}, is {now!r:.100}"]
+    found = (
+        _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        for key in sorted(before.keys() | now.keys())
+    )
+    return list(itertools.chain.from_iterable(found))
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.evaluation.keras_metrics import keras_metrics
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.loading import load
+from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.studies import study as study_module
 from gpt2jax.studies.config import StudyConfig
 from gpt2jax.studies.study import split_in_parts, study
@@ -50,6 +52,18 @@ def without_times(results):
         times = ("seconds", "first_call_seconds", "tokens_per_second", "timing", "command")
         return {name: without_times(value) for name, value in results.items() if name not in times}
     return [without_times(value) for value in results] if isinstance(results, list) else results
+
+
+def stopping(function, call_to_stop):
+    """The function, interrupted at one of its calls."""
+    calls = itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) == call_to_stop:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call
 
 
 @pytest.mark.slow
@@ -95,29 +109,39 @@ def test_study_report_shows_published_figures_beside_own(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped_in", ["evaluate", "finetune", "compare"])
-def test_study_resumed_gives_identical_figures(finished, tmp_path, monkeypatch, stopped_in):
-    calls, real = [], getattr(study_module, stopped_in)
+def test_study_stopped_three_times_and_resumed_gives_identical_figures(finished, tmp_path, monkeypatch):
+    def run(config=CONFIG, *, resume=True):
+        return study(tiny_model(), TEXTS, config, output=tmp_path, resume=resume, progress=False)
 
-    def stop_at_second(*args, **kwargs):
-        calls.append(stopped_in)
-        if stopped_in == "compare" or len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(study_module, stopped_in, stop_at_second)
-        with pytest.raises(KeyboardInterrupt):
-            study(tiny_model(), TEXTS, CONFIG, output=tmp_path, progress=False)
+    # after the training of stage 1; between the stages; before the report
+    for name, call_to_stop in (("evaluate", 2), ("finetune", 2), ("compare", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(study_module, name, stopping(getattr(study_module, name), call_to_stop))
+            with pytest.raises(KeyboardInterrupt):
+                run()
+        assert "results" not in read_json(tmp_path / "study.json")
     with pytest.raises(FileExistsError, match="holds a study"):
-        study(tiny_model(), TEXTS, CONFIG, output=tmp_path, progress=False)
-    with pytest.raises(ValueError, match="cannot resume .*: config differs in stages"):
-        other = StudyConfig(1, CONFIG.training, generation=CONFIG.generation, prompts=CONFIG.prompts)
-        study(tiny_model(), TEXTS, other, output=tmp_path, resume=True, progress=False)
-    resumed = study(tiny_model(), TEXTS, CONFIG, output=tmp_path, resume=True, progress=False)
+        run(resume=False)
+    with pytest.raises(ValueError, match="cannot resume .*: stages was 2, is 1; choose another folder"):
+        run(dataclasses.replace(CONFIG, stages=1))
+    resumed = run()
     assert without_times(resumed.results) == without_times(finished.results)
     monkeypatch.setattr(study_module, "compare", None)  # a finished study computes nothing
-    assert study(tiny_model(), TEXTS, CONFIG, output=tmp_path, resume=True, progress=False) == resumed
+    assert run() == resumed
+
+
+@pytest.mark.slow
+def test_study_with_lora_trains_new_adapters_on_the_merged_weights(finished, tmp_path):
+    training = dataclasses.replace(CONFIG.training, steps=1, lora=LoRAConfig(rank=2))
+    config = StudyConfig(training=training, prompts=())
+    found = study(tiny_model(), TEXTS, config, output=tmp_path, progress=False).results
+    assert found[0]["test"]["loss"] == finished.results[0]["test"]["loss"]
+    for result in found[1:]:
+        # rank 2 at the four kernels of two layers: [32, 96], [32, 32], [32, 128] and [128, 32]
+        assert result["training"]["trained_parameters"] == 2 * 2 * (128 + 64 + 160 + 160)
+        model = load(tmp_path / result["folder"])
+        assert evaluate(model, TEXTS["test"], EvaluationConfig(32)).loss == result["test"]["loss"]
+    assert found[2]["test"]["loss"] < found[1]["test"]["loss"] < found[0]["test"]["loss"]
 
 
 def test_split_in_parts_keeps_order_and_every_text():
