@@ -65,10 +65,13 @@ class Case:
         )
 
 
+SMALL_LORA = LoRAConfig(8, 16.0, targets=("attn.c_attn",))  # PEFT's defaults
+
+
 def cases_of(model: str) -> tuple[Case, ...]:
     """Return the programs that a user of the model waits for."""
     rows = 8 if model == "gpt2-xl" else 16
-    lora = {"lora": LoRAConfig()}
+    lora = {"lora": SMALL_LORA}
     return (
         Case("train", model, rows, 1024),
         Case("train", model, rows, 1024, {"dropout": 0.1}),
@@ -107,9 +110,9 @@ MEMORY_CASES = (
     MemoryCase("gpt2", "h100", 1, 64),
     MemoryCase("gpt2", "h100", 1, 16, {"dropout": 0.1}),
     MemoryCase("gpt2", "h100", 1, 16, {"compute_dtype": "float32"}),
-    MemoryCase("gpt2", "h100", 1, 16, {"lora": LoRAConfig()}),
+    MemoryCase("gpt2", "h100", 1, 16, {"lora": SMALL_LORA}),
     MemoryCase("gpt2-medium", "h100", 1, 16),
-    MemoryCase("gpt2-medium", "h100", 1, 16, {"lora": LoRAConfig()}),
+    MemoryCase("gpt2-medium", "h100", 1, 16, {"lora": SMALL_LORA}),
     MemoryCase("gpt2-large", "h100", 1, 8),
     MemoryCase("gpt2-xl", "h100", 1, 8),
     MemoryCase("gpt2-xl", "h100", 1, 32, {"remat": "full"}),

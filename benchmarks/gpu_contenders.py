@@ -132,7 +132,7 @@ def _gpt2jax_step(case: Case, model: Any) -> Run:
         schedule="constant",
         batch_size=case.rows,
         compute_dtype=case.dtype,  # type: ignore[arg-type]
-        lora=LoRAConfig(RANK) if case.kind == "lora" else None,
+        lora=LoRAConfig(RANK, 16.0, targets=("attn.c_attn",)) if case.kind == "lora" else None,
     )
     optimizer = make_optimizer(config, 1000)
     state, frozen, mask, _ = starting_state(

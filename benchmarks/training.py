@@ -71,7 +71,7 @@ def gpt2jax_step(
     from gpt2jax.train.step import init_state, make_train_step
     from gpt2jax.train.unrolled import should_unroll, unstack_layers
 
-    adapters = LoRAConfig(rank=RANK) if lora else None
+    adapters = LoRAConfig(RANK, 16.0, targets=("attn.c_attn",)) if lora else None
     settings = FinetuneConfig(
         learning_rate=1e-5,
         schedule="constant",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from gpt2jax.loading import load, load_adapter, save_adapter
     from gpt2jax.lora.config import LoRAConfig
     from gpt2jax.model.config import PRESETS, GPT2Config
+    from gpt2jax.studies.config import StudyConfig
+    from gpt2jax.studies.study import study
     from gpt2jax.tokenizer.bpe import Tokenizer
     from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
     from gpt2jax.train.config import FinetuneConfig
@@ -68,6 +70,8 @@ _HOMES = {
     "keras_metrics": "evaluation.keras_metrics",
     "compare": "comparison.compare",
     "Comparison": "comparison.result",
+    "study": "studies.study",
+    "StudyConfig": "studies.config",
 }
 
 __all__ = [
@@ -83,6 +87,7 @@ __all__ = [
     "LanguageModel",
     "LoRAConfig",
     "Run",
+    "StudyConfig",
     "Texts",
     "Tokenizer",
     "beam_search",
@@ -100,6 +105,7 @@ __all__ = [
     "save_adapter",
     "save_tokenizer",
     "stream",
+    "study",
 ]
 
 

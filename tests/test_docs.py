@@ -28,6 +28,7 @@ NOT_HERE = {
     "--resume",
     "runs/gpt2-mini-numeric-docs",
 }
+LONG = (["gpt2jax", "finetune"], ["gpt2jax", "study", "--limit", "300"])
 SENTENCES = ["The rows are sorted by date.", "Return the sum of all values.", "Each call opens a new file."]
 
 
@@ -79,7 +80,7 @@ def test_commands_run(page, workplace, monkeypatch):
     for words in commands_of(page):
         if words[0] != "gpt2jax":
             check_words(words)
-        elif NOT_HERE & set(words) or words == ["gpt2jax", "finetune"] or "XLA_FLAGS" in page.read_text():
+        elif NOT_HERE & set(words) or words in LONG or "XLA_FLAGS" in page.read_text():
             parse_only(words[1:], monkeypatch)
         else:
             main(words[1:])

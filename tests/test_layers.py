@@ -25,8 +25,10 @@ LAYERS = (
     "evaluation",
     "comparison",
     "report",
+    "studies",
     "plan",
     "cli",
+    "__main__",
 )
 # methods of data classes that users call, each a late import inside the method: (file, imported folder)
 EXCEPTIONS = {

@@ -13,6 +13,7 @@ set_compiler_parts()
 
 COMMANDS = {
     "finetune": "train a model on texts, compare it with the model it started from, write a report",
+    "study": "evaluate, fine-tune in stages, evaluate each, generate with each, write one report",
     "generate": "continue prompts",
     "evaluate": "loss and accuracy of a model on texts",
     "compare": "compare several models on the same texts, write a report",
@@ -39,6 +40,14 @@ def main(argv: Sequence[str]) -> None:
         for name, description in COMMANDS.items():
             print(f"  {name:<10} {description}")
         print("\n`gpt2jax COMMAND --help` lists the options of a command.")
+        print(
+            "`gpt2jax completion bash`, zsh or tcsh prints what makes the shell complete commands and options."
+        )
+        return
+    if argv[0] == "completion":
+        from gpt2jax.cli.completion import print_completion
+
+        print_completion(argv[1:], list(COMMANDS))
         return
     if argv[0] in ("-V", "--version"):
         from gpt2jax import __version__

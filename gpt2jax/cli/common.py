@@ -13,17 +13,15 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
-from gpt2jax.generation.config import GenerationConfig
-from gpt2jax.utils.notices import Notice, notice, printable
-from gpt2jax.utils.validation import check_path, field_names, positive_int, validated
+from gpt2jax.utils.notices import Notice, printable
+from gpt2jax.utils.validation import check_path, field_names
 
 if TYPE_CHECKING:
-    from gpt2jax.data.sources import Texts
-    from gpt2jax.language_model import LanguageModel
+    pass
 
 T = TypeVar("T")
 
@@ -33,11 +31,6 @@ USER_ERRORS = (
     OSError,  # no such file, a full disk, a file system that can't be written to; the hub does not answer
     ModuleNotFoundError,  # of an optional package; the message says what to install
 )
-
-# adapters as the commands make them: large enough to gain nearly what training all parameters gains
-# (benchmarks/training_quality.py), where LoRAConfig's own defaults are PEFT's
-LORA_RANK, LORA_TARGETS = 32, ("*",)
-COMPARED_TOKENS = 100  # of each text that a comparison generates
 
 
 def run_command(
@@ -73,7 +66,7 @@ def run_command(
     except USER_ERRORS as error:
         if isinstance(error, OSError):
             _drop_unwritten()
-        exit_with_error(name, str(error))
+        exit_with_error(name, _name_option(str(error), options))
     except FloatingPointError as error:
         exit_with_error(name, str(error), code=1)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
@@ -110,7 +103,8 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
     except SystemExit as end:
         if end.code != 2:  # --help, on standard output
             raise
-        exit_with_error(name, f"{_what_is_wrong(said.getvalue())}; see gpt2jax {name} --help")
+        reason = _name_option(_what_is_wrong(said.getvalue()), options)
+        exit_with_error(name, f"{reason}; see gpt2jax {name} --help")
     # a shell leaves "~" as it is in --out=~/folder
     paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
     expanded: Any = {name: check_path(name, value) for name, value in paths.items()}
@@ -137,6 +131,27 @@ def named_fields(options: type, argv: Sequence[str]) -> set[str]:
     """Return the fields of a class of options that a command line names, also with their default."""
     words = {word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     return {name for name in field_names(options) if {f"__{name}", f"__no_{name}"} & words}
+
+
+def _name_option(message: str, options: type) -> str:
+    """Return a message that begins with the name of a setting with the option that sets it."""
+    name = re.match(r"[a-z][\w.]*(?= must )", message)
+    if name is None or name[0] not in _settings_of(options):
+        return message
+    return f"--{name[0].replace('_', '-')}{message[name.end() :]}"
+
+
+def _settings_of(options: type) -> set[str]:
+    """Return the names of the settings that options set, those of nested options included."""
+    names = set()
+    for field in dataclasses.fields(options):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default):
+            prefix = getattr(default, "error_prefix", "")
+            names |= {f"{prefix}{name}" for name in _settings_of(type(default))}
+        elif default is not dataclasses.MISSING:  # which positional arguments do not have
+            names.add(field.name)
+    return names
 
 
 def print_line(console: Any, what: str, text: str) -> None:
@@ -182,242 +197,3 @@ def check_file(path: pathlib.Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise FileExistsError(f"--out {path} is there already: --overwrite it, or choose another --out")
     check_folder(path.parent)
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerOptions:
-    """How texts become tokens, where the files of the model do not say it.
-
-    Attributes:
-        tokenizer: for weights without a tokenizer, or instead of theirs: a folder, a file, or gpt2.
-        end_token: the token that begins, separates and ends texts: its text, or its id as a number. Default: that of
-            the tokenizer, else of config.json, else of generation_config.json.
-    """
-
-    tokenizer: str | None = None
-    end_token: str | None = None
-
-    def named_end_token(self) -> str | int | None:
-        """Return the end token as `load` takes it."""
-        end = self.end_token
-        return int(end) if end is not None and end.isascii() and end.isdecimal() else end
-
-    def load(self, name: str) -> LanguageModel:
-        """Load a model."""
-        from gpt2jax.loading import load
-
-        return load(name, tokenizer=self.tokenizer, end_token=self.named_end_token())
-
-
-@dataclasses.dataclass(frozen=True)
-class TextOptions(TokenizerOptions):
-    """How texts become tokens.
-
-    Attributes:
-        special_tokens: "parse" reads the special tokens that texts and prompts spell, such as <|endoftext|>, as these
-            tokens; "text" reads them as plain characters.
-    """
-
-    special_tokens: Literal["text", "parse"] = "text"
-
-    def load(self, name: str) -> LanguageModel:
-        """Load a model."""
-        from gpt2jax.loading import load
-
-        end, mode = self.named_end_token(), self.special_tokens
-        return load(name, tokenizer=self.tokenizer, end_token=end, special_tokens=mode)
-
-
-@validated
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """Where texts come from.
-
-    Attributes:
-        data: "numeric-docs" (documentation of the installed numpy, jax, flax, optax), "python-docs" (of the standard
-            library), "pubmed", "arxiv", a file or folder (txt, md, jsonl, json, csv, tsv, parquet, arrow, also
-            compressed, or what datasets saved), a quoted pattern ("data/*.txt"), a hub data set (owner/name), or an
-            hf:// path.
-        more_data: another file, folder or pattern, read behind --data; may be repeated.
-        text_column: the column with the text, if there are several; outer.inner for a field of a column of objects.
-        documents: what a text is in plain .txt files: "file" (all of it, cut at <|endoftext|>), "paragraph", "line".
-        limit: use only the first so many documents.
-        streaming: read a hub data set as it comes instead of downloading it first; so does --limit.
-        data_revision: commit, tag or branch of a hub data set. The results name the commit, which reads the same again.
-        encoding: of the texts in files, such as cp1252. Default: UTF-8.
-        records_field: the field of a JSON object that holds the rows, if it holds more than them.
-    """
-
-    data: str = "numeric-docs"
-    more_data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    text_column: str | None = None
-    documents: Literal["file", "paragraph", "line"] = "file"
-    limit: Annotated[int | None, positive_int] = None
-    streaming: bool = False
-    data_revision: str | None = None
-    encoding: str | None = None
-    records_field: str | None = None
-
-    @property
-    def source(self) -> str | tuple[str, ...]:
-        """What `gpt2jax.data.sources.Texts` takes."""
-        return (self.data, *self.more_data) if self.more_data else self.data
-
-    def pinned(self) -> DataOptions:
-        """Return the same with the commit of a hub data set: all splits are of it, and the results can name it."""
-        from gpt2jax.data.sources import pin_revision
-
-        return dataclasses.replace(self, data_revision=pin_revision(self.source, self.data_revision))
-
-    def origin(self, split: str) -> dict[str, Any]:
-        """Return where the texts of a split come from, for results."""
-        return {"source": self.source, "split": split, "revision": self.data_revision}
-
-    def held_out_split(self) -> str:
-        """Return the split to evaluate if none is asked for: a held-out one that the data has by name, else all."""
-        texts = self.iterate("all")
-        return next((name for name in ("test", "validation") if texts.has_split(name)), "all")
-
-    def describe(self, split: str, count: int) -> tuple[str, dict[str, Any]]:
-        """Say which and how many documents of the data a split is, in words and for results."""
-        total = self.iterate(split).count_undivided()
-        of = "" if total is None else f" of {total:,}"
-        first = "the first " if count == self.limit else ""
-        part = "all" if split == "all" and not first else f"split {split}"
-        origin = self.origin(split) | ({} if total is None else {"total_documents": total})
-        return f"{first}{count:,}{of} documents of {self.data}, {part}", origin
-
-    def texts(self, split: str, *, limit: int | None = None) -> list[str]:
-        """Return the texts of a split such as train, test[:50%] or all, at most `limit` of them."""
-        return list(self.iterate(split, limit=limit))
-
-    def iterate(
-        self,
-        split: str,
-        *,
-        limit: int | None = None,
-        prompt_column: str | None = None,
-        completion_column: str | None = None,
-    ) -> Texts:
-        """Return the same as a stream, or prompts with completions; see `gpt2jax.data.sources.Texts`."""
-        from gpt2jax.data.sources import Texts
-
-        return Texts(
-            self.source,
-            split,
-            text_column=self.text_column,
-            prompt_column=prompt_column,
-            completion_column=completion_column,
-            limit=limit,
-            documents=self.documents,
-            streaming=self.streaming,
-            revision=self.data_revision,
-            encoding=self.encoding,
-            records_field=self.records_field,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationOptions(GenerationConfig):
-    """`GenerationConfig` with the types that a command line can give."""
-
-    __doc__ = GenerationConfig.__doc__
-    bad_words: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] | None = None
-    stop_strings: tuple[str, ...] = ()
-    logits_processor: tyro.conf.Suppress[None] = None
-    draft_model: tyro.conf.Suppress[None] = None  # `generate` takes its name
-
-
-@dataclasses.dataclass(frozen=True)
-class ComparedTextOptions(GenerationOptions):
-    """The same for a comparison: of each prompt one text, of 100 new tokens if no length is given."""
-
-    __doc__ = GenerationConfig.__doc__
-    num_return_sequences: tyro.conf.Suppress[int] = 1
-
-    def config(self) -> GenerationConfig:
-        """Return the settings with the length filled in."""
-        if self.max_new_tokens is None and self.max_length is None:
-            return dataclasses.replace(self, max_new_tokens=COMPARED_TOKENS)
-        return self
-
-
-def warn_if_trained_on(model: str, source: DataOptions, split: str) -> None:
-    """Give a notice if a model is a run that was trained on texts that are now to be evaluated."""
-    folder = check_path("model", model)
-    file = next(
-        (place / "run.json" for place in (folder, folder.parent) if (place / "run.json").is_file()), None
-    )
-    if file is None:
-        return
-    from gpt2jax.utils.json_files import read_json
-
-    trained = read_json(file, optional={"data": dict}).get("data", {})
-    trained_source = trained.get("source")
-    same = tuple(trained_source) if isinstance(trained_source, list) else trained_source
-    if same == source.source and split in ("all", trained.get("split")):
-        notice(
-            f"{model} was trained on split {trained.get('split')} of {source.data}, which is among these texts; "
-            "--eval-split test leaves it out"
-        )
-
-
-DOCUMENTATION_PROMPTS = (
-    "jax.numpy.mean(a, axis=None)\n\n",
-    "numpy.linalg.solve(a, b)\n\nSolve",
-    "Returns the",
-    "Parameters\n----------\n",
-    "This function",
-    "",
-)
-
-
-def default_prompts(data: str) -> tuple[str, ...]:
-    """Return prompts of the kind of text that the data holds."""
-    from gpt2jax.comparison.compare import DEFAULT_PROMPTS
-
-    return DOCUMENTATION_PROMPTS if data in ("numeric-docs", "python-docs") else DEFAULT_PROMPTS
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessOptions:
-    """Several processes that train together; start each with the same options, except --process.
-
-    Attributes:
-        coordinator: host:port on the machine of process 0, or "auto" if Slurm, Open MPI, Kubernetes or a TPU pod
-            says which processes take part.
-        processes: number of processes.
-        process: the number of this process, from 0.
-    """
-
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
-
-    def initialize(self) -> None:
-        """Connect the processes; call this before jax looks for its devices.
-
-        Raises:
-            ValueError: the three options do not go together, or "auto" finds no description of the processes.
-        """
-        if self.coordinator is None and self.processes is None and self.process is None:
-            return
-        import jax
-
-        if self.coordinator == "auto":
-            try:
-                jax.distributed.initialize(num_processes=self.processes, process_id=self.process)
-            except ValueError as error:
-                raise ValueError(
-                    f"--coordinator auto found no description of the processes ({error})"
-                ) from None
-            return
-        if self.coordinator is None or self.processes is None or self.process is None:
-            raise ValueError("several processes need --coordinator HOST:PORT, --processes and --process")
-        if not 0 <= self.process < self.processes:
-            legal = f"from 0 to {self.processes - 1}"
-            raise ValueError(f"--process must be {legal}, got {self.process}")
-        if not self.coordinator.rpartition(":")[2].isdecimal():
-            raise ValueError(f"--coordinator must be HOST:PORT or auto, got {self.coordinator!r}")
-        jax.distributed.initialize(self.coordinator, self.processes, self.process)

@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import (
+from gpt2jax.cli.common import check_folder, command_line, print_line, run_command
+from gpt2jax.cli.options import (
     ComparedTextOptions,
     DataOptions,
+    EvaluationOptions,
     TextOptions,
-    check_folder,
-    command_line,
     default_prompts,
-    print_line,
-    run_command,
+    evaluation_config,
     warn_if_trained_on,
 )
-from gpt2jax.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
@@ -31,6 +30,9 @@ class Options:
     """Compare models on the same texts: figures with error bars, generated text side by side, a report.
 
     The generated texts have at most 100 new tokens; --max-new-tokens or --max-length gives another length.
+
+    $ gpt2jax compare gpt2 mine=runs/mine --data my-texts --eval-split test
+    $ gpt2jax compare gpt2 first=runs/first second=runs/second --data held-out.jsonl --out report
 
     Attributes:
         models: two or more, each NAME=MODEL or MODEL: gpt2-mini, gpt2, ..., a hub id, or a path. The others are
@@ -51,14 +53,18 @@ class Options:
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
-    source: DataOptions = dataclasses.field(default_factory=DataOptions)
-    text: TextOptions = TextOptions()
+    source: Annotated[DataOptions, OmitArgPrefixes, arg(name="data")] = dataclasses.field(
+        default_factory=DataOptions
+    )
+    text: Annotated[TextOptions, OmitArgPrefixes, arg(name="tokenizer")] = TextOptions()
     eval_split: str | None = None
-    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
+    evaluation: Annotated[EvaluationOptions, OmitArgPrefixes, arg(name="evaluation")] = EvaluationOptions()
     training_data: str | None = None
     train_split: str = "train"
     prompts: tuple[str, ...] | None = None
-    generation: Annotated[ComparedTextOptions, tyro.conf.arg(name="")] = ComparedTextOptions()
+    generation: Annotated[ComparedTextOptions, OmitArgPrefixes, arg(name="generation")] = (
+        ComparedTextOptions()
+    )
     seed: int = 0
     out: pathlib.Path = pathlib.Path("comparison")
     overwrite: bool = False
@@ -77,6 +83,7 @@ def run(options: Options) -> None:
     from gpt2jax.report.summary import print_comparison
 
     names = named_models(options.models)
+    evaluation = evaluation_config(options.evaluation, list(names.values()))
     check_folder(options.out)
     if (options.out / "comparison.json").exists() and not options.overwrite:
         raise FileExistsError(
@@ -95,7 +102,7 @@ def run(options: Options) -> None:
         models,
         texts,
         options.prompts or default_prompts(source.data),
-        options.evaluation,
+        evaluation,
         options.generation.config(),
         training_texts=training_texts(options, source),
         seed=options.seed,

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import TokenizerOptions, exit_with_error, print_line, run_command
+from gpt2jax.cli.common import exit_with_error, print_line, run_command
+from gpt2jax.cli.options import TokenizerOptions
 from gpt2jax.utils.validation import must_be
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ TOLERANCE = 1e-5
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Convert weights from one format into another.
+
+    $ gpt2jax convert runs/mine --out mine-hf --verify
+    $ gpt2jax convert gpt2 --adapter my-adapter --out merged --format keras
 
     Attributes:
         source: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path: a Hugging Face folder or file,
@@ -53,7 +58,7 @@ class Options:
     overwrite: bool = False
     verify: bool = False
     seed: int = 0
-    text: Annotated[TokenizerOptions, tyro.conf.arg(name="")] = TokenizerOptions()
+    text: Annotated[TokenizerOptions, OmitArgPrefixes, arg(name="tokenizer")] = TokenizerOptions()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,23 +8,24 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import (
+from gpt2jax.cli.common import check_file, check_folder, command_line, run_command
+from gpt2jax.cli.options import (
     DataOptions,
+    EvaluationOptions,
     TextOptions,
-    check_file,
-    check_folder,
-    command_line,
-    run_command,
+    evaluation_config,
     warn_if_trained_on,
 )
-from gpt2jax.evaluation.config import EvaluationConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Loss and accuracy of a model on texts.
+
+    $ gpt2jax evaluate --model gpt2 --data my-texts
+    $ gpt2jax evaluate --model runs/mine --data my.jsonl --eval-split test --out figures.json
 
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
@@ -40,10 +41,12 @@ class Options:
     """
 
     model: str = "gpt2-mini"
-    source: DataOptions = dataclasses.field(default_factory=DataOptions)
+    source: Annotated[DataOptions, OmitArgPrefixes, arg(name="data")] = dataclasses.field(
+        default_factory=DataOptions
+    )
     eval_split: str | None = None
-    text: TextOptions = TextOptions()
-    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig()
+    text: Annotated[TextOptions, OmitArgPrefixes, arg(name="tokenizer")] = TextOptions()
+    evaluation: Annotated[EvaluationOptions, OmitArgPrefixes, arg(name="evaluation")] = EvaluationOptions()
     seed: int = 0
     out: pathlib.Path | None = None
     resume: bool = False
@@ -64,6 +67,7 @@ def run(options: Options) -> None:
     from gpt2jax.evaluation.result import SCHEMA, SCHEMA_VERSION
     from gpt2jax.utils.atomic_io import atomic_write
 
+    evaluation = evaluation_config(options.evaluation, [options.model])
     file, state = output_files(options)
     source = options.source.pinned()
     split = options.eval_split or source.held_out_split()
@@ -72,7 +76,7 @@ def run(options: Options) -> None:
     result = evaluate(
         model,
         source.iterate(split, limit=source.limit),
-        options.evaluation,
+        evaluation,
         state=state,
         resume=options.resume,
         progress=True,

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import (
-    LORA_RANK,
-    LORA_TARGETS,
+from gpt2jax.cli.common import check_folder, command_line, exit_with_error, print_line, run_command
+from gpt2jax.cli.options import (
     ComparedTextOptions,
     DataOptions,
     ProcessOptions,
     TextOptions,
-    check_folder,
-    command_line,
+    count_stages,
     default_prompts,
-    exit_with_error,
-    print_line,
-    run_command,
 )
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.utils.validation import check, positive_int
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
 
 # an optimizer step of the default job takes about two seconds on two cores: it is to end within three minutes
 DEFAULT_JOB_STEPS = 40
+# of a validation, which a run repeats, and of the comparison of the default job
+EVAL_DOCUMENTS = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +47,17 @@ class TrainOptions(FinetuneConfig):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions(LoRAConfig):
-    """The settings of adapters with the defaults of the commands, except alpha: its default depends on the rank."""
+    """The settings of adapters before alpha, whose default follows from the rank, is filled in."""
 
     __doc__ = LoRAConfig.__doc__
-    rank: int = LORA_RANK
-    alpha: tyro.conf.Suppress[float] = float(LORA_RANK)
-    targets: tuple[str, ...] = LORA_TARGETS
+    alpha: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+
+    def __post_init__(self) -> None:
+        """Check nothing; `config` does."""
+
+    def config(self) -> LoRAConfig:
+        """Return the settings, checked and complete."""
+        return LoRAConfig(**vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,59 +66,63 @@ class Options:
 
     Without options: gpt2-mini, specialised on the documentation of the installed numerical packages in 40 steps.
 
+    $ gpt2jax finetune --model gpt2 --data my-texts --epochs 3
+    $ gpt2jax finetune --model gpt2-medium --data my.jsonl --text-column body --lora
+
     The generated texts have at most 100 new tokens; --max-new-tokens or --max-length gives another length.
 
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
-        init: "random" trains a model of that name's shape from scratch.
-        source: of the texts.
-        text: how texts become tokens.
-        train_split: what is trained on, with the syntax of the datasets library: train, "train[:50%]", train+test.
-        validation_split: what is evaluated during the training.
-        eval_split: what the comparison is made on.
         out: folder for metrics, checkpoints, the model and the report. Default: runs/MODEL-DATA.
+        lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
         resume: go on where a killed or interrupted run in that folder stopped.
         overwrite: delete the run that the folder holds.
+        compare: evaluate the model before and after and write the report.
+        prompts: prompts for the generated texts. Default: a set that suits the data.
         packing: "concat" trains on every token; "packed" too, with several texts in a row kept apart; "padded" trains
             on the first tokens of each text. Default: "padded" for scientific_papers (pubmed, arxiv), by whatever name
             or path, as in the Keras baseline; else "concat".
+        train_split: what is trained on, with the syntax of the datasets library: train, "train[:50%]", train+test.
+        validation_split: what is evaluated during the training.
+        eval_split: what the comparison is made on.
+        eval_documents: at most so many documents of the comparison, and of the validation. Default: for the comparison
+            all, as `compare` takes (numeric-docs: 120); for the validation, which is repeated, 120.
         prompt_column: column whose texts are context only, with --completion-column.
         completion_column: column whose texts are learned.
+        init: "random" trains a model of that name's shape from scratch.
         cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
+        source: of the texts.
         train: settings of the run.
-        lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
-        lora_alpha: the output of an adapter is scaled by alpha / rank. Default: what makes the scale 1.
-        lora_settings: settings of the adapters.
-        distributed: processes that train together.
-        compare: evaluate the model before and after and write the report.
-        eval_documents: at most so many held-out documents, for the validation and for the comparison each.
-        prompts: prompts for the generated texts. Default: a set that suits the data.
         generation: settings of the generated texts.
+        lora_settings: settings of the adapters.
+        text: how texts become tokens.
+        distributed: processes that train together.
     """
 
     model: str = "gpt2-mini"
-    init: Literal["pretrained", "random"] = "pretrained"
-    source: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
-    text: Annotated[TextOptions, tyro.conf.arg(name="")] = TextOptions()
+    out: pathlib.Path | None = None
+    lora: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    compare: bool = True
+    prompts: tuple[str, ...] | None = None
+    packing: Literal["concat", "packed", "padded"] | None = None
     train_split: str = "train"
     validation_split: str = "validation"
     eval_split: str = "test"
-    out: pathlib.Path | None = None
-    resume: bool = False
-    overwrite: bool = False
-    packing: Literal["concat", "packed", "padded"] | None = None
+    eval_documents: int | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
     cache_tokens: bool = True
-    train: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
-    lora: bool = False
-    lora_alpha: Annotated[float | None, tyro.conf.arg(name="lora.alpha")] = None
+    source: Annotated[DataOptions, OmitArgPrefixes, arg(name="data")] = DataOptions()
+    train: Annotated[TrainOptions, OmitArgPrefixes, arg(name="training")] = TrainOptions()
+    generation: Annotated[ComparedTextOptions, OmitArgPrefixes, arg(name="generation")] = (
+        ComparedTextOptions()
+    )
     lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
-    distributed: Annotated[ProcessOptions, tyro.conf.arg(name="")] = ProcessOptions()
-    compare: bool = True
-    eval_documents: int = 120
-    prompts: tuple[str, ...] | None = None
-    generation: Annotated[ComparedTextOptions, tyro.conf.arg(name="")] = ComparedTextOptions()
+    text: Annotated[TextOptions, OmitArgPrefixes, arg(name="tokenizer")] = TextOptions()
+    distributed: Annotated[ProcessOptions, OmitArgPrefixes, arg(name="several processes")] = ProcessOptions()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -142,8 +149,8 @@ def run(options: Options) -> None:
     from gpt2jax.train.run_folder import RunFolder
     from gpt2jax.train.state import offload_params
 
-    if options.eval_documents < 1:
-        raise ValueError(f"--eval-documents must be a positive whole number, got {options.eval_documents}")
+    if options.eval_documents is not None:
+        check("--eval-documents", options.eval_documents, positive_int)
     options.distributed.initialize()
     console = Console(quiet=jax.process_index() > 0)
     options = dataclasses.replace(options, source=options.source.pinned())
@@ -153,8 +160,10 @@ def run(options: Options) -> None:
     folder = RunFolder(output, resume=options.resume, overwrite=options.overwrite)
     check_folder(output)
     train_texts = _texts(options, options.train_split, limit=options.source.limit)
-    validation_texts = _texts(options, options.validation_split, limit=options.eval_documents)
-    test_texts = _texts(options, options.eval_split, limit=options.eval_documents) if options.compare else []
+    validation_texts = _texts(options, options.validation_split, limit=_held_out_limits(options)[0])
+    test_texts = (
+        _texts(options, options.eval_split, limit=_held_out_limits(options)[1]) if options.compare else []
+    )
     print_line(console, "texts", _describe_texts(options, train_texts, validation_texts, test_texts))
     model = offload_params(starting_model(options), config)
     print_line(console, "model", repr(model))
@@ -188,10 +197,18 @@ def _describe_texts(options: Options, train_texts: Any, validation_texts: Any, t
         return f"{first}{len(texts):,} of split {split}"
 
     parts = [f"{count(train_texts, options.train_split, options.source.limit)} to train on"]
-    parts += [f"{count(validation_texts, options.validation_split, options.eval_documents)} for validation"]
+    limits = _held_out_limits(options)
+    parts += [f"{count(validation_texts, options.validation_split, limits[0])} for validation"]
     if options.compare:
-        parts += [f"{count(test_texts, options.eval_split, options.eval_documents)} for the comparison"]
+        parts += [f"{count(test_texts, options.eval_split, limits[1])} for the comparison"]
     return f"documents of {options.source.data}: {', '.join(parts)}"
+
+
+def _held_out_limits(options: Options) -> tuple[int | None, int | None]:
+    """Return the most documents of the validation and of the comparison."""
+    is_default_job = options.source.data == "numeric-docs"
+    default = EVAL_DOCUMENTS if is_default_job else None
+    return options.eval_documents or EVAL_DOCUMENTS, options.eval_documents or default
 
 
 def _prompts(options: Options) -> Sequence[str]:
@@ -206,17 +223,20 @@ def _compare(
     from gpt2jax.report.summary import print_comparison
 
     length = options.train.sequence_length or min(model.config.n_positions, 1024)
+    before, after = stage_names(options.model)
     comparison = compare(
-        {"generic": model, "specialised": result.model},
+        {before: model, after: result.model},
         texts,
         prompts=_prompts(options),
         sequence_length=length,
+        compute_dtype=options.train.compute_dtype,
         training_texts=training_texts,
         generation=options.generation.config(),
         seed=options.train.seed,
         history=result.history,
         command=command_line("finetune"),
         source=options.source.origin(options.eval_split),
+        progress=not console.quiet,
     )
     if not console.quiet:  # of several processes all compute it, so that none waits for another one
         comparison.save(result.output)
@@ -230,6 +250,12 @@ def _iterate(options: Options, split: str, limit: int | None = None) -> Texts:
         prompt_column=options.prompt_column,
         completion_column=options.completion_column,
     )
+
+
+def stage_names(model: str) -> tuple[str, str]:
+    """Return what the report calls the model that the training begins with, and the trained one."""
+    stages = count_stages(model)
+    return (f"stage {stages}", f"stage {stages + 1}") if stages else ("generic", "specialised")
 
 
 def _texts(options: Options, split: str, *, limit: int | None) -> Any:
@@ -254,17 +280,10 @@ def finetune_config(options: Options) -> FinetuneConfig:
     folder = default_cache() if options.cache_tokens else None
     defaults: dict[str, Any] = {
         "packing": options.packing or ("padded" if _iterate(options, "all").is_papers() else "concat"),
-        "lora": lora_config(options.lora_settings, options.lora_alpha) if options.lora else None,
+        "lora": options.lora_settings.config() if options.lora else None,
         "token_cache": None if folder is None else str(folder),
     }
     return FinetuneConfig(**{**given, **defaults})
-
-
-def lora_config(settings: LoRAConfig, alpha: float | None) -> LoRAConfig:
-    """Build the settings of the adapters; without --lora.alpha their scale is 1."""
-    if alpha is None:
-        alpha = math.sqrt(settings.rank) if settings.use_rslora else float(settings.rank)
-    return LoRAConfig(**{**vars(settings), "alpha": alpha})
 
 
 def default_output(options: Options) -> pathlib.Path:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 
 import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
-from gpt2jax.cli.common import GenerationOptions, TextOptions, check_file, named_fields, run_command
+from gpt2jax.cli.common import check_file, named_fields, run_command
+from gpt2jax.cli.options import GenerationOptions, TextOptions
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.json_files import parse_json
 from gpt2jax.utils.progress import is_interactive
@@ -27,6 +29,9 @@ class Options:
     """Continue prompts.
 
     Without prompts, lines of standard input are prompts; at a terminal, it asks for them one by one.
+
+    $ gpt2jax generate "Return the" --model runs/gpt2-mini-numeric-docs --max-new-tokens 40
+    $ gpt2jax generate --file prompts.jsonl --out texts.jsonl --top-p 0.9 --top-k 0
 
     Attributes:
         prompts: texts to continue; "" lets the model begin a text.
@@ -47,13 +52,13 @@ class Options:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     file: pathlib.Path | None = None
     model: str = "gpt2-mini"
-    text: TextOptions = TextOptions()
+    text: Annotated[TextOptions, OmitArgPrefixes, arg(name="tokenizer")] = TextOptions()
     draft_model: str | None = None
     seed: int = 0
     batch_size: int = 32
     dtype: str | None = None
     out: pathlib.Path | None = None
-    config: Annotated[GenerationOptions, tyro.conf.arg(name="")] = GenerationOptions()
+    config: Annotated[GenerationOptions, OmitArgPrefixes, arg(name="generation")] = GenerationOptions()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,10 +73,12 @@ def run(options: Options, given: Collection[str]) -> None:
     from gpt2jax.generation.requests import make_request
     from gpt2jax.loading import load
 
-    prompts = read_prompts(options)
+    rows = read_rows(options)
+    prompts = [row["prompt"] for row in rows]
     interactive = not prompts and sys.stdin is not None and sys.stdin.isatty()
     if not prompts and not interactive:
         prompts = [] if sys.stdin is None else _split_lines(sys.stdin.read().removeprefix("\ufeff"))
+        rows = [{"prompt": prompt} for prompt in prompts]
         if not prompts:
             raise ValueError("there is no prompt: give one as an argument, in --file, or on standard input")
     settings = {name: getattr(options.config, name) for name in given}
@@ -88,12 +95,15 @@ def run(options: Options, given: Collection[str]) -> None:
             )
 
         def show(index: int, prompt: str) -> None:
-            _show(prompt, generator.stream(prompt, seed=options.seed + index, **settings))
+            pieces = generator.stream(prompt, seed=options.seed + index, **settings)
+            _show(prompt, pieces, show_time=is_interactive() or len(prompts) > 1)
 
         if interactive:
             _ask_for_prompts(show)
         elif options.out is None and can_stream:
             for index, prompt in enumerate(prompts):
+                if len(prompts) > 1:
+                    print("\n" * (index > 0) + f"--- prompt {index + 1} of {len(prompts)} ---")
                 show(index, prompt)
         else:
             _write(
@@ -101,14 +111,20 @@ def run(options: Options, given: Collection[str]) -> None:
                     prompts, seed=options.seed, batch_size=options.batch_size, **settings
                 ),
                 options.out,
+                [row for row in rows for _ in range(config.num_return_sequences)],
             )
 
 
 def read_prompts(options: Options) -> list[str]:
     """Return the prompts of the arguments and of the file."""
-    prompts = list(options.prompts)
+    return [row["prompt"] for row in read_rows(options)]
+
+
+def read_rows(options: Options) -> list[dict[str, Any]]:
+    """Return the prompts of the arguments and of the file, each with the other fields of its line of JSON."""
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in options.prompts]
     if options.file is None:
-        return prompts
+        return rows
     if not options.file.is_file():
         raise FileNotFoundError(f"there is no file {options.file}")
     data = options.file.read_bytes()
@@ -120,8 +136,9 @@ def read_prompts(options: Options) -> list[str]:
     is_json = options.file.suffix.lower() in JSON_LINES
     for number, line in enumerate(_split_lines(content), 1):
         if line.strip():
-            prompts.append(_json_prompt(line, f"{options.file}, line {number}") if is_json else line)
-    return prompts
+            place = f"{options.file}, line {number}"
+            rows.append(_json_row(line, place) if is_json else {"prompt": line})
+    return rows
 
 
 def _split_lines(text: str) -> list[str]:
@@ -129,26 +146,27 @@ def _split_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
 
 
-def _json_prompt(line: str, place: str) -> str:
-    """Return the prompt in a line of JSON, such as `generate --out` writes."""
+def _json_row(line: str, place: str) -> dict[str, Any]:
+    """Return a line of JSON with a prompt, such as `generate --out` writes."""
     try:
-        prompt = parse_json(line, place)["prompt"]
+        row = parse_json(line, place)
+        prompt = row["prompt"]
     except (ValueError, LookupError, TypeError):
         raise ValueError(f'{place}: expected JSON with a field "prompt"') from None
     if not isinstance(prompt, str):
         raise ValueError(must_be(f'{place}: the field "prompt"', "a text", prompt))
-    return prompt
+    return row
 
 
-def _show(prompt: str, pieces: Any) -> None:
-    """Print a continuation as it comes, and to a terminal how fast that was."""
+def _show(prompt: str, pieces: Any, *, show_time: bool) -> None:
+    """Print a continuation as it comes, and on standard error how fast that was."""
     began, first = time.perf_counter(), None
     print(prompt, end="", flush=True)
     for piece in pieces:
         first = first or time.perf_counter()
         print(piece, end="", flush=True)
     print()
-    if first is not None and is_interactive():
+    if first is not None and show_time:
         output, seconds = pieces.generation, time.perf_counter() - began
         tokens = len(output.token_ids)
         speed = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"
@@ -183,27 +201,30 @@ def _json_line(content: dict[str, Any]) -> str:
     return line
 
 
-def _write(make: Callable[[], list[Any]], out: pathlib.Path | None) -> None:
-    """Print continuations, or write them as JSON lines and say how fast they were made."""
+def _write(make: Callable[[], list[Any]], out: pathlib.Path | None, rows: list[dict[str, Any]]) -> None:
+    """Print continuations, or write them as JSON lines behind the fields of their prompts and say how fast it was."""
     from gpt2jax.utils.atomic_io import atomic_write
 
     began = time.perf_counter()
     outputs = make()
     seconds = time.perf_counter() - began
     if out is None:
-        for output in outputs:
-            print(str(output) + "\n")
+        for index, output in enumerate(outputs):
+            if len(outputs) > 1:
+                print("\n" * (index > 0) + f"--- text {index + 1} of {len(outputs)} ---")
+            print(output)
+        print(f"[{_speed(outputs, seconds)}]", file=sys.stderr)
         return
-    lines = [_json_line(dataclasses.asdict(output)) for output in outputs]
+    lines = [_json_line(row | dataclasses.asdict(output)) for row, output in zip(rows, outputs, strict=True)]
     if str(out) == "-":
         sys.stdout.writelines(lines)
     else:
         with atomic_write(out) as file:
             file.writelines(lines)
-    tokens = sum(len(output.token_ids) for output in outputs)
     where = "standard output" if str(out) == "-" else out
-    print(
-        f"wrote {len(outputs)} continuations, {tokens} tokens in {seconds:.1f} s, "
-        f"{tokens / seconds:.0f} a second, to {where}",
-        file=sys.stderr,
-    )
+    print(f"wrote {len(outputs)} continuations, {_speed(outputs, seconds)}, to {where}", file=sys.stderr)
+
+
+def _speed(outputs: list[Any], seconds: float) -> str:
+    tokens = sum(len(output.token_ids) for output in outputs)
+    return f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from gpt2jax.cli.common import print_line, run_command
-from gpt2jax.cli.finetune import AdapterOptions, imply_lora, lora_config
+from gpt2jax.cli.finetune import AdapterOptions, imply_lora
 from gpt2jax.utils.validation import in_range, must_be, positive_int, validated
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ class Options:
 
     The options of the run are those of `gpt2jax finetune`, which explains them.
 
+    $ gpt2jax plan --model gpt2-xl --device h100 --lora
+    $ gpt2jax plan --model gpt2 --device t4 --compute-dtype float16 --sequence-length 128 --batch-size 32
+
     Attributes:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
         device: t4, v100, a100, a100-40, l4, rtx4090, h100, h200, v5e, v6e.
@@ -39,7 +42,6 @@ class Options:
         remat: what the backward pass computes again: none, dots, weights or full.
         dropout: of the model in training. cuDNN's attention needs 0.
         lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
-        lora_alpha: the output of an adapter is scaled by alpha / rank. Default: what makes the scale 1.
         lora_settings: settings of the adapters.
         base_dtype: of the frozen parameters under adapters. Default: float32.
         fsdp: devices that share one copy of parameters and moments.
@@ -60,7 +62,6 @@ class Options:
     remat: str = "none"
     dropout: float = 0.0
     lora: bool = False
-    lora_alpha: Annotated[float | None, tyro.conf.arg(name="lora.alpha")] = None
     lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
     base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     fsdp: int = 1
@@ -102,7 +103,7 @@ def _settings(options: Options) -> tuple[GPT2Config, FinetuneConfig]:
     model = PRESETS[options.model] if options.model in PRESETS else load(options.model).config
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
-    settings["lora"] = lora_config(options.lora_settings, options.lora_alpha) if options.lora else None
+    settings["lora"] = options.lora_settings.config() if options.lora else None
     return model, FinetuneConfig(**settings)
 
 

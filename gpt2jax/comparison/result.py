@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 from typing import Any
 
 from gpt2jax.comparison.excerpts import Excerpts
-from gpt2jax.comparison.paired import PairedDifference, loss_standard_error
+from gpt2jax.comparison.paired import PER_TOKEN, PairedDifference, loss_standard_error, paired_difference
 from gpt2jax.evaluation.result import Evaluation, finite_values
 
 SCHEMA = "gpt2jax.comparison"
@@ -91,6 +93,21 @@ class Comparison:
         """The difference of every other model to the baseline, by name."""
         return {m.name: m.versus_baseline.difference for m in self.models if m.versus_baseline}
 
+    @functools.cached_property
+    def pairs(self) -> dict[tuple[str, str], PairedDifference]:
+        """The difference of any two models by (first name, second name), second minus first, in the order of models."""
+        differences = self.differences
+        same_tokens = all(difference.unit == PER_TOKEN for difference in differences.values())
+        bootstrap = {name: self.settings[name] for name in ("resamples", "seed")}
+        return {
+            (a.name, b.name): differences[b.name]
+            if a is self.baseline
+            else paired_difference(
+                a.evaluation, b.evaluation, baseline=a.name, same_tokens=same_tokens, **bootstrap
+            )
+            for a, b in itertools.combinations(self.models, 2)
+        }
+
     def __getitem__(self, name: str) -> ModelResult:
         """Return the result of a model by its name."""
         return next(model for model in self.models if model.name == name)
@@ -116,6 +133,7 @@ class Comparison:
                 for model in self.models
             ],
             "paired": {name: difference.as_dict() for name, difference in self.differences.items()},
+            "pairs": [{"model": name, **found.as_dict()} for (_, name), found in self.pairs.items()],
             "breakdown": {
                 model.name: model.versus_baseline.breakdown
                 for model in self.models

@@ -29,7 +29,8 @@ class EvaluationConfig:
             token, as lm-evaluation-harness counts them: without an end token behind the text).
         stride: labels by which a row of "sliding" advances; T - stride is the least context. Default: T // 2.
         batch_size: rows at once; changes time and memory, not the figures.
-        compute_dtype: operands of matrix products; softmax and loss are float32.
+        compute_dtype: operands of matrix products; softmax and loss are float32. Default: float32; the commands take
+            that of the training for a run, and say which.
     """
 
     sequence_length: Annotated[int | None, at_least(2)] = None

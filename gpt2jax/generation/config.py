@@ -20,6 +20,7 @@ from gpt2jax.utils.validation import (
     one_of,
     positive_int,
     positive_number,
+    set_field,
     unicode_text,
     validated,
 )
@@ -123,7 +124,7 @@ class GenerationConfig:
         min_length: prompt and continuation together have at least this many; instead of min_new_tokens.
         do_sample: draw tokens at random; otherwise always take the most probable one (greedy).
         temperature: divides the logits: below 1 sharpens the distribution, above 1 flattens it, 0 is greedy.
-        top_k: keep this many of the most probable tokens; None keeps all.
+        top_k: keep this many of the most probable tokens; None or 0 keeps all.
         top_p: keep the most probable tokens until their probabilities sum to this; 1 keeps all.
         min_p: keep tokens with at least this fraction of the highest probability; 0 keeps all.
         typical_p: keep the tokens whose information is nearest to the entropy until their probabilities sum to
@@ -167,7 +168,7 @@ class GenerationConfig:
     min_length: Annotated[int, non_negative_int] = 0
     do_sample: bool = True
     temperature: Annotated[float, in_range(0)] = 1.0
-    top_k: Annotated[int | None, positive_int] = 5
+    top_k: Annotated[int | None, non_negative_int] = 5
     top_p: Annotated[float, in_range(0, 1, open_start=True)] = 1.0
     min_p: Annotated[float, in_range(0, 1)] = 0.0
     typical_p: Annotated[float, in_range(0, 1, open_start=True)] = 1.0
@@ -192,6 +193,8 @@ class GenerationConfig:
     overflow: Literal["error", "sliding_window"] = "error"
 
     def __post_init__(self) -> None:
+        if self.top_k == 0:  # as in transformers
+            set_field(self, "top_k", None)
         given = _changed({name: getattr(self, name) for name in field_names(type(self))})
         for name, others in _EXCLUDES.items():
             ignored = [other for other in others if other in given]

@@ -123,8 +123,8 @@ class MLP(nnx.Module):
         """Apply the MLP."""
         adapters = adapters or {}
         keys = split_key(key, 3)
-        x = self.c_fc(x, ctx, adapters.get("c_fc"), keys[0])
-        x = activate(self.config.activation_function, x, ctx)
+        activation = functools.partial(activate, self.config.activation_function, ctx)
+        x = self.c_fc(x, ctx, adapters.get("c_fc"), keys[0], activation)
         x = self.c_proj(x, ctx, adapters.get("c_proj"), keys[1])
         return dropout(x, self.config.resid_pdrop, keys[2])
 

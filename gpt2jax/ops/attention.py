@@ -165,6 +165,10 @@ def _attend_forward(q, k, v, segment_ids, key, form: BlockForm):
 def _attend_backward(form: BlockForm, residuals, g):
     *operands, segment_ids, key, q_dtype, k_dtype, v_dtype = residuals
     dtype, execution = form.dtype, form.execution
+    if execution.has_unrolled_layers:
+        # without a loop XLA would merge this with the forward pass and keep the probabilities of all layers: 11 GB for
+        # gpt2 at 16 x 1,024 tokens
+        operands, key = jax.lax.optimization_barrier((operands, key))
     q, k, v = (bitcast_from_uint16(x, dtype) for x in operands)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for begin, end in query_blocks(q.shape[2], execution.attention_block):

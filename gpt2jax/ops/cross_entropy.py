@@ -6,7 +6,6 @@ that every token weighs the same however the batch is split.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -264,49 +263,54 @@ def _losses(
     logits, targets, extras, precision: Precision
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return loss, nll, correctness and the log of the softmax's denominator, each [C], for logits [C, V]."""
-    if precision.execution.platform != "cpu":
-        return _losses_of_rows(
-            logits, targets, extras, functools.partial(jnp.sum, axis=-1), _highest_and_target
-        )
+    if not precision.execution.has_cpu_shapes:
+        return _losses_of_rows(logits, targets, extras, _reduce_in_one_pass)
     rows = len(targets)
     size = rows // ROW_BLOCKS if rows % ROW_BLOCKS == 0 else rows
 
     def block(start):
         some, wanted = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (logits, targets))
-        return _losses_of_rows(some, wanted, extras, _sum_as_product, _highest_then_target)
+        return _losses_of_rows(some, wanted, extras, _reduce_one_by_one)
 
     return jax.tree.map(lambda x: x.reshape(rows), jax.lax.map(block, jnp.arange(0, rows, size)))
 
 
-def _sum_as_product(x: jax.Array) -> jax.Array:
-    """Sum rows [C, V] -> [C] as a product: XLA:CPU is slow at sums over long rows, the more it fuses with them."""
-    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=jax.lax.Precision.HIGHEST)[:, 0]
+def _reduce_one_by_one(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Reduce logits [C, V] to the highest of each row, that of its target, and the sum of exp(logit - highest)."""
+    highest = logits.max(axis=-1)
+    of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    exponentials = jnp.exp(logits - highest[:, None])
+    # the sum as a product: XLA:CPU is slow at sums over long rows, the more it fuses with them
+    ones = jnp.ones((logits.shape[-1], 1), logits.dtype)
+    return highest, of_target, jnp.matmul(exponentials, ones, precision=jax.lax.Precision.HIGHEST)[:, 0]
 
 
-def _highest_then_target(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the highest logit of each row, and that of its target."""
-    return logits.max(axis=-1), jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+def _reduce_in_one_pass(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Do the same in one pass over the logits: a sum is scaled down whenever a higher logit comes.
 
+    A second pass reads 1.65 GB again for 16 rows of 1,024 tokens: 0.5 of 24 ms that gpt2's step takes an H100.
 
-def _highest_and_target(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Do the same in one pass over the logits, as one reduction to two maxima."""
+    Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+    """
     columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1)
-    of_target = jnp.where(columns == targets[:, None], logits, -jnp.inf)
-    lowest = jnp.float32(-jnp.inf)
+    lowest = jnp.finfo(jnp.float32).min  # finite: the difference of two of them is 0
+    of_target = jnp.where(columns == targets[:, None], logits, lowest)
 
-    def larger(a, b):
-        return jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1])
+    def merge(a, b):
+        (high_a, target_a, sum_a), (high_b, target_b, sum_b) = a, b
+        factor = jnp.exp(-jnp.abs(high_a - high_b))
+        total = jnp.where(high_a > high_b, sum_a + factor * sum_b, factor * sum_a + sum_b)
+        return jnp.maximum(high_a, high_b), jnp.maximum(target_a, target_b), total
 
-    return jax.lax.reduce((logits, of_target), (lowest, lowest), larger, (1,))
+    starts = (jnp.float32(lowest), jnp.float32(lowest), jnp.float32(0))
+    return tuple(jax.lax.reduce((logits, of_target, jnp.ones_like(logits)), starts, merge, (1,)))
 
 
-def _losses_of_rows(
-    logits, targets, extras, sum_rows, highest_and_target
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _losses_of_rows(logits, targets, extras, reduce) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     label_smoothing, z_loss = extras
     logits = logits.astype(jnp.float32)
-    highest, target_logits = highest_and_target(logits, targets)
-    log_z = jnp.log(sum_rows(jnp.exp(logits - highest[:, None]))) + highest
+    highest, target_logits, total = reduce(logits, targets)
+    log_z = jnp.log(total) + highest
     nll = log_z - target_logits
     loss = nll
     if label_smoothing:

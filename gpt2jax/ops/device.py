@@ -97,6 +97,10 @@ class Execution:
         has_bitcasts: 16-bit arrays that loops slice are kept as uint16, see `precision.bitcast_to_uint16`.
         logits_bytes: the most bytes of logits, of their dtype, at once in the loss.
         has_vocabulary_slices: the loss computes the gradient of its logits for a part of the vocabulary at a time.
+        saves_gelu_derivative: GELU saves its derivative for the backward pass. An accelerator computes it from the
+            input at no cost, because all that it waits for is memory.
+        has_cpu_shapes: sums and products take the shapes that XLA:CPU computes fastest: sums of long rows are products
+            with ones, and products of 16-bit operands have neither one row nor one axis of rows to sum over.
         allows_tf32: float32 products round their operands to TF32 (10 bits of mantissa) on NVIDIA GPUs, to three
             bfloat16 parts on a TPU.
     """
@@ -110,6 +114,8 @@ class Execution:
     has_bitcasts: bool = True
     logits_bytes: int = _CPU_LOGITS_BYTES
     has_vocabulary_slices: bool = True
+    saves_gelu_derivative: bool = True
+    has_cpu_shapes: bool = True
     allows_tf32: bool = False
 
     @classmethod
@@ -142,6 +148,8 @@ class Execution:
             has_bitcasts=False,
             logits_bytes=memory // _LOGITS_SHARE // 2,  # as much again for their gradient
             has_vocabulary_slices=False,
+            saves_gelu_derivative=False,
+            has_cpu_shapes=False,
         )
         return dataclasses.replace(choices, **overrides)
 

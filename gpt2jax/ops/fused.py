@@ -25,8 +25,7 @@ def gelu_tanh(
 ) -> Float[Array, "*axes"]:
     """Apply the tanh approximation of GELU, with which GPT-2 was trained.
 
-    On a CPU its derivative is saved for the backward pass in `residual_dtype`; an accelerator computes it from `x` at
-    no cost, because all that it waits for is memory.
+    The backward pass gets its derivative in `residual_dtype`, or computes it from `x`, as `execution` says.
 
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
     """
@@ -48,16 +47,17 @@ def _gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _gelu_forward(x, residual_dtype, execution):
     y, derivative = _gelu_and_derivative(x)
-    saved = bitcast_to_uint16(derivative.astype(residual_dtype)) if execution.platform == "cpu" else x
+    saved = bitcast_to_uint16(derivative.astype(residual_dtype)) if execution.saves_gelu_derivative else x
     return y.astype(x.dtype), saved
 
 
 def _gelu_backward(residual_dtype, execution, saved, g):
-    if execution.platform == "cpu":
+    if execution.saves_gelu_derivative:
         derivative = bitcast_from_uint16(saved, residual_dtype).astype(jnp.float32)
     else:
-        # the barrier keeps XLA from saving the float32 tanh of the forward pass instead: 2.4 GB for gpt2 at 16 x 1,024
-        derivative = _gelu_and_derivative(jax.lax.optimization_barrier(saved))[1]
+        # the barrier keeps XLA from saving the tanh of the forward pass; `Linear` has one where results are narrow
+        saved = saved if execution.has_narrow_results else jax.lax.optimization_barrier(saved)
+        derivative = _gelu_and_derivative(saved)[1]
     return ((g.astype(jnp.float32) * derivative).astype(g.dtype),)
 
 

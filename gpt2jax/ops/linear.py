@@ -100,7 +100,7 @@ def outer_product_sum(
     XLA:CPU multiplies 16-bit operands only if the rows have two axes (with one axis it makes float32 copies of both
     operands), and float32 operands faster if the rows have one axis.
     """
-    if dtype.itemsize == 2 and execution.platform == "cpu":
+    if dtype.itemsize == 2 and execution.has_cpu_shapes:
         rows = (2, -1) if a.ndim == 2 and len(a) % 2 == 0 else a.shape[:-1]
     else:
         rows = (-1,)
@@ -280,7 +280,7 @@ class TransposedKernel:
         """Multiply `x` by the kernel, with operands in the kernel's dtype whatever `dtype` is."""
         rows = x.reshape(-1, x.shape[-1])
         count = rows.shape[0]
-        if count == 1 and self.values.dtype.itemsize < 4 and execution.platform == "cpu":
+        if count == 1 and self.values.dtype.itemsize < 4 and execution.has_cpu_shapes:
             # for one row below 32 bits XLA:CPU upcasts the whole kernel first; for two it streams it as it is
             rows = jnp.pad(rows, ((0, 1), (0, 0)))
         if self.scale is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -11,22 +13,34 @@ from gpt2jax.comparison.excerpts import END_MARK
 from gpt2jax.comparison.result import Comparison
 from gpt2jax.report import summary, tables
 from gpt2jax.report.plots import NUM_COLOURS, comparison_plots, training_plots
+from gpt2jax.report.tables import Table
 from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.home_folder import abbreviate_home
 from gpt2jax.utils.validation import check_path
 
 DEEPEST = 2.0  # nats: the difference from which a token has the deepest colour
 
 
-def save_report(comparison: Comparison, folder: str | pathlib.Path) -> pathlib.Path:
+def save_report(
+    comparison: Comparison, folder: str | pathlib.Path, *, tables: Sequence[Table] = ()
+) -> pathlib.Path:
     """Write `report.html`, `report.md` and `comparison.json` into a folder; all are rendered before one is written.
+
+    See `hide_home` for what they do not tell.
+
+    Args:
+        comparison: the result of `compare`.
+        folder: where to write.
+        tables: of a study, for the first section of the report.
 
     Returns:
         The folder.
     """
     folder = check_path("folder", folder)
+    comparison = hide_home(comparison)
     files = {
-        "report.html": render_html(comparison),
-        "report.md": render_markdown(comparison),
+        "report.html": render_html(comparison, tables),
+        "report.md": render_markdown(comparison, tables),
         "comparison.json": comparison.as_json(),
     }
     for name, content in files.items():
@@ -36,7 +50,17 @@ def save_report(comparison: Comparison, folder: str | pathlib.Path) -> pathlib.P
     return folder
 
 
-def render_html(comparison: Comparison) -> str:
+def hide_home(comparison: Comparison) -> Comparison:
+    """Return the comparison with "~" for the user's home folder in names of models and texts and the command line."""
+    return dataclasses.replace(
+        comparison,
+        models=[dataclasses.replace(model, info=abbreviate_home(model.info)) for model in comparison.models],
+        data=abbreviate_home(comparison.data),
+        command=abbreviate_home(comparison.command),
+    )
+
+
+def render_html(comparison: Comparison, study_tables: Sequence[Table] = ()) -> str:
     """Return the report as one page: no script, no network, style and pictures inside."""
 
     def finalize(value: Any) -> Any:
@@ -49,21 +73,29 @@ def render_html(comparison: Comparison) -> str:
         )
 
     style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
-    return _render("report.html.j2", comparison, finalize=finalize, autoescape=True, style=style)
+    return _render(
+        "report.html.j2", comparison, study_tables, finalize=finalize, autoescape=True, style=style
+    )
 
 
-def render_markdown(comparison: Comparison) -> str:
+def render_markdown(comparison: Comparison, study_tables: Sequence[Table] = ()) -> str:
     """Return the report as Markdown."""
 
     def finalize(value: Any) -> Any:
         is_plain = isinstance(value, str) and not hasattr(value, "__html__")
         return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", value) if is_plain else value
 
-    return _render("report.md.j2", comparison, finalize=finalize, autoescape=False)
+    return _render("report.md.j2", comparison, study_tables, finalize=finalize, autoescape=False)
 
 
 def _render(
-    template: str, comparison: Comparison, *, finalize: Any, autoescape: bool, **variables: Any
+    template: str,
+    comparison: Comparison,
+    study_tables: Sequence[Table],
+    *,
+    finalize: Any,
+    autoescape: bool,
+    **variables: Any,
 ) -> str:
     import jinja2
 
@@ -82,7 +114,8 @@ def _render(
     training = training_plots(comparison.history or [])
     return environment.get_template(template).render(
         comparison=comparison,
-        sections=_sections(comparison, bool(training)),
+        sections=({"study": "The study"} if study_tables else {}) | _sections(comparison, bool(training)),
+        study_tables=study_tables,
         training=training,
         comparison_plots=comparison_plots,
         definitions=summary.DEFINITIONS,

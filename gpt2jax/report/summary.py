@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2jax.comparison.excerpts import Excerpt
 from gpt2jax.comparison.paired import CONFIDENCE, PairedDifference
 from gpt2jax.comparison.result import Comparison, ModelResult
-from gpt2jax.report.tables import figures_table, number, paired_table, percent, transpose, with_error
+from gpt2jax.report.tables import Table, figures_table, number, paired_table, percent, transpose, with_error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,9 +192,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         comparison: the result of `compare`.
         console: where to print; default: standard output.
     """
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     console = console or Console()
@@ -204,9 +202,18 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console.print(Text(scoring_sentence(comparison)))
     tables = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.differences else [])
     for table in map(transpose, tables):
-        shown = RichTable(title=Text(table.caption), title_justify="left", title_style="dim", box=SIMPLE_HEAD)
-        for index, column in enumerate(table.columns):
-            shown.add_column(Text(column), justify="right" if index else "left")
-        for row in table.rows:
-            shown.add_row(*(Text(cell) for cell in row))
-        console.print(shown)
+        print_table(table, console)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(title=Text(table.caption), title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+    for index, column in enumerate(table.columns):
+        shown.add_column(Text(column), justify="right" if index else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    console.print(shown)

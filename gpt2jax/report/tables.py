@@ -93,9 +93,9 @@ def figures_table(comparison: Comparison) -> Table:
 
 
 def paired_table(comparison: Comparison) -> Table:
-    """Make the table of every model's difference to the baseline."""
+    """Make the table of the differences between any two models."""
     rows = []
-    for name, difference in comparison.differences.items():
+    for (_, name), difference in comparison.pairs.items():
         low, high = difference.interval
         mean = with_error(difference.difference, difference.standard_error, signed=True)
         accuracy = EMPTY

@@ -9,6 +9,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def _sealed_path() -> Any:
 @functools.cache
 def _silence_orbax() -> None:
     """Keep Orbax from printing the errors that it also raises: up to 600 lines of tracebacks for a full disk."""
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     show = sys.unraisablehook
 
     def show_others(unraisable: sys.UnraisableHookArgs) -> None:
@@ -109,7 +110,11 @@ class _Folder:
             with naming_file(self.path):
                 yield
         except Exception as error:
-            self._remove_leftovers()
+            for _ in range(
+                5
+            ):  # writes of other arrays go on for a moment; what they leave then, the next run deletes
+                self._remove_leftovers()
+                time.sleep(0.1)
             whole = self.manager.latest_step()
             kept = "there is no earlier one" if whole is None else f"that of step {whole} is whole"
             reason = str(error).replace(str(self._plain), str(self.path))

@@ -25,6 +25,7 @@ from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import partition_params
 from gpt2jax.train.optimizer import resolve_learning_rate
 from gpt2jax.train.run_folder import RunFolder
+from gpt2jax.train.stopping import Interrupted
 from gpt2jax.train.trackers import check_trackers
 from gpt2jax.train.trainer import Run, Trainer, plan_run
 from gpt2jax.utils.validation import check, check_model, check_texts, instance_of, optional, override_fields
@@ -68,7 +69,8 @@ def finetune(
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
             good checkpoint. Or every step was skipped, which only float16 does.
         ModuleNotFoundError: `config.trackers` names what is not installed.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, when the step is done and a checkpoint written; says how to go on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, when the step is done and a checkpoint written; says how to go on. Without
+            `output` its attribute `run` is the `Run` so far.
     """
     check_model("model", model)
     check_texts("train_texts", train_texts)
@@ -92,8 +94,14 @@ def finetune(
             stack.enter_context(folder.lock())
             folder.begin(model, config, documents, source)
             barrier("the run folder")
-        with Trainer(model, config, plan, validation, folder, show_progress=progress) as trainer:
-            trainer.train()
+        trainer = Trainer(model, config, plan, validation, folder, show_progress=progress)
+        try:
+            with trainer:
+                trainer.train()
+        except Interrupted as interrupt:
+            if folder is None and not trainer.state["step"].is_deleted():
+                interrupt.run = trainer.finish()
+            raise
         return trainer.finish()
 
 

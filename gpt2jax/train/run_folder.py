@@ -19,6 +19,7 @@ from gpt2jax.loading import save_adapter
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.utils.atomic_io import atomic_write, make_folder, naming_file
 from gpt2jax.utils.fingerprint import params_sha256
+from gpt2jax.utils.home_folder import abbreviate_home
 from gpt2jax.utils.json_files import parse_json, read_json
 from gpt2jax.utils.validation import check_path
 
@@ -228,8 +229,8 @@ def run_description(
     documents: Documents,
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Build the content of `run.json`: everything that the result follows from."""
-    return {
+    """Build the content of `run.json`: everything that the result follows from, without the home folder's name."""
+    description = {
         "format": "gpt2jax run",
         "version": 2,
         "base_model": model.source,
@@ -243,6 +244,7 @@ def run_description(
             "sha256": documents.sha256,
         },
     }
+    return abbreviate_home(description)
 
 
 def _remove(path: pathlib.Path) -> None:

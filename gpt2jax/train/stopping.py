@@ -22,7 +22,10 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         signal: the number of the signal.
+        run: the `Run` so far, of a run without a folder.
     """
+
+    run: Any = None
 
     def __init__(self, number: int, message: str = ""):
         super().__init__(message or f"stopped by {signal.Signals(number).name}")
@@ -110,7 +113,9 @@ def explain_interrupt(interrupt: KeyboardInterrupt, checkpoints: Any, folder: An
     """Return the interrupt with what was saved and how to go on."""
     number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
     if checkpoints is None:
-        return Interrupted(number, "stopped; nothing was saved, since the run has no folder")
+        return Interrupted(
+            number, "stopped; the run has no folder, and its model is in this exception's `run`"
+        )
     step = checkpoints.latest_step()
     if step is None:
         return Interrupted(number, "stopped before the first checkpoint; nothing was saved")

@@ -31,8 +31,14 @@ class Tracker(Protocol):
 class TensorBoard:
     """Writes the event files that `tensorboard --logdir RUN` shows."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, config: dict[str, Any]):
         self._writer = _import("tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        if config["first_step"] == 0:  # those of a resumed run are there
+            plain = {
+                name: value if isinstance(value, bool | int | float) else str(value)
+                for name, value in config.items()
+            }
+            self._writer.add_hparams(plain, {}, name="settings", global_step=0)
 
     def write(self, entry: dict[str, float]) -> None:
         for name, value in _named(entry).items():
@@ -81,14 +87,20 @@ def open_trackers(config: FinetuneConfig, folder: RunFolder | None, start: int) 
         return []
     settings = {**dataclasses.asdict(config), "first_step": start}
     makers = {
-        "tensorboard": lambda: TensorBoard(folder.path),
+        "tensorboard": lambda: TensorBoard(folder.path, settings),
         "wandb": lambda: WeightsAndBiases(folder.path, settings),
     }
     return [makers[name]() for name in config.trackers]
 
 
 def _named(entry: dict[str, float]) -> dict[str, float]:
-    return {f"train/{name}": value for name, value in entry.items() if name != "step"}
+    """Return the figures by "group/name": those of validations have another group."""
+    named = {}
+    for name, value in entry.items():
+        group = "validation" if name.startswith("validation_") else "train"
+        named[f"{group}/{name.removeprefix('validation_')}"] = value
+    del named["train/step"]
+    return named
 
 
 def _import(name: str) -> Any:

@@ -147,7 +147,10 @@ def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
         number = (isinstance(error, OSError) and error.errno) or (found and int(found[1]))
         if number not in _NO_ROOM:
             raise
-        reason = f"{os.strerror(number)}; make room there, or choose another folder"
+        hint = (
+            "choose another folder" if number == errno.EROFS else "make room there, or choose another folder"
+        )
+        reason = f"{os.strerror(number)}; {hint}"
         if not isinstance(error, OSError):
             raise OSError(number, reason, os.fspath(path)) from None
         # the same error, by which a caller may know that it was its own
@@ -277,7 +280,7 @@ def _follow_links(path: str | os.PathLike[str]) -> Path:
     can_be_made = target.parent.is_dir() and not target.is_symlink()  # it is one if links lead in a circle
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists() and not (place == path and can_be_made):
-            raise FileNotFoundError(f"{_describe(place)}; expected one that can be written")
+            raise FileNotFoundError(f"{_describe(place)}; choose another place")
     return target
 
 

@@ -20,8 +20,9 @@ from tiny_models import random_model
 
 import gpt2jax
 from gpt2jax.cli import compare, evaluate, finetune, main
-from gpt2jax.cli.common import DataOptions, print_line, run_command
+from gpt2jax.cli.common import print_line, run_command
 from gpt2jax.cli.finetune import Options, finetune_config, imply_lora
+from gpt2jax.cli.options import DataOptions
 from gpt2jax.data import sources
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.stopping import Interrupted
@@ -164,7 +165,7 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
             ["compare", "gpt2-mini", "b=gpt2-mini", "--out", "FILE"],
             "FILE is a file; give the name of a folder",
         ),
-        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "sequence_length must be"),
+        (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "--sequence-length must be"),
         (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--sequence-length", "0"], "must be a whole number of at least 2, or None, got 0"),
@@ -225,7 +226,7 @@ def test_imply_lora_refuses_no_lora(capsys):
 def test_run_command_tells_a_setting_without_the_class_of_the_options(capsys):
     message = fails(capsys, "evaluate", "--limit", "0")
     assert message.startswith(
-        "gpt2jax evaluate: error: limit must be a positive whole number, or None, got 0;"
+        "gpt2jax evaluate: error: --limit must be a positive whole number, or None, got 0;"
     )
 
 
@@ -241,7 +242,7 @@ def test_finetune_config_with_adapters_of_every_kind():
     assert every.base_dtype == "int8" and every.lora == LoRAConfig(
         4, 16, targets=("attn.q", "mlp.*"), use_rslora=True, use_dora=True, rank_pattern={"h.3.mlp.c_fc": 2}
     )
-    assert config("").lora is None and config("--lora").lora == LoRAConfig(32, 32, targets=("*",))
+    assert config("").lora is None and config("--lora").lora == LoRAConfig()
     for words in ("--lora --lora.rank 9", "--lora.rank 9 --lora.use-rslora"):
         plain = config(words).lora
         assert plain is not None and plain.rank == 9 and plain.scale == 1
@@ -270,7 +271,9 @@ def test_generate_by_search(small, capsys):
     model, settings = gpt2jax.load(small), ["--model", small, "--max-new-tokens", "8"]
     main(["generate", "Return the", *settings, "--num-beams", "3", "--num-return-sequences", "2"])
     [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return_sequences=2, max_new_tokens=8)
-    assert capsys.readouterr().out == "".join(f"{beam}\n\n" for beam in beams)
+    shown = capsys.readouterr()
+    assert shown.out == f"--- text 1 of 2 ---\n{beams[0]}\n\n--- text 2 of 2 ---\n{beams[1]}\n"
+    assert "tokens in" in shown.err
     main(["generate", "Return the", *settings, "--penalty-alpha", "0.6", "--top-k", "4"])
     [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
     assert capsys.readouterr().out == f"{output}\n"
@@ -332,7 +335,7 @@ def test_brackets_in_names_are_no_markup():
 )
 def test_generate_refuses_options_without_effect(capsys, options, message):
     line = fails(capsys, "generate", "a", *options.split())
-    assert line == f"gpt2jax generate: error: {message}"
+    assert line == f"gpt2jax generate: error: {message}; see gpt2jax generate --help"
 
 
 @pytest.mark.parametrize(
@@ -357,14 +360,14 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
             ["--coordinator", "here", "--processes", "2", "--process", "0"],
             "must be HOST:PORT or auto, got 'here'",
         ),
-        (["--steps", "0"], "steps must be a positive whole number, or None, got 0"),
+        (["--steps", "0"], "--steps must be a positive whole number, or None, got 0"),
         (["--stepz", "3"], "Unrecognized options: --stepz"),
         (["--steps", "many"], "--steps"),
         (["--packing", "rows"], "'rows'"),
         (["--freeze", "nothing"], "freeze must be patterns that match parameters, got ['nothing']"),
         (
             ["--lora.rank-pattern", "h.9.attn.c_attn", "4"],
-            "lora.rank_pattern must match linear layers with an adapter",
+            "lora.rank-pattern must match linear layers with an adapter",
         ),
         (["--out", "FILE/inside"], "is a file; give the name of a folder"),
         (["--init", "random", "--model", "mine"], "with --init random, got 'mine'"),

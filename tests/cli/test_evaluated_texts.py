@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from gpt2jax.cli import main
-from gpt2jax.cli.common import DataOptions, warn_if_trained_on
+from gpt2jax.cli import finetune, main
+from gpt2jax.cli.finetune import _held_out_limits
+from gpt2jax.cli.options import DataOptions, EvaluationOptions, evaluation_config, warn_if_trained_on
 from gpt2jax.utils.notices import Notice
 
 
@@ -81,3 +82,27 @@ def test_evaluate_and_compare_take_all_texts_and_say_so(tmp_path, capsys):
     assert "8 documents" in content["paired"]["b"]["warning"]
     shown = " ".join(capsys.readouterr().out.split())
     assert "texts 8 documents of" in shown and "Caution: the interval" in shown
+
+
+def test_evaluation_config_takes_the_dtype_of_the_training(tmp_path):
+    for name, dtype in (("a", "float16"), ("b", "bfloat16")):
+        (tmp_path / name / "checkpoints" / "3").mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text(json.dumps({"finetune": {"compute_dtype": dtype}}))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+
+    def dtype_of(models, **settings):
+        return evaluation_config(EvaluationOptions(**settings), models).compute_dtype
+
+    assert dtype_of([a]) == dtype_of(["gpt2-mini", a]) == dtype_of([f"{a}/checkpoints/3"]) == "float16"
+    assert dtype_of(["gpt2-mini"]) == dtype_of([a, b]) == "float32"
+    assert dtype_of([a], compute_dtype="float32") == "float32"
+    with pytest.raises(ValueError, match="stride must be None with windows='truncate', got 4"):
+        dtype_of([a], stride=4)
+
+
+def test_finetune_compares_on_all_held_out_documents():
+    def limits(data="mine", **settings):
+        return _held_out_limits(finetune.Options(source=DataOptions(data=data), **settings))
+
+    assert limits() == (120, None) and limits("numeric-docs") == (120, 120)
+    assert limits(eval_documents=7) == limits("numeric-docs", eval_documents=7) == (7, 7)

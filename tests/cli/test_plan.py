@@ -79,11 +79,11 @@ def test_plan_compiles_for_the_device_and_says_whether_it_fits(capsys, monkeypat
         (["--devices", "0"], "devices must be a positive whole number, got 0"),
         (
             ["--batch-size", "9", "--devices", "2"],
-            "batch_size must be a multiple of 2 on these devices, got 9",
+            "--batch-size must be a multiple of 2 on these devices, got 9",
         ),
         (
             ["--sequence-length", "2000"],
-            "sequence_length must be at most the model's context of 1024, got 2000",
+            "--sequence-length must be at most the model's context of 1024, got 2000",
         ),
         (["--utilisation", "0"], "utilisation must be a number above 0 and at most 1, got 0.0"),
     ],

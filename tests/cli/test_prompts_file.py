@@ -8,7 +8,7 @@ import json
 import pytest
 
 from gpt2jax.cli import main
-from gpt2jax.cli.generate import Options, _json_line, read_prompts
+from gpt2jax.cli.generate import Options, _json_line, read_prompts, read_rows
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,25 @@ def test_read_prompts_nested_too_deeply(tmp_path):
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
     with pytest.raises(ValueError, match='p.jsonl, line 1: expected JSON with a field "prompt"'):
         read_prompts(Options(file=tmp_path / "p.jsonl"))
+
+
+def test_read_rows_keeps_the_other_fields(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"id": 7, "prompt": "a"}\n')
+    rows = read_rows(Options(prompts=("first",), file=tmp_path / "p.jsonl"))
+    assert rows == [{"prompt": "first"}, {"id": 7, "prompt": "a"}]
+
+
+@pytest.mark.slow
+def test_generate_keeps_fields_and_separates_prompts(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(
+        '{"id": 7, "prompt": "Return", "text": "old"}\n{"id": 8, "prompt": "the"}\n'
+    )
+    arguments = ["generate", "--file", str(tmp_path / "p.jsonl"), "--max-new-tokens", "8"]
+    main([*arguments, "--out", str(tmp_path / "out.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["prompt"]) for row in rows] == [(7, "Return"), (8, "the")]
+    capsys.readouterr()
+    main(arguments)
+    shown = capsys.readouterr()
+    expected = [f"--- prompt {i + 1} of 2 ---\n{row['prompt']}{row['text']}\n" for i, row in enumerate(rows)]
+    assert shown.out == "\n".join(expected) and shown.err.count(" tokens in ") == 2

@@ -8,14 +8,15 @@ import zipfile
 import numpy as np
 import pytest
 
-from gpt2jax.cli.common import DataOptions
-from gpt2jax.cli.finetune import Options, _describe_texts, finetune_config
+from gpt2jax.cli.finetune import Options, _describe_texts, finetune_config, stage_names
+from gpt2jax.cli.options import DataOptions, ProcessOptions
 from gpt2jax.data.documents import Documents, to_offsets
 from gpt2jax.data.hub import DATA_VARIABLE
 from gpt2jax.language_model import from_config
 from gpt2jax.model.config import PRESETS
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.trainer import plan_run
+from gpt2jax.utils.notices import Notice
 
 PAPER = {
     "article_id": "1",
@@ -76,3 +77,35 @@ def test_run_plan_describes_the_run():
         "6 steps of 5 rows, 3 epochs of 10 rows; rows of 8 tokens, the first tokens of each text"
     )
     assert "adamw with learning rate 0.001, float32" in shown and shown.endswith("(cpu)")
+
+
+def test_stage_names_follow_the_lineage(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, base in ((first, "gpt2-mini"), (second, str(first / "model"))):
+        (folder / "model").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"base_model": base}))
+    assert stage_names("gpt2-mini") == ("generic", "specialised")
+    assert stage_names(str(first)) == stage_names(str(first / "model")) == ("stage 1", "stage 2")
+    assert stage_names(str(second)) == ("stage 2", "stage 3")
+    (first / "run.json").write_text(json.dumps({"base_model": str(first)}))
+    assert stage_names(str(first))[0] == "stage 20"
+
+
+@pytest.mark.parametrize(
+    ("variables", "starts", "said"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a[1-2]"}, True, "srun started 2 processes"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True, "mpirun started 4 processes, which train together"),
+        ({"SLURM_NTASKS": "2"}, False, "SLURM_NTASKS is 2, but this process trains alone"),
+    ],
+)
+def test_process_options_join_what_srun_and_mpirun_start(monkeypatch, variables, starts, said):
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **given: calls.append(given))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(Notice, match=said):
+        ProcessOptions().initialize()
+    assert calls == [{"num_processes": None, "process_id": None}] * starts
+    ProcessOptions(processes=1).initialize()
+    assert len(calls) == starts

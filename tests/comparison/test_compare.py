@@ -17,7 +17,7 @@ from gpt2jax.evaluation.evaluate import evaluate
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.generate import generate
 from gpt2jax.report.plots import comparison_plots
-from gpt2jax.report.tables import figures_table
+from gpt2jax.report.tables import figures_table, paired_table
 from gpt2jax.utils.fingerprint import params_fingerprint
 from gpt2jax.utils.notices import Notice
 
@@ -42,6 +42,11 @@ def test_comparison_as_dict_is_as_promised(comparison):
         assert {**entry, **evaluation.as_dict()} == entry
     assert set(data["paired"]) == {NASTY, "flat"}
     assert set(data["breakdown"]) == set(data["paired"])
+    assert [(pair["baseline"], pair["model"]) for pair in data["pairs"]] == [
+        ("generic", NASTY),
+        ("generic", "flat"),
+        (NASTY, "flat"),
+    ]
     assert set(data["repetition"]) == {model.name for model in comparison.models}
     for name, breakdown in data["breakdown"].items():
         whole = data["paired"][name]["difference"] * data["models"][0]["tokens"]
@@ -57,6 +62,17 @@ def test_comparison_as_dict_is_as_promised(comparison):
     for entry in data["generations"]:
         assert {"model", "prompt", "text", "seconds", "tokens_per_second"} <= entry.keys()
         assert entry["seconds"] >= 0 and entry["tokens_per_second"] > 0 and 0 <= entry["tokens"] <= 12
+
+
+def test_comparison_pairs_are_of_any_two_models(comparison):
+    assert comparison.pairs["generic", "flat"] is comparison.differences["flat"]
+    found = comparison.pairs[NASTY, "flat"]
+    expected = comparison["flat"].evaluation.loss - comparison[NASTY].evaluation.loss
+    assert found.baseline == NASTY and found.difference == pytest.approx(expected)
+    assert found.interval[0] < found.difference < found.interval[1]
+    assert [row[0] for row in paired_table(comparison).rows] == [
+        f"{second} − {first}" for first, second in (("generic", NASTY), ("generic", "flat"), (NASTY, "flat"))
+    ]
 
 
 def without_times(value):

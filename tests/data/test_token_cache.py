@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from killing import kill_at_each_call
 
 import gpt2jax.data.encoding as documents_module
 import gpt2jax.utils.atomic_io as atomic_io
@@ -220,6 +221,36 @@ def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, room
         documents = tokenize_documents(given, Counting(), vocab_size=300, cache=cache)
     assert_same(documents, expected)
     assert not list(cache.iterdir())
+
+
+KILLED = """
+from gpt2jax.data.tokenization import tokenize_documents
+IDS = {"old": [[1, 2], [3]], "new": [[4], [5, 6, 7]]}
+
+def write(text):  # the next command writes anew
+    for path in target.glob("*.tokens"):
+        path.unlink()
+    tokenize_documents(IDS[text], None, vocab_size=300, cache=target)
+    assert len(list(target.iterdir())) == 1, list(target.iterdir())
+
+def read():
+    warnings.simplefilter("error")
+    found = [path for path in target.iterdir() if path.suffix == ".tokens"]
+    for text, ids in IDS.items():
+        documents = tokenize_documents(ids, None, vocab_size=300, cache=target)
+        assert [document.tolist() for document in documents] == ids
+    return "new" if found and read_again(found[0]) == [4] else "old"
+
+def read_again(path):
+    from gpt2jax.data.token_cache import read_tokens
+    return read_tokens(path, 300)[0].tolist()
+"""
+
+
+def test_a_cache_killed_at_each_system_call(tmp_path):
+    """What is under its name is whole, what is not there is made anew, and nothing is left."""
+    kills, recovered = kill_at_each_call(KILLED, tmp_path)
+    assert kills > 10 and recovered == 0
 
 
 def test_errors_of_the_texts_are_no_errors_of_the_cache(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killing import kill_at_each_call
 
 import gpt2jax.evaluation.evaluate as module
 from gpt2jax.evaluation.accumulators import Breakdown, DocumentSums
@@ -164,11 +165,11 @@ def test_read_state_refuses_other_files_and_versions(tmp_path):
         read_state(state, {})
 
 
-def small_state(path: pathlib.Path) -> bytes:
+def small_state(path: pathlib.Path, data_sha256: str = "abc") -> bytes:
     def zeros(kind: type, size: int) -> Any:
         return kind(**{field.name: np.zeros(size) for field in dataclasses.fields(kind)})
 
-    write_state(path, State(zeros(DocumentSums, 3), zeros(Breakdown, 2), "abc", 7, 1.5), {"model": "x"})
+    write_state(path, State(zeros(DocumentSums, 3), zeros(Breakdown, 2), data_sha256, 7, 1.5), {"model": "x"})
     return path.read_bytes()
 
 
@@ -186,6 +187,25 @@ def test_read_state_tells_flipped_bits(tmp_path):
     path.write_bytes(content[:mark] + content[mark + 16 :])  # as an older version wrote it
     with pytest.warns(Notice, match="state.npz has no checksum"):
         assert read_state(path, {"model": "x"}).longest == 7
+
+
+KILLED = """
+import numpy as np
+sys.path[:0] = {paths!r}
+from test_evaluation_resume import read_state, small_state
+
+def write(text):
+    small_state(target, text)
+
+def read():
+    return read_state(target, {{"model": "x"}}).data_sha256
+"""
+
+
+def test_write_state_killed_at_each_system_call(tmp_path):
+    here = os.path.dirname(__file__)
+    kills, recovered = kill_at_each_call(KILLED.format(paths=[here, os.path.dirname(here)]), tmp_path)
+    assert kills > 10 and recovered == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*has no checksum")

@@ -15,7 +15,7 @@ from gpt2jax.generation.config import ROW_FIELDS, GenerationConfig, resolve_conf
     ("field", "value"),
     [
         *[("temperature", value) for value in (-0.1, float("nan"), float("inf"), 1e300, "1", None, True)],
-        *[("top_k", value) for value in (0, -1, 2.0, "5", True)],
+        *[("top_k", value) for value in (-1, 2.0, "5", True)],
         *[("top_p", value) for value in (0, -0.1, 1.1, float("nan"), None)],
         *[("min_p", value) for value in (-0.1, 1.1, float("nan"))],
         *[("typical_p", value) for value in (0, 1.5)],
@@ -158,3 +158,7 @@ def test_resolve_configs_names_mistakes(config, overrides, error, message):
 
 def test_row_fields_are_fields():
     assert all(hasattr(GenerationConfig(), name) for name in ROW_FIELDS)
+
+
+def test_top_k_of_zero_keeps_all_tokens():
+    assert GenerationConfig(top_k=0) == GenerationConfig(top_k=None)

@@ -42,7 +42,7 @@ def test_init_adapters_shapes():
     adapters = init_adapters(TINY, ALL)
     assert adapters["h"]["mlp"]["c_fc"]["lora_a"].shape == (2, 32, 4)
     assert adapters["h"]["mlp"]["c_fc"]["lora_b"].shape == (2, 4, 128)
-    one = init_adapters(TINY, LoRAConfig(rank=4))
+    one = init_adapters(TINY, LoRAConfig(rank=4, targets=("attn.c_attn",)))
     assert list(one["h"]) == ["attn"] and list(one["h"]["attn"]) == ["c_attn"]
     assert count_parameters(one) == 2 * 4 * (32 + 96)
 
@@ -142,11 +142,17 @@ def test_check_patterns_names_one_that_matches_nothing():
     check_patterns(KINDS["ranks"], TINY.n_layer)
     for lora in (
         LoRAConfig(rank_pattern={"h.2.attn.c_attn": 1}),
-        LoRAConfig(alpha_pattern={"mlp.c_fc": 3}),
+        LoRAConfig(alpha_pattern={"lm_head": 3}),
     ):
         message = "must match linear layers with an adapter, got .*; such a layer is h.1.attn.c_attn"
         with pytest.raises(ValueError, match=message):
             check_patterns(lora, TINY.n_layer)
+
+
+def test_lora_config_fills_in_an_alpha_that_makes_the_scale_one():
+    assert LoRAConfig() == LoRAConfig(32, 32, targets=("*",))
+    assert LoRAConfig(rank=9).alpha == 9 and LoRAConfig(rank=9, use_rslora=True).alpha == 3
+    assert LoRAConfig(rank=9).scale == LoRAConfig(rank=9, use_rslora=True).scale == 1
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_check_patterns_names_one_that_matches_nothing():
         ({"rank_pattern": {"(": 2}}, r"lora.rank_pattern keys must be simple regular .*, got '\('; missing"),
         ({"rank_pattern": {"(a+)+": 2}}, "lora.rank_pattern keys must be simple regular expressions"),
         ({"rank_pattern": 3}, "lora.rank_pattern must be values by pattern, got 3"),
-        ({"alpha": float("nan")}, "lora.alpha must be a positive number, got nan"),
+        ({"alpha": float("nan")}, "lora.alpha must be a positive number, or None, got nan"),
         ({"dropout": 1.0}, r"lora.dropout must be .* below 1, got 1\.0"),
         ({"targets": ("c_attn",)}, "lora.targets .*, got .*c_attn"),
         ({"targets": "attn.c_attn"}, "lora.targets must be a list of .*, got 'attn.c_attn'"),

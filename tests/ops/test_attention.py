@@ -128,3 +128,16 @@ def test_blockwise_attention_with_dropout_and_segments(segments, drops):
         leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(ours, *x)[1], q, k, v))
     ]
     assert all(shape[-2:] != (70, 70) for shape in shapes)
+
+
+def test_blockwise_attention_is_computed_again_where_layers_are_written_out():
+    """A barrier keeps XLA from merging the backward pass with the forward pass; a loop on a CPU needs none."""
+    x = jnp.ones((1, 1, 40, 4))
+
+    def loss(x, execution):
+        given = {"dtype": FLOAT32, "is_causal": True, "execution": execution}
+        key = jax.random.key(0) if execution.blocks_masked_attention else None
+        return attention(x, x, x, causal_mask(40), dropout_rate=0.1, dropout_key=key, **given).sum()
+
+    programs = [str(jax.make_jaxpr(jax.grad(lambda x, e=e: loss(x, e)))(x)) for e in (ON_CPU, ON_GPU)]
+    assert [text.count("optimization_barrier") for text in programs] == [0, 1]

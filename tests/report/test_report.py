@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import io
 import itertools
@@ -11,7 +12,7 @@ from comparisons import NASTY, SETTINGS, TEXTS
 
 from gpt2jax.comparison.compare import compare
 from gpt2jax.report.plots import short_name
-from gpt2jax.report.save import save_report
+from gpt2jax.report.save import hide_home, save_report
 from gpt2jax.report.summary import print_comparison
 
 
@@ -25,6 +26,21 @@ def test_save_report_writes_the_figures(comparison, folder):
     assert {path.name for path in folder.iterdir()} == {"report.html", "report.md", "comparison.json"}
     data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     assert data == json.loads(json.dumps(comparison.as_dict()))
+
+
+def test_hide_home(comparison, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first, *others = comparison.models
+    first = dataclasses.replace(first, info=first.info | {"source": f"{tmp_path}/m"})
+    private = dataclasses.replace(
+        comparison,
+        models=[first, *others],
+        data=comparison.data | {"source": (f"{tmp_path}/a.txt", f"{tmp_path}/b.txt")},
+        command=f"gpt2jax compare {tmp_path}/m '{tmp_path}/a b' --data={tmp_path}/a.txt --out {tmp_path}",
+    )
+    saved = hide_home(private)
+    assert str(tmp_path) not in saved.as_json() and "~/b.txt" in saved.as_json()
+    assert saved.command == "gpt2jax compare ~/m '~/a b' --data=~/a.txt --out ~"
 
 
 def test_short_name_is_one_line():
@@ -156,7 +172,7 @@ def test_save_report_leaves_no_half_file_and_takes_surrogates(model, tmp_path, m
     found.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"report.html", "report.md", "comparison.json"}
-    monkeypatch.setattr("gpt2jax.report.save.render_markdown", lambda comparison: 1 / 0)
+    monkeypatch.setattr("gpt2jax.report.save.render_markdown", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         found.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

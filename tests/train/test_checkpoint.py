@@ -81,7 +81,7 @@ def test_checkpoints_that_cannot_be_read_back_are_an_error_when_they_are_written
     checkpoints.save(1, STATE, PENDING)
     with pytest.raises(OSError, match=r"a checkpoint can't be written to .*exp\[1\]"):
         checkpoints.close()
-    assert not list((tmp_path / "exp[1]").iterdir())
+    assert not (tmp_path / "exp[1]" / "1").exists()
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +189,8 @@ def test_checkpoints_on_a_full_disk(tmp_path):
         f"a checkpoint can't be written to {folder} (that of step 1 is whole): [Errno 27] File too large; "
         f"make room there, or choose another folder: '{folder}'\n"
     )
+    assert_is_state(restore(tmp_path / "c")[0])  # after the next run has deleted what may be left
     assert [entry.name for entry in (tmp_path / "c").iterdir()] == ["1"]
-    assert_is_state(restore(tmp_path / "c")[0])
 
 
 def test_checkpoints_name_what_is_no_folder(tmp_path):

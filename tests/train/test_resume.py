@@ -170,6 +170,17 @@ def test_finetune_resumed_after_its_end_changes_nothing(model, whole):
     assert (whole.output / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
+def test_finetune_writes_no_home_folder_into_the_run(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = dataclasses.replace(CONFIG, keep_best=True, token_cache=str(tmp_path / "cache"))
+    model = dataclasses.replace(model, source=str(tmp_path / "model"))
+    train(model, config, "~/run", source={"source": str(tmp_path / "texts")})
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 30
+    assert not [path for path in files if os.fsencode(tmp_path) in path.read_bytes()]
+
+
 def test_checkpoints_save_copies_the_pending_metrics(tmp_path):
     """The writing takes place in the background, and the list goes on to be used."""
     checkpoints = Checkpoints(tmp_path)

@@ -13,7 +13,7 @@ from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.adapters import init_adapters
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.run_folder import RunFolder
+from gpt2jax.train.run_folder import RunFolder, run_description
 
 CONFIG = FinetuneConfig(steps=5, learning_rate=1e-3, lora=LoRAConfig())
 DOCUMENTS = tokenize_documents([[1, 2, 3], [4, 5]], None, vocab_size=101)
@@ -95,8 +95,8 @@ def test_begin_refuses_what_must_agree(path, model):
         return str(error.value)
 
     assert "finetune.seed was 0, is 7" in refused(seed=7)
-    assert "finetune.lora.rank was 8, is 4" in refused(lora=LoRAConfig(rank=4))
-    assert "finetune.lora.rank was 8, is None" in refused(lora=None)
+    assert "finetune.lora.rank was 32, is 4" in refused(lora=LoRAConfig(rank=4))
+    assert "finetune.lora.rank was 32, is None" in refused(lora=None)
     assert "finetune.base_dtype was None, is 'int8'" in refused(base_dtype="int8")
     assert "data.sha256" in refused(documents=tokenize_documents([[1, 2, 3], [4, 6]], None, vocab_size=101))
     # another model of the same shape under the same name
@@ -180,6 +180,17 @@ def test_run_folder_refuses_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file; expected a folder"):
         RunFolder(tmp_path / "file")
+
+
+def test_run_description_has_no_home_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = dataclasses.replace(model, source=f"{tmp_path}/models/one")
+    config = dataclasses.replace(CONFIG, token_cache=f"{tmp_path}/.cache/tokens")
+    source = {"source": [str(tmp_path), f"{tmp_path}2/data"], "split": "train", "revision": None}
+    description = run_description(model, config, DOCUMENTS, source)
+    assert description["base_model"] == "~/models/one"
+    assert description["finetune"]["token_cache"] == "~/.cache/tokens"
+    assert description["data"]["source"] == ["~", f"{tmp_path}2/data"]  # another folder
 
 
 def test_finish_keeps_a_base_without_a_name(model, tmp_path):

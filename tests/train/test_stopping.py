@@ -119,6 +119,24 @@ def test_finetune_saves_before_a_signal_stops_it(model, tmp_path, monkeypatch, n
     assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
 
 
+@pytest.mark.slow
+def test_finetune_without_a_folder_gives_the_run_so_far_at_a_signal(model, monkeypatch):
+    with monkeypatch.context() as context:
+        batch = trainer.Batches.batch
+
+        def send(self, step):
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch(self, step)
+
+        context.setattr(trainer.Batches, "batch", send)
+        with pytest.raises(Interrupted, match="its model is in this exception's `run`") as caught:
+            finetune(model, texts(), dataclasses.replace(EARLY, patience=None), progress=False)
+    run = caught.value.run
+    assert run.output is None and [entry["step"] for entry in run.history] == [2, 4, 6]
+    jax.tree.map(np.testing.assert_array_equal, run.model.params, parameters_at(model, 7).model.params)
+
+
 def test_stop_controller_second_signal_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
     with StopController(CONFIG, []) as controller:

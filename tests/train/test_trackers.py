@@ -61,15 +61,21 @@ def test_wandb_is_offline_and_has_the_log(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     run = train(model, dataclasses.replace(CONFIG, trackers="wandb"), tmp_path / "run")
     assert calls[0]["mode"] == "offline" and calls[0]["config"]["batch_size"] == 2
-    logged = [(e["step"], {f"train/{k}": v for k, v in e.items() if k != "step"}) for e in run.history]
+    logged = [(e["step"], {tag(k): v for k, v in e.items() if k != "step"}) for e in run.history]
     assert calls[1:] == [*logged, "finish"]
+
+
+def tag(name: str) -> str:
+    """Return what trackers call a figure of the log."""
+    group, _, figure = name.rpartition("validation_")
+    return f"validation/{figure}" if "validation_" in name and not group else f"train/{name}"
 
 
 def read_events(folder: pathlib.Path) -> list[Any]:
     """Read an event file: records of a length, its checksum, a protocol buffer, and its checksum."""
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf
 
-    (file,) = folder.iterdir()
+    (file,) = (path for path in folder.iterdir() if path.is_file())
     data, at, events = file.read_bytes(), 0, []
     while at < len(data):
         (size,) = struct.unpack_from("<Q", data, at)
@@ -87,10 +93,13 @@ def test_tensorboard_has_the_log(model, tmp_path):
         (event.step, value.tag, value.simple_value) for event in events for value in event.summary.value
     ]
     expected = [
-        (entry["step"], f"train/{name}", value)
+        (entry["step"], tag(name), value)
         for entry in run.history
         for name, value in entry.items()
         if name != "step"
     ]
     assert [value[:2] for value in values] == [value[:2] for value in expected]
+    assert any("validation/loss" in value for value in values)
+    settings = read_events(tmp_path / "run" / "tensorboard" / "settings")
+    assert any("batch_size" in str(event) for event in settings)
     np.testing.assert_allclose([v[2] for v in values], [v[2] for v in expected], rtol=1e-6)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from killing import kill_at_each_call
 
 import gpt2jax.utils.atomic_io as atomic_io
 from gpt2jax.utils.atomic_io import atomic_folder, atomic_write, recover_folder
@@ -173,74 +174,53 @@ def test_atomic_folder_restores_the_old_folder(tmp_path, monkeypatch):
     assert names(tmp_path) == ["run"]
 
 
-# A process that forks once for each of its system calls that Python reports: the child ends at the k-th of them.
-KILLED = """
-import os, shutil, sys, warnings
-from pathlib import Path
-import gpt2jax.utils.atomic_io as atomic_io
-warnings.simplefilter("ignore")
-kind, tmp = sys.argv[1], Path(sys.argv[2])
-if kind == "folder without exchange":
-    atomic_io._exchange = lambda one, other: False
-target = tmp / "target"
+KILLED_FILE = """
+from gpt2jax.utils.atomic_io import atomic_write
 
 def write(text):
-    if kind == "file":
-        with atomic_io.atomic_write(target) as file:
-            file.write(text)
-        return
+    with atomic_write(target) as file:
+        file.write(text)
+
+read = target.read_text
+"""
+
+KILLED_FOLDER = """
+import gpt2jax.utils.atomic_io as atomic_io
+
+def write(text):
     with atomic_io.atomic_folder(target, overwrite=True) as folder:
         (folder / "sub").mkdir()
         for name in ("a", "sub/b", text):
             (folder / name).write_text(text)
 
 def read():
-    if kind == "file":
-        return target.read_text()
     names = sorted(path.relative_to(target).as_posix() for path in target.rglob("*"))
     (text,) = {path.read_text() for path in target.rglob("*") if path.is_file()}
     assert names == sorted(["a", "sub", "sub/b", text]), names
     return text
+"""
 
-write("old")
-kills, seen, recovered = 0, set(), 0
-while True:
-    child = os.fork()
-    if child == 0:
-        calls = 0
-        def count(event, arguments):
-            global calls
-            if event.startswith(("os.", "open", "fcntl.", "shutil.", "tempfile.", "ctypes.")):
-                calls += 1
-                if calls > kills:
-                    os._exit(9)
-        sys.addaudithook(count)
-        write("new")
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if not target.exists():
-        assert kind == "folder without exchange"
-        recovered += 1
-        atomic_io.recover_folder(target)
-    seen.add(read())
-    if code == 0:
-        break
-    kills += 1
-    write("old")
-    assert os.listdir(tmp) == ["target"], os.listdir(tmp)
-assert read() == "new"
-print(kills, recovered, *sorted(seen))
+WITHOUT_EXCHANGE = """
+atomic_io._exchange = lambda one, other: False
+
+def recover():
+    atomic_io.recover_folder(target)
 """
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "folder without exchange"])
-def test_atomic_io_killed_between_any_two_system_calls(tmp_path, kind):
-    """The old content or the new one has its name, and the next writer deletes what is left."""
-    done = subprocess.run([sys.executable, "-c", KILLED, kind, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    kills, recovered, *seen = done.stdout.split()
-    assert seen == ["new", "old"] and int(kills) > (10 if kind == "file" else 20)
-    assert (int(recovered) > 0) == (kind == "folder without exchange")
+def test_atomic_write_killed_at_each_system_call(tmp_path):
+    kills, recovered = kill_at_each_call(KILLED_FILE, tmp_path)
+    assert kills > 10 and recovered == 0
+
+
+def test_atomic_folder_killed_at_each_system_call(tmp_path):
+    kills, recovered = kill_at_each_call(KILLED_FOLDER, tmp_path)
+    assert kills > 20 and recovered == 0
+
+
+def test_atomic_folder_killed_at_each_system_call_of_a_system_without_exchange(tmp_path):
+    kills, recovered = kill_at_each_call(KILLED_FOLDER + WITHOUT_EXCHANGE, tmp_path)
+    assert kills > 20 and 0 < recovered < kills
 
 
 def test_atomic_write_leaves_what_living_processes_write(tmp_path):
@@ -291,7 +271,9 @@ def no_room(number: int = errno.ENOSPC) -> OSError:
     ids=["full", "read-only", "safetensors", "HDF5", "TensorStore"],
 )
 def test_atomic_io_names_what_cannot_be_written(tmp_path, error):
-    message = r"(No space left on device|Read-only file system); make room there, or .*: '{}'"
+    message = (
+        "(No space left on device; make room there, or|Read-only file system;) choose another folder: '{}'"
+    )
     with pytest.raises(OSError, match=message.format(tmp_path / "a")), atomic_write(tmp_path / "a"):
         raise error
     with pytest.raises(OSError, match=message.format(tmp_path / "b")), atomic_folder(tmp_path / "b"):

@@ -1,0 +1,1 @@
+"""The study that the project reproduces, from beginning to end."""
