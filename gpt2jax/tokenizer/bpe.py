@@ -45,7 +45,7 @@ _CANNOT_BEGIN = re.compile(rb"[\x80-\xbf]|'(?:[sdmt]|ll|ve|re)")
 # A word of more characters than this is cut; it takes 12 MB.
 _WINDOW = 1 << 18
 _LONG_WORD = re.compile(rf"[^{SPACE}]{{{_WINDOW},}}+")
-_WORD_END = re.compile(rf"(?<=[^{SPACE}]) (?=[^{SPACE}])")
+_WORD_END = re.compile(rf"(?<=[^{SPACE}])(?=[{SPACE}])")
 _LONG_SPACE = re.compile(f"(?<![{SPACE}])[{SPACE}]{{{_LONG_RUN},}}+(?=[^{SPACE}])")
 
 # Files write a byte as one printable character: itself where Latin-1 prints it, else one from U+0100 on. The
@@ -334,7 +334,7 @@ class Tokenizer:
 
     def _cuts(self, text: str) -> set[int]:
         """Return places where cutting a long text does not change its tokens, so that few are made at a time."""
-        # the pattern, too, splits a run of spaces before its last one, and between a word and a space before a word
+        # the pattern, too, splits a run of spaces before its last one, and before the first one
         cuts = {match.end() - 1 for match in _LONG_SPACE.finditer(text)}
         for start in range(_WINDOW, len(text), _WINDOW):
             if match := _WORD_END.search(text, start, start + _WINDOW):
