@@ -155,10 +155,12 @@ def _settings_of(options: type) -> set[str]:
 
 
 def print_line(console: Any, what: str, text: str) -> None:
-    """Print a line that begins with a bold word; rich markup in the text is not interpreted."""
+    """Print a line that begins with a bold word; neither markup nor control characters in the text take effect."""
     from rich.text import Text
 
-    console.print(Text.assemble((what, "bold"), "  ", text), highlight=False, soft_wrap=True)
+    console.print(
+        Text.assemble((printable(what), "bold"), "  ", printable(text)), highlight=False, soft_wrap=True
+    )
 
 
 def command_line(name: str) -> str:

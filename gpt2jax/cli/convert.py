@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from gpt2jax.cli.common import exit_with_error, print_line, run_command
 from gpt2jax.cli.options import TokenizerOptions
+from gpt2jax.utils.notices import printable
 from gpt2jax.utils.validation import must_be
 
 if TYPE_CHECKING:
@@ -158,9 +159,9 @@ def _print(console: Console, title: str, rows: dict[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table = Table(title=Text(printable(title)), title_justify="left", show_header=False)
     for row in rows.items():
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 

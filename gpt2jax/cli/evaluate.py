@@ -18,6 +18,7 @@ from gpt2jax.cli.options import (
     evaluation_config,
     warn_if_trained_on,
 )
+from gpt2jax.utils.notices import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def run(options: Options) -> None:
         }
         with atomic_write(file) as stream:
             json.dump(content, stream, indent=2, allow_nan=False)
-        print(f"wrote {file}")
+        print(f"wrote {printable(str(file))}")
 
 
 def output_files(options: Options) -> tuple[pathlib.Path | None, pathlib.Path | None]:
@@ -127,7 +128,7 @@ def figures_table(title: str, figures: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in figures.items():

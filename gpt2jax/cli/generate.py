@@ -18,6 +18,7 @@ from gpt2jax.cli.common import check_file, named_fields, run_command
 from gpt2jax.cli.options import GenerationOptions, TextOptions
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.json_files import parse_json
+from gpt2jax.utils.notices import printable, terminal_text
 from gpt2jax.utils.progress import is_interactive
 from gpt2jax.utils.validation import must_be
 
@@ -161,10 +162,10 @@ def _json_row(line: str, place: str) -> dict[str, Any]:
 def _show(prompt: str, pieces: Any, *, show_time: bool) -> None:
     """Print a continuation as it comes, and on standard error how fast that was."""
     began, first = time.perf_counter(), None
-    print(prompt, end="", flush=True)
+    print(terminal_text(prompt), end="", flush=True)
     for piece in pieces:
         first = first or time.perf_counter()
-        print(piece, end="", flush=True)
+        print(terminal_text(piece), end="", flush=True)
     print()
     if first is not None and show_time:
         output, seconds = pieces.generation, time.perf_counter() - began
@@ -187,7 +188,7 @@ def _ask_for_prompts(show: Callable[[int, str], None]) -> None:
         try:
             show(index, prompt)
         except ValueError as error:  # a prompt that is too long must not end the program
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         index += 1
 
 
@@ -212,7 +213,7 @@ def _write(make: Callable[[], list[Any]], out: pathlib.Path | None, rows: list[d
         for index, output in enumerate(outputs):
             if len(outputs) > 1:
                 print("\n" * (index > 0) + f"--- text {index + 1} of {len(outputs)} ---")
-            print(output)
+            print(terminal_text(str(output)))
         print(f"[{_speed(outputs, seconds)}]", file=sys.stderr)
         return
     lines = [_json_line(row | dataclasses.asdict(output)) for row, output in zip(rows, outputs, strict=True)]

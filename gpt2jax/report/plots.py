@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -329,7 +330,9 @@ def to_svg(figure: Any, name: str) -> str:
     import matplotlib
 
     target = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        # names are text of the page, whose fonts have what matplotlib's lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
     svg = target.getvalue()

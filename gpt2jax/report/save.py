@@ -66,11 +66,7 @@ def render_html(comparison: Comparison, study_tables: Sequence[Table] = ()) -> s
     def finalize(value: Any) -> Any:
         # autoescape leaves control characters, which HTML does not allow
         is_plain = isinstance(value, str) and not hasattr(value, "__html__")
-        return (
-            re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", value)
-            if is_plain
-            else value
-        )
+        return _without_controls(value) if is_plain else value
 
     style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
     return _render(
@@ -83,9 +79,18 @@ def render_markdown(comparison: Comparison, study_tables: Sequence[Table] = ()) 
 
     def finalize(value: Any) -> Any:
         is_plain = isinstance(value, str) and not hasattr(value, "__html__")
-        return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", value) if is_plain else value
+        return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", _without_controls(value)) if is_plain else value
 
     return _render("report.md.j2", comparison, study_tables, finalize=finalize, autoescape=False)
+
+
+def _without_controls(text: str) -> str:
+    """Return a text without what HTML does not allow, a terminal would obey, or UTF-8 does not have."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]",
+        "\N{REPLACEMENT CHARACTER}",
+        text,
+    )
 
 
 def _render(
@@ -149,9 +154,9 @@ def _colour_depth(difference: float) -> float:
 
 
 def _fenced(text: str) -> Any:
-    """Return text word for word, behind a fence longer than any within it."""
+    """Return text word for word, except control characters, behind a fence longer than any within it."""
     import markupsafe
 
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return markupsafe.Markup(f"{fence}text\n{text}\n{fence}")
+    return markupsafe.Markup(f"{fence}text\n{_without_controls(text)}\n{fence}")

@@ -10,6 +10,7 @@ from gpt2jax.comparison.excerpts import Excerpt
 from gpt2jax.comparison.paired import CONFIDENCE, PairedDifference
 from gpt2jax.comparison.result import Comparison, ModelResult
 from gpt2jax.report.tables import Table, figures_table, number, paired_table, percent, transpose, with_error
+from gpt2jax.utils.notices import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,10 +197,10 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     from rich.text import Text
 
     console = console or Console()
-    console.print(Text(title(comparison), style="bold"))
+    console.print(Text(printable(title(comparison)), style="bold"))
     for model in comparison.models[1:]:
-        console.print(Text(f"{model.name}: {summary(comparison, model)}"))
-    console.print(Text(scoring_sentence(comparison)))
+        console.print(Text(printable(f"{model.name}: {summary(comparison, model)}")))
+    console.print(Text(printable(scoring_sentence(comparison))))
     tables = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.differences else [])
     for table in map(transpose, tables):
         print_table(table, console)
@@ -211,9 +212,11 @@ def print_table(table: Table, console: Console) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(title=Text(table.caption), title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+    shown = RichTable(
+        title=Text(printable(table.caption)), title_justify="left", title_style="dim", box=SIMPLE_HEAD
+    )
     for index, column in enumerate(table.columns):
-        shown.add_column(Text(column), justify="right" if index else "left")
+        shown.add_column(Text(printable(column)), justify="right" if index else "left")
     for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
+        shown.add_row(*(Text(printable(cell)) for cell in row))
     console.print(shown)

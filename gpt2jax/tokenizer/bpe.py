@@ -42,9 +42,9 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 _LONG_RUN = 50_000
 # the middle of a character, and what the pattern reads otherwise behind another sign
 _CANNOT_BEGIN = re.compile(rb"[\x80-\xbf]|'(?:[sdmt]|ll|ve|re)")
-# A word of more characters than this is cut; it takes 12 MB.
+# A word, or a run of spaces, of more characters than this is cut; it takes 12 MB.
 _WINDOW = 1 << 18
-_LONG_WORD = re.compile(rf"[^{SPACE}]{{{_WINDOW},}}+")
+_LONG_WORD = re.compile(rf"[^{SPACE}]{{{_WINDOW},}}+|[{SPACE}]{{{_WINDOW},}}+")
 _WORD_END = re.compile(rf"(?<=[^{SPACE}])(?=[{SPACE}])")
 _LONG_SPACE = re.compile(f"(?<![{SPACE}])[{SPACE}]{{{_LONG_RUN},}}+(?=[^{SPACE}])")
 

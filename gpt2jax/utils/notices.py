@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import unicodedata
 import warnings
 
 
@@ -16,7 +18,17 @@ def notice(message: str) -> None:
 
 def printable(text: str) -> str:
     """Return a text with control characters escaped: what a file holds must not steer a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    if text.isprintable():
+        return text
+    is_shown = {char: char.isprintable() or unicodedata.category(char) == "Zs" for char in set(text)}
+    return "".join(char if is_shown[char] else repr(char)[1:-1] for char in text)
+
+
+def terminal_text(text: str) -> str:
+    """Return a text of several lines for a terminal, which must not obey it; unchanged for a file or a pipe."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(char if char in "\n\t" else printable(char) for char in text)
 
 
 def enumerate_names(names: list[str], most: int = 5) -> str:

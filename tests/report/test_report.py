@@ -11,9 +11,10 @@ import pytest
 from comparisons import NASTY, SETTINGS, TEXTS
 
 from gpt2jax.comparison.compare import compare
-from gpt2jax.report.plots import short_name
+from gpt2jax.report.plots import new_figure, short_name, to_svg
 from gpt2jax.report.save import hide_home, save_report
-from gpt2jax.report.summary import print_comparison
+from gpt2jax.report.summary import print_comparison, print_table
+from gpt2jax.report.tables import Table
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +147,9 @@ def test_style_has_contrast_in_light_and_dark(folder):
 
 def test_render_markdown_keeps_texts_and_figures(comparison, folder):
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert (
-        text.startswith("# ") and "\x00" in text
-    )  # generated text and prompts are word for word within fences
+    assert text.startswith("# ") and not re.search(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text
+    )  # generated text and prompts are word for word within fences, except these
     for line in text.splitlines():
         if line.startswith("| "):
             assert len(re.findall(r"(?<!\\)\|", line)) in (3, 5, 6, 7, 9, 13)
@@ -176,3 +177,19 @@ def test_save_report_leaves_no_half_file_and_takes_surrogates(model, tmp_path, m
     with pytest.raises(ZeroDivisionError):
         found.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_to_svg_names_outside_of_matplotlibs_font():
+    figure, axes = new_figure()
+    axes.plot([1, 2], label="日本語")
+    axes.legend()
+    assert "日本語" in to_svg(figure, "a")  # a warning would fail the test
+
+
+def test_print_table_without_control_characters_and_markup():
+    from rich.console import Console
+
+    stream = io.StringIO()
+    print_table(Table("[bold]\x1b[2J", ("\x07", "b"), [("[red]", "\x9b")]), Console(file=stream, width=80))
+    shown = stream.getvalue()
+    assert all(text in shown for text in (r"[bold]\x1b[2J", r"\x07", "[red]", r"\x9b"))

@@ -285,7 +285,9 @@ def test_parse_merges_names_the_line(text):
 
 
 @pytest.mark.parametrize(
-    "unit", ["a", " b a", "-'s", "''", "ACGT", "ab", "日本語", "😀", "it's 1--é\n", "word and "], ids=ascii
+    "unit",
+    ["a", " b a", "-'s", "''", "ACGT", "ab", "日本語", "😀", "it's 1--é\n", "word and ", "\n", " "],
+    ids=ascii,
 )
 def test_encode_cuts_long_words_without_a_change(monkeypatch, unit):
     tokenizer, generator = Tokenizer.gpt2(), random.Random(0)
@@ -295,7 +297,7 @@ def test_encode_cuts_long_words_without_a_change(monkeypatch, unit):
     expected = [tokenizer.encode(text) for text in texts]
     monkeypatch.setattr(bpe, "_LONG_RUN", 500)
     monkeypatch.setattr(bpe, "_WINDOW", 1000)
-    monkeypatch.setattr(bpe, "_LONG_WORD", re.compile(r"\S{1000,}+"))
+    monkeypatch.setattr(bpe, "_LONG_WORD", re.compile(r"\S{1000,}+|\s{1000,}+"))
     assert [tokenizer.encode(text) for text in texts] == expected
     assert all(len(tokenizer._cuts(text)) > 2 for text in texts)
 
