@@ -226,7 +226,11 @@ def _locate_run(path: pathlib.Path) -> Location:
         base = read_json(path / "run.json", {"base_model": str})["base_model"]
     try:
         return dataclasses.replace(locate(base), adapter=path / "adapter")
+    except RecursionError:
+        raise ValueError(f"{path} holds adapters of a model that leads back to it: {base!r:.200}") from None
     except (ValueError, FileNotFoundError) as error:  # such as a path from another working folder
+        if "leads back to it" in str(error):
+            raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{path} holds adapters of a model that can't be found: {error}") from None
 
@@ -303,19 +307,26 @@ def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel
     """
     run = read_run(path)
     settings, name = run["finetune"], run["base_model"]
-    base = None if name is None else load(name).merge_adapter()
-    if settings["lora"] is not None or settings["freeze"]:
+    try:
+        base = None if name is None else load(name).merge_adapter()
+    except RecursionError:
+        raise ValueError(f"{path} is a part of a model: {name} leads back to it") from None
+    lora = settings.get("lora")
+    if lora is not None or settings.get("freeze"):
         if base is None:
             raise ValueError(f"{path} is a part of a model that was made in memory and is in no file")
-        if params_sha256(base.params) != run["base_sha256"]:
+        if params_sha256(base.params) != run.get("base_sha256"):
             raise ValueError(f"{path} is a part of a model: {name} is no longer what the run began with")
     trained = restore_trained(path)
-    if base is None:
-        model = LanguageModel(GPT2Config(**run["model_config"]), trained)
-    elif settings["lora"] is not None:
-        model = dataclasses.replace(base, adapters=trained, lora=LoRAConfig(**settings["lora"]))
-    else:
-        model = dataclasses.replace(base, params=_replace_leaves(base.params, trained))
+    try:
+        if base is None:
+            model = LanguageModel(GPT2Config(**run.get("model_config", {})), trained)
+        elif lora is not None:
+            model = dataclasses.replace(base, adapters=trained, lora=LoRAConfig(**lora))
+        else:
+            model = dataclasses.replace(base, params=_replace_leaves(base.params, trained))
+    except (TypeError, ValueError) as error:  # of settings that are unknown or not legal
+        raise ValueError(f"{path / 'run' / 'metadata'}: {error}") from None
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
     return dataclasses.replace(model, params=params, source=str(path))
 

@@ -30,7 +30,7 @@ from gpt2jax.tokenizer.vocabulary import (
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.json_files import Kind, read_json
 from gpt2jax.utils.notices import notice
-from gpt2jax.utils.validation import check, int_in_range
+from gpt2jax.utils.validation import check, int_in_range, must_be
 
 MAX_ID = 10_000_000  # a damaged id must not ask for memory
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -212,8 +212,16 @@ def _read_optional(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict[
 def _read_roles(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Return special tokens by role; in the files a token is its text, or an object with its text in "content"."""
     named = {**_read_optional(folder / "special_tokens_map.json"), **config}
-    texts = {role: named[role] for role in ROLES if named.get(role)}
-    return {role: str(text["content"] if isinstance(text, dict) else text) for role, text in texts.items()}
+    texts = {}
+    for role in ROLES:
+        value = named.get(role)
+        text = value.get("content") if isinstance(value, dict) else value
+        if value and not isinstance(text, str):
+            legal = 'a text, or an object with its text in "content"'
+            raise ValueError(must_be(f"{folder}: {role} of the tokenizer's settings", legal, value))
+        if text:
+            texts[role] = text
+    return texts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 import jax
@@ -40,7 +41,8 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
     """Read the description of the run that a checkpoint belongs to."""
-    return read_json(folder / "run" / "metadata", ("finetune", "base_model"))
+    kinds = {"finetune": dict, "base_model": (str, NoneType)}
+    return read_json(folder / "run" / "metadata", kinds, {"model_config": dict, "base_sha256": str})
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import io
 import math
 import os
 import pickletools
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -208,7 +209,8 @@ class _Interpreter:
     def run(self, program: io.BytesIO) -> Any:
         """Return the object that one pickle builds; `program` is left behind its end."""
         try:
-            return self._run(program)
+            with warnings.catch_warnings(action="ignore"):  # of escapes in texts that are refused
+                return self._run(program)
         except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
             reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
             raise ValueError(f"{self.path} is damaged or not only tensors: {reason:.500}") from None

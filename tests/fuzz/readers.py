@@ -24,11 +24,13 @@ from flax import serialization
 from safetensors.numpy import load_file
 
 import gpt2jax
+from gpt2jax import loading
 from gpt2jax.cli.generate import Options, read_prompts
 from gpt2jax.data.sources import Texts
 from gpt2jax.data.token_cache import cached_documents, read_tokens
 from gpt2jax.evaluation.accumulators import Breakdown, DocumentSums
 from gpt2jax.evaluation.resume import State, read_state, write_state
+from gpt2jax.generation.file_settings import find_file_settings
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
 from gpt2jax.train.run_folder import RunFolder
@@ -132,6 +134,7 @@ def _write_shards(folder: Path) -> None:
 
 def _load(folder: Path) -> None:
     model = gpt2jax.load(folder)
+    find_file_settings(model, {})
     if model.tokenizer is not None:
         _use(model.tokenizer)
 
@@ -203,6 +206,21 @@ def _read_run(folder: Path) -> None:
     with contextlib.suppress(ValueError):  # most runs differ from this one
         run._check_same({"finetune": {}, "data": {}})
     gpt2jax.load(folder)
+
+
+def _write_checkpoint(folder: Path) -> None:
+    config = dataclasses.asdict(gpt2jax.load(GOLDEN / "hf-tied").config)
+    finetune = {"lora": None, "freeze": [], "steps": 3}
+    content = {"finetune": finetune, "base_model": None, "model_config": config, "base_sha256": "0" * 64}
+    (folder / "state").mkdir()
+    (folder / "run").mkdir()
+    (folder / "run" / "metadata").write_text(json.dumps(content))
+
+
+def _read_checkpoint(folder: Path) -> None:
+    """Read the description of a checkpoint; the arrays, which have checksums, count as read."""
+    with mock.patch.object(loading, "restore_trained", return_value=gpt2jax.load(GOLDEN / "hf-tied").params):
+        gpt2jax.load(folder)
 
 
 def _write_state(folder: Path) -> None:
@@ -296,6 +314,7 @@ def _iter_readers() -> Iterator[tuple[str, Reader]]:
     yield "tokenizer-fast", Reader(_write_tokenizer("tokenizer.json"), _read_tokenizer)
     yield "tokenizer-slow", Reader(_write_tokenizer("vocab.json", "merges.txt"), _read_tokenizer)
     yield "run", Reader(_write_run, _read_run)
+    yield "checkpoint", Reader(_write_checkpoint, _read_checkpoint, "metadata")
     yield "state", Reader(_write_state, lambda folder: read_state(folder / "state.npz", {"model": "m"}))
     yield "token-cache", Reader(_write_tokens, lambda folder: read_tokens(folder / "texts.tokens", 300))
     yield (

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import gpt2jax
 from gpt2jax.data.sources import load_texts
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.tokenizer.bpe import Tokenizer
@@ -134,6 +135,17 @@ def test_load_params_tensors_that_share_their_numbers(tmp_path, monkeypatch):
         load_params(config, RULES, tensors, "a")
     monkeypatch.setenv(limits.VARIABLE, "1000000")
     load_params(config, RULES, tensors, "a")
+
+
+def test_load_a_run_or_checkpoint_that_leads_back_to_itself(tmp_path):
+    run, checkpoint = tmp_path / "run", tmp_path / "checkpoint"
+    for folder in (run / "adapter", checkpoint / "state", checkpoint / "run"):
+        folder.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"base_model": str(run)}))
+    (checkpoint / "run" / "metadata").write_text(json.dumps({"base_model": str(checkpoint), "finetune": {}}))
+    for folder in (run, checkpoint):
+        with pytest.raises(ValueError, match=rf"^{folder} .* leads back to it"):
+            gpt2jax.load(folder)
 
 
 def test_read_json_size(tmp_path, monkeypatch):

@@ -275,3 +275,10 @@ def test_tokenizer_refuses_clashing_definitions():
 def test_save_tokenizer_max_length(tmp_path):
     save_tokenizer(Tokenizer.gpt2(300), tmp_path, max_length=64)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 64
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, {"content": 5}, 5, ["<s>"], True])
+def test_load_tokenizer_with_a_damaged_role(saved, value):
+    edit(saved / "tokenizer_config.json", bos_token=value)
+    with pytest.raises(ValueError, match="bos_token of the tokenizer's settings must be a text, or an object"):
+        load_tokenizer(saved)
