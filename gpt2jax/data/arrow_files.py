@@ -31,7 +31,11 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
             raise ValueError(
                 f"{file.name} is not a whole {KINDS[file.suffixes[0]]} file: {_line(error)}"
             ) from None
-        names = columns.choose(column_kinds(schema, columns.wanted), file.name)
+        try:
+            kinds = column_kinds(schema, columns.wanted)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file.name} is damaged: the name of a column is not UTF-8: {error}") from None
+        names = columns.choose(kinds, file.name)
         roots = [name if name in schema.names else name.split(".")[0] for name in names]
         try:
             for cells in batches(roots):
@@ -40,7 +44,7 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
                 size += len(item) if isinstance(item, str) else sum(map(len, item.values()))
                 check_stream(file.name, size, packed_size)
                 yield item
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, MemoryError) as error:  # the size of a part is damaged
             raise ValueError(f"{file.name} is damaged: {_line(error)}") from None
 
 

@@ -291,14 +291,16 @@ def _file_system(source: str) -> tuple[Any, str, bool]:
         with open(source, "rb") as file:
             # Kaggle's files are zip archives under the name of their content
             is_zip |= file.read(4) == _ZIP_START and _is_known(source)
-        try:
-            if is_zip:
-                return ZipFileSystem(source), "", True
-        except (
-            zipfile.BadZipFile,
-            NotImplementedError,
-        ) as error:  # the latter of a version that is not known
-            raise ValueError(f"{source} is not a zip archive: {error}") from None
+        if is_zip:
+            # a version that is not known, an entry without a name, no entry
+            errors = (zipfile.BadZipFile, NotImplementedError, IndexError, FileNotFoundError)
+            try:
+                system = ZipFileSystem(source)
+                system.info("")
+            except errors as error:
+                reason = str(error) or "its list of files is damaged or empty"
+                raise ValueError(f"{source} is not a zip archive: {reason}") from None
+            return system, "", True
     return LocalFileSystem(), os.path.abspath(source), False
 
 

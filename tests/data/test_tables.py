@@ -284,3 +284,16 @@ def test_arrow_file_with_damaged_offsets(tmp_path):
     # without a check, reading it ends the process
     with pytest.raises(ValueError, match=r"a\.arrow is damaged"):
         load_texts(str(file), "all")
+
+
+def test_zip_archive_with_a_damaged_list(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w"):
+        pass
+    with pytest.raises(ValueError, match=r"a.zip is not a zip archive: its list of files is damaged or empty"):
+        load_texts(str(tmp_path / "a.zip"), "all")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("a.txt", "b")
+    file = tmp_path / "b.zip"
+    file.write_bytes(file.read_bytes().replace(b"a.txt", b"\0.txt"))
+    with pytest.raises(ValueError, match=r"b.zip is not a zip archive"):
+        load_texts(str(file), "all")

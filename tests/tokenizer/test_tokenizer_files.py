@@ -280,5 +280,7 @@ def test_save_tokenizer_max_length(tmp_path):
 @pytest.mark.parametrize("value", [{"a": 1}, {"content": 5}, 5, ["<s>"], True])
 def test_load_tokenizer_with_a_damaged_role(saved, value):
     edit(saved / "tokenizer_config.json", bos_token=value)
-    with pytest.raises(ValueError, match="bos_token of the tokenizer's settings must be a text, or an object"):
+    with pytest.raises(
+        ValueError, match="bos_token of the tokenizer's settings must be a text, or an object"
+    ):
         load_tokenizer(saved)
