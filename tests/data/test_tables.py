@@ -289,7 +289,9 @@ def test_arrow_file_with_damaged_offsets(tmp_path):
 def test_zip_archive_with_a_damaged_list(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w"):
         pass
-    with pytest.raises(ValueError, match=r"a.zip is not a zip archive: its list of files is damaged or empty"):
+    with pytest.raises(
+        ValueError, match=r"a.zip is not a zip archive: its list of files is damaged or empty"
+    ):
         load_texts(str(tmp_path / "a.zip"), "all")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("a.txt", "b")
