@@ -110,6 +110,11 @@ class Run:
     history: list[dict[str, float]]
     output: pathlib.Path | None
 
+    def _repr_html_(self) -> str:
+        from gpt2jax.report.notebook import run_html
+
+        return run_html(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Action:
