@@ -11,7 +11,7 @@ nbclient = pytest.importorskip("nbclient", reason="needs the extra test")
 
 NOTEBOOK = pathlib.Path(__file__).parents[2] / "docs" / "study.ipynb"
 SMALL = """
-DOCUMENTS, STAGES, EPOCHS, LENGTH, PROMPTS = 8, 1, 1, 32, ("Return the",)
+DOCUMENTS, STAGES, EPOCHS, LENGTH, MAX_LENGTH, PROMPTS = 10, 1, 1, 32, 24, ("Return the",)
 """
 
 
