@@ -195,7 +195,7 @@ def _write_run(folder: Path) -> None:
 
 
 def _read_run(folder: Path) -> None:
-    from gpt2jax.cli.common import DataOptions, warn_if_trained_on
+    from gpt2jax.cli.options import DataOptions, warn_if_trained_on
 
     warn_if_trained_on(str(folder), DataOptions(data="texts.txt"), "all")
     run = RunFolder(folder, resume=True)
