@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from gpt2jax.data.columns import BATCH_ROWS, Columns, Item, cell_of, column_kinds, to_item
-from gpt2jax.data.files import TABLES, File, check_unpacked
+from gpt2jax.data.files import TABLES, File
+from gpt2jax.utils.limits import check_in_memory, check_stream
 
 KINDS: dict[str, str] = dict(zip(TABLES, ("Parquet", "Arrow", "Feather"), strict=True))
 # a column that unpacks to more than this is decoded few rows at a time
@@ -22,10 +23,10 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
     import pyarrow
 
     size, row = 0, 0
-    packed_size = file.system.info(file.place).get("size")
+    packed_size = file.packed_size
     with file.open_seekable() as stream:
         try:
-            schema, batches = _open(stream, KINDS[file.suffixes[0]])
+            schema, batches = _open(stream, file)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(
                 f"{file.name} is not a whole {KINDS[file.suffixes[0]]} file: {_line(error)}"
@@ -37,7 +38,7 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
                 row += 1
                 item = to_item([cell_of(cells, name) for name in names], names, f"{file.name}, row {row}")
                 size += len(item) if isinstance(item, str) else sum(map(len, item.values()))
-                check_unpacked(file.name, size, packed_size)
+                check_stream(file.name, size, packed_size)
                 yield item
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{file.name} is damaged: {_line(error)}") from None
@@ -47,15 +48,19 @@ def _line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _open(stream: IO[bytes], kind: str) -> tuple[Any, Any]:
+def _open(stream: IO[bytes], file: File) -> tuple[Any, Any]:
     """Return the schema of a table, and a function from names of columns to its rows as dicts."""
     import pyarrow
     import pyarrow.feather
     import pyarrow.ipc
     import pyarrow.parquet
 
-    if kind == "Parquet":
+    if file.suffixes[0] == ".parquet":
         table = pyarrow.parquet.ParquetFile(stream)
+        for group in range(table.num_row_groups):  # half of it: of a large one not all is in memory at a time
+            check_in_memory(
+                file.name, table.metadata.row_group(group).total_byte_size // 2, file.packed_size or 0
+            )
         return table.schema_arrow, lambda names: _rows(
             table.iter_batches(_batch_rows(table.metadata), columns=list(dict.fromkeys(names))), names
         )
@@ -65,9 +70,9 @@ def _open(stream: IO[bytes], kind: str) -> tuple[Any, Any]:
         whole = pyarrow.feather.read_table(stream)
         return whole.schema, lambda names: _rows(whole.to_batches(BATCH_ROWS), names)
     if start == b"ARRO":
-        file = pyarrow.ipc.open_file(stream)
-        batches = (file.get_batch(number) for number in range(file.num_record_batches))
-        return file.schema, lambda names: _rows(batches, names)
+        parts = pyarrow.ipc.open_file(stream)
+        batches = (parts.get_batch(number) for number in range(parts.num_record_batches))
+        return parts.schema, lambda names: _rows(batches, names)
     reader = pyarrow.ipc.open_stream(stream)  # as `datasets` writes
     return reader.schema, lambda names: _rows(reader, names)
 

@@ -131,24 +131,49 @@ def _is_blank(cells: list[str], header: list[str]) -> bool:
     return not cells or (len(cells) == 1 != len(header) and not cells[0].strip())
 
 
+@dataclass
+class _RowPlace:
+    """Where the row that is being read begins, where its last quote opens, and how many characters it has."""
+
+    first: int = 1
+    opened: int = 1
+    size: int = 0
+    is_open: bool = False
+
+    def add(self, number: int, line: str, quote: str | None) -> None:
+        if not self.size:
+            self.first = self.opened = number
+            self.is_open = False
+        self.size += len(line)
+        quotes = line.count(quote) if quote else 0
+        if quotes > self.is_open:  # one that does not close the open one
+            self.opened = number
+        self.is_open ^= bool(quotes % 2)
+
+
 def _rows(file: File, lines: Iterable[tuple[int, str]], dialect: _Dialect) -> Iterator[tuple[str, Any]]:
-    numbers: list[tuple[int, str]] = []  # the lines of the row that is being read
+    row = _RowPlace()
 
     def texts() -> Iterator[str]:
-        for line in lines:
-            numbers.append(line)
-            yield line[1]
+        for number, line in lines:
+            row.add(number, line, dialect.quote)
+            file.check_text_size(row.size)
+            yield line
 
     reader, names = dialect.reader(texts()), None
     while True:
-        numbers.clear()
+        row.size = 0
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise ValueError(_what_is_open(file, numbers, dialect, str(error))) from None
+            reason = str(error)
+            is_open = "unexpected end" in reason and dialect.quote is not None
+            hint = ": a quote opens here and is never closed" if is_open else ""
+            place = row.opened if is_open else row.first
+            raise ValueError(f"{file.name}, line {place}: {reason}{hint}") from None
         if cells is None:
             return
-        place = f"{file.name}, line {numbers[0][0]}"
+        place = f"{file.name}, line {row.first}"
         if names is None:
             names = _header(cells, place)
         elif not _is_blank(cells, names):
@@ -168,16 +193,3 @@ def _header(cells: list[str], place: str) -> list[str]:
     if len(names) == 1 and names[0] not in TEXT_COLUMNS:
         notice(f"{place}: taken for the header, so that the texts begin after {names[0]!r:.60}")
     return names
-
-
-def _what_is_open(file: File, numbers: list[tuple[int, str]], dialect: _Dialect, reason: str) -> str:
-    """Build the message of a row that can't be read: the line where its open quote stands."""
-    place = numbers[0][0] if numbers else 1
-    if "unexpected end" not in reason or dialect.quote is None:
-        return f"{file.name}, line {place}: {reason}"
-    is_open = False
-    for number, line in numbers:
-        for _ in range(line.count(dialect.quote)):
-            is_open = not is_open
-            place = number if is_open else place
-    return f"{file.name}, line {place}: {reason}: a quote opens here and is never closed"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
+import functools
 import glob
 import gzip
 import io
@@ -25,6 +26,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from gpt2jax.data.encodings import likely_encoding, wide_encoding
+from gpt2jax.utils.limits import check_in_memory, check_stream, most_in_memory
 from gpt2jax.utils.notices import enumerate_names, notice
 from gpt2jax.utils.stand_ins import describe_stand_in
 from gpt2jax.utils.validation import must_be
@@ -37,9 +39,9 @@ TABLES = (".parquet", ".arrow", ".feather")
 FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", *TABLES, *PLAIN[1:])
 # extensions of packed files. What a file is packed with is told by its first bytes alone.
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-# what an unpacked file may have: any number of bytes up to the first, above it so many times its packed size
-FREE_BYTES, MAX_RATIO = 1 << 28, 1000
 _BUFFER = 1 << 17
+# a packed file that unpacks to so many bytes and so many times its size gives a notice
+_MUCH, _MUCH_RATIO = 1 << 24, 50
 
 _KNOWN = f"known are {', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)}, and .zip of such files"
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")
@@ -94,13 +96,29 @@ class File:
             return last, ""
         return PurePosixPath(self.path).with_suffix("").suffix.lower(), last
 
+    @functools.cached_property
+    def packed_size(self) -> int | None:
+        """Bytes of the file as it lies there, None if that is not known."""
+        info = self.system.info(self.place)
+        return info.get("compress_size") or info.get("size")
+
+    @property
+    def most_characters(self) -> int:
+        """Of one text, or of whatever else is in memory as a whole."""
+        return most_in_memory(self.packed_size or 0) // 4  # the bytes, the text, and a copy of both
+
+    def check_text_size(self, size: int) -> None:
+        """Raise ValueError if the file is too small for a text of so many characters."""
+        if size > self.most_characters:
+            check_in_memory(self.name, 4 * size, self.packed_size or 0)
+
     @contextlib.contextmanager
     def open(self) -> Iterator[io.BufferedReader[Any]]:
         """Open the file for reading bytes, unpacked."""
-        info = self.system.info(self.place)
-        packed_size = info.get("compress_size") or info.get("size")
+        packed_size = self.packed_size
         with self.system.open(self.place, "rb") as raw:
-            is_plain = "compress_size" not in info  # which members of archives have
+            # which members of archives have
+            is_plain = "compress_size" not in self.system.info(self.place)
             stream = io.BufferedReader(_Bytes(raw, self.name, packed_size, is_plain=is_plain), _BUFFER)
             start = stream.peek(8)
             if unpack := next((open for mark, open in _UNPACKERS.items() if start.startswith(mark)), None):
@@ -138,7 +156,8 @@ class File:
                 sure = "by its first bytes" if found in ("utf-16", "utf-32") else "by its zero bytes"
                 raise ValueError(f"{self.name} is {found.upper()} {sure}; {_encoding_hint(found)}")
             number = offset = 0
-            for raw in stream:
+            while raw := stream.readline(self.most_characters + 1):
+                self.check_text_size(len(raw))
                 try:
                     text = raw.decode("utf-8" if offset else "utf-8-sig")
                 except UnicodeDecodeError as error:
@@ -159,7 +178,9 @@ class File:
         text = io.TextIOWrapper(stream, encoding, newline="")
         number = 0
         try:
-            for number, line in enumerate(text, start=1):
+            while line := text.readline(self.most_characters + 1):
+                self.check_text_size(len(line))
+                number += 1
                 yield number, line.removeprefix("\ufeff") if number == 1 else line
         except UnicodeError as error:
             reason = f"{type(error).__name__}: {error}"
@@ -173,7 +194,7 @@ class _Bytes(io.RawIOBase):
 
     def __init__(self, stream: Any, name: str, packed_size: int | None, *, is_plain: bool = False):
         self.stream, self.name, self.packed_size, self.is_plain = stream, name, packed_size, is_plain
-        self.count = 0
+        self.count, self.is_said = 0, False
 
     def readable(self) -> bool:
         return True
@@ -182,17 +203,11 @@ class _Bytes(io.RawIOBase):
         chunk = self.stream.read(len(buffer))
         buffer[: len(chunk)] = chunk
         self.count += len(chunk)
-        check_unpacked(self.name, self.count, self.packed_size)
+        check_stream(self.name, self.count, self.packed_size)
+        if not self.is_said and self.count > max(_MUCH, _MUCH_RATIO * (self.packed_size or self.count)):
+            self.is_said = True
+            notice(f"{self.name} unpacks to more than {_MUCH_RATIO} times its size; reading it takes a while")
         return len(chunk)
-
-
-def check_unpacked(name: str, size: int, packed_size: int | None) -> None:
-    """Raise ValueError if so many bytes can't be what a file of texts holds."""
-    if packed_size is not None and size > max(FREE_BYTES, MAX_RATIO * packed_size):
-        raise ValueError(
-            f"{name} unpacks to more than {MAX_RATIO} times its {packed_size:,} bytes, which texts do not; "
-            "unpack it yourself if that is right"
-        )
 
 
 def check_encoding(encoding: str | None) -> None:

@@ -35,13 +35,22 @@ def json_rows(file: File, columns: Columns, records_field: str | None = None) ->
     is_lines = len(start) == 2 and _is_json(start[0][1], dict | list | str | None)
     if records_field is None and (is_lines or (file.suffixes[0] != ".json" and not is_array)):
         return json_lines(file, lines)
-    value = parse_json("".join(line for _, line in lines), file.name)
+    value = parse_json("".join(_whole(file, lines)), file.name)
     if records_field is not None:
         value = _field(value, records_field, file.name)
     if isinstance(value, dict):
         value = _rows_of_object(value, columns, file.name)
     rows = value if isinstance(value, list) else [value]
     return ((f"{file.name}, entry {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _whole(file: File, lines: Iterable[tuple[int, str]]) -> Iterator[str]:
+    """Yield the lines of a file that must be in memory as a whole."""
+    size = 0
+    for _, line in lines:
+        size += len(line)
+        file.check_text_size(size)
+        yield line
 
 
 def json_lines(file: File, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import lzma
 import os
@@ -75,30 +76,31 @@ def _plain_items(file: File, columns: Columns, documents: str) -> Iterator[Item]
     if documents == "line":
         yield from (line.rstrip("\r\n") for _, line in lines if line.strip())
     else:
-        yield from _plain_documents((_end_in_newline(line) for _, line in lines), documents)
+        yield from _plain_documents(file, (_end_in_newline(line) for _, line in lines), documents)
 
 
 def _end_in_newline(line: str) -> str:
     return line.rstrip("\r\n") + "\n" if line.endswith(("\r", "\n")) else line
 
 
-def _plain_documents(lines: Iterable[str], documents: str) -> Iterator[str]:
+def _plain_documents(file: File, lines: Iterable[str], documents: str) -> Iterator[str]:
     """Yield what stands between end tokens, for paragraphs between blank lines too; blank texts are left out."""
-    parts: list[str] = []
+    parts = io.StringIO()  # a list of short lines takes ten times the memory
 
     def finish() -> Iterator[str]:
-        text = "".join(parts)
-        parts.clear()
+        text = parts.getvalue()
+        parts.seek(0)
+        parts.truncate()
         if text.strip():
             yield text.strip("\n") if documents == "paragraph" else text
 
     for line in lines:
         if documents == "paragraph" and not line.strip():
             yield from finish()
-        while END_TOKEN in line:
-            before, _, line = line.partition(END_TOKEN)
-            parts.append(before)
+        first, *others = line.split(END_TOKEN)
+        parts.write(first)
+        for part in others:
             yield from finish()
-            line = line.removeprefix("\n")
-        parts.append(line)
+            parts.write(part.removeprefix("\n"))
+        file.check_text_size(parts.tell())
     yield from finish()

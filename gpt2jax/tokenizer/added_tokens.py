@@ -16,6 +16,7 @@ from typing import Any
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _SPACES_AFTER = re.compile(f"[{SPACE}]*")
 _SPACE_CHAR = re.compile(f"[{SPACE}]")
+_MAX_DEPTH = 20  # of groups within each other in a pattern
 # letters by Unicode's Alphabetic although their category is "symbol", and the joiners
 _WORD_RANGES = (
     (0x24B6, 0x24E9),
@@ -115,16 +116,18 @@ def _is_word(character: str) -> bool:
     return any(low <= ord(character) <= high for low, high in _WORD_RANGES)
 
 
-def _longest_first(tokens: Iterable[str]) -> str:
+def _longest_first(tokens: Iterable[str], depth: int = 0) -> str:
     """Return a pattern that matches the longest token at a place; common beginnings are tried once."""
     tokens = set(tokens)
+    if depth == _MAX_DEPTH:
+        return f"(?:{'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})"
     branches: dict[str, list[str]] = {}
     for token in sorted(tokens - {""}):
         branches.setdefault(token[0], []).append(token)
     patterns = []
     for group in branches.values():
         common = os.path.commonprefix(group)  # noqa: RUF071, of texts
-        rest = _longest_first(token[len(common) :] for token in group)
+        rest = _longest_first((token[len(common) :] for token in group), depth + 1)
         patterns.append(re.escape(common) + rest)
     if not patterns:
         return ""

@@ -23,6 +23,7 @@ from gpt2jax.tokenizer.vocabulary import (
     VOCABULARY_FILES,
     check_complete,
     check_merges,
+    check_tokens,
     read_fast,
     read_vocabulary,
 )
@@ -89,6 +90,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_token: str | int | None 
                 f"(transformers would add it as id {count}); name one with end_token=... (--end-token)"
             )
         own_end = None
+    check_tokens(folder, (*vocabulary, *unsplit), merges)
     check_merges(folder, merges)
     try:
         tokenizer = _build(vocabulary, merges, unsplit, own_end, roles, prefix_space)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from gpt2jax.tokenizer.bpe import Merge, Tokenizer, parse_merges, token_bytes
 from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.validation import must_be
 
+MAX_TOKEN_BYTES = 1024  # the longest token of GPT-2 has 128
 # (vocabulary, merges) of Hugging Face, OpenAI's release, a Keras preset and its folder above.
 VOCABULARY_FILES = (
     ("vocab.json", "merges.txt"),
@@ -70,6 +72,14 @@ def _parse_merge(file: Path, entry: Any) -> Merge:
     raise ValueError(must_be(f"{file}: a merge", "a pair of byte-level tokens", entry))
 
 
+def check_tokens(folder: Path, texts: Iterable[str], merges: Iterable[Merge]) -> None:
+    """Raise ValueError for a token that is so long that the checks of merges would take too long."""
+    size = max(map(len, texts), default=0)
+    size = max(size, max((len(left) + len(right) for left, right in merges), default=0))
+    if size > MAX_TOKEN_BYTES:
+        raise ValueError(f"{folder}: a token must have at most {MAX_TOKEN_BYTES} bytes, got {size}")
+
+
 def check_complete(
     id_of: Mapping[bytes, int], merges: Sequence[Merge], unreachable: Mapping[int, bytes]
 ) -> None:
@@ -105,11 +115,13 @@ def check_merges(folder: Path, merges: Sequence[Merge]) -> None:
     ranks = {left + right: rank for rank, (left, right) in enumerate(merges)}
     for rank, (left, right) in enumerate(merges[same:], start=same):
         parts = [bytes([byte]) for byte in left + right]
-        while len(parts) > 2:
-            best, at = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-            if best >= rank:
-                break
+        pairs = [ranks.get(one + two, rank) for one, two in itertools.pairwise(parts)]
+        while len(parts) > 2 and (best := min(pairs)) < rank:
+            at = pairs.index(best)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            near = parts[max(at - 1, 0) : at + 2]
+            again = [ranks.get(one + two, rank) for one, two in itertools.pairwise(near)]
+            pairs[max(at - 1, 0) : at + 2] = again
         if parts != [left, right]:
             raise ValueError(
                 f"{folder}: the merges are not those of a learned byte-pair encoding: {left + right!r} is "

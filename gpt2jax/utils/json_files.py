@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from gpt2jax.utils.limits import check_json_size
 from gpt2jax.utils.validation import must_be
 
 Kind = type | tuple[type, ...]
@@ -68,9 +69,10 @@ def read_json(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, not JSON, nested too deeply, not an object, or a name is missing or has a
-            value of another type; the message begins with the path.
+        ValueError: the file is larger than `gpt2jax.utils.limits` allows, not UTF-8, not JSON, nested too deeply, not
+            an object, or a name is missing or has a value of another type; the message begins with the path.
     """
+    check_json_size(str(path), os.path.getsize(path))
     try:
         content = parse_json(Path(path).read_bytes(), "it")
     except ValueError as error:

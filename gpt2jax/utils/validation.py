@@ -20,12 +20,17 @@ import difflib
 import functools
 import numbers
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+# repr of a value for a message: lists of a pickle may hold each other so often that repr never ends
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxset = 3, 30, 30, 30, 30
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 110
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 SEED_RANGE = 2**32
 
@@ -60,7 +65,7 @@ def check(name: str, value: Any, rule: Rule) -> Any:
 
 def must_be(name: str, legal: str, value: Any) -> str:
     """Build the message of a value that is not legal, such as "steps must be a positive whole number, got 0"."""
-    return f"{name} must be {legal}, got {value!r:.100}"
+    return f"{name} must be {legal}, got {_SHORT.repr(value):.100}"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

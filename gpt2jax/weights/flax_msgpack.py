@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpt2jax.weights import hf
-from gpt2jax.weights.mapping import LazyTensor, ParamRule, WeightSource, numpy_dtype
+from gpt2jax.weights.mapping import MAX_NAME_LENGTH, LazyTensor, ParamRule, WeightSource, numpy_dtype
 
 FILE = "flax_model.msgpack"
 RULES = tuple(
@@ -86,6 +86,8 @@ class _Reader:
             raise ValueError(f"{prefix.removesuffix('.') or 'its content'!s:.100} must be a map or an array")
         for _ in range(length):
             name = prefix + self._text()
+            if len(name) > MAX_NAME_LENGTH:  # thousands of names may share a long beginning
+                raise ValueError(f"a name has more than {MAX_NAME_LENGTH} characters")
             if (size := self._length(_EXTENSIONS)) is None:
                 self.read_map(f"{name}.", depth + 1)
             else:

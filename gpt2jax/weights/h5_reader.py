@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gpt2jax.weights.mapping import LazyTensor
+from gpt2jax.weights.mapping import MAX_NAME_LENGTH, LazyTensor
 
 H5_START = b"\x89HDF\r\n\x1a\n"
 MAX_DEPTH = 20
@@ -30,23 +30,27 @@ def read_h5(path: Path) -> dict[str, LazyTensor]:
             raise ValueError(f"{path} is not an HDF5 file: it does not begin with the format's mark")
     try:
         with h5py.File(path, "r") as file:
-            return {name: _lazy_tensor(path, name, dataset) for name, dataset in _iter_datasets(file)}
+            return {name: _lazy_tensor(path, name, dataset) for name, dataset in _iter_datasets(file, set())}
     except H5_ERRORS as error:
         raise ValueError(f"{path} is cut short or damaged: {error}") from None
 
 
-def _iter_datasets(group: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield (path, dataset) below a group; links are refused."""
+def _iter_datasets(group: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, dataset) below a group; links are refused, and so are groups that are there under two names."""
     import h5py
 
-    if depth > MAX_DEPTH:
-        raise RuntimeError("its groups are nested too deeply")
+    place = h5py.h5o.get_info(group.id).addr  # pyright: ignore[reportAttributeAccessIssue]
+    if place in seen or prefix.count("/") > MAX_DEPTH or len(prefix) > MAX_NAME_LENGTH:
+        raise RuntimeError(
+            "its groups are nested too deeply, hold each other, or have names that are too long"
+        )
+    seen.add(place)
     for name in group:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise RuntimeError(f"{prefix}{name} is a link, which is refused")
         item = group[name]
         if isinstance(item, h5py.Group):
-            yield from _iter_datasets(item, f"{prefix}{name}/", depth + 1)
+            yield from _iter_datasets(item, seen, f"{prefix}{name}/")
         elif isinstance(item, h5py.Dataset):
             yield f"{prefix}{name}", item
 

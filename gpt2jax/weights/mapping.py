@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,12 +20,14 @@ import numpy as np
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
+from gpt2jax.utils.limits import check_in_memory
 from gpt2jax.utils.notices import enumerate_names, notice
 from gpt2jax.utils.validation import check, one_of
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
 MAX_PROBLEMS_SHOWN = 20
+MAX_NAME_LENGTH = 1000
 CHUNK_SIZE = 1 << 18  # numbers read at once: few enough to be in the cache still when they are checked
 
 Shape = tuple[int, ...]
@@ -149,6 +152,10 @@ def load_params(
         required=places,
         other_problems=[f"parameter {path}: no tensor of this format fills it" for path in unfilled],
     )
+    # a file may name the same numbers for many tensors
+    size = sum(os.path.getsize(file) for file in {tensor.file for tensor in tensors.values()} - {""})
+    needed = sum(math.prod(shape) for shape in leaves.values()) * numpy_dtype(dtype).itemsize
+    check_in_memory(source, needed, size)
     arrays = {path: aligned_empty(shape, dtype) for path, shape in leaves.items()}
     read_all(
         source,

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
+from gpt2jax.weights.mapping import MAX_NAME_LENGTH, LazyTensor, numpy_dtype
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 FOOTER = 48  # bytes
 MAX_INDEX = 64_000_000  # bytes; that of GPT-2 has some thousand
+MAX_AXES = 32  # of a tensor
 # numbers of tensorflow/core/framework/types.proto; values of other kinds, such as texts, are not weights
 DTYPES = {
     1: "float32", 2: "float64", 3: "int32", 4: "uint8", 5: "int16", 6: "int8", 9: "int64", 10: "bool",
@@ -85,7 +86,8 @@ def _tensor(prefix: Path, num_shards: int, name: str, raw_entry: bytes) -> LazyT
         return None
     if 7 in entry:
         raise ValueError(f"tensor {name} is saved in slices, which cannot be read")
-    shape = tuple(_number(_fields(_bytes(dim)), 1) for dim in _fields(_bytes_of(entry, 2)).get(2, []))
+    dims = _fields(_bytes_of(entry, 2)).get(2, [])
+    shape = tuple(_number(_fields(_bytes(dim)), 1) for dim in dims[:MAX_AXES])
     if size != math.prod(shape) * numpy_dtype(dtype).itemsize:
         raise ValueError(f"tensor {name} {list(shape)} {dtype} cannot have {size} bytes")
     checksum = int.from_bytes(_bytes_of(entry, 6), "little")
@@ -152,11 +154,12 @@ def _read_table(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
     for _ in range(4):  # offset and size of the block of metadata and of the block of blocks
         number, position = _varint(raw, position)
         handles.append(number)
-    seen: set[int] = set()
+    seen, total = set[int](), 0
     for _, handle in _block(raw, *handles[2:]):
         offset, end = _varint(handle, 0)
         size, _ = _varint(handle, end)
-        if offset in seen:
+        total += size
+        if offset in seen or total > len(raw):
             raise ValueError("two blocks at one place")
         seen.add(offset)
         yield from _block(raw, offset, size)
@@ -179,6 +182,8 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         length, position = _varint(block, position)
         if shared > len(key) or position + added + length > end:
             raise ValueError("an entry reaches over the end of its block")
+        if shared + added > MAX_NAME_LENGTH:  # thousands of names may share a long beginning
+            raise ValueError(f"a name has more than {MAX_NAME_LENGTH} bytes")
         key = key[:shared] + block[position : position + added]
         position += added + length
         yield key, block[position - length : position]

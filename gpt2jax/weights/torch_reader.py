@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import pickletools
 import zipfile
@@ -26,6 +27,7 @@ from gpt2jax.weights.mapping import LazyTensor, numpy_dtype
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
+MAX_AXES = 32  # of a tensor
 MAX_PICKLE = 32_000_000  # bytes; the pickle of the largest GPT-2 with its optimizer has less than one million
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -304,11 +306,11 @@ class _Interpreter:
         numbers = (offset, *shape, *strides)
         if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("a tensor with an impossible place, shape or stride")
-        if len(shape) != len(strides):
+        if len(shape) != len(strides) or len(shape) > MAX_AXES:
             raise ValueError("a tensor whose strides do not fit its shape")
         span = 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-        if offset + span > storage.numel:
-            raise ValueError(f"a tensor of shape {list(shape)!s:.100} reaches over the end of its storage")
+        if offset + span > storage.numel or math.prod(shape) > storage.numel:
+            raise ValueError(f"a tensor of shape {list(shape)!s:.100} does not fit into its storage")
         dtype, path = numpy_dtype(storage.dtype), self.path
 
         def read() -> np.ndarray:

@@ -227,7 +227,7 @@ def test_load_hf_names_values_that_are_not_finite(saved, value):
         ({"pruned_heads": {"1": [0]}}, "pruned_heads"),
         ({"quantization_config": {"bits": 8}}, "quantization_config"),
         ({"n_head": 7}, "n_head.*7"),
-        ({"n_layer": 10**12}, f"n_layer={10**12}"),
+        ({"n_layer": 2**31 - 1}, f"n_layer={2**31 - 1}"),
         ({"n_embd": "24"}, "n_embd.*'24'"),
         ({"activation_function": "mish"}, "mish"),
     ],

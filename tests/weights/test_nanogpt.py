@@ -76,7 +76,7 @@ def test_load_nanogpt_truncates_the_padded_vocabulary(monkeypatch):
         (lambda c: c["model_args"].pop("n_head"), "model_args has no n_head"),
         (lambda c: c["model_args"].update(rotary=True), "model_args has unknown rotary"),
         (lambda c: c["model_args"].update(n_head=5), "n_head.*5"),
-        (lambda c: c["model_args"].update(n_layer=10**12), f"n_layer={10**12}"),
+        (lambda c: c["model_args"].update(n_layer=2**31 - 1), f"n_layer={2**31 - 1}"),
         (lambda c: c["model_args"].update(n_layer="2"), "n_layer.*'2'"),
         (
             lambda c: c["model_args"].update(block_size=64),
