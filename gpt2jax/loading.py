@@ -262,7 +262,7 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
 
 
 def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
-    """Write the model's LoRA adapters as a PEFT folder (adapter_config.json, adapter_model.safetensors).
+    """Write the model's LoRA adapters as a PEFT folder: adapters, the tokenizer's files, and a model card.
 
     Embeddings that came with the adapters (`LanguageModel.adapter_embeddings`) are written with them.
 
@@ -282,6 +282,7 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
         base_model=base_model,
         params=model.params,
         embeddings=model.adapter_embeddings,
+        tokenizer=model.tokenizer,
     )
 
 

@@ -160,6 +160,25 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path):
     np.testing.assert_allclose(adapted.logits(ids), model.logits(ids), atol=1e-6)
 
 
+def test_save_and_save_adapter_write_tokenizer_and_model_card(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lora, base = gpt2jax.LoRAConfig(rank=2), random_model(0)
+    model = dataclasses.replace(base, adapters=init_adapters(base.config, lora), lora=lora)
+    for source, shown in (("gpt2", 'base_model: "openai-community/gpt2"'), (f"{tmp_path}/one", "`~/one`")):
+        save_adapter(dataclasses.replace(model, source=source), tmp_path / "adapter")
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: peft\n") and "- lora\n" in card
+        assert shown in card and str(tmp_path) not in card
+    tokenizer = gpt2jax.load_tokenizer(tmp_path / "adapter")
+    assert base.tokenizer and tokenizer.encode("the end") == base.tokenizer.encode("the end")
+    base.save(tmp_path / "model")
+    base.save(tmp_path / "model")
+    assert (tmp_path / "model" / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
+    (tmp_path / "model" / "README.md").write_text("# written by hand")
+    with pytest.raises(FileExistsError, match=r"README.md that gpt2jax did not write"):
+        base.save(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [

@@ -347,5 +347,5 @@ class Trainer:
         del self.state, self.frozen  # the device may not hold them and the model's own parameters
         model = trained_model(self.model, self.config, result, frozen, self.plan.mesh)
         if self.folder is not None:
-            self.folder.finish(model)
+            self.folder.finish(model, self.log.history)
         return Run(model, self.log.history, None if self.folder is None else self.folder.path)
