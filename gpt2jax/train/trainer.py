@@ -189,7 +189,7 @@ class Trainer:
         self.step = self._first_step = int(self.state["step"])
         self.is_last_step = self.step == plan.steps
         self._step_function = make_configured_step(
-            with_dropout(self.model.config, config.dropout),
+            with_dropout(self.model.config, config),
             config,
             optimizer,
             Precision.for_device(config.compute_dtype),
