@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from gpt2jax.cli.common import check_file, named_fields, run_command
 from gpt2jax.cli.options import GenerationOptions, TextOptions
 from gpt2jax.generation.config import GenerationConfig
+from gpt2jax.utils.json_files import parse_json
 from gpt2jax.utils.progress import is_interactive
 from gpt2jax.utils.validation import must_be
 
@@ -148,9 +149,9 @@ def _split_lines(text: str) -> list[str]:
 def _json_row(line: str, place: str) -> dict[str, Any]:
     """Return a line of JSON with a prompt, such as `generate --out` writes."""
     try:
-        row = json.loads(line)
+        row = parse_json(line, place)
         prompt = row["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         raise ValueError(f'{place}: expected JSON with a field "prompt"') from None
     if not isinstance(prompt, str):
         raise ValueError(must_be(f'{place}: the field "prompt"', "a text", prompt))

@@ -205,7 +205,8 @@ def run_description(model: str) -> dict[str, Any]:
 
     folder = check_path("model", model)
     files = (place / "run.json" for place in (folder, folder.parent, folder.parent.parent))
-    return next((read_json(file) for file in files if file.is_file()), {})
+    kinds = {"data": dict, "finetune": dict, "base_model": (str, type(None))}
+    return next((read_json(file, optional=kinds) for file in files if file.is_file()), {})
 
 
 def count_stages(model: str) -> int:
@@ -234,7 +235,7 @@ def warn_if_trained_on(model: str, source: DataOptions, split: str) -> None:
     same = tuple(trained_source) if isinstance(trained_source, list) else trained_source
     if same == source.source and split in ("all", trained.get("split")):
         notice(
-            f"{model} was trained on split {trained['split']} of {source.data}, which is among these texts; "
+            f"{model} was trained on split {trained.get('split')} of {source.data}, which is among these texts; "
             "--eval-split test leaves it out"
         )
 

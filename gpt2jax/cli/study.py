@@ -40,8 +40,11 @@ class Options:
     """Repeat the whole study: evaluate a model on validation and test, fine-tune it in stages, evaluate and generate
     after each, and write one report beside the study's published figures.
 
-    Without options: gpt2-mini on the documentation of the installed numerical packages. The study itself, on a GPU:
-    gpt2jax study --model gpt2 --data pubmed --compute-dtype float16
+    Without options: gpt2-mini on the documentation of the installed numerical packages. The second example is the study
+    itself, on a GPU.
+
+    $ gpt2jax study --limit 300 --out runs/study
+    $ gpt2jax study --model gpt2 --data pubmed --compute-dtype float16 --out runs/pubmed
 
     All documents of the splits train, validation and test are used. The texts are at most 200 tokens long, prompt
     included, if --max-new-tokens and --max-length say nothing else.

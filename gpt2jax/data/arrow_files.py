@@ -41,8 +41,6 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
                 yield item
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{file.name} is damaged: {_line(error)}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file.name}, row {row + 1}: its text is not UTF-8: {error}") from None
 
 
 def _line(error: Exception) -> str:
@@ -84,9 +82,11 @@ def _batch_rows(metadata: Any) -> int:
 
 
 def _rows(batches: Any, names: list[str]) -> Iterator[dict[str, Any]]:
+    names = list(dict.fromkeys(names))
     for batch in batches:
+        batch.select(names).validate(full=True)  # reading damaged offsets may end the process
         for start in range(0, batch.num_rows, _DENSE_ROWS):  # few: a dictionary's cells become texts here
             part = batch.slice(start, _DENSE_ROWS)
-            columns = {name: part.column(name).to_pylist() for name in dict.fromkeys(names)}
+            columns = {name: part.column(name).to_pylist() for name in names}
             for cells in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, cells, strict=True))

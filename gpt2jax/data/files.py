@@ -279,7 +279,10 @@ def _file_system(source: str) -> tuple[Any, str, bool]:
         try:
             if is_zip:
                 return ZipFileSystem(source), "", True
-        except zipfile.BadZipFile as error:
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+        ) as error:  # the latter of a version that is not known
             raise ValueError(f"{source} is not a zip archive: {error}") from None
     return LocalFileSystem(), os.path.abspath(source), False
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gpt2jax.data.columns import TEXT_COLUMNS, Columns, cell_of, is_text
 from gpt2jax.data.files import File
+from gpt2jax.utils.json_files import parse_json
 from gpt2jax.utils.validation import unknown_name
 
 Row = tuple[str, Any]
@@ -35,11 +35,7 @@ def json_rows(file: File, columns: Columns, records_field: str | None = None) ->
     is_lines = len(start) == 2 and _is_json(start[0][1], dict | list | str | None)
     if records_field is None and (is_lines or (file.suffixes[0] != ".json" and not is_array)):
         return json_lines(file, lines)
-    text = "".join(line for _, line in lines)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    value = parse_json("".join(line for _, line in lines), file.name)
     if records_field is not None:
         value = _field(value, records_field, file.name)
     if isinstance(value, dict):
@@ -54,10 +50,7 @@ def json_lines(file: File, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
         if not line.strip():
             continue
         place = f"{file.name}, line {number}"
-        try:
-            yield place, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON: {error}") from None
+        yield place, parse_json(line, place)
 
 
 def is_json_object(line: str) -> bool:
@@ -67,8 +60,8 @@ def is_json_object(line: str) -> bool:
 
 def _is_json(line: str, kind: Any) -> bool:
     try:
-        return isinstance(json.loads(line), kind)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(line, ""), kind)
+    except ValueError:
         return False
 
 

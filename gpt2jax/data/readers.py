@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import lzma
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -44,8 +46,9 @@ def read_items(
         # of zipfile: a password, or a method of compression that Python does not know
         raise ValueError(f"{file.name} can't be unpacked: {error}") from error
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's, not a decompressor's
-            raise
+        number = getattr(error, "errno", None)
+        if number is not None and number != errno.EINVAL:  # the system's, not a decompressor's
+            raise OSError(number, os.strerror(number), file.name) from error
         raise ValueError(f"{file.name} is damaged: {error}") from error
     except ValueError as error:
         if file.suffixes[1] and not file.is_packed():

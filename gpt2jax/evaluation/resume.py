@@ -19,6 +19,7 @@ import numpy as np
 
 from gpt2jax.evaluation.accumulators import Breakdown, DocumentSums
 from gpt2jax.utils.atomic_io import atomic_write
+from gpt2jax.utils.json_files import parse_json
 from gpt2jax.utils.notices import notice
 
 _CHECKSUM = b"\nCRC-32 "  # its eight hexadecimal digits follow
@@ -92,7 +93,7 @@ def read_state(path: pathlib.Path, identity: dict[str, Any]) -> State:
         return State()
     try:
         arrays = _read_arrays(path)
-        about = json.loads(str(arrays.pop("about")))
+        about = parse_json(str(arrays.pop("about")), "its description")
         version = about["state_version"]
         is_current = version == STATE_VERSION
         belongs_to, state = (about["identity"], _as_state(about, arrays)) if is_current else ({}, State())

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from gpt2jax.utils.validation import (
+    array_size,
     check,
     in_range,
     int_in_range,
     is_integer,
     must_be,
     optional,
-    positive_int,
     positive_number,
     set_field,
     validated,
@@ -55,12 +55,12 @@ class GPT2Config:
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; field names of Hugging Face.
     """
 
-    vocab_size: Annotated[int, positive_int] = 50257
-    n_positions: Annotated[int, positive_int] = 1024
-    n_embd: Annotated[int, positive_int] = 768
-    n_layer: Annotated[int, positive_int] = 12
-    n_head: Annotated[int, positive_int] = 12
-    n_inner: Annotated[int | None, positive_int] = None
+    vocab_size: Annotated[int, array_size] = 50257
+    n_positions: Annotated[int, array_size] = 1024
+    n_embd: Annotated[int, array_size] = 768
+    n_layer: Annotated[int, array_size] = 12
+    n_head: Annotated[int, array_size] = 12
+    n_inner: Annotated[int | None, array_size] = None
     activation_function: Activation = "gelu_new"
     layer_norm_epsilon: Annotated[float, positive_number] = 1e-5
     embd_pdrop: Annotated[float, dropout_rate] = 0.1

@@ -20,7 +20,7 @@ from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.utils.atomic_io import atomic_write, make_folder, naming_file
 from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.home_folder import abbreviate_home
-from gpt2jax.utils.json_files import read_json
+from gpt2jax.utils.json_files import parse_json, read_json
 from gpt2jax.utils.validation import check_path
 from gpt2jax.weights.model_card import write_card
 
@@ -173,7 +173,7 @@ class RunFolder:
         return list(self.path.glob(".*.part"))
 
     def _check_same(self, content: dict[str, Any]) -> None:
-        before = read_json(self.path / RUN_FILE, ("finetune",))
+        before = read_json(self.path / RUN_FILE, {"finetune": dict})
         # a setting that came with a later version had the value that is its default now
         before["finetune"] = _finetune_fields(FinetuneConfig()) | _current_names(before["finetune"])
         flat_before, flat_now = _flatten(before), _flatten(content)
@@ -191,10 +191,10 @@ class RunFolder:
         if not path.exists():
             return []
         kept = []
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # a run killed in the middle of a line
+                entry = parse_json(line, "the line")
+            except ValueError:  # a run killed in the middle of a line
                 continue
             # a damaged line may still be JSON
             if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= up_to:
@@ -286,8 +286,8 @@ def _finetune_fields(config: FinetuneConfig) -> dict[str, Any]:
 def _current_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Translate the settings of a run of any version to the names and values of now."""
     settings = {_RENAMED.get(name, name): value for name, value in settings.items()}
-    if "packing" in settings:
-        settings["packing"] = _RENAMED_PACKINGS.get(settings["packing"], settings["packing"])
+    if isinstance(packing := settings.get("packing"), str):
+        settings["packing"] = _RENAMED_PACKINGS.get(packing, packing)
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Read JSON files of a known shape; whatever is wrong with one is a ValueError that names the file."""
+"""Read JSON, and JSON files of a known shape; whatever is wrong with it is a ValueError that names the place."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 from gpt2jax.utils.validation import must_be
 
 Kind = type | tuple[type, ...]
+MAX_DEPTH = (
+    100  # of lists and objects within each other: what reads the values may call itself for each level
+)
 
 KIND_NAMES: dict[type, str] = {
     dict: "an object",
@@ -22,6 +25,32 @@ KIND_NAMES: dict[type, str] = {
     bool: "true or false",
     NoneType: "null",
 }
+
+
+def parse_json(text: str | bytes, place: str) -> Any:
+    """Return the value of a text in JSON.
+
+    Raises:
+        ValueError: it is not JSON or not UTF-8, or lists and objects are nested more than `MAX_DEPTH` deep; the message
+            begins with `place`.
+    """
+    try:
+        content = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{place} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:  # UnicodeDecodeError and too many digits are ValueErrors
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [
+            value
+            for node in level
+            if isinstance(node, (dict, list))
+            for value in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return content
+    raise ValueError(f"{place} is not JSON that can be read: it is nested more than {MAX_DEPTH} deep")
 
 
 def read_json(
@@ -43,9 +72,9 @@ def read_json(
             value of another type; the message begins with the path.
     """
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and too many digits are ValueErrors
-        raise ValueError(f"{path} is damaged: it is not JSON: {error}") from None
+        content = parse_json(Path(path).read_bytes(), "it")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it must hold an object, got {_describe_kind(type(content))}")
     kinds = dict(required) if isinstance(required, Mapping) else dict.fromkeys(required, object)

@@ -167,6 +167,10 @@ def optional(rule: Rule) -> Rule:
 
 
 positive_int = at_least(1)
+# of an axis or of a loop on a device, which count in 32 bits
+array_size = Rule(
+    "a positive whole number below 2**31", _accept(lambda x: is_integer(x) and 0 < x < 2**31, int)
+)
 non_negative_int = at_least(0)
 integer = Rule("a whole number", _accept(lambda x: is_integer(x), int))
 number = Rule("a finite number", _accept(lambda x: is_number(x), float))

@@ -42,10 +42,10 @@ def open_llmc(path: Path) -> WeightSource:
         ValueError: the file is cut short or damaged, or of an unknown version.
     """
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(HEADER), "<i4")
-    if len(header) * 4 != HEADER:
+        header = file.read(HEADER)
+    if len(header) != HEADER:
         raise ValueError(f"{path} is cut short: its header must have {HEADER} bytes")
-    version, length, vocab_size, layers, heads, width, padded = header[1:8].tolist()
+    version, length, vocab_size, layers, heads, width, padded = np.frombuffer(header, "<i4")[1:8].tolist()
     if version not in DTYPES:
         raise ValueError(must_be(f"{path}: the version", f"one of {', '.join(map(str, DTYPES))}", version))
     try:

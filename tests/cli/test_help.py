@@ -16,7 +16,7 @@ from gpt2jax.cli.compare import Options as CompareOptions
 from gpt2jax.cli.finetune import Options as FinetuneOptions
 from gpt2jax.cli.finetune import imply_lora
 
-PREFIXED = ("finetune", "plan")
+PREFIXED = ("finetune", "plan", "study")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

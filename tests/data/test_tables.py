@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 import zipfile
 
 import pyarrow
@@ -271,3 +272,15 @@ def test_a_wrong_encoding_is_named(tmp_path):
         ValueError, match="encoding must be the name of an encoding such as utf-8, .*got 'utf-9'"
     ):
         load_texts(path, "all", encoding="utf-9")
+
+
+def test_arrow_file_with_damaged_offsets(tmp_path):
+    table, file = pyarrow.table({"text": ["abc", "de"]}), tmp_path / "a.arrow"
+    with pyarrow.ipc.new_stream(str(file), table.schema) as sink:
+        sink.write_table(table)
+    offsets, damaged = struct.pack("<3i", 0, 3, 5), struct.pack("<3i", 0, -5, 1 << 30)
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, damaged))
+    # without a check, reading it ends the process
+    with pytest.raises(ValueError, match=r"a\.arrow is damaged"):
+        load_texts(str(file), "all")

@@ -210,8 +210,9 @@ def test_generate_command_takes_the_settings_beside_the_weights(folder, model, c
         warnings.simplefilter("default")
         main(["generate", "a", "", "--model", str(folder), "--seed", "5"])
     said = capsys.readouterr()
-    assert said.out == "".join(f"{generate(model, p, seed=5 + i)[0]}\n" for i, p in enumerate(("a", "")))
-    [line] = said.err.splitlines()
+    first, second = (generate(model, prompt, seed=5 + i)[0] for i, prompt in enumerate(("a", "")))
+    assert said.out == f"--- prompt 1 of 2 ---\n{first}\n\n--- prompt 2 of 2 ---\n{second}\n"
+    line = said.err.splitlines()[0]
     assert line == (
         "gpt2jax generate: note: generation_config.json beside the weights sets max_length=9, top_k=2, "
         "repetition_penalty=1.5 (a setting of the call wins)"

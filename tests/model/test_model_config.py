@@ -31,6 +31,8 @@ def test_presets_have_the_published_sizes(name, parameters):
     [
         ("vocab_size", 0),
         ("n_layer", 1.5),
+        ("n_embd", 2**31),
+        ("n_inner", 10**30),
         ("n_head", 5),
         ("n_inner", -1),
         ("activation_function", "mish"),

@@ -51,16 +51,22 @@ def test_read_metrics_after_a_kill(path):
 
 def test_run_folder_with_damaged_files(path, model):
     folder = RunFolder(path, resume=True)
-    (path / "metrics.jsonl").write_text('[1]\n5\n{"loss": 1.0}\n{"step": "2"}\n{"step": 2, "loss": 1.0}\n')
+    lines = (
+        b'[1]\n5\n{"loss": 1.0}\n{"step": "2"}\n{"\xff": 1\n'
+        + b"[" * 100_000
+        + b'\n{"step": 2, "loss": 1.0}\n'
+    )
+    (path / "metrics.jsonl").write_bytes(lines)
     assert folder.read_metrics(up_to=5) == [{"step": 2, "loss": 1.0}]
     for content, message in (
         ('{"finetune', "not JSON"),
         ("", "not JSON"),
         ("[]", "must hold an object"),
+        ('{"finetune": 1}', "finetune must be an object"),
         ("{}", "no f"),
     ):
         (path / "run.json").write_text(content)
-        with pytest.raises(ValueError, match=f"run.json is damaged: .*{message}"):
+        with pytest.raises(ValueError, match=f"run.json.*{message}"):
             folder.begin(model, CONFIG, DOCUMENTS)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpt2jax.utils.json_files import read_json
+from gpt2jax.utils.json_files import MAX_DEPTH, parse_json, read_json
 
 
 def test_read_json_returns_the_object(tmp_path):
@@ -21,6 +21,7 @@ def test_read_json_returns_the_object(tmp_path):
         (b'{"a": 1', "is damaged: it is not JSON"),
         (b'{"a": "\xff"}', "is damaged: it is not JSON: 'utf-8' codec"),
         (b"[" * 100_000, "is damaged: it is not JSON"),
+        (b'{"a": ' * 500 + b"1" + b"}" * 500, "nested more than 100 deep"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "is damaged: it is not JSON"),
         (b"[1]", "is damaged: it must hold an object, got a list"),
         (b"null", "is damaged: it must hold an object, got null"),
@@ -35,3 +36,13 @@ def test_read_json_names_the_file_and_the_fault(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as info:
         read_json(tmp_path / "a.json", {"a": int, "c": object}, {"d": (dict, type(None))})
     assert str(info.value).startswith(str(tmp_path / "a.json")) and "\n" not in str(info.value)
+
+
+def test_parse_json_takes_values_of_the_greatest_depth_alone():
+    for depth, is_legal in ((MAX_DEPTH - 1, True), (MAX_DEPTH, False), (100_000, False)):
+        text = "[" * depth + "1" + "]" * depth
+        if is_legal:
+            assert parse_json(text, "a.json") == parse_json(text.encode(), "a.json")
+        else:
+            with pytest.raises(ValueError, match=r"a.json, line 3 is not JSON.* nested"):
+                parse_json(text, "a.json, line 3")
