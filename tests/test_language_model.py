@@ -15,7 +15,7 @@ from tiny_models import CONFIG, TINY, encode, random_model, random_params
 
 import gpt2jax
 from gpt2jax.language_model import LanguageModel, combine_adapters, from_config
-from gpt2jax.loading import load_adapter, save_adapter
+from gpt2jax.loading import check_model_name, load_adapter, save_adapter
 from gpt2jax.lora.adapters import init_adapters
 from gpt2jax.lora.config import LoRAConfig
 
@@ -185,15 +185,26 @@ def test_save_and_save_adapter_write_tokenizer_and_model_card(tmp_path, monkeypa
         ("gpt3", ValueError, "there is no model 'gpt3'; did you mean 'gpt2'.*hub id"),
         ("./nothing/here", FileNotFoundError, "nothing/here"),
         ("a/b/c", FileNotFoundError, "there is no model at a/b/c"),
+        ("runs/mine", FileNotFoundError, "there is no model at runs/mine"),
+        ("docs/mine", FileNotFoundError, "there is no model at docs/mine"),
         ("weights.safetensors", FileNotFoundError, "weights.safetensors"),
         ("", ValueError, "name must be a name or a path, and not empty, got ''"),
         (None, ValueError, "name must be a name or a path, and not empty, got None"),
         ("a\0b", ValueError, "name must be a name or a path, and not empty, got 'a.x00b'"),
     ],
 )
-def test_names_that_are_none(name, error, message):
-    with pytest.raises(error, match=message):
-        gpt2jax.load(name)
+def test_names_that_are_none(name, error, message, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+    for find in (gpt2jax.load, check_model_name):
+        with pytest.raises(error, match=message):
+            find(name)
+
+
+def test_check_model_name_takes_what_may_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "one").mkdir(parents=True)
+    for name in ("gpt2", "gpt2-mini", "owner/name", "models/one"):
+        check_model_name(name)
 
 
 def test_what_is_no_configuration_or_seed_is_named():

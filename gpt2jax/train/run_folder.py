@@ -225,6 +225,14 @@ class RunFolder:
         if model.source is None:
             dataclasses.replace(model, adapters=None, lora=None).save(self.path / "base")
 
+    def describe_space(self) -> str:
+        """Say what takes the space in the folder, largest first, and what may be deleted after the run."""
+        sizes = {entry.name: _count_bytes(entry) for entry in self.path.iterdir()}
+        large = sorted(sizes, key=lambda name: -sizes[name])[:4]
+        parts = ", ".join(f"{name} {sizes[name] / 1e6:,.1f} MB" for name in large)
+        total = f"{sum(sizes.values()) / 1e6:,.1f} MB: {parts}"
+        return f"{total}; checkpoints may be deleted, it is there for --resume"
+
     def _write_card(self, name: str, history: Sequence[Mapping[str, float]], **card: Any) -> None:
         """Write the model card of the result: data, settings that are not the defaults, last figures."""
         run, base = self.description, self.description["base_model"]
@@ -265,6 +273,10 @@ def run_description(
 
 def _remove(path: pathlib.Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _count_bytes(path: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def _finetune_fields(config: FinetuneConfig) -> dict[str, Any]:

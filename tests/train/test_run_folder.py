@@ -222,3 +222,11 @@ def test_finish_writes_a_model_card(model, tmp_path, monkeypatch):
     ):
         assert line in card.splitlines()
     assert str(tmp_path) not in card
+
+
+def test_describe_space_names_the_largest_first(path):
+    (path / "run.json").write_bytes(bytes(100_000))
+    (path / "checkpoints" / "5").mkdir(parents=True)
+    (path / "checkpoints" / "5" / "data").write_bytes(bytes(2_300_000))
+    said = RunFolder(path, resume=True).describe_space()
+    assert said.startswith("2.4 MB: checkpoints 2.3 MB, run.json 0.1 MB; checkpoints may be deleted")
