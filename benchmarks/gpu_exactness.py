@@ -175,12 +175,12 @@ def gradient_limit(dtype: str) -> float:
         return LIMITS[dtype]
     scale = loss_scale(dtype)
 
+    tokens, targets = map(jnp.asarray, batch())
+
     @jax.jit
     @jax.grad
     def plain(params):
-        return scale * gpu_plain.mean_loss(
-            params, *map(jnp.asarray, batch()), CONFIG.n_head, jnp.dtype(dtype), "xla"
-        )
+        return scale * gpu_plain.mean_loss(params, tokens, targets, CONFIG.n_head, jnp.dtype(dtype), "xla")
 
     found = jax.tree.map(lambda g: g / scale, plain(plain_params(model().params)))
     return PLAIN_FACTOR * error(flat(found), flat(plain_params(gradient("float32")[1])))
