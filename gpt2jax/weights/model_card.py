@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.home_folder import abbreviate_home
+from gpt2jax.utils.notices import printable
 
 CARD_FILE = "README.md"
 # by this a card that we wrote, and may replace, is known
@@ -48,7 +49,7 @@ def write_card(
             lines += ["", f"## {heading}", "", "| name | value |", "| --- | --- |"]
             lines += [f"| {name} | {_cell(value)} |" for name, value in values.items()]
     with atomic_write(folder / CARD_FILE) as file:
-        file.write("\n".join(lines) + "\n")
+        file.write("\n".join(map(printable, lines)) + "\n")  # a folder's name need not be UTF-8
 
 
 def refuse_foreign_card(folder: Path) -> None:
