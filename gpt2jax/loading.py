@@ -184,16 +184,20 @@ class Location:
     name: str
 
 
+def check_model_name(name: str | pathlib.Path) -> None:
+    """Raise as `load` does for a name that is unknown, or a path where nothing lies; the hub is not asked."""
+    if not _is_on_hub(str(name), check_path("name", name)):
+        locate(name)
+
+
 def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location:
     """Find what `load` loads; fetch it if it is on the hub. Raises as `load` does."""
     source = str(name)
     path = check_path("name", name)
     check("revision", revision, optional(non_empty_string))
     recover_folder(path)
-    # a TensorFlow checkpoint goes by the first part of its files' names
-    exists = path.exists() or pathlib.Path(f"{path}.index").is_file()
+    exists, is_on_hub = _exists(path), _is_on_hub(source, path)
     is_packaged = source == PACKAGED_MODEL
-    is_on_hub = source in HUB_IDS or (not exists and _is_hub_id(source))
     if revision is not None and not is_on_hub and (exists or is_packaged):
         raise ValueError(
             f"revision must be None for {source}, which is not on the hub, got {revision!r:.100}"
@@ -205,6 +209,10 @@ def locate(name: str | pathlib.Path, *, revision: str | None = None) -> Location
     elif not exists:
         if _looks_like_path(source):
             raise FileNotFoundError(f"there is no model at {source}")
+        if source.count("/") == 1:
+            raise FileNotFoundError(
+                f"there is no model at {source}; a name that begins with runs/ or a folder that is here is a path"
+            )
         raise ValueError(
             f"{unknown_name('model', source, PRESETS)} (or a hub id such as owner/name, or a path)"
         )
@@ -240,8 +248,18 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or has_suffix
 
 
-def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not _looks_like_path(source)
+def _exists(path: pathlib.Path) -> bool:
+    # a TensorFlow checkpoint goes by the first part of its files' names
+    return path.exists() or pathlib.Path(f"{path}.index").is_file()
+
+
+def _is_on_hub(source: str, path: pathlib.Path) -> bool:
+    """Return whether a name is looked for on the hub: runs/mine and other names that begin with a folder are paths."""
+    if source in HUB_IDS:
+        return True
+    is_hub_id = source.count("/") == 1 and not _looks_like_path(source)
+    first = pathlib.Path(source.split("/")[0])
+    return is_hub_id and not _exists(path) and str(first) != "runs" and not first.is_dir()
 
 
 def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageModel:
@@ -266,7 +284,7 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
 
 
 def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
-    """Write the model's LoRA adapters as a PEFT folder (adapter_config.json, adapter_model.safetensors).
+    """Write the model's LoRA adapters as a PEFT folder: adapters, the tokenizer's files, and a model card.
 
     Embeddings that came with the adapters (`LanguageModel.adapter_embeddings`) are written with them.
 
@@ -286,6 +304,7 @@ def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
         base_model=base_model,
         params=model.params,
         embeddings=model.adapter_embeddings,
+        tokenizer=model.tokenizer,
     )
 
 

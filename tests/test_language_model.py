@@ -15,7 +15,7 @@ from tiny_models import CONFIG, TINY, encode, random_model, random_params
 
 import gpt2jax
 from gpt2jax.language_model import LanguageModel, combine_adapters, from_config
-from gpt2jax.loading import load_adapter, save_adapter
+from gpt2jax.loading import check_model_name, load_adapter, save_adapter
 from gpt2jax.lora.adapters import init_adapters
 from gpt2jax.lora.config import LoRAConfig
 
@@ -160,21 +160,51 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path):
     np.testing.assert_allclose(adapted.logits(ids), model.logits(ids), atol=1e-6)
 
 
+def test_save_and_save_adapter_write_tokenizer_and_model_card(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lora, base = gpt2jax.LoRAConfig(rank=2), random_model(0)
+    model = dataclasses.replace(base, adapters=init_adapters(base.config, lora), lora=lora)
+    for source, shown in (("gpt2", 'base_model: "openai-community/gpt2"'), (f"{tmp_path}/one", "`~/one`")):
+        save_adapter(dataclasses.replace(model, source=source), tmp_path / "adapter")
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: peft\n") and "- lora\n" in card
+        assert shown in card and str(tmp_path) not in card
+    tokenizer = gpt2jax.load_tokenizer(tmp_path / "adapter")
+    assert base.tokenizer and tokenizer.encode("the end") == base.tokenizer.encode("the end")
+    base.save(tmp_path / "model")
+    base.save(tmp_path / "model")
+    assert (tmp_path / "model" / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
+    (tmp_path / "model" / "README.md").write_text("# written by hand")
+    with pytest.raises(FileExistsError, match=r"README.md that gpt2jax did not write"):
+        base.save(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
         ("gpt3", ValueError, "there is no model 'gpt3'; did you mean 'gpt2'.*hub id"),
         ("./nothing/here", FileNotFoundError, "nothing/here"),
         ("a/b/c", FileNotFoundError, "there is no model at a/b/c"),
+        ("runs/mine", FileNotFoundError, "there is no model at runs/mine"),
+        ("docs/mine", FileNotFoundError, "there is no model at docs/mine"),
         ("weights.safetensors", FileNotFoundError, "weights.safetensors"),
         ("", ValueError, "name must be a name or a path, and not empty, got ''"),
         (None, ValueError, "name must be a name or a path, and not empty, got None"),
         ("a\0b", ValueError, "name must be a name or a path, and not empty, got 'a.x00b'"),
     ],
 )
-def test_names_that_are_none(name, error, message):
-    with pytest.raises(error, match=message):
-        gpt2jax.load(name)
+def test_names_that_are_none(name, error, message, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+    for find in (gpt2jax.load, check_model_name):
+        with pytest.raises(error, match=message):
+            find(name)
+
+
+def test_check_model_name_takes_what_may_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "one").mkdir(parents=True)
+    for name in ("gpt2", "gpt2-mini", "owner/name", "models/one"):
+        check_model_name(name)
 
 
 def test_what_is_no_configuration_or_seed_is_named():

@@ -32,6 +32,8 @@ USER_ERRORS = (
     ModuleNotFoundError,  # of an optional package; the message says what to install
 )
 
+APPENDED = ("--more-data",)  # options that may be given several times
+
 
 def run_command(
     name: str,
@@ -94,7 +96,22 @@ def _drop_unwritten() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _check_repeated(name: str, argv: Sequence[str]) -> None:
+    """End the program if an option is given twice: tyro would take the last one without a word."""
+    seen = set()
+    for word in argv:
+        option = word.partition("=")[0].replace("_", "-")
+        if re.fullmatch(r"--[a-z][\w.-]*", option) and option not in APPENDED:
+            if option in seen:
+                exit_with_error(
+                    name,
+                    f"{option} is given twice; several values of one option stand behind it, as in {option} A B",
+                )
+            seen.add(option)
+
+
 def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes: bool) -> T:
+    _check_repeated(name, sys.argv[1:] if argv is None else argv)
     config = () if prefixes else (tyro.conf.OmitArgPrefixes,)
     said = io.StringIO()
     try:

@@ -89,6 +89,7 @@ def run(options: Options) -> None:
         raise FileExistsError(
             f"--out {options.out} holds a comparison; --overwrite it, or choose another folder"
         )
+    options.text.check(*names.values())
     source = options.source.pinned()
     models = {name: options.text.load(model) for name, model in names.items()}
     split = options.eval_split or source.held_out_split()

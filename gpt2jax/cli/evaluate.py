@@ -70,6 +70,7 @@ def run(options: Options) -> None:
 
     evaluation = evaluation_config(options.evaluation, [options.model])
     file, state = output_files(options)
+    options.text.check(options.model)
     source = options.source.pinned()
     split = options.eval_split or source.held_out_split()
     warn_if_trained_on(options.model, source, split)

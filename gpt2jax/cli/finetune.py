@@ -135,7 +135,7 @@ def imply_lora(command: str, argv: Sequence[str]) -> list[str]:
     settings = [word.partition("=")[0] for word in argv if word.startswith("--lora.")]
     if settings and "--no-lora" in argv:
         exit_with_error(command, f"{settings[0]} does not go with --no-lora")
-    return [*argv, "--lora"] if settings else list(argv)
+    return [*argv, "--lora"] if settings and "--lora" not in argv else list(argv)
 
 
 def run(options: Options) -> None:
@@ -153,6 +153,8 @@ def run(options: Options) -> None:
         check("--eval-documents", options.eval_documents, positive_int)
     options.distributed.initialize()
     console = Console(quiet=jax.process_index() > 0)
+    if options.init == "pretrained":
+        options.text.check(options.model)
     options = dataclasses.replace(options, source=options.source.pinned())
     config = finetune_config(options)
     output = options.out or default_output(options)
@@ -185,6 +187,7 @@ def run(options: Options) -> None:
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "model" if config.lora is None else "adapter"
     print_line(console, "wrote", f"{output}: {files}{result_folder}, checkpoints, metrics.jsonl")
+    print_line(console, "space", folder.describe_space())
 
 
 def _describe_texts(options: Options, train_texts: Any, validation_texts: Any, test_texts: Any) -> str:

@@ -40,6 +40,13 @@ class TokenizerOptions:
         end = self.end_token
         return int(end) if end is not None and end.isascii() and end.isdecimal() else end
 
+    def check(self, *names: str) -> None:
+        """Raise an error for a model that is not there, before anything long begins."""
+        from gpt2jax.loading import check_model_name
+
+        for name in names:
+            check_model_name(name)
+
     def load(self, name: str) -> LanguageModel:
         """Load a model."""
         from gpt2jax.loading import load

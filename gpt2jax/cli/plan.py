@@ -40,7 +40,8 @@ class Options:
         optimizer: adamw, adafactor, lion, muon or sgd.
         moments_dtype: of the optimizer's moments.
         remat: what the backward pass computes again: none, dots, weights or full.
-        dropout: of the model in training. cuDNN's attention needs 0.
+        dropout: of the model in training.
+        attention_dropout: of the attention's probabilities; cuDNN's attention needs 0. Default: as --dropout.
         lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
         lora_settings: settings of the adapters.
         base_dtype: of the frozen parameters under adapters. Default: float32.
@@ -61,6 +62,7 @@ class Options:
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "none"
     dropout: float = 0.0
+    attention_dropout: float | None = None
     lora: bool = False
     lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
     base_dtype: Literal["float32", "bfloat16", "int8"] | None = None

@@ -7,11 +7,14 @@ import functools
 import itertools
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2jax.comparison.excerpts import Excerpts
 from gpt2jax.comparison.paired import PER_TOKEN, PairedDifference, loss_standard_error, paired_difference
 from gpt2jax.evaluation.result import Evaluation, finite_values
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = "gpt2jax.comparison"
 SCHEMA_VERSION = 2  # 1 had other names for some figures of models, and "gains" for "breakdown"
@@ -165,6 +168,38 @@ class Comparison:
 
         return save_report(self, folder)
 
+    def to_frame(self) -> pd.DataFrame:
+        """Return a `pandas.DataFrame` with a row for each model, under its name.
+
+        The columns are the single figures of `as_dict()["models"]`, and `loss_difference`,
+        `loss_difference_standard_error`, `interval_low` and `interval_high` of the difference to the baseline, which
+        the baseline itself does not have.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("to_frame needs pandas; pip install pandas") from None
+        rows = []
+        for entry in self.as_dict()["models"]:
+            row = {name: value for name, value in entry.items() if not isinstance(value, dict | list)}
+            if found := self.differences.get(row["name"]):
+                row |= {
+                    "loss_difference": found.difference,
+                    "loss_difference_standard_error": found.standard_error,
+                    "interval_low": found.interval[0],
+                    "interval_high": found.interval[1],
+                }
+            rows.append(row)
+        return pd.DataFrame(rows).set_index("name")
+
     def __repr__(self) -> str:
         losses = ", ".join(f"{model.name}: {model.evaluation.loss:.4f}" for model in self.models)
         return f"Comparison({losses} nats per token)"
+
+    def _repr_html_(self) -> str:
+        from gpt2jax.report.notebook import comparison_html
+
+        return comparison_html(self)

@@ -15,12 +15,23 @@ Source: https://github.com/EleutherAI/lm-evaluation-harness, version 0.4.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
-from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+
+try:
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "lm_eval":
+        raise
+    problem = "gpt2jax.evaluation.lm_eval needs lm-evaluation-harness: pip install lm-eval"
+    if __name__ == "__main__":
+        print(f"gpt2jax lm_eval: error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise ModuleNotFoundError(problem, name="lm_eval") from None
 
 from gpt2jax.data.documents import Documents
 from gpt2jax.data.tokenization import tokenize_documents

@@ -268,6 +268,11 @@ class Evaluation:
             f"perplexity={self.perplexity:.2f}, tokens={self.tokens}, documents={self.documents})"
         )
 
+    def _repr_html_(self) -> str:
+        from gpt2jax.report.notebook import evaluation_html
+
+        return evaluation_html(self)
+
 
 def _exp(loss: float) -> float:
     return math.inf if loss >= 700 else math.exp(loss)

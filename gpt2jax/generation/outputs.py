@@ -45,6 +45,11 @@ class Generation:
     def __str__(self) -> str:
         return self.prompt + self.text
 
+    def _repr_html_(self) -> str:
+        from gpt2jax.report.notebook import generation_html
+
+        return generation_html(self)
+
 
 class OutputBuilder:
     """Collects the tokens of one row until it ends.

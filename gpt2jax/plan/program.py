@@ -48,7 +48,7 @@ def make_program(model: GPT2Config, train: FinetuneConfig, device: Device) -> Pr
         raise ValueError(
             f"sequence_length must be at most the model's context of {model.n_positions}, got {length}"
         )
-    model = with_dropout(model, train.dropout)
+    model = with_dropout(model, train)
     # neither figure changes the memory, and a run finds its own in the texts
     train = dataclasses.replace(train, steps=train.steps or 1000, learning_rate=train.learning_rate or 1e-4)
     trainable, frozen, lora = abstract_params(model), None, train.lora

@@ -63,15 +63,22 @@ def hide_home(comparison: Comparison) -> Comparison:
 def render_html(comparison: Comparison, study_tables: Sequence[Table] = ()) -> str:
     """Return the report as one page: no script, no network, style and pictures inside."""
 
-    def finalize(value: Any) -> Any:
-        # autoescape leaves control characters, which HTML does not allow
-        is_plain = isinstance(value, str) and not hasattr(value, "__html__")
-        return _without_controls(value) if is_plain else value
-
     style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
     return _render(
-        "report.html.j2", comparison, study_tables, finalize=finalize, autoescape=True, style=style
+        "report.html.j2",
+        comparison,
+        study_tables,
+        finalize=replace_control_characters,
+        autoescape=True,
+        style=style,
     )
+
+
+def replace_control_characters(value: Any) -> Any:
+    """Replace the characters that HTML does not allow and that escaping leaves; values of other types stay."""
+    is_plain = isinstance(value, str) and not hasattr(value, "__html__")
+    pattern = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+    return re.sub(pattern, "\N{REPLACEMENT CHARACTER}", value) if is_plain else value
 
 
 def render_markdown(comparison: Comparison, study_tables: Sequence[Table] = ()) -> str:

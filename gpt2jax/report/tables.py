@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from gpt2jax.comparison.paired import CONFIDENCE
+from gpt2jax.comparison.paired import CONFIDENCE, loss_standard_error
 from gpt2jax.comparison.result import Comparison, ModelResult
+from gpt2jax.evaluation.result import Evaluation
 
 MINUS = "\N{MINUS SIGN}"
 EMPTY = "\N{EN DASH}"
@@ -68,28 +69,36 @@ def with_error(value: float | None, error: float | None, digits: int = 4, *, sig
 
 def figures_table(comparison: Comparison) -> Table:
     """Make the table of every model's figures; the Keras columns only if they were computed."""
-    rows = []
-    for model in comparison.models:
-        result = model.evaluation
-        figures = {
-            "Model": model.name,
-            "Loss, nats per token": with_error(result.loss, model.loss_standard_error),
-            "Perplexity": number(result.perplexity, 2),
-            "Word perplexity": number(result.word_perplexity, 1),
-            "Accuracy": percent(result.accuracy, 2),
-            "Top-5 accuracy": percent(result.accuracy_top5, 2),
-            "Bits per byte": number(result.bits_per_byte),
-            "Bits per character": number(result.bits_per_character),
-            "Calibration error": percent(result.calibration_error, 2),
-        }
-        if result.keras is not None:
-            figures |= {
-                "Keras loss": number(result.keras_loss),
-                "Keras accuracy": number(result.keras_accuracy),
-            }
-        rows.append(figures | {"Tokens": f"{result.tokens:,}"})
+    rows = [
+        {"Model": model.name} | _figures(model.evaluation, model.loss_standard_error)
+        for model in comparison.models
+    ]
     caption = "Figures on the held-out texts, ± standard error over documents"
     return Table(caption, tuple(rows[0]), [tuple(row.values()) for row in rows])
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Make the table of the figures of one evaluation, one a row."""
+    rows = list(_figures(evaluation, loss_standard_error(evaluation)).items())
+    caption = f"Figures of {evaluation.documents:,} texts, ± standard error over documents"
+    return Table(caption, ("Figure", "Value"), rows)
+
+
+def _figures(result: Evaluation, error: float | None) -> dict[str, str]:
+    """Format the figures of an evaluation by their names."""
+    keras = {"Keras loss": number(result.keras_loss), "Keras accuracy": number(result.keras_accuracy)}
+    return {
+        "Loss, nats per token": with_error(result.loss, error),
+        "Perplexity": number(result.perplexity, 2),
+        "Word perplexity": number(result.word_perplexity, 1),
+        "Accuracy": percent(result.accuracy, 2),
+        "Top-5 accuracy": percent(result.accuracy_top5, 2),
+        "Bits per byte": number(result.bits_per_byte),
+        "Bits per character": number(result.bits_per_character),
+        "Calibration error": percent(result.calibration_error, 2),
+        **({} if result.keras is None else keras),
+        "Tokens": f"{result.tokens:,}",
+    }
 
 
 def paired_table(comparison: Comparison) -> Table:

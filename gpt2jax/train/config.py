@@ -78,6 +78,8 @@ class FinetuneConfig:
         remat: what the backward pass computes again instead of keeping it: "none" of it, all but matrix products
             ("dots"), all but those with weights ("weights"), or all of each block ("full").
         dropout: overrides the model's three dropout rates; None: as the model says.
+        attention_dropout: overrides the rate of the attention's probabilities alone; 0 allows a GPU its fused attention
+            while the other rates stay. None: as `dropout` says.
         compute_dtype: operands of matrix products: "float32", "bfloat16", "float16" (with dynamic loss scaling), or
             "tensorfloat32": float32 whose products round their operands to 10 bits on NVIDIA GPUs of capability 8.0 or
             more, where they are several times as fast; elsewhere the same as float32.
@@ -131,6 +133,7 @@ class FinetuneConfig:
     z_loss: Annotated[float, non_negative] = 0.0
     remat: Literal["none", "dots", "weights", "full"] = "none"
     dropout: Annotated[float | None, below_one] = None
+    attention_dropout: Annotated[float | None, below_one] = None
     compute_dtype: Literal["float32", "tensorfloat32", "bfloat16", "float16"] = "float32"
     lora: Annotated[LoRAConfig | None, instance_of(LoRAConfig)] = None
     base_dtype: Literal["float32", "bfloat16", "int8"] | None = None

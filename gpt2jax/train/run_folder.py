@@ -8,20 +8,21 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from gpt2jax.data.documents import Documents
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.loading import save_adapter
+from gpt2jax.loading import HUB_IDS, save_adapter
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.utils.atomic_io import atomic_write, make_folder, naming_file
 from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.home_folder import abbreviate_home
 from gpt2jax.utils.json_files import parse_json, read_json
 from gpt2jax.utils.validation import check_path
+from gpt2jax.weights.model_card import write_card
 
 try:
     import fcntl
@@ -211,16 +212,39 @@ class RunFolder:
         with naming_file(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def finish(self, model: LanguageModel) -> None:
-        """Save the trained model, or its adapters, and the base model if no name leads back to it."""
+    def finish(self, model: LanguageModel, history: Sequence[Mapping[str, float]]) -> None:
+        """Save the trained model or its adapters with a model card, and the base model if no name leads back to it."""
         if not self._writes:
             return
         if model.adapters is None:
             model.save(self.path / "model")
+            self._write_card("model", history, library="transformers")
             return
         save_adapter(model, self.path / "adapter")
+        self._write_card("adapter", history, library="peft", tags=("lora",))
         if model.source is None:
             dataclasses.replace(model, adapters=None, lora=None).save(self.path / "base")
+
+    def describe_space(self) -> str:
+        """Say what takes the space in the folder, largest first, and what may be deleted after the run."""
+        sizes = {entry.name: _count_bytes(entry) for entry in self.path.iterdir()}
+        large = sorted(sizes, key=lambda name: -sizes[name])[:4]
+        parts = ", ".join(f"{name} {sizes[name] / 1e6:,.1f} MB" for name in large)
+        total = f"{sum(sizes.values()) / 1e6:,.1f} MB: {parts}"
+        return f"{total}; checkpoints may be deleted, it is there for --resume"
+
+    def _write_card(self, name: str, history: Sequence[Mapping[str, float]], **card: Any) -> None:
+        """Write the model card of the result: data, settings that are not the defaults, last figures."""
+        run, base = self.description, self.description["base_model"]
+        defaults = _finetune_fields(FinetuneConfig())
+        settings = {name: value for name, value in run["finetune"].items() if value != defaults[name]}
+        settings.pop("token_cache", None)
+        figures = {name: value for entry in history for name, value in entry.items()}
+        for timing in ("seconds", "tokens_per_second"):
+            figures.pop(timing, None)
+        base = base if base is None else HUB_IDS.get(base, base)
+        sections = {"Training data": run["data"], "Settings": settings, "Figures at the end": figures}
+        write_card(self.path / name, self.path.name, base_model=base, sections=sections, **card)
 
 
 def run_description(
@@ -249,6 +273,10 @@ def run_description(
 
 def _remove(path: pathlib.Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _count_bytes(path: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def _finetune_fields(config: FinetuneConfig) -> dict[str, Any]:

@@ -50,11 +50,11 @@ def init_state(
     return state
 
 
-def with_dropout(config: GPT2Config, rate: float | None) -> GPT2Config:
-    """Return the configuration with all three dropout rates set to `rate`; None leaves them as they are."""
-    if rate is None:
-        return config
-    return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
+def with_dropout(config: GPT2Config, train: FinetuneConfig) -> GPT2Config:
+    """Return the configuration with the dropout rates of a run."""
+    attention = train.dropout if train.attention_dropout is None else train.attention_dropout
+    rates = {"embd_pdrop": train.dropout, "attn_pdrop": attention, "resid_pdrop": train.dropout}
+    return dataclasses.replace(config, **{name: rate for name, rate in rates.items() if rate is not None})
 
 
 def make_configured_step(

@@ -110,6 +110,11 @@ class Run:
     history: list[dict[str, float]]
     output: pathlib.Path | None
 
+    def _repr_html_(self) -> str:
+        from gpt2jax.report.notebook import run_html
+
+        return run_html(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Action:
@@ -184,7 +189,7 @@ class Trainer:
         self.step = self._first_step = int(self.state["step"])
         self.is_last_step = self.step == plan.steps
         self._step_function = make_configured_step(
-            with_dropout(self.model.config, config.dropout),
+            with_dropout(self.model.config, config),
             config,
             optimizer,
             Precision.for_device(config.compute_dtype),
@@ -342,5 +347,5 @@ class Trainer:
         del self.state, self.frozen  # the device may not hold them and the model's own parameters
         model = trained_model(self.model, self.config, result, frozen, self.plan.mesh)
         if self.folder is not None:
-            self.folder.finish(model)
+            self.folder.finish(model, self.log.history)
         return Run(model, self.log.history, None if self.folder is None else self.folder.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import time
@@ -21,7 +22,9 @@ from rich.progress import (
 
 
 def is_interactive() -> bool:
-    """Whether standard error is a terminal on which a bar can be drawn: it may be a file, a dumb one, or closed."""
+    """Whether a bar can be drawn: in a notebook with ipywidgets, or on a terminal that is not a dumb one."""
+    if Console().is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
     return (
         sys.stderr is not None
         and sys.stderr.isatty()

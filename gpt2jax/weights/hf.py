@@ -29,6 +29,7 @@ from gpt2jax.weights.mapping import (
     export_tensors,
     numpy_dtype,
 )
+from gpt2jax.weights.model_card import refuse_foreign_card, write_card
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
 from gpt2jax.weights.saved_settings import SavedSettings
 from gpt2jax.weights.torch_reader import read_state_dict
@@ -65,7 +66,7 @@ WEIGHT_FILES = tuple(
 # a folder of only these files is taken for a saved model, and may be replaced by a new one
 KNOWN_FILES = re.compile(
     r"(config|generation_config|vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
-    r"|chat_template\.jinja|merges\.txt|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|README\.md|chat_template\.jinja|merges\.txt|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 
 
@@ -114,7 +115,7 @@ def save_hf(
     stop_token_ids: Sequence[int] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
+    """Write config.json, generation_config.json, model.safetensors, the tokenizer's files and a model card.
 
     The folder appears whole or not at all. It replaces a saved model, but no other content. Rounding to 16 bits needs
     host memory for a rounded copy of one shard.
@@ -139,6 +140,7 @@ def save_hf(
         for name, array in export_tensors(config, RULES, params)
     ]
     refuse_foreign_files(Path(folder), KNOWN_FILES, "a saved model")
+    refuse_foreign_card(Path(folder))
     with atomic_folder(folder, overwrite=True) as aside:
         saved = saved or SavedSettings()
         _write_json(aside / "config.json", {**saved.unused_config, **config.to_hf(), "dtype": dtype})
@@ -149,6 +151,7 @@ def save_hf(
         _write_weights(aside, arrays, dtype, max_shard_bytes)
         if tokenizer is not None:
             save_tokenizer(tokenizer, aside, max_length=config.n_positions)
+        write_card(aside, Path(folder).name, library="transformers")
 
 
 def read_config(folder: Path) -> GPT2Config:

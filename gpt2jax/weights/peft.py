@@ -24,12 +24,15 @@ from gpt2jax.lora.config import QKV_TARGETS, TARGETS, LoRAConfig, nest_targets
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import Params, abstract_params
 from gpt2jax.ops.low_rank import column_norms
+from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.tokenizer.files import save_tokenizer
 from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.stand_ins import describe_stand_in
 from gpt2jax.utils.validation import check, is_integer, must_be, positive_int, positive_number
 from gpt2jax.weights.hf import refuse_foreign_files, strip_prefixes
 from gpt2jax.weights.mapping import LazyTensor, check_tensors, read_all
+from gpt2jax.weights.model_card import write_card
 from gpt2jax.weights.peft_embeddings import (
     Embeddings,
     check_modules,
@@ -45,7 +48,10 @@ from gpt2jax.weights.torch_reader import read_state_dict
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 TORCH_FILE = "adapter_model.bin"  # of old versions, and of save_pretrained(safe_serialization=False)
 # a folder of only these files is taken for a saved adapter, and may be replaced by a new one
-KNOWN_FILES = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md")
+KNOWN_FILES = re.compile(
+    r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md|chat_template\.jinja|merges\.txt"
+    r"|(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
+)
 # the tensors of a linear, and their names here; all are transposed
 LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "magnitude"}
 WRAPPERS = ("base_model.", "model.", "_orig_mod.", "module.", "transformer.")
@@ -170,6 +176,7 @@ def write_adapter(
     base_model: str | None = None,
     params: Params | None = None,
     embeddings: Embeddings | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write adapters as a PEFT folder, whole or not at all.
 
@@ -184,6 +191,7 @@ def write_adapter(
         base_model: name or path of that model, for PEFT's AutoPeftModel.
         params: its parameters, needed for DoRA of query, key or value, and for `embeddings`.
         embeddings: which embeddings to write beside the adapters, see `read_embeddings`.
+        tokenizer: also written, unless None.
 
     Raises:
         ValueError: DoRA of query, key or value without `params`.
@@ -219,6 +227,9 @@ def write_adapter(
         roots = {True: "base_model.model", False: "base_model.model.transformer"}
         named = [(f"{roots[name.startswith('lm_head')]}.{name}", values) for name, values in arrays]
         write_safetensors(aside / WEIGHTS_FILE, named, "float32", {"format": "pt"})
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, aside, max_length=config.n_positions)
+        write_card(aside, Path(folder).name, library="peft", base_model=base_model, tags=("lora",))
 
 
 def _get_target(adapters: Params, target: str) -> Params:

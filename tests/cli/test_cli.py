@@ -375,9 +375,8 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
 )
 def test_finetune_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, options, message):
     out = tmp_path / "out"
-    arguments = ["--data", str(texts), "--out", str(out)]
-    if "--text-column" not in options:
-        arguments += ["--text-column", "body"]
+    defaults = {"--data": str(texts), "--out": str(out), "--text-column": "body"}
+    arguments = [word for pair in defaults.items() if pair[0] not in options for word in pair]
     line = fails(capsys, "finetune", *arguments, *(word.replace("FILE", str(texts)) for word in options))
     assert message in line and line.startswith("gpt2jax finetune: error: ")
     assert not out.exists()
@@ -445,3 +444,27 @@ def test_main_command_has_seed_and_out(capsys):
             main([name, "--help"])
         shown = capsys.readouterr().out
         assert exit_.value.code == 0 and "--seed" in shown and "--out" in shown
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare", "study"])
+def test_commands_check_the_model_before_they_read_texts(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(sources, "load_texts", lambda *_, **__: pytest.fail("texts were read"))
+    models = ["gpt2-mini", "runs/mine"] if command == "compare" else ["--model", "runs/mine"]
+    line = fails(capsys, command, *models, "--data", "missing.jsonl", "--out", str(tmp_path / "out"))
+    assert "there is no model at runs/mine" in line
+
+
+@pytest.mark.parametrize("words", ["--eval-split a --eval-split b", "--eval-split=a --eval_split b"])
+def test_commands_refuse_repeated_options(capsys, words):
+    line = fails(capsys, "evaluate", *words.split())
+    assert "--eval-split is given twice" in line
+    assert imply_lora("finetune", ["--lora", "--lora.rank", "4"]) == ["--lora", "--lora.rank", "4"]
+
+
+def test_lm_eval_names_what_to_install():
+    code = "import sys, runpy; sys.modules['lm_eval'] = None\n"
+    code += "runpy.run_module('gpt2jax.evaluation.lm_eval', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("needs lm-evaluation-harness: pip install lm-eval")
+    assert "Traceback" not in done.stderr

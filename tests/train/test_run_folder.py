@@ -199,6 +199,34 @@ def test_finish_keeps_a_base_without_a_name(model, tmp_path):
         trained = dataclasses.replace(model, adapters=adapters, lora=LoRAConfig(), source=source)
         folder = RunFolder(tmp_path / str(bool(source)))
         folder.begin(trained, CONFIG, DOCUMENTS)
-        folder.finish(trained)
+        folder.finish(trained, [])
         assert (folder.path / "adapter").is_dir() and not (folder.path / "model").exists()
         assert (folder.path / "base").is_dir() == (source is None)
+
+
+def test_finish_writes_a_model_card(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(model, CONFIG, DOCUMENTS, {"source": f"{tmp_path}/a|b.jsonl", "split": "train"})
+    adapted = dataclasses.replace(model, adapters=init_adapters(TINY, LoRAConfig()), lora=LoRAConfig())
+    folder.finish(adapted, [{"step": 4, "loss": 2.5, "validation_loss": 2.25}, {"step": 5, "loss": 2.0}])
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    for line in (
+        "library_name: peft",
+        'base_model: "models/one"',
+        "| source | ~/a\\|b.jsonl |",
+        "| documents | 2 |",
+        "| learning_rate | 0.001 |",
+        "| validation_loss | 2.25 |",
+        "| loss | 2 |",
+    ):
+        assert line in card.splitlines()
+    assert str(tmp_path) not in card
+
+
+def test_describe_space_names_the_largest_first(path):
+    (path / "run.json").write_bytes(bytes(100_000))
+    (path / "checkpoints" / "5").mkdir(parents=True)
+    (path / "checkpoints" / "5" / "data").write_bytes(bytes(2_300_000))
+    said = RunFolder(path, resume=True).describe_space()
+    assert said.startswith("2.4 MB: checkpoints 2.3 MB, run.json 0.1 MB; checkpoints may be deleted")

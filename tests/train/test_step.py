@@ -22,6 +22,7 @@ from gpt2jax.model.gpt2 import REMAT, hidden_states, lm_head_weight
 from gpt2jax.ops.cross_entropy import token_losses
 from gpt2jax.ops.device import Device
 from gpt2jax.ops.precision import Precision
+from gpt2jax.plan.program import make_program
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.freezing import merge_params, partition_params
 from gpt2jax.train.optimizer import (
@@ -32,7 +33,15 @@ from gpt2jax.train.optimizer import (
     make_schedule,
     resolve_learning_rate,
 )
-from gpt2jax.train.step import GROWTH_INTERVAL, INITIAL_SCALE, init_state, make_train_step, next_loss_scale
+from gpt2jax.train.step import (
+    GROWTH_INTERVAL,
+    INITIAL_SCALE,
+    init_state,
+    make_configured_step,
+    make_train_step,
+    next_loss_scale,
+    with_dropout,
+)
 
 CONFIG = FinetuneConfig(steps=10, learning_rate=1e-2, weight_decay=0.1)
 
@@ -107,6 +116,45 @@ def test_train_step_dropout_is_a_function_of_seed_and_step():
 
     assert first_loss(0, 0) == first_loss(0, 0)
     assert len({first_loss(0, 0), first_loss(0, 1), first_loss(1, 0)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("dropout", "attention_dropout", "expected"),
+    [
+        (None, None, (0.1, 0.2, 0.3)),
+        (0.5, None, (0.5, 0.5, 0.5)),
+        (None, 0.0, (0.1, 0.0, 0.3)),
+        (0.5, 0.0, (0.5, 0.0, 0.5)),
+        (0.0, 0.4, (0.0, 0.4, 0.0)),
+    ],
+)
+def test_with_dropout_gives_the_step_the_rates_of_the_run(dropout, attention_dropout, expected):
+    model = dataclasses.replace(TINY, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
+    train = FinetuneConfig(dropout=dropout, attention_dropout=attention_dropout)
+    for found in (with_dropout(model, train), make_program(model, train, Device.of_backend("cpu")).model):
+        assert (found.embd_pdrop, found.attn_pdrop, found.resid_pdrop) == expected
+
+
+@pytest.mark.parametrize(("attention_dropout", "is_fused"), [(None, False), (0.0, True)])
+def test_train_step_without_attention_dropout_is_fused_on_an_h100(attention_dropout, is_fused, monkeypatch):
+    """The other dropouts stay; the kernel itself can be traced on a GPU only."""
+    asked = []
+
+    def fused(q, k, v, *, scale, is_causal, implementation):
+        asked.append((implementation, is_causal))
+        return q + k + v
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    train = FinetuneConfig(
+        batch_size=4, dropout=0.1, attention_dropout=attention_dropout, compute_dtype="bfloat16"
+    )
+    program = make_program(TINY, train, Device("cuda", (9, 0)))
+    step = make_configured_step(program.model, train, make_optimizer(CONFIG, 10), program.precision)
+    text = str(step.trace(program.state, None, program.batch).jaxpr)  # type: ignore[attr-defined]
+    assert set(asked) == ({("cudnn", True)} if is_fused else set())
+    heads, length = TINY.n_head, TINY.n_positions
+    assert (f"[4,{heads},{length},{length}]" not in text) is is_fused
+    assert "random_bits" in text
 
 
 @pytest.mark.slow
