@@ -45,6 +45,8 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
         ("null_string.json", '["a",null]', ["a", ""]),
         ("nested.jsonl", '{"id":1,"data":{"body_text":"a"}}\n', ["a"]),
         ("utf8_bom.json", '\ufeff[{"text":"a"}]', ["a"]),
+        ("other_mark.csv", "id^text\n1^a, b\n2^c\n", ["a, b", "c"]),
+        ("names_with_marks.csv", "re-action\na-b\nc\n", ["a-b", "c"]),
         ("separator.jsonl", '{"text":"a\u2028b"}\n', ["a\u2028b"]),
     ],
 )
@@ -69,6 +71,23 @@ def test_load_texts_reads_odd_tables(tmp_path, name, content, expected):
         ("open.tsv", 'text\tid\na\t1\n"b\t2\n', "line 3: unexpected end of data: a quote opens here"),
         ("late.csv", "text,id\n" + "a,1\n" * 500 + 'b,"2\n', "line 502: unexpected end of data"),
         ("twice.csv", "text,text\na,b\n", "line 1: the header has two columns 'text'"),
+        ("other_mark.csv", "id:text\n1:a: b\n", "line 2: expected 2 cells as in the header, got 3"),
+        (
+            "split.json",
+            '{"columns":["text","n"],"data":[["a",1],["b"]]}',
+            "entry 2: expected a list of 2 cells",
+        ),
+        (
+            "split_of_numbers.json",
+            '{"columns":5,"data":7}',
+            "columns must be a list of names and data a list of",
+        ),
+        (
+            "other.jsonl",
+            '{"text":"a"}\n{"content":"b"}\n',
+            "line 2: the row has no column 'text' .* but 'content'",
+        ),
+        ("other_late.jsonl", '{"sum":"a"}\n' * 100 + '{"text":"b"}', "line 101: the row has no column 'sum'"),
         ("deep.json", "[" * 100_000, "deep.json is not JSON"),
         ("unclear.json", '{"a":{"x":"1"},"b":{"x":"2"}}', "not clear which names are those of columns"),
         ("page.csv", "<!DOCTYPE html>\n<html>", "is an HTML page"),
@@ -147,6 +166,13 @@ def test_arrow_columns(tmp_path, kind, column, array, expected):
     assert load_texts(path, "all") == expected
     if column == "meta":
         assert load_texts(path, "all", text_column="meta.text") == expected
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet has two columns 'text'; rename one of them"):
+        load_texts(tmp_path / "a.parquet", "all")
 
 
 def test_bytes_that_are_not_text_are_named(tmp_path):
