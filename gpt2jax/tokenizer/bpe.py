@@ -264,6 +264,7 @@ class Tokenizer:
         changes = {"end_token": token, "roles": {**self.roles, "eos_token": token}}
         if found is not None:
             return self._replace(end_token_id=found, **changes)
+        notice(f"{token!r:.60} is not a token yet: it becomes one, with the id {self.vocab_size}")
         flags, special = {**self.token_flags, token: TokenFlags()}, {token: self.vocab_size}
         return self._replace(
             end_token_id=self.vocab_size,

@@ -17,6 +17,7 @@ import regex
 from gpt2jax.tokenizer import cutting
 from gpt2jax.tokenizer.bpe import END_TOKEN, VOCAB_BPE_SHA256, Tokenizer, parse_merges
 from gpt2jax.tokenizer.files import save_tokenizer
+from gpt2jax.utils.notices import Notice
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text())
 # SHA-256 of OpenAI's encoder.json with sorted keys and no white space (tests/golden/make_tokenizer.py).
@@ -303,6 +304,11 @@ def test_encode_cuts_long_words_without_a_change(monkeypatch, unit):
         len(cutting.find_cuts(text, tokenizer._encoding.encode_ordinary, tokenizer._lengths)) > 2
         for text in texts
     )
+
+
+def test_with_end_token_says_that_a_text_becomes_a_token():
+    with pytest.warns(Notice, match="'<end>' is not a token yet: it becomes one, with the id 300"):
+        assert Tokenizer.gpt2(300).with_end_token("<end>").end_token_id == 300
 
 
 @pytest.mark.parametrize("end_token", ["", "\ud800", 2**70, -1, None])
