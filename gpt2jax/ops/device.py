@@ -161,11 +161,16 @@ class Execution:
         return dataclasses.replace(choices, **overrides)
 
     def describe(self) -> str:
-        """Return the choices in one line."""
+        """Return the choices in one line.
+
+        A CPU's line names layers only if they are written out: training decides it by the size of its batches there
+        (`train.unrolled.should_unroll`).
+        """
         products = (
             "TF32 products" if self.allows_tf32 else "16-bit results" if self.has_narrow_results else ""
         )
-        layers = "layers written out" if self.has_unrolled_layers else "layers in a loop"
+        on_accelerator = "" if self.platform == "cpu" else "layers in a loop"
+        layers = "layers written out" if self.has_unrolled_layers else on_accelerator
         attention = {"cudnn": "cuDNN attention"}.get(self.attention, f"{self.attention} attention")
         logits = f"at most {self.logits_bytes / 1e6:,.0f} MB of logits"
         return ", ".join(part for part in (self.platform, attention, products, layers, logits) if part)
