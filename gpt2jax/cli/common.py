@@ -71,6 +71,13 @@ def run_command(
         exit_with_error(name, _name_option(str(error), options))
     except FloatingPointError as error:
         exit_with_error(name, str(error), code=1)
+    except (RuntimeError, AssertionError):
+        from gpt2jax.ops.device import find_backend_problem
+
+        problem = find_backend_problem()
+        if problem is None:
+            raise
+        exit_with_error(name, problem)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
         exit_with_error(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
 
