@@ -53,7 +53,8 @@ def run_command(
         prefixes: the names of nested options have a prefix, as in --lora.rank, unless their field is named "".
     """
     for stream in (sys.stdout, sys.stderr):  # what an encoding does not have must not end a program
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        # "surrogateescape" is Python's choice for the C locale
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = functools.partial(_show_notice, name, set(), warnings.showwarning)
     try:
