@@ -28,9 +28,11 @@ from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.stopping import Interrupted
 from gpt2jax.train.trackers import check_trackers
 from gpt2jax.train.trainer import Run, RunPlan, Trainer, plan_run
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.validation import check, check_model, check_texts, instance_of, optional, override_fields
 
 
+@default_switches()
 def finetune(
     model: LanguageModel,
     train_texts: Iterable[Any],
