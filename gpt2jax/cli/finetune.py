@@ -75,7 +75,7 @@ class Options:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
         out: folder for metrics, checkpoints, the model and the report. Default: runs/MODEL-DATA.
         lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
-        resume: go on where a killed or interrupted run in that folder stopped.
+        resume: go on where a killed or interrupted run in that folder stopped, or make it longer with --steps.
         overwrite: delete the run that the folder holds.
         compare: evaluate the model before and after and write the report.
         prompts: prompts for the generated texts. Default: a set that suits the data.

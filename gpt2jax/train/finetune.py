@@ -28,6 +28,7 @@ from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.stopping import Interrupted
 from gpt2jax.train.trackers import check_trackers
 from gpt2jax.train.trainer import Run, Trainer, plan_run
+from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import check, check_model, check_texts, instance_of, optional, override_fields
 
 
@@ -54,7 +55,8 @@ def finetune(
         output: run folder for metrics, checkpoints and the result; None writes nothing. A `RunFolder` says itself
             whether to resume or to overwrite.
         resume: go on from the newest checkpoint in `output` (from the start if it has none). On the same number of
-            devices the run ends with the same parameters, bit for bit, as one that was never stopped.
+            devices the run ends with the same parameters, bit for bit, as one that was never stopped. `steps` and
+            `epochs` may differ if the steps that are done have the same learning rates in a run of the new length.
         overwrite: start anew in a folder that holds another run, which is deleted.
         source: where the texts come from, for `run.json`.
         progress: show a progress bar (a line per logged step if standard error is not a terminal); of several
@@ -79,7 +81,7 @@ def finetune(
     check("source", source, optional(instance_of(Mapping)))
     config = override_fields("config", FinetuneConfig, config, {})
     config = resolve_learning_rate(config, model.num_parameters())
-    model = model.merge_adapter()
+    model = _merge_adapters(model, config)
     _check_config(config, model, output, has_validation=validation_texts is not None)
     progress = progress and jax.process_index() == 0
     documents, validation = _tokenize(model, config, train_texts, validation_texts, progress=progress)
@@ -92,7 +94,8 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.lock())
-            folder.begin(model, config, documents, source)
+            count_steps = functools.partial(_count_steps, model, documents=documents)
+            folder.begin(model, config, documents, source, count_steps=count_steps)
             barrier("the run folder")
         trainer = Trainer(model, config, plan, validation, folder, show_progress=progress)
         try:
@@ -103,6 +106,19 @@ def finetune(
                 interrupt.run = trainer.finish()
             raise
         return trainer.finish()
+
+
+def _merge_adapters(model: LanguageModel, config: FinetuneConfig) -> LanguageModel:
+    """Return the model that a run begins with; say what becomes of the adapters that it has."""
+    if model.adapters is None:
+        return model
+    trained = "all parameters" if config.lora is None else "new adapters"
+    notice(f"the model's adapters are merged into its weights first; this run trains {trained}")
+    return model.merge_adapter()
+
+
+def _count_steps(model: LanguageModel, config: FinetuneConfig, documents: Documents) -> int:
+    return plan_run(model, config, documents).steps
 
 
 def _tokenize(
