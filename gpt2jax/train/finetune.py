@@ -29,7 +29,19 @@ from gpt2jax.train.stopping import Interrupted
 from gpt2jax.train.trackers import check_trackers
 from gpt2jax.train.trainer import Run, Trainer, plan_run
 from gpt2jax.utils.notices import notice
-from gpt2jax.utils.validation import check, check_model, check_texts, instance_of, optional, override_fields
+from gpt2jax.utils.validation import (
+    check,
+    check_model,
+    check_names,
+    check_texts,
+    field_names,
+    instance_of,
+    optional,
+    override_fields,
+)
+
+# the arguments of `finetune` that are not settings: a wrong name may be meant as one of them
+_ARGUMENTS = ("train_texts", "validation_texts", "output", "resume", "overwrite", "source", "progress")
 
 
 def finetune(
@@ -43,6 +55,7 @@ def finetune(
     overwrite: bool = False,
     source: Mapping[str, Any] | None = None,
     progress: bool = True,
+    **overrides: Any,
 ) -> Run:
     """Fine-tune a model on texts.
 
@@ -61,11 +74,12 @@ def finetune(
         source: where the texts come from, for `run.json`.
         progress: show a progress bar (a line per logged step if standard error is not a terminal); of several
             processes the first one does.
+        **overrides: fields of `FinetuneConfig`, such as `epochs=3`; they win over `config`.
 
     Raises:
         ValueError: impossible settings, no trainable text, a resumed run with other settings or texts, or both `resume`
             and `overwrite`.
-        TypeError: the texts are one string, or not a list.
+        TypeError: the texts are one string, or not a list; or an unknown setting.
         FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given, or a run goes on in
             it now.
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
@@ -74,12 +88,13 @@ def finetune(
         KeyboardInterrupt: Ctrl-C or SIGTERM, when the step is done and a checkpoint written; says how to go on. Without
             `output` its attribute `run` is the `Run` so far.
     """
+    check_names("setting", overrides, [*field_names(FinetuneConfig), *_ARGUMENTS])
     check_model("model", model)
     check_texts("train_texts", train_texts)
     if validation_texts is not None:
         check_texts("validation_texts", validation_texts)
     check("source", source, optional(instance_of(Mapping)))
-    config = override_fields("config", FinetuneConfig, config, {})
+    config = override_fields("config", FinetuneConfig, config, overrides)
     config = resolve_learning_rate(config, model.num_parameters())
     model = _merge_adapters(model, config)
     _check_config(config, model, output, has_validation=validation_texts is not None)

@@ -366,6 +366,21 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
         ),
         (["--steps", "0"], "--steps must be a positive whole number, or None, got 0"),
         (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (
+            [
+                "--num-train-epochs",
+                "3",
+                "--r",
+                "8",
+                "--lora_alpha=4",
+                "--output_dir",
+                "x",
+                "--fsdp_config",
+                "y",
+            ],
+            "Unrecognized options: --num-train-epochs (here --epochs), --r (here --lora.rank), "
+            "--lora_alpha (here --lora.alpha), --output_dir (here --out), --fsdp_config; see",
+        ),
         (["--steps", "many"], "--steps"),
         (["--packing", "rows"], "'rows'"),
         (["--freeze", "nothing"], "freeze must be patterns that match parameters, got ['nothing']"),
