@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from gpt2jax.generation.outputs import Generation
 from gpt2jax.lora.adapters import merge_adapters, unmerge_adapters
 from gpt2jax.lora.combine import concat_adapters
 from gpt2jax.lora.config import LoRAConfig
@@ -127,6 +128,23 @@ class LanguageModel:
             )
         scale = self.lora.scales(self.config.n_layer) if self.lora else 1.0
         return _logits(self.params, self.adapters, ids.astype(np.int32), mask, self.config, scale)
+
+    @staticmethod
+    def from_pretrained(name: str | pathlib.Path, **options: Any) -> LanguageModel:
+        """Load a model; another name of `gpt2jax.load`."""
+        from gpt2jax.loading import load
+
+        return load(name, **options)
+
+    def save_pretrained(self, path: str | pathlib.Path, **options: Any) -> None:
+        """Save the model; another name of `save`."""
+        self.save(path, **options)
+
+    def generate(self, prompts: Any, *args: Any, **options: Any) -> list[Generation]:
+        """Continue prompts; `gpt2jax.generate` explains the arguments."""
+        from gpt2jax.generation.generate import generate
+
+        return generate(self, prompts, *args, **options)
 
     @default_switches()
     def merge_adapter(self) -> LanguageModel:

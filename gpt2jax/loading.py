@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from gpt2jax.generation.file_settings import notice_illegal_settings
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS, GPT2Config
@@ -112,6 +113,7 @@ def build_model(
     else:
         model = LanguageModel(config, params, saved=saved)
     model = _with_tokenizer(model, tokenizer, end_token)
+    notice_illegal_settings(model)
     files = {"config.json": saved.config, "generation_config.json": saved.generation}
     named = {name: read_token_ids(str(folder / name), content) for name, content in files.items()}
     if saved.is_derived and set(named["generation_config.json"]) == set(named["config.json"]):

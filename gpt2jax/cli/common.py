@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import tyro
 
 from gpt2jax.utils.notices import Notice, printable
+from gpt2jax.utils.other_names import our_name
 from gpt2jax.utils.validation import check_path, field_names
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
         if end.code != 2:  # --help, on standard output
             raise
         reason = _name_option(_what_is_wrong(said.getvalue()), options)
+        reason = _name_ours(reason, options)
         exit_with_error(name, f"{reason}; see gpt2jax {name} --help")
     # a shell leaves "~" as it is in --out=~/folder
     paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
@@ -174,6 +176,19 @@ def _name_option(message: str, options: type) -> str:
     if name is None or name[0] not in _settings_of(options):
         return message
     return f"--{name[0].replace('_', '-')}{message[name.end() :]}"
+
+
+def _name_ours(message: str, options: type) -> str:
+    """Return the message of unknown options with our names of those that other libraries have."""
+    if not message.startswith("Unrecognized options: "):
+        return message
+    wrong = re.findall(r"--[a-zA-Z][\w-]*", re.split(" Perhaps | Arguments ", message)[0])
+    known = _settings_of(options)
+    ours = {word: our_name(word[2:].replace("-", "_"), known) for word in wrong}
+    if not any(ours.values()):
+        return message
+    listed = (f"{word} (here --{name.replace('_', '-')})" if name else word for word, name in ours.items())
+    return f"Unrecognized options: {', '.join(listed)}"
 
 
 def _settings_of(options: type) -> set[str]:

@@ -200,9 +200,9 @@ def _score_chunk(
     if config.windows == "truncate":
         short = truncate_documents(documents, length - 1)
         truncated = documents.lengths > short.lengths
-        scores, on_padding = score_keras_rows(scorer, short, config, end, advance)
+        scores, correct_on_padding = score_keras_rows(scorer, short, config, end, advance)
     else:
-        truncated, on_padding = np.zeros(len(texts), bool), np.zeros(len(texts), np.int64)
+        truncated, correct_on_padding = np.zeros(len(texts), bool), np.zeros(len(texts), np.int64)
         if config.windows == "rolling":
             windows = plan_rolling_windows(documents, length)
         else:
@@ -223,7 +223,7 @@ def _score_chunk(
         correct=sum_by_document(scores.rank == 0, scores.offsets, np.int64),
         correct_top5=sum_by_document(scores.rank < 5, scores.offsets, np.int64),
         **sum_text(scores, model.tokenizer, vocab_size),
-        correct_on_padding=on_padding,
+        correct_on_padding=correct_on_padding,
         truncated=truncated,
     )
     breakdown = loss_breakdown(scores, end_token_id=end, sequence_length=length, vocab_size=vocab_size)

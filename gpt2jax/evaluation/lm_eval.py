@@ -7,7 +7,8 @@
     lm_eval.simple_evaluate(model="gpt2jax", model_args="model=gpt2-mini", tasks=["lambada_openai"])
 
 and on the command line `python -m gpt2jax.evaluation.lm_eval run --model gpt2jax --model_args model=gpt2-mini
---tasks lambada_openai`. Importing this module imports lm_eval; nothing else in the package does.
+--tasks lambada_openai`. Importing this module imports lm_eval; nothing else in the package does. Texts are generated as
+a task says; generation_config.json beside the weights has no effect.
 
 Source: https://github.com/EleutherAI/lm-evaluation-harness, version 0.4.
 """

@@ -159,7 +159,8 @@ class Generator:
         """Continue one prompt and yield its text as it comes; see `gpt2jax.stream`."""
         if self.model.tokenizer is None:
             raise ValueError(
-                "stream yields text, and this model has no tokenizer; use generate for token ids"
+                "stream yields text, and this model has no tokenizer; name one with load(..., tokenizer=...), in the "
+                "commands with --tokenizer, or use generate for token ids"
             )
         prompts = as_prompts(prompt)
         if len(prompts) != 1:
