@@ -62,7 +62,10 @@ class Attention(nnx.Module):
         adapters: Params | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend; with a cache the new keys and values are added to it, and attention reads all of it."""
+        """Attend; the new keys and values are added to a cache, of which attention reads all that `ctx.mask` allows.
+
+        With `ctx.is_causal` the cache must be empty: attention reads the new keys and values alone.
+        """
         adapters = adapters or {}
         keys = split_key(key, 4)
         q, k, v = self._project_qkv(x, ctx, adapters, keys[0])
@@ -71,7 +74,9 @@ class Attention(nnx.Module):
             assert ctx.cache_position is not None
             cache = cache.update(k, v, ctx.cache_position)
             # read in its own dtype: casting all of it at each step would cost more than 16-bit products save
-            k, v, dtype = *cache, cache.keys.dtype
+            dtype = cache.keys.dtype
+            if not ctx.is_causal:
+                k, v = cache
         assert ctx.mask is not None
         y = attention(
             q,

@@ -22,6 +22,8 @@ from gpt2jax.utils.validation import check_names, validated
 _LOGITS_SHARE = 8
 # of a described device whose memory is not known
 _SMALL_ACCELERATOR = 16 << 30
+# of prompts at once on an accelerator: its products are busy, and gpt2-xl's activations take less than 1 GB
+_PREFILL_TOKENS = 1 << 15
 # float32 logits at once on a CPU: 100 MiB
 _CPU_LOGITS_BYTES = 100 << 20
 
@@ -101,6 +103,9 @@ class Execution:
             input at no cost, because all that it waits for is memory.
         has_cpu_shapes: sums and products take the shapes that XLA:CPU computes fastest: sums of long rows are products
             with ones, and products of 16-bit operands have neither one row nor one axis of rows to sum over.
+        prefill_tokens: the most tokens of prompts that go through the model at once, with the attention that training
+            uses. 0: an eighth of the cache at a time, which reads what the cache holds; a CPU wants short runs, of
+            which few programs serve all prompts.
         allows_tf32: float32 products round their operands to TF32 (10 bits of mantissa) on NVIDIA GPUs, to three
             bfloat16 parts on a TPU.
     """
@@ -116,6 +121,7 @@ class Execution:
     has_vocabulary_slices: bool = True
     saves_gelu_derivative: bool = True
     has_cpu_shapes: bool = True
+    prefill_tokens: int = 0
     allows_tf32: bool = False
 
     @classmethod
@@ -150,6 +156,7 @@ class Execution:
             has_vocabulary_slices=False,
             saves_gelu_derivative=False,
             has_cpu_shapes=False,
+            prefill_tokens=_PREFILL_TOKENS,
         )
         return dataclasses.replace(choices, **overrides)
 
