@@ -27,6 +27,7 @@ LAYERS = (
     "report",
     "studies",
     "plan",
+    "doctor",
     "cli",
     "__main__",
 )

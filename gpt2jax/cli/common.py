@@ -54,7 +54,8 @@ def run_command(
         prefixes: the names of nested options have a prefix, as in --lora.rank, unless their field is named "".
     """
     for stream in (sys.stdout, sys.stderr):  # what an encoding does not have must not end a program
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        # "surrogateescape" is Python's choice for the C locale
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = functools.partial(_show_notice, name, set(), warnings.showwarning)
     try:
@@ -72,6 +73,13 @@ def run_command(
         exit_with_error(name, _name_option(str(error), options))
     except FloatingPointError as error:
         exit_with_error(name, str(error), code=1)
+    except (RuntimeError, AssertionError):
+        from gpt2jax.ops.device import find_backend_problem
+
+        problem = find_backend_problem()
+        if problem is None:
+            raise
+        exit_with_error(name, problem)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
         exit_with_error(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
 

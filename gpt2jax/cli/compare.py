@@ -76,7 +76,8 @@ class Options:
             texts is in them.
         train_split: which training texts, in the same syntax.
         prompts: prompts for the generated texts. Default: prompts that suit the data.
-        generation: settings of the generated texts.
+        generation: settings of the generated texts, the same for all models: generation_config.json beside the weights
+            has no effect.
         seed: of the generated texts and the bootstrap.
         out: folder for report.html, report.md and comparison.json.
         overwrite: replace a comparison in the folder.

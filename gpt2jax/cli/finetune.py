@@ -95,7 +95,8 @@ class Options:
         cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
         source: of the texts.
         train: settings of the run.
-        generation: settings of the generated texts.
+        generation: settings of the generated texts, the same for both models: generation_config.json beside the
+            weights has no effect.
         lora_settings: settings of the adapters.
         text: how texts become tokens.
         distributed: processes that train together.

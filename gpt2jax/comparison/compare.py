@@ -20,6 +20,7 @@ from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.requests import Prompt, as_prompts
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import data_fingerprint
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import (
     check,
@@ -51,6 +52,7 @@ _ARGUMENTS = ("training_texts", "seed", "resamples", "history", "command", "sour
 _EVALUATION_FIELDS, _GENERATION_FIELDS = field_names(EvaluationConfig), field_names(GenerationConfig)
 
 
+@default_switches()
 def compare(
     models: Mapping[str, LanguageModel],
     texts: Iterable[Any] | Mapping[str, Iterable[Any]],

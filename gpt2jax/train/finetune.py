@@ -27,7 +27,8 @@ from gpt2jax.train.optimizer import resolve_learning_rate
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.stopping import Interrupted
 from gpt2jax.train.trackers import check_trackers
-from gpt2jax.train.trainer import Run, Trainer, plan_run
+from gpt2jax.train.trainer import Run, RunPlan, Trainer, plan_run
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import (
     check,
@@ -53,6 +54,7 @@ _ARGUMENTS = (
 )
 
 
+@default_switches()
 def finetune(
     model: LanguageModel,
     train_texts: Iterable[Any],
@@ -70,7 +72,7 @@ def finetune(
 
     Args:
         model: where to start; it is not changed. Adapters that it has are merged first.
-        train_texts: list of str, list of token-id lists, a `datasets.Dataset` column, or any iterable of these; or of
+        train_texts: list of str or of token-id lists, a `datasets.Dataset` column, or any iterable of these; or of
             {"prompt": ..., "completion": ...}, of which only the completions are learned.
         config: settings.
         validation_texts: held-out texts; their loss is logged along the way.
@@ -98,20 +100,14 @@ def finetune(
             `output` its attribute `run` is the `Run` so far.
     """
     check_names("setting", overrides, [*field_names(FinetuneConfig), *_ARGUMENTS])
-    check_model("model", model)
-    check_texts("train_texts", train_texts)
-    if validation_texts is not None:
-        check_texts("validation_texts", validation_texts)
-    check("source", source, optional(instance_of(Mapping)))
+    _check_arguments(model, train_texts, validation_texts, source)
     config = override_fields("config", FinetuneConfig, config, overrides)
     config = resolve_learning_rate(config, model.num_parameters())
     model = _merge_adapters(model, config)
     _check_config(config, model, output, has_validation=validation_texts is not None)
     progress = progress and jax.process_index() == 0
     documents, validation = _tokenize(model, config, train_texts, validation_texts, progress=progress)
-    plan = plan_run(model, config, documents)
-    if validation is not None:
-        check_labels(validation, config.packing, plan.batches.sequence_length, "validation texts")
+    plan = _plan(model, config, documents, validation)
     if progress:
         print(f"training: {plan.describe(config)}", file=sys.stderr)
     folder = _run_folder(output, resume=resume, overwrite=overwrite)
@@ -122,14 +118,41 @@ def finetune(
             folder.begin(model, config, documents, source, count_steps=count_steps)
             barrier("the run folder")
         trainer = Trainer(model, config, plan, validation, folder, show_progress=progress)
-        try:
-            with trainer:
-                trainer.train()
-        except Interrupted as interrupt:
-            if folder is None and not trainer.state["step"].is_deleted():
-                interrupt.run = trainer.finish()
-            raise
+        _train(trainer, folder)
         return trainer.finish()
+
+
+def _check_arguments(
+    model: LanguageModel,
+    train_texts: Iterable[Any],
+    validation_texts: Iterable[Any] | None,
+    source: Mapping[str, Any] | None,
+) -> None:
+    check_model("model", model)
+    check_texts("train_texts", train_texts)
+    if validation_texts is not None:
+        check_texts("validation_texts", validation_texts)
+    check("source", source, optional(instance_of(Mapping)))
+
+
+def _plan(
+    model: LanguageModel, config: FinetuneConfig, documents: Documents, validation: Documents | None
+) -> RunPlan:
+    plan = plan_run(model, config, documents)
+    if validation is not None:
+        check_labels(validation, config.packing, plan.batches.sequence_length, "validation texts")
+    return plan
+
+
+def _train(trainer: Trainer, folder: RunFolder | None) -> None:
+    """Train; an interrupted run without a folder is handed over in the exception."""
+    try:
+        with trainer:
+            trainer.train()
+    except Interrupted as interrupt:
+        if folder is None and not trainer.state["step"].is_deleted():
+            interrupt.run = trainer.finish()
+        raise
 
 
 def _merge_adapters(model: LanguageModel, config: FinetuneConfig) -> LanguageModel:

@@ -138,13 +138,13 @@ def bfloat16_moments(optimizer: optax.GradientTransformation, seed: int = 0) -> 
     """
 
     def to_bfloat16(state, count):
-        leaves, structure = jax.tree.flatten(state)
+        leaves, treedef = jax.tree.flatten(state)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), count), len(leaves))
         leaves = [
             stochastic_round(leaf, key) if _is_moment(leaf, jnp.float32) else leaf
             for leaf, key in zip(leaves, keys, strict=True)
         ]
-        return BFloat16MomentsState(jax.tree.unflatten(structure, leaves), count)
+        return BFloat16MomentsState(jax.tree.unflatten(treedef, leaves), count)
 
     def init(params):
         return to_bfloat16(optimizer.init(params), jnp.zeros((), jnp.int32))

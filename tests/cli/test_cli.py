@@ -325,9 +325,10 @@ def test_what_standard_output_cannot_take(capsys, monkeypatch):
 def test_brackets_in_names_are_no_markup():
     console = Console(file=io.StringIO(), width=40)
     print_line(console, "wrote", "runs/[/b] " + "x" * 40)
-    console.print(evaluate.figures_table("m[b] on numeric-docs", {"loss": 1.0}))
+    console.print(evaluate.figures_table("m[b] on numeric-docs", {"loss": 1.0, "perplexity": None}))
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert shown.startswith(f"wrote  runs/[/b] {'x' * 40}\nm[b] on numeric-docs")
+    assert re.search(r"perplexity +│ +not finite", shown)
 
 
 @pytest.mark.parametrize(

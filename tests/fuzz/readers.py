@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 
 import gpt2jax
 from gpt2jax import loading
-from gpt2jax.cli.generate import Options, read_prompts
+from gpt2jax.cli.generate import Options, read_rows
 from gpt2jax.data.sources import Texts
 from gpt2jax.data.token_cache import cached_documents, read_tokens
 from gpt2jax.evaluation.accumulators import Breakdown, DocumentSums
@@ -320,7 +320,7 @@ def _iter_readers() -> Iterator[tuple[str, Reader]]:
     yield "token-cache", Reader(_write_tokens, lambda folder: read_tokens(folder / "texts.tokens", 300))
     yield (
         "prompts",
-        Reader(_write_prompts, lambda folder: read_prompts(Options(file=folder / "prompts.jsonl"))),
+        Reader(_write_prompts, lambda folder: read_rows(Options(file=folder / "prompts.jsonl"))),
     )
     formats = ["jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow", "feather", "zip"]
     for end in (*formats, "jsonl.gz", "csv.bz2", "txt.xz", "jsonl.zst"):
