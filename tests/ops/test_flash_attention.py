@@ -23,26 +23,15 @@ PALLAS = Execution(platform="cuda", attention="cudnn", masked_attention="pallas"
     ("dtype", "rate", "blocks", "shape", "segments"),
     [
         ("float32", 0.25, (16, 16), (2, 2, 40, 8), 3),
-        ("float32", 0.0, (16, 32), (1, 1, 33, 16), 2),
-        ("float32", 0.1, (32, 16), (1, 2, 64, 20), 1),  # heads are padded to 32 dimensions
-        ("bfloat16", 0.1, None, (1, 1, 70, 80), 2),
+        ("float32", 0.1, (32, 16), (1, 1, 33, 20), 1),  # heads are padded to 32 dimensions
+        ("bfloat16", 0.0, None, (1, 1, 70, 80), 2),
     ],
 )
 def test_flash_attention_equals_plain_operations(dtype, rate, blocks, shape, segments):
     form = FlashForm(jnp.dtype(dtype), rate, blocks, is_interpreted=True)
-    errors = kernel_errors(form, shape, segments)
+    errors = kernel_errors(form, shape, segments)  # of any blocks, beside one mask
     assert list(errors) == ["output", "dq", "dk", "dv"]
     assert max(errors.values()) < LIMITS[dtype], errors
-
-
-@pytest.mark.slow
-def test_flash_attention_does_not_depend_on_its_blocks():
-    q, k, v = (jax.random.normal(key, (1, 2, 48, 8)) for key in jax.random.split(jax.random.key(0), 3))
-    a, b = (
-        flash_attention(q, k, v, None, jax.random.key(1), FlashForm(FLOAT32, 0.5, blocks, True))
-        for blocks in ((16, 16), (32, 16))
-    )
-    np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize(("head_dim", "length"), [(64, 200), (80, 130), (96, 260), (128, 1024)])
