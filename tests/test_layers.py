@@ -22,11 +22,11 @@ LAYERS = (
     "language_model",
     "loading",
     "train",
+    "plan",
     "evaluation",
     "comparison",
     "report",
     "studies",
-    "plan",
     "cli",
     "__main__",
 )
