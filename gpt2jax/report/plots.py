@@ -33,7 +33,7 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", BETTER: "--better"
 _VARIABLES |= {f"#0a0b{index:02x}": f"--series-{index}" for index in range(NUM_COLOURS)}
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)), (0, (8, 2)))
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": INK,
@@ -77,7 +77,7 @@ def comparison_plots(comparison: Comparison) -> list[Plot]:
     import matplotlib
 
     others = [(model, model.versus_baseline) for model in comparison.models if model.versus_baseline]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return [
             loss_by_model(comparison),
             *(
@@ -95,7 +95,7 @@ def training_plots(history: Sequence[dict[str, Any]]) -> list[Plot]:
     """Draw loss, learning rate, gradient norm, loss scale and speed over the steps of a training."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return [plot for plot in (_training_loss(history), _training_metrics(history)) if plot is not None]
 
 
@@ -230,10 +230,12 @@ def _training_loss(history: Sequence[dict[str, Any]]) -> Plot | None:
     if not curves:
         return None
     figure, axes = new_figure()
-    styles = {"training": {"linewidth": 1.4}, "validation": {"marker": "o", "markersize": 4.5}}
+    styles = {  # not in the colours of models
+        "training": {"color": MUTED, "linewidth": 1.4},
+        "validation": {"color": INK, "marker": "o", "markersize": 4.5},
+    }
     for label, values in curves.items():
-        colour = series_colour(list(styles).index(label))
-        axes.plot(*zip(*values, strict=True), color=colour, label=label, **styles[label])
+        axes.plot(*zip(*values, strict=True), label=label, **styles[label])
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.grid()
@@ -255,7 +257,7 @@ def _training_metrics(history: Sequence[dict[str, Any]]) -> Plot | None:
         return None
     figure, stacked = new_figure(height=1.0 + 1.1 * len(panels), rows=len(panels))
     for axes, (label, values) in zip(stacked, panels.items(), strict=True):
-        axes.plot(*zip(*values, strict=True), color=series_colour(0), linewidth=1.4)
+        axes.plot(*zip(*values, strict=True), color=INK, linewidth=1.4)
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid()
@@ -338,9 +340,11 @@ def series_colour(index: int) -> str:
 
 
 def short_name(name: str, limit: int = 22) -> str:
-    """Return a name that fits on one line of a plot."""
-    name = " ".join(name.split())
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+    """Return a name that fits on one line of a plot: names of stages differ at their ends."""
+    # XML has no control characters
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(name.split()))
+    half = limit // 2
+    return name if len(name) <= limit else f"{name[: limit - half]}…{name[len(name) - half + 1 :]}"
 
 
 def _draw_series(axes: Any, index: int, name: str, x: Any, y: Any) -> None:
