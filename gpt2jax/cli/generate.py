@@ -117,11 +117,6 @@ def run(options: Options, given: Collection[str]) -> None:
             )
 
 
-def read_prompts(options: Options) -> list[str]:
-    """Return the prompts of the arguments and of the file."""
-    return [row["prompt"] for row in read_rows(options)]
-
-
 def read_rows(options: Options) -> list[dict[str, Any]]:
     """Return the prompts of the arguments and of the file, each with the other fields of its line of JSON."""
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in options.prompts]

@@ -80,10 +80,10 @@ def content_splits(everything: Reader, where: str) -> dict[str, Reader]:
 
 
 def _held_out_splits(everything: Reader, held_out: tuple[str, ...], reason: str) -> dict[str, Reader]:
-    share = " and ".join(f"{HELD_OUT:.0%} for {name}" for name in held_out)
+    fractions = " and ".join(f"{HELD_OUT:.0%} for {name}" for name in held_out)
     message = (
-        f"{reason}: its training texts are split by content, {share}, at least one text each; split 'all' takes every "
-        "text"
+        f"{reason}: its training texts are split by content, {fractions}, at least one text each; "
+        "split 'all' takes every text"
     )
     return {name: ContentSplit(everything, name, held_out, message) for name in ("train", *held_out)}
 

@@ -108,10 +108,7 @@ class Tokenizer:
             ValueError: two tokens have the same id or the same bytes, or `end_token` is not a special token.
         """
         ranks = _rank_tokens(merges)
-        ids = list(range(len(ranks)) if token_ids is None else token_ids)
-        if len(ids) != len(ranks):
-            legal = f"{len(ranks)} ids, for 256 bytes and {len(merges)} merges"
-            raise ValueError(must_be("token_ids", legal, len(ids)))
+        ids = _ids_of_ranks(ranks, token_ids)
         self.merges = tuple(merges)
         if special_tokens is None:
             special_tokens = {} if end_token is None else {end_token: max(ids) + 1}
@@ -131,14 +128,12 @@ class Tokenizer:
         self._finder = TokenFinder(self.token_flags, self.special_tokens)
         # tiktoken has one number for rank and id: it works on ranks. If these are not the ids, a table maps them.
         self._encoding = tiktoken.Encoding(
-            name="gpt2jax", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+            "gpt2jax", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
         self._id_of_rank = None if ids == list(range(len(ids))) else ids
-        named = itertools.chain(
-            zip(ranks, ids, strict=True),
-            ((token.encode(), id_) for token, id_ in self._unsplit.items()),
-            ((token, id_) for id_, token in (unreachable_tokens or {}).items()),
-        )
+        named = list(zip(ranks, ids, strict=True))
+        named += [(token.encode(), id_) for token, id_ in self._unsplit.items()]
+        named += [(token, id_) for id_, token in (unreachable_tokens or {}).items()]
         self._token_of_id = _invert([(token, id_) for token, id_ in named if id_ >= 0])
         self.vocab_size = len(self._token_of_id)
 
@@ -344,6 +339,14 @@ def _rank_tokens(merges: Iterable[Merge]) -> dict[bytes, int]:
     if len(ranks) != len(tokens):
         raise ValueError("two merges make the same token; the merges of a learned encoding are all different")
     return ranks
+
+
+def _ids_of_ranks(ranks: Mapping[bytes, int], token_ids: Sequence[int] | None) -> list[int]:
+    ids = list(range(len(ranks)) if token_ids is None else token_ids)
+    if len(ids) != len(ranks):
+        legal = f"{len(ranks)} ids, for 256 bytes and {len(ranks) - 256} merges"
+        raise ValueError(must_be("token_ids", legal, len(ids)))
+    return ids
 
 
 def parse_merges(text: str) -> list[Merge]:

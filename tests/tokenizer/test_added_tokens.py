@@ -52,7 +52,8 @@ def test_token_finder_follows_flags(flags, text, parts):
     ],
 )
 def test_token_finder_shares_white_space_as_tokenizers_does(flags, parts):
-    assert split("X  b", **{"X": TokenFlags(rstrip=True), " ": TokenFlags(**flags)}) == parts
+    tokens: dict[str, Any] = {"X": TokenFlags(rstrip=True), " ": TokenFlags(**flags)}
+    assert split("X  b", **tokens) == parts
 
 
 def test_token_finder_longest_token_first():
