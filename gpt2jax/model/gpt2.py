@@ -255,11 +255,10 @@ def _split_layers(blocks: Any, count: int) -> list[Any]:
 
     The gradient of a split is one concatenation; that of a slice is a whole stack, most of it zeros.
     """
-    leaves, structure = jax.tree.flatten(blocks)
+    leaves, treedef = jax.tree.flatten(blocks)
     parts = [jax.lax.split(jnp.asarray(leaf), [1] * count) for leaf in leaves]
     return [
-        jax.tree.unflatten(structure, [jnp.squeeze(part[index], 0) for part in parts])
-        for index in range(count)
+        jax.tree.unflatten(treedef, [jnp.squeeze(part[index], 0) for part in parts]) for index in range(count)
     ]
 
 
@@ -345,17 +344,11 @@ def hidden_states(
     Raises:
         ValueError: T is longer than the context, or `token_ids` has other axes.
     """
-    length = token_ids.shape[-1]
-    if token_ids.ndim != 2:
-        raise ValueError(f"token_ids must be [B, T], got shape {token_ids.shape}")
-    if length > config.n_positions:
-        raise ValueError(
-            f"token_ids must be at most {config.n_positions} long (the context), got {length} tokens"
-        )
+    _check_ids(token_ids, config)
     if positions is None:
         positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
     # made here and not in the layers, where XLA would keep it for every head of every row
-    mask = block_mask(0, length, segment_ids)
+    mask = block_mask(0, token_ids.shape[1], segment_ids)
     if attention_mask is not None:
         mask = mask & attention_mask.astype(bool)[:, None, None, :]
     ctx = ForwardContext(
@@ -371,6 +364,14 @@ def hidden_states(
     module = nnx.merge(graphdef(config, unrolled=0 in params["h"]), params)
     tokens = token_ids if token_embeddings is None else token_embeddings
     return module(tokens, positions, ctx, adapters=adapters, key=dropout_key)
+
+
+def _check_ids(token_ids: Any, config: GPT2Config) -> None:
+    if token_ids.ndim != 2:
+        raise ValueError(f"token_ids must be [B, T], got shape {token_ids.shape}")
+    if token_ids.shape[1] > config.n_positions:
+        legal = f"at most {config.n_positions} long (the context)"
+        raise ValueError(f"token_ids must be {legal}, got {token_ids.shape[1]} tokens")
 
 
 def _default_positions(shape, attention_mask, segment_ids) -> Int[Array, "B T"]:

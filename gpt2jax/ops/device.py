@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.utils.validation import check_names, validated
+from gpt2jax.utils.validation import check_names, must_be, validated
 
 # the share of an accelerator's memory that logits and their gradient may take at once; less does not make the loss
 # slower before a chunk has fewer than some thousand rows
@@ -78,6 +78,24 @@ def _memory_bytes(device: Any) -> int | None:
     except Exception:  # a described device has no memory to ask; which exception that is differs by platform
         return None
     return stats.get("bytes_limit")
+
+
+def find_backend_problem() -> str | None:
+    """Return why jax has no device to compute on; None if it has one."""
+    try:
+        jax.local_devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # jax 0.10 fails an assertion if the only plugin finds no device
+        # its own hint is to unset JAX_PLATFORMS, which ours says too
+        reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0]
+        named = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        if not named:
+            return f"jax finds no device: {reason or 'it does not say why'}"
+        problem = must_be("JAX_PLATFORMS", "empty, or name devices that jax finds here", named)
+        return f"{problem}; {reason}" if reason else problem
+    return None
 
 
 @validated
@@ -168,11 +186,16 @@ class Execution:
         return dataclasses.replace(choices, **overrides)
 
     def describe(self) -> str:
-        """Return the choices in one line."""
+        """Return the choices in one line.
+
+        A CPU's line names layers only if they are written out: training decides it by the size of its batches there
+        (`train.unrolled.should_unroll`).
+        """
         products = (
             "TF32 products" if self.allows_tf32 else "16-bit results" if self.has_narrow_results else ""
         )
-        layers = "layers written out" if self.has_unrolled_layers else "layers in a loop"
+        on_accelerator = "" if self.platform == "cpu" else "layers in a loop"
+        layers = "layers written out" if self.has_unrolled_layers else on_accelerator
         attention = {"cudnn": "cuDNN attention"}.get(self.attention, f"{self.attention} attention")
         attention += " (Pallas with dropout or segments)" if self.masked_attention == "pallas" else ""
         logits = f"at most {self.logits_bytes / 1e6:,.0f} MB of logits"

@@ -67,10 +67,15 @@ DEFINITIONS = (
 def title(comparison: Comparison) -> str:
     """Return the result in one sentence."""
     if len(comparison.models) > 1:
-        return conclusion(best_model(comparison))
+        return conclusion(best_model(comparison)) + on_texts(comparison)
     model = comparison.baseline
     loss, perplexity = number(model.evaluation.loss, 3), number(model.evaluation.perplexity, 1)
-    return f"{model.name}: {loss} nats per token, perplexity {perplexity}"
+    return f"{model.name}{on_texts(comparison)}: {loss} nats per token, perplexity {perplexity}"
+
+
+def on_texts(comparison: Comparison) -> str:
+    """Return " on" and the name of the texts, if they have one."""
+    return f" on {comparison.texts_name}" if comparison.texts_name else ""
 
 
 def best_model(comparison: Comparison) -> ModelResult:
@@ -120,7 +125,7 @@ def summary(comparison: Comparison, model: ModelResult) -> str:
 def scoring_sentence(comparison: Comparison) -> str:
     """Say which tokens were scored, and how."""
     evaluation = comparison.baseline.evaluation
-    sentence = f"Scored: {evaluation.description}."
+    sentence = f"Scored{on_texts(comparison)}: {evaluation.description}."
     if count := evaluation.num_truncated:
         sentence += (
             f" Truncated: {count:,} of {evaluation.documents:,} texts; their final end-of-text token is artificial "
@@ -197,13 +202,14 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     from rich.text import Text
 
     console = console or Console()
-    console.print(Text(printable(title(comparison)), style="bold"))
-    for model in comparison.models[1:]:
-        console.print(Text(printable(f"{model.name}: {summary(comparison, model)}")))
-    console.print(Text(printable(scoring_sentence(comparison))))
-    tables = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.differences else [])
-    for table in map(transpose, tables):
-        print_table(table, console)
+    for part in comparison.parts:
+        console.print(Text(printable(title(part)), style="bold"))
+        for model in part.models[1:]:
+            console.print(Text(printable(f"{model.name}{on_texts(part)}: {summary(part, model)}")))
+        console.print(Text(printable(scoring_sentence(part))))
+        tables = [figures_table(part)] + ([paired_table(part)] if part.differences else [])
+        for table in map(transpose, tables):
+            print_table(table, console)
 
 
 def print_table(table: Table, console: Console) -> None:
