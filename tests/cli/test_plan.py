@@ -11,6 +11,7 @@ from gpt2jax.ops.device import Device
 from gpt2jax.plan import devices, program
 
 
+@pytest.mark.slow
 def test_plan_prints_the_estimate(capsys):
     main(["--model", "gpt2", "--batch-size", "8", "--device", "a100", "--devices", "1", "--no-compile"])
     text = capsys.readouterr().out
@@ -26,6 +27,7 @@ def test_plan_prints_the_estimate(capsys):
     assert "compiled  " not in text
 
 
+@pytest.mark.slow
 def test_plan_takes_the_options_of_adapters_and_their_devices(capsys):
     main(
         ["--model", "gpt2-mini", "--device", "v5e", "--devices", "2", "--lora.rank", "4", "--batch-size", "2"]

@@ -213,6 +213,7 @@ def test_the_whole_context(model):
     assert output.token_ids == naive(model, [5], max_new_tokens=63, do_sample=False, stop=())[0]
 
 
+@pytest.mark.slow
 def test_a_row_of_sixteen_is_its_single_run(model):
     rng = np.random.default_rng(8)
     prompts = [rng.integers(0, 300, length).tolist() for length in rng.integers(1, 40, 16)]

@@ -46,6 +46,7 @@ def test_generator_prepares_its_weights_and_its_drafts_once(prepared):
         generator.generate("a", CONFIG)
 
 
+@pytest.mark.slow
 def test_generator_frees_its_weights_when_closed():
     model = random_model(0)
     generator = Generator(model)

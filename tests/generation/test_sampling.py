@@ -172,6 +172,7 @@ def test_frequencies(window, settings):
     assert stats.chisquare(counts[seen], want[seen] * rows).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_frequencies_across_blocks():
     """A vocabulary of many blocks: both stages of the draw together give each token its share."""
     logits = normal_logits(1, scale=2.0, seed=6, vocab=3000)

@@ -92,6 +92,7 @@ def test_attention_of_a_masked_row_is_finite():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("drops", [False, True])
 def test_blockwise_attention_with_dropout_and_segments(segments, drops):

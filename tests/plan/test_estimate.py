@@ -48,6 +48,7 @@ def test_estimate_memory_counts_a_reduced_base_in_its_dtype():
     assert sizes["float32"].residuals == sizes["bfloat16"].residuals == sizes["int8"].residuals
 
 
+@pytest.mark.slow
 def test_estimate_memory_divides_parameters_moments_and_rows_among_devices():
     train = FinetuneConfig(batch_size=64, sequence_length=1024, compute_dtype="bfloat16", remat="full")
     program = make_program(dataclasses.replace(PRESETS["gpt2"], attn_pdrop=0.0), train, TPU)

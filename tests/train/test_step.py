@@ -93,6 +93,7 @@ def test_train_step_learns(plain_step):
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_train_step_accumulates_parts_of_unequal_token_counts(plain_step):
     whole, expected = plain_step(fresh_state(), None, batch())
     step, state = build(gradient_accumulation_steps=4)
