@@ -210,12 +210,7 @@ def test_several_paths_and_patterns(tmp_path):
     assert load_texts(["in/c", tmp_path / "in" / "a" / "a.jsonl"], "all") == ["c", "a"]
     for name in ("train/a.txt", "test/b.txt"):
         write(tmp_path / "splits" / name, name)
-    for pattern in ("splits/*/*.txt", "./spl*/*", str(tmp_path / "splits" / "**" / "*.txt")):
-        assert load_texts(pattern, "test") == ["test/b.txt"]
-    assert load_texts("splits/test/*.txt", "all") == ["test/b.txt"]
-    for name in ("train/a.txt", "test/b.txt"):
-        write(tmp_path / "splits" / name, name)
-    for pattern in ("splits/*/*.txt", "./spl*/*", str(tmp_path / "splits" / "**" / "*.txt")):
+    for pattern in ("splits/*/*.txt", "./spl*/*", "splits/t?st/*", str(tmp_path / "splits" / "**" / "*.txt")):
         assert load_texts(pattern, "test") == ["test/b.txt"]
     assert load_texts("splits/test/*.txt", "all") == ["test/b.txt"]
     with pytest.raises(FileNotFoundError, match=r"no file that fits the pattern in/\*.csv"):
