@@ -34,6 +34,7 @@ from gpt2jax.evaluation.texts import CHUNK_SIZE, tokenize_chunk
 from gpt2jax.evaluation.windows import plan_rolling_windows, plan_windows, truncate_documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import add_text, params_fingerprint
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.notices import enumerate_names, notice
 from gpt2jax.utils.progress import evaluation_progress
 from gpt2jax.utils.validation import (
@@ -49,6 +50,7 @@ from gpt2jax.utils.validation import (
 _ARGUMENTS = ("devices", "per_token", "state", "resume", "progress")
 
 
+@default_switches()
 def evaluate(
     model: LanguageModel,
     texts: Iterable[Any],

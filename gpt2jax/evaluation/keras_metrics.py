@@ -33,6 +33,7 @@ from gpt2jax.evaluation.windows import (
     window_row,
 )
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.validation import check_model, check_texts
 
 
@@ -56,6 +57,7 @@ class KerasMetrics:
         return self.correct / self.positions
 
 
+@default_switches()
 def keras_metrics(
     model: LanguageModel,
     texts: Iterable[Any],

@@ -30,18 +30,22 @@ COLOURS = {
     "--better": "#14958a",
     "--worse": "#cc7a1f",
     "--series-0": "#757d8a",
-    "--series-1": "#14958a",
-    "--series-2": "#cc7a1f",
+    "--series-1": "#4a80e8",
+    "--series-2": "#d94f8c",
     "--series-3": "#8b5cf6",
-    "--series-4": "#d94f8c",
-    "--series-5": "#4a80e8",
+    "--series-4": "#6b8e23",
+    "--series-5": "#a0714a",
 }
 Text = tuple[str, str, str]  # a label, a prompt, its continuation
 
 
 def comparison_html(comparison: Comparison) -> str:
     """Render figures, differences, the plot of the losses, and the generated texts folded up."""
-    tables = [figures_table(comparison), *([paired_table(comparison)] if comparison.differences else [])]
+    tables = [
+        make(part)
+        for part in comparison.parts
+        for make in ((figures_table, paired_table) if part.differences else (figures_table,))
+    ]
     texts = [
         (f"{model['model']}: {prompt_text(model['prompt'])}", _prompt(model["prompt"]), model["text"])
         for group in prompt_groups(comparison)

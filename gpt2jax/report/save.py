@@ -12,7 +12,7 @@ from typing import Any
 from gpt2jax.comparison.excerpts import END_MARK
 from gpt2jax.comparison.result import Comparison
 from gpt2jax.report import summary, tables
-from gpt2jax.report.plots import NUM_COLOURS, comparison_plots, training_plots
+from gpt2jax.report.plots import NUM_COLOURS, Plot, comparison_plots, training_plots
 from gpt2jax.report.tables import Table
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.home_folder import abbreviate_home
@@ -22,7 +22,11 @@ DEEPEST = 2.0  # nats: the difference from which a token has the deepest colour
 
 
 def save_report(
-    comparison: Comparison, folder: str | pathlib.Path, *, tables: Sequence[Table] = ()
+    comparison: Comparison,
+    folder: str | pathlib.Path,
+    *,
+    tables: Sequence[Table] = (),
+    plots: Sequence[Plot] = (),
 ) -> pathlib.Path:
     """Write `report.html`, `report.md` and `comparison.json` into a folder; all are rendered before one is written.
 
@@ -32,6 +36,7 @@ def save_report(
         comparison: the result of `compare`.
         folder: where to write.
         tables: of a study, for the first section of the report.
+        plots: of a study, for the same section.
 
     Returns:
         The folder.
@@ -39,7 +44,7 @@ def save_report(
     folder = check_path("folder", folder)
     comparison = hide_home(comparison)
     files = {
-        "report.html": render_html(comparison, tables),
+        "report.html": render_html(comparison, tables, plots),
         "report.md": render_markdown(comparison, tables),
         "comparison.json": comparison.as_json(),
     }
@@ -57,10 +62,13 @@ def hide_home(comparison: Comparison) -> Comparison:
         models=[dataclasses.replace(model, info=abbreviate_home(model.info)) for model in comparison.models],
         data=abbreviate_home(comparison.data),
         command=abbreviate_home(comparison.command),
+        by_texts={abbreviate_home(name): hide_home(part) for name, part in comparison.by_texts.items()},
     )
 
 
-def render_html(comparison: Comparison, study_tables: Sequence[Table] = ()) -> str:
+def render_html(
+    comparison: Comparison, study_tables: Sequence[Table] = (), study_plots: Sequence[Plot] = ()
+) -> str:
     """Return the report as one page: no script, no network, style and pictures inside."""
 
     style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
@@ -71,6 +79,7 @@ def render_html(comparison: Comparison, study_tables: Sequence[Table] = ()) -> s
         finalize=replace_control_characters,
         autoescape=True,
         style=style,
+        study_plots=study_plots,
     )
 
 
@@ -142,7 +151,8 @@ def _render(
 def _sections(comparison: Comparison, has_training: bool) -> dict[str, str]:
     """Return headings by id, of the sections that have content."""
     others = [model.versus_baseline for model in comparison.models if model.versus_baseline]
-    sections = {"figures": "Figures", "plots": f"Where the {'difference' if others else 'loss'} lies"}
+    on = summary.on_texts(comparison)  # plots and documents are those of the first texts
+    sections = {"figures": "Figures", "plots": f"Where the {'difference' if others else 'loss'} lies{on}"}
     if has_training:
         sections["training"] = "Training"
     if comparison.overlap is not None:
@@ -151,7 +161,7 @@ def _sections(comparison: Comparison, has_training: bool) -> dict[str, str]:
         sections["texts"] = "Generated text"
     for index, (model, versus) in enumerate(zip(comparison.models[1:], others, strict=True)):
         if versus.excerpts and (versus.excerpts.improved or versus.excerpts.regressed):
-            sections[f"documents-{index}"] = f"Documents with the largest difference: {model.name}"
+            sections[f"documents-{index}"] = f"Documents with the largest difference{on}: {model.name}"
     return sections | {"repeat": "To repeat it", "meaning": "What the figures mean"}
 
 

@@ -6,8 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from gpt2jax.comparison.paired import CONFIDENCE, loss_standard_error
+import numpy as np
+
+from gpt2jax.comparison.paired import CONFIDENCE, loss_standard_error, ratio_standard_error
 from gpt2jax.comparison.result import Comparison, ModelResult
+from gpt2jax.evaluation.accumulators import DocumentSums
 from gpt2jax.evaluation.result import Evaluation
 
 MINUS = "\N{MINUS SIGN}"
@@ -41,12 +44,12 @@ def transpose(table: Table) -> Table:
 
 
 def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """Format a number with fixed digits and thousands separators; a dash for None and nan."""
+    """Format a number with fixed digits and thousands separators, from 1e9 on with a power; a dash for None and nan."""
     if value is None or math.isnan(value):
         return EMPTY
     if math.isinf(value):
         return "∞" if value > 0 else MINUS + "∞"
-    text = f"{abs(value):,.{digits}f}"
+    text = f"{abs(value):,.{digits}f}" if abs(value) < 1e9 else f"{abs(value):.3g}"
     sign = MINUS if value < 0 else "+" if signed else ""
     return text if float(text.replace(",", "")) == 0 else sign + text
 
@@ -64,7 +67,20 @@ def with_error(value: float | None, error: float | None, digits: int = 4, *, sig
     return text if error is None or not math.isfinite(error) else f"{text} ± {number(error, digits)}"
 
 
+def percent_with_error(fraction: float | None, error: float | None, *, signed: bool = False) -> str:
+    """Format a fraction and its standard error as percentages."""
+    text = percent(fraction, 2, signed=signed)
+    if error is None or not math.isfinite(error):
+        return text
+    return f"{number(None if fraction is None else 100 * fraction, 2, signed=signed)} ± {percent(error, 2)}"
+
+
 # ---- tables ----
+
+
+def _named(comparison: Comparison) -> str:
+    """Return the name of the texts in brackets, if they have one."""
+    return f" ({comparison.texts_name})" if comparison.texts_name else ""
 
 
 def figures_table(comparison: Comparison) -> Table:
@@ -73,7 +89,7 @@ def figures_table(comparison: Comparison) -> Table:
         {"Model": model.name} | _figures(model.evaluation, model.loss_standard_error)
         for model in comparison.models
     ]
-    caption = "Figures on the held-out texts, ± standard error over documents"
+    caption = f"Figures on the held-out texts{_named(comparison)}, ± standard error over documents"
     return Table(caption, tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
@@ -86,19 +102,28 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def _figures(result: Evaluation, error: float | None) -> dict[str, str]:
     """Format the figures of an evaluation by their names."""
+    sums = result.per_document
     keras = {"Keras loss": number(result.keras_loss), "Keras accuracy": number(result.keras_accuracy)}
     return {
         "Loss, nats per token": with_error(result.loss, error),
         "Perplexity": number(result.perplexity, 2),
         "Word perplexity": number(result.word_perplexity, 1),
-        "Accuracy": percent(result.accuracy, 2),
-        "Top-5 accuracy": percent(result.accuracy_top5, 2),
-        "Bits per byte": number(result.bits_per_byte),
-        "Bits per character": number(result.bits_per_character),
+        "Accuracy": percent_with_error(result.accuracy, ratio_standard_error(sums.correct, sums.tokens)),
+        "Top-5 accuracy": percent_with_error(
+            result.accuracy_top5, ratio_standard_error(sums.correct_top5, sums.tokens)
+        ),
+        "Bits per byte": with_error(result.bits_per_byte, _bits_error(sums, sums.bytes)),
+        "Bits per character": with_error(result.bits_per_character, _bits_error(sums, sums.characters)),
         "Calibration error": percent(result.calibration_error, 2),
         **({} if result.keras is None else keras),
         "Tokens": f"{result.tokens:,}",
     }
+
+
+def _bits_error(sums: DocumentSums, sizes: np.ndarray) -> float | None:
+    """Return the standard error, over documents, of the bits per byte or character."""
+    error = ratio_standard_error(sums.text_loss, sizes) if sizes.any() else None
+    return None if error is None else error / math.log(2)
 
 
 def paired_table(comparison: Comparison) -> Table:
@@ -110,8 +135,7 @@ def paired_table(comparison: Comparison) -> Table:
         accuracy = EMPTY
         if difference.accuracy_difference is not None:
             error = difference.accuracy_standard_error
-            accuracy = percent(difference.accuracy_difference, 2, signed=True)
-            accuracy += "" if error is None else f" ± {number(100 * error, 2)} %"
+            accuracy = percent_with_error(difference.accuracy_difference, error, signed=True)
         rows.append(
             (
                 f"{name} {MINUS} {difference.baseline}",
@@ -122,7 +146,8 @@ def paired_table(comparison: Comparison) -> Table:
             )
         )
     columns = ("Pair", "Loss difference", f"{percent(CONFIDENCE, 0)} interval", "Accuracy difference", "Wins")
-    caption = "Paired difference over the same documents; a negative loss difference is an improvement"
+    over = f"over the same documents{_named(comparison)}"
+    caption = f"Paired difference {over}; a negative loss difference is an improvement"
     return Table(caption, columns, rows)
 
 
@@ -186,18 +211,22 @@ def overlap_table(comparison: Comparison) -> Table:
             found += f"; most similar: training text {entry['training_document']}, "
             found += f"resemblance {number(entry['resemblance'], 2)}"
         rows.append((f"document {entry['document']}", found))
-    return Table("Held-out texts that are also in the training texts", ("What", "How much"), rows, False)
+    caption = f"Held-out texts{_named(comparison)} that are also in the training texts"
+    return Table(caption, ("What", "How much"), rows, False)
 
 
 def settings_table(comparison: Comparison) -> Table:
     """Make the table of everything that is needed to repeat the comparison."""
     settings = dataclasses.asdict(comparison.baseline.evaluation.config) | comparison.settings
+    training = settings.pop("training", {})
+    settings |= {f"training: {name}": value for name, value in training.items()}
     rows = [(name, str(value)) for name, value in settings.items() if value is not None]
-    data = comparison.data
-    of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
-    rows += [("texts", f"{data['documents']:,}{of}, SHA-256 {data['sha256']}")]
-    names = {"source": "texts from", "split": "split", "revision": "revision"}
-    rows += [(label, str(data[name])) for name, label in names.items() if data.get(name) is not None]
+    for part in comparison.parts:
+        data, label = part.data, f"texts{_named(part)}"
+        of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
+        rows += [(label, f"{data['documents']:,}{of}, SHA-256 {data['sha256']}")]
+        names = {"source": f"{label} from", "split": "split", "revision": "revision"}
+        rows += [(label, str(data[name])) for name, label in names.items() if data.get(name) is not None]
     for model in comparison.models:
         info, source = model.info, f"{model.info['source']}, " if model.info["source"] else ""
         about = f"{source}{info['parameters']:,} parameters, SHA-256 {info['fingerprint']}"
@@ -217,6 +246,8 @@ def timing_table(comparison: Comparison) -> Table:
         if later:
             first = f"{number(model.first_call_seconds, 2)} s"
             spread = f"{number(min(later), 2)} to {number(max(later), 2)} s"
-        rows.append((model.name, f"{number(model.evaluation.seconds, 1)} s", first, spread))
+        # the time of its evaluation on each list of texts
+        evaluations = (number(part[model.name].evaluation.seconds, 1) for part in comparison.parts)
+        rows.append((model.name, f"{' + '.join(evaluations)} s", first, spread))
     caption = "Time on this machine; evaluation and first generation include compilation"
     return Table(caption, ("Model", "Evaluation", "First generation", "Later generations"), rows)

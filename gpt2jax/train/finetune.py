@@ -28,9 +28,33 @@ from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.stopping import Interrupted
 from gpt2jax.train.trackers import check_trackers
 from gpt2jax.train.trainer import Run, RunPlan, Trainer, plan_run
-from gpt2jax.utils.validation import check, check_model, check_texts, instance_of, optional, override_fields
+from gpt2jax.utils.jax_switches import default_switches
+from gpt2jax.utils.notices import notice
+from gpt2jax.utils.validation import (
+    check,
+    check_model,
+    check_names,
+    check_texts,
+    field_names,
+    instance_of,
+    optional,
+    override_fields,
+)
+
+# the arguments of `finetune` that are not settings: a wrong name may be meant as one of them
+_ARGUMENTS = (
+    "train_texts",
+    "config",
+    "validation_texts",
+    "output",
+    "resume",
+    "overwrite",
+    "source",
+    "progress",
+)
 
 
+@default_switches()
 def finetune(
     model: LanguageModel,
     train_texts: Iterable[Any],
@@ -42,6 +66,7 @@ def finetune(
     overwrite: bool = False,
     source: Mapping[str, Any] | None = None,
     progress: bool = True,
+    **overrides: Any,
 ) -> Run:
     """Fine-tune a model on texts.
 
@@ -54,16 +79,18 @@ def finetune(
         output: run folder for metrics, checkpoints and the result; None writes nothing. A `RunFolder` says itself
             whether to resume or to overwrite.
         resume: go on from the newest checkpoint in `output` (from the start if it has none). On the same number of
-            devices the run ends with the same parameters, bit for bit, as one that was never stopped.
+            devices the run ends with the same parameters, bit for bit, as one that was never stopped. `steps` and
+            `epochs` may differ if the steps that are done have the same learning rates in a run of the new length.
         overwrite: start anew in a folder that holds another run, which is deleted.
         source: where the texts come from, for `run.json`.
         progress: show a progress bar (a line per logged step if standard error is not a terminal); of several
             processes the first one does.
+        **overrides: fields of `FinetuneConfig`, such as `epochs=3`; they win over `config`.
 
     Raises:
         ValueError: impossible settings, no trainable text, a resumed run with other settings or texts, or both `resume`
             and `overwrite`.
-        TypeError: the texts are one string, or not a list.
+        TypeError: the texts are one string, or not a list; or an unknown setting.
         FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given, or a run goes on in
             it now.
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
@@ -72,10 +99,11 @@ def finetune(
         KeyboardInterrupt: Ctrl-C or SIGTERM, when the step is done and a checkpoint written; says how to go on. Without
             `output` its attribute `run` is the `Run` so far.
     """
+    check_names("setting", overrides, [*field_names(FinetuneConfig), *_ARGUMENTS])
     _check_arguments(model, train_texts, validation_texts, source)
-    config = override_fields("config", FinetuneConfig, config, {})
+    config = override_fields("config", FinetuneConfig, config, overrides)
     config = resolve_learning_rate(config, model.num_parameters())
-    model = model.merge_adapter()
+    model = _merge_adapters(model, config)
     _check_config(config, model, output, has_validation=validation_texts is not None)
     progress = progress and jax.process_index() == 0
     documents, validation = _tokenize(model, config, train_texts, validation_texts, progress=progress)
@@ -86,7 +114,8 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.lock())
-            folder.begin(model, config, documents, source)
+            count_steps = functools.partial(_count_steps, model, documents=documents)
+            folder.begin(model, config, documents, source, count_steps=count_steps)
             barrier("the run folder")
         trainer = Trainer(model, config, plan, validation, folder, show_progress=progress)
         _train(trainer, folder)
@@ -124,6 +153,19 @@ def _train(trainer: Trainer, folder: RunFolder | None) -> None:
         if folder is None and not trainer.state["step"].is_deleted():
             interrupt.run = trainer.finish()
         raise
+
+
+def _merge_adapters(model: LanguageModel, config: FinetuneConfig) -> LanguageModel:
+    """Return the model that a run begins with; say what becomes of the adapters that it has."""
+    if model.adapters is None:
+        return model
+    trained = "all parameters" if config.lora is None else "new adapters"
+    notice(f"the model's adapters are merged into its weights first; this run trains {trained}")
+    return model.merge_adapter()
+
+
+def _count_steps(model: LanguageModel, config: FinetuneConfig, documents: Documents) -> int:
+    return plan_run(model, config, documents).steps
 
 
 def _tokenize(

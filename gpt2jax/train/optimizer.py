@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -41,6 +42,12 @@ def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
     # the first step already learns: it counts as one of the warm-up's steps
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
     return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def have_equal_rates(config: FinetuneConfig, lengths: tuple[int, int], steps: int) -> bool:
+    """Return whether runs of two lengths have the same learning rates in their first `steps` steps."""
+    first, second = (jax.vmap(make_schedule(config, length))(jnp.arange(steps)) for length in lengths)
+    return np.array_equal(first, second)
 
 
 def _decay_schedule(config: FinetuneConfig, peak: float, length: int, steps: int) -> optax.Schedule:

@@ -40,6 +40,7 @@ from gpt2jax.weights.peft_embeddings import (
     embedding_tensors,
     is_embedding,
     replace_embeddings,
+    saved_modules,
     token_rows,
 )
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
@@ -145,9 +146,18 @@ def read_embeddings(
     """
     file, settings, tensors = _open_folder(Path(folder))
     tensors = {name: tensor for name, tensor in tensors.items() if is_embedding(name)}
-    if not tensors:
-        return config, params, {}
-    return replace_embeddings(config, params, tensors, token_rows(settings, Path(folder) / CONFIG_FILE), file)
+    rows = token_rows(settings, Path(folder) / CONFIG_FILE)
+    named = {*saved_modules(settings), *(name for name, ids in rows.items() if ids)}
+    if config.tie_word_embeddings and rows.get("wte") and rows.get("wte") == rows.get("lm_head"):
+        named -= {"lm_head"}  # saved once
+    found: Embeddings = {}
+    if tensors:
+        config, params, found = replace_embeddings(config, params, tensors, rows, file)
+    if lost := named - found.keys():
+        raise ValueError(
+            f"{file} has no tensor of {' and '.join(sorted(lost))}, which {CONFIG_FILE} says are trained"
+        )
+    return config, params, found
 
 
 def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], dict[str, LazyTensor]]:

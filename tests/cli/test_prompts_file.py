@@ -25,6 +25,10 @@ def prompts_of(options: Options) -> list[str]:
         ("h.ndjson", '{"prompt":"a\x85b"}', ["a\x85b"]),
         ("p.txt", "\ufefffirst\r\n\nsec\x0cond\u2028\r third \n\n", ["first", "sec\x0cond\u2028", " third "]),
         ("empty.txt", "", []),
+        ("a.json", '[{"prompt":"a"},\n {"prompt":"b","n":1}]', ["a", "b"]),
+        ("lines.json", '{"prompt":"a"}\n{"prompt":"b"}\n', ["a", "b"]),
+        ("out.txt", '\n{"prompt":"a","text":"b"}\n{"prompt":"c"}\n', ["a", "c"]),
+        ("code.txt", '{"a": 1}\n[1]\n', ['{"a": 1}', "[1]"]),
     ],
 )
 def test_read_rows(tmp_path, name, content, prompts):
@@ -57,6 +61,25 @@ def test_read_rows_names_file_and_line(tmp_path, line, message):
         prompts_of(Options(file=tmp_path / "p.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "prompt,n\na,1\n", r"p.csv: a file of prompts must have one prompt a line, .*got \.csv"),
+        ("p.json", '[{"prompt":"a"},{"text":"b"}]', r'p.json, entry 2: expected JSON with a field "prompt"'),
+        ("p.json", '[{"prompt":"a"},', r"p.json is not JSON"),
+    ],
+)
+def test_read_prompts_refuses_other_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prompts_of(Options(file=tmp_path / name))
+
+
+def test_generated_lines_are_json_without_nan():
+    line = _json_line({"prompt": "a", "logprobs": [float("nan"), -1.5, float("-inf")]})
+    assert json.loads(line, parse_constant=pytest.fail) == {"prompt": "a", "logprobs": [None, -1.5, None]}
+
+
 def test_generate_of_a_bad_prompts_file_is_one_line(tmp_path, capsys):
     path = tmp_path / "i.jsonl"
     path.write_text('{"prompt":{}}\n')
@@ -77,7 +100,7 @@ def test_generate_splits_standard_input_at_line_ends_alone(capsys, monkeypatch):
 
 def test_read_rows_nested_too_deeply(tmp_path):
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match='p.jsonl, line 1: expected JSON with a field "prompt"'):
+    with pytest.raises(ValueError, match="p.jsonl is not JSON that can be read: it is nested too deeply"):
         prompts_of(Options(file=tmp_path / "p.jsonl"))
 
 

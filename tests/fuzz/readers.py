@@ -33,6 +33,7 @@ from gpt2jax.evaluation.resume import State, read_state, write_state
 from gpt2jax.generation.file_settings import find_file_settings
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
+from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.weights import tf_checkpoint
 from gpt2jax.weights.hf import save_hf
@@ -204,7 +205,7 @@ def _read_run(folder: Path) -> None:
     run = RunFolder(folder, resume=True)
     run.read_metrics(up_to=3)
     with contextlib.suppress(ValueError):  # most runs differ from this one
-        run._check_same({"finetune": {}, "data": {}})
+        run._check_same({"finetune": {}, "data": {}}, FinetuneConfig(), lambda config: config.steps)
     gpt2jax.load(folder)
 
 
