@@ -253,7 +253,9 @@ def _compare(
 ) -> None:
     """Compare the model with the trained one, save the report and print it."""
     from gpt2jax.comparison.compare import compare
+    from gpt2jax.comparison.provenance import describe_training
     from gpt2jax.report.summary import print_comparison
+    from gpt2jax.train.optimizer import resolve_learning_rate
 
     length = options.train.sequence_length or min(model.config.n_positions, 1024)
     before, after = stage_names(options.model)
@@ -271,6 +273,8 @@ def _compare(
         source=options.source.origin(str(options.eval_split)),
         progress=not console.quiet,
     )
+    training = describe_training(resolve_learning_rate(finetune_config(options), model.num_parameters()))
+    comparison = dataclasses.replace(comparison, settings=comparison.settings | {"training": training})
     if not console.quiet:  # of several processes all compute it, so that none waits for another one
         comparison.save(result.output)
     print_comparison(comparison, console)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from gpt2jax.cli.common import check_folder, command_line, print_line, run_command
+from gpt2jax.cli.compare import named_models
 from gpt2jax.cli.finetune import AdapterOptions, TrainOptions, imply_lora
 from gpt2jax.cli.options import DataOptions, GenerationOptions, TextOptions
 from gpt2jax.train.config import FinetuneConfig
@@ -37,20 +39,21 @@ class StudyTextOptions(GenerationOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Repeat the whole study: evaluate a model on validation and test, fine-tune it in stages, evaluate and generate
+    """Repeat the whole study: evaluate models on validation and test, fine-tune them in stages, evaluate and generate
     after each, and write one report beside the study's published figures.
 
     Without options: gpt2-mini on the documentation of the installed numerical packages. The second example is the study
-    itself, on a GPU.
+    itself, on a GPU, and beside it a larger model and adapters: the report shows what each gains and costs.
 
     $ gpt2jax study --limit 300 --out runs/study
-    $ gpt2jax study --model gpt2 --data pubmed --compute-dtype float16 --out runs/pubmed
+    $ gpt2jax study --model gpt2 gpt2-medium --methods full lora --data pubmed --compute-dtype float16
 
     All documents of the splits train, validation and test are used. The texts are at most 200 tokens long, prompt
     included, if --max-new-tokens and --max-length say nothing else.
 
     Attributes:
-        model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
+        model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path; or several, each MODEL or
+            NAME=MODEL, which are loaded one after the other.
         source: of the texts; --limit holds for each split.
         text: how texts become tokens.
         stages: equal parts of the training texts; each is trained on from the last one's weights.
@@ -60,13 +63,15 @@ class Options:
         packing: "padded" trains on the first tokens of each text, as the study did; "concat" and "packed" on all.
         train: settings of each stage. The default length is 128, or the model's context if that is less; evaluation
             and training have the same length and dtype.
+        methods: what is trained, for each model: full (all parameters), lora (adapters), or both. Default: full, or
+            lora with --lora.
         lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
         lora_settings: settings of the adapters.
         prompts: prompts for the generated texts. Default: the eight of the study's kind.
         generation: settings of the generated texts.
     """
 
-    model: str = "gpt2-mini"
+    model: tuple[str, ...] = ("gpt2-mini",)
     source: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
     text: Annotated[TextOptions, tyro.conf.arg(name="")] = TextOptions()
     stages: int = 2
@@ -75,6 +80,7 @@ class Options:
     overwrite: bool = False
     packing: Literal["concat", "packed", "padded"] = "padded"
     train: Annotated[StageOptions, tyro.conf.arg(name="")] = StageOptions()
+    methods: tuple[Literal["full", "lora"], ...] = ()
     lora: bool = False
     lora_settings: Annotated[AdapterOptions, tyro.conf.arg(name="lora")] = AdapterOptions()
     prompts: tuple[str, ...] | None = None
@@ -92,7 +98,8 @@ def run(options: Options) -> None:
 
     from gpt2jax.report.summary import print_table
     from gpt2jax.report.tables import transpose
-    from gpt2jax.studies.study import SPLITS, STUDY_FILE, study
+    from gpt2jax.studies.folder import STUDY_FILE
+    from gpt2jax.studies.study import SPLITS, study
     from gpt2jax.studies.tables import study_tables
 
     config = study_config(options)
@@ -103,8 +110,12 @@ def run(options: Options) -> None:
             f"--out {output} holds a study; --resume it, --overwrite it, or choose another folder"
         )
     console = Console()
-    model = options.text.load(options.model)
-    print_line(console, "model", repr(model))
+    model = _models(options)
+    if isinstance(model, dict):
+        names = ", ".join(f"{name} ({source})" for name, source in zip(model, options.model, strict=True))
+        print_line(console, "models", f"{names}; one after the other")
+    else:
+        print_line(console, "model", repr(model))
     source = options.source.pinned()
     texts = {split: source.texts(split, limit=source.limit) for split in SPLITS}
     counts = ", ".join(f"{len(found):,} of split {split}" for split, found in texts.items())
@@ -119,11 +130,22 @@ def run(options: Options) -> None:
         source={"source": source.source, "revision": source.data_revision},
         command=command_line("study"),
     )
-    for table in study_tables(found.results):
+    for table in study_tables(found.results, found.gains):
         # one column a model where that is narrower, as `compare` prints it
         is_wide = table.columns[0] == "Model" and len(table.rows) < len(table.columns)
         print_table(transpose(table) if is_wide else table, console)
     print_line(console, "wrote", f"{output}: report.html, report.md, comparison.json, study.json")
+
+
+def _models(options: Options) -> Any:
+    """Return what `study` takes: a model, or functions that load several by their names."""
+    if not options.model:
+        raise ValueError(must_be("--model", "at least one name or path", options.model))
+    names = {"": options.model[0]} if len(options.model) == 1 else named_models(options.model)
+    options.text.check(*names.values())
+    if len(names) == 1:
+        return options.text.load(options.model[0])
+    return {name: functools.partial(options.text.load, model) for name, model in names.items()}
 
 
 def study_config(options: Options) -> StudyConfig:
@@ -138,16 +160,19 @@ def study_config(options: Options) -> StudyConfig:
         **{
             **vars(options.train),
             "packing": options.packing,
-            "lora": options.lora_settings.config() if options.lora else None,
+            "lora": options.lora_settings.config() if options.lora or "lora" in options.methods else None,
             "token_cache": None if cache is None else str(cache),
         }
     )
     prompts = StudyConfig.prompts if options.prompts is None else options.prompts
-    return StudyConfig(options.stages, training, generation=options.generation, prompts=prompts)
+    return StudyConfig(
+        options.stages, training, options.methods, generation=options.generation, prompts=prompts
+    )
 
 
 def default_output(options: Options) -> pathlib.Path:
-    """Return runs/study-MODEL-DATA, from the last parts of the two names."""
-    names = (options.model, options.source.data)
+    """Return runs/study-MODEL-DATA, from the names of models that have one, and the last parts of the others."""
+    models = (name if equals else model for name, equals, model in (m.rpartition("=") for m in options.model))
+    names = (*models, options.source.data)
     parts = [pathlib.PurePath(name).name.split(".")[0] or "model" for name in names]
     return pathlib.Path("runs") / "-".join(["study", *parts])

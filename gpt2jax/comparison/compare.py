@@ -115,7 +115,7 @@ def compare(
     # generation comes first: it is short, and finds a prompt that does not fit
     written = generate_texts(models, prompts, generation, seed)
     shared: Any = {
-        "settings": {"seed": seed, "resamples": resamples, **_describe_generation(generation)},
+        "settings": {"seed": seed, "resamples": resamples, **describe_generation(generation)},
         "versions": versions(),
         "history": None if history is None else [dict(entry) for entry in history],
         "command": command,
@@ -218,7 +218,7 @@ def _versus_baseline(
     return VersusBaseline(difference, breakdown, make_excerpts(first, second, model.tokenizer))
 
 
-def _describe_generation(config: GenerationConfig) -> dict[str, Any]:
+def describe_generation(config: GenerationConfig) -> dict[str, Any]:
     """Return the settings that sampling always has, and those that differ from their defaults, as plain values."""
     settings = {}
     for field in dataclasses.fields(config):
@@ -249,13 +249,7 @@ def _same_tokens(models: Sequence[LanguageModel], windows: str) -> bool:
     Raises:
         ValueError: they differ, and the texts are to be truncated.
     """
-
-    def identity(model: LanguageModel) -> tuple[Any, int]:
-        if model.tokenizer is None:
-            return model.config.vocab_size, model.end_token_id
-        return model.tokenizer.fingerprint, model.end_token_id
-
-    same = len({identity(model) for model in models}) == 1
+    same = len({token_identity(model) for model in models}) == 1
     if not same and windows == "truncate":
         legal = "'non_overlapping', 'sliding' or 'rolling' for models with different tokenizers"
         raise ValueError(
@@ -264,6 +258,13 @@ def _same_tokens(models: Sequence[LanguageModel], windows: str) -> bool:
             "while the first tokens of different tokenizers cover different parts of a text"
         )
     return same
+
+
+def token_identity(model: LanguageModel) -> tuple[Any, int]:
+    """Return what is equal for models with the same token ids."""
+    if model.tokenizer is None:
+        return model.config.vocab_size, model.end_token_id
+    return model.tokenizer.fingerprint, model.end_token_id
 
 
 def _resolve_evaluation(

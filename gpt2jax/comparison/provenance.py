@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.utils.fingerprint import params_fingerprint
 
 
@@ -24,6 +26,13 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
         "adapter_rank": model.lora.rank if model.lora and model.adapters is not None else None,
         "fingerprint": params_fingerprint((model.params, model.adapters)),
     }
+
+
+def describe_training(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the settings that the result of a training follows from."""
+    settings = dataclasses.asdict(config)
+    del settings["token_cache"]
+    return settings
 
 
 def versions() -> dict[str, str]:

@@ -30,11 +30,11 @@ COLOURS = {
     "--better": "#14958a",
     "--worse": "#cc7a1f",
     "--series-0": "#757d8a",
-    "--series-1": "#14958a",
-    "--series-2": "#cc7a1f",
+    "--series-1": "#4a80e8",
+    "--series-2": "#d94f8c",
     "--series-3": "#8b5cf6",
-    "--series-4": "#d94f8c",
-    "--series-5": "#4a80e8",
+    "--series-4": "#6b8e23",
+    "--series-5": "#a0714a",
 }
 Text = tuple[str, str, str]  # a label, a prompt, its continuation
 

@@ -7,19 +7,24 @@ paper. Text stays text. The same data gives the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import itertools
 import math
 import re
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpt2jax.comparison.paired import PER_TOKEN
 from gpt2jax.comparison.result import Comparison, ModelResult
 from gpt2jax.report.tables import number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_COLOURS = 6  # of models, in the style sheet
 # placeholders that no plot uses otherwise, and the CSS variables that they become
@@ -28,7 +33,7 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", BETTER: "--better"
 _VARIABLES |= {f"#0a0b{index:02x}": f"--series-{index}" for index in range(NUM_COLOURS)}
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)), (0, (8, 2)))
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": INK,
@@ -72,7 +77,7 @@ def comparison_plots(comparison: Comparison) -> list[Plot]:
     import matplotlib
 
     others = [(model, model.versus_baseline) for model in comparison.models if model.versus_baseline]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return [
             loss_by_model(comparison),
             *(
@@ -90,7 +95,7 @@ def training_plots(history: Sequence[dict[str, Any]]) -> list[Plot]:
     """Draw loss, learning rate, gradient norm, loss scale and speed over the steps of a training."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return [plot for plot in (_training_loss(history), _training_metrics(history)) if plot is not None]
 
 
@@ -99,20 +104,8 @@ def training_plots(history: Sequence[dict[str, Any]]) -> list[Plot]:
 
 def loss_by_model(comparison: Comparison) -> Plot:
     """Draw the loss of each model with its 95 % interval."""
-    names = [short_name(model.name) for model in comparison.models]
-    figure, axes = new_figure(height=1.3 + 0.42 * len(names))
-    for index, model in enumerate(comparison.models):
-        loss, error = model.evaluation.loss, model.loss_standard_error
-        reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
-        style = {"capsize": 4, "markersize": 7, "elinewidth": 1.8, "color": series_colour(index)}
-        axes.errorbar(loss, index, xerr=reach, fmt=MARKERS[index % len(MARKERS)], **style)
-        axes.annotate(number(loss, 3), (loss, index), (0, 9), textcoords="offset points", ha="center")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.45, -0.75)
-    axes.margins(x=0.18)
-    axes.xaxis.set_major_locator(_locator(5))
-    axes.set_xlabel("loss, nats per token (95 % interval)")
-    axes.grid(axis="x")
+    figure, axes = new_figure(height=losses_height(comparison))
+    draw_losses(axes, comparison, series_colour)
     losses = ", ".join(f"{model.name} {number(model.evaluation.loss, 3)}" for model in comparison.models)
     return Plot("Loss by model", f"Nats per token: {losses}.", to_svg(figure, "loss-by-model"))
 
@@ -237,10 +230,12 @@ def _training_loss(history: Sequence[dict[str, Any]]) -> Plot | None:
     if not curves:
         return None
     figure, axes = new_figure()
-    styles = {"training": {"linewidth": 1.4}, "validation": {"marker": "o", "markersize": 4.5}}
+    styles = {  # not in the colours of models
+        "training": {"color": MUTED, "linewidth": 1.4},
+        "validation": {"color": INK, "marker": "o", "markersize": 4.5},
+    }
     for label, values in curves.items():
-        colour = series_colour(list(styles).index(label))
-        axes.plot(*zip(*values, strict=True), color=colour, label=label, **styles[label])
+        axes.plot(*zip(*values, strict=True), label=label, **styles[label])
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.grid()
@@ -262,7 +257,7 @@ def _training_metrics(history: Sequence[dict[str, Any]]) -> Plot | None:
         return None
     figure, stacked = new_figure(height=1.0 + 1.1 * len(panels), rows=len(panels))
     for axes, (label, values) in zip(stacked, panels.items(), strict=True):
-        axes.plot(*zip(*values, strict=True), color=series_colour(0), linewidth=1.4)
+        axes.plot(*zip(*values, strict=True), color=INK, linewidth=1.4)
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid()
@@ -280,7 +275,63 @@ def _column(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float, f
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
+# ---- figures of matplotlib ----
+
+
+def losses_figure(comparison: Comparison) -> Figure:
+    """Draw the loss of each model with its 95 % interval, a panel for each list of texts, in the style of the user."""
+    parts = comparison.parts
+    figure, rows = new_figure(height=len(parts) * losses_height(comparison), rows=len(parts))
+    for axes, part in zip(rows if len(parts) > 1 else [rows], parts, strict=True):
+        draw_losses(axes, part, "C{}".format)
+        axes.set_title(part.texts_name, fontsize="medium")
+    return _shown(figure)
+
+
+def training_figure(history: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the loss over the steps of a training, in the style of the user."""
+    figure, axes = new_figure()
+    for label, name, style in (("training", "loss", ".-"), ("validation", "validation_loss", "o-")):
+        if values := _column(history, name):
+            axes.plot(*zip(*values, strict=True), style, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    return _shown(figure)
+
+
+def _shown(figure: Figure) -> Figure:
+    """Return a figure that a notebook shows, which it does once it has seen pyplot."""
+    if "IPython" in sys.modules:
+        importlib.import_module("matplotlib.pyplot")
+    return figure
+
+
 # ---- drawing ----
+
+
+def losses_height(comparison: Comparison) -> float:
+    """Return the height of a plot of the losses, in inches."""
+    return 1.3 + 0.42 * len(comparison.models)
+
+
+def draw_losses(axes: Any, comparison: Comparison, colour_of: Callable[[int], str]) -> None:
+    """Draw the loss of each model with its 95 % interval."""
+    for index, model in enumerate(comparison.models):
+        loss, error = model.evaluation.loss, model.loss_standard_error
+        reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
+        style = {"capsize": 4, "markersize": 7, "elinewidth": 1.8, "color": colour_of(index)}
+        axes.errorbar(loss, index, xerr=reach, fmt=MARKERS[index % len(MARKERS)], **style)
+        axes.annotate(number(loss, 3), (loss, index), (0, 9), textcoords="offset points", ha="center")
+    names = [short_name(model.name) for model in comparison.models]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.75)
+    axes.margins(x=0.18)
+    axes.xaxis.set_major_locator(_locator(5))
+    axes.set_xlabel("loss, nats per token (95 % interval)")
+    axes.grid(axis="x")
 
 
 def series_colour(index: int) -> str:
@@ -289,9 +340,11 @@ def series_colour(index: int) -> str:
 
 
 def short_name(name: str, limit: int = 22) -> str:
-    """Return a name that fits on one line of a plot."""
-    name = " ".join(name.split())
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+    """Return a name that fits on one line of a plot: names of stages differ at their ends."""
+    # XML has no control characters
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(name.split()))
+    half = limit // 2
+    return name if len(name) <= limit else f"{name[: limit - half]}…{name[len(name) - half + 1 :]}"
 
 
 def _draw_series(axes: Any, index: int, name: str, x: Any, y: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from gpt2jax.comparison.excerpts import END_MARK
 from gpt2jax.comparison.result import Comparison
 from gpt2jax.report import summary, tables
-from gpt2jax.report.plots import NUM_COLOURS, comparison_plots, training_plots
+from gpt2jax.report.plots import NUM_COLOURS, Plot, comparison_plots, training_plots
 from gpt2jax.report.tables import Table
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.home_folder import abbreviate_home
@@ -22,7 +22,11 @@ DEEPEST = 2.0  # nats: the difference from which a token has the deepest colour
 
 
 def save_report(
-    comparison: Comparison, folder: str | pathlib.Path, *, tables: Sequence[Table] = ()
+    comparison: Comparison,
+    folder: str | pathlib.Path,
+    *,
+    tables: Sequence[Table] = (),
+    plots: Sequence[Plot] = (),
 ) -> pathlib.Path:
     """Write `report.html`, `report.md` and `comparison.json` into a folder; all are rendered before one is written.
 
@@ -32,6 +36,7 @@ def save_report(
         comparison: the result of `compare`.
         folder: where to write.
         tables: of a study, for the first section of the report.
+        plots: of a study, for the same section.
 
     Returns:
         The folder.
@@ -39,7 +44,7 @@ def save_report(
     folder = check_path("folder", folder)
     comparison = hide_home(comparison)
     files = {
-        "report.html": render_html(comparison, tables),
+        "report.html": render_html(comparison, tables, plots),
         "report.md": render_markdown(comparison, tables),
         "comparison.json": comparison.as_json(),
     }
@@ -61,7 +66,9 @@ def hide_home(comparison: Comparison) -> Comparison:
     )
 
 
-def render_html(comparison: Comparison, study_tables: Sequence[Table] = ()) -> str:
+def render_html(
+    comparison: Comparison, study_tables: Sequence[Table] = (), study_plots: Sequence[Plot] = ()
+) -> str:
     """Return the report as one page: no script, no network, style and pictures inside."""
 
     style = resources.files("gpt2jax").joinpath("assets/report.css").read_text(encoding="utf-8")
@@ -72,6 +79,7 @@ def render_html(comparison: Comparison, study_tables: Sequence[Table] = ()) -> s
         finalize=replace_control_characters,
         autoescape=True,
         style=style,
+        study_plots=study_plots,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpt2jax.comparison.excerpts import Excerpt
@@ -76,6 +77,46 @@ def title(comparison: Comparison) -> str:
 def on_texts(comparison: Comparison) -> str:
     """Return " on" and the name of the texts, if they have one."""
     return f" on {comparison.texts_name}" if comparison.texts_name else ""
+
+
+def facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Say in a few words which models, texts, documents and steps a report is of, each with its label."""
+    found = [("Models", "; ".join(_describe_model(model) for model in comparison.models))]
+    found += [(f"Texts{on_texts(part)[3:]}", _describe_texts(part.data)) for part in comparison.parts]
+    training, words = comparison.settings.get("training", {}), []
+    if comparison.overlap is not None:
+        words += [f"{comparison.overlap['training_documents']:,} documents"]
+    if comparison.history:
+        words += [f"{comparison.history[-1]['step']:,} steps"]
+    if training:
+        words += [f"{stages:,} stages"] if (stages := training.get("stages", 1)) > 1 else []
+        words += [f"{training['epochs']:g} epochs"] if training["steps"] is None else []
+        words += [f"{training['batch_size']:,} rows a step"]
+        length = training["sequence_length"]
+        words += [f"rows of {length:,} tokens"] if length else []
+        words += [training["optimizer"], training["compute_dtype"]]
+    return found + ([("Training", ", ".join(words))] if words else [])
+
+
+def _describe_texts(data: Mapping[str, Any]) -> str:
+    """Return the source of texts, their split and how many they are."""
+    about = []
+    if data.get("source") is not None:
+        sources = data["source"] if isinstance(data["source"], list | tuple) else [data["source"]]
+        about += [", ".join(map(str, sources))]
+    about += [f"split {data['split']}"] if data.get("split") else []
+    of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
+    return ", ".join([*about, f"{data['documents']:,}{of} documents"])
+
+
+def _describe_model(model: ModelResult) -> str:
+    """Return a model's name with its source, if that has another name, and its size."""
+    info = model.info
+    source = pathlib.PurePath(info["source"] or "").name
+    words = [source] if source not in ("", model.name) else []
+    words += [f"{info['parameters']:,} parameters"]
+    words += [f"adapters of rank {info['adapter_rank']}"] if info["adapter_rank"] else []
+    return f"{model.name} ({', '.join(words)})"
 
 
 def best_model(comparison: Comparison) -> ModelResult:

@@ -6,8 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from gpt2jax.comparison.paired import CONFIDENCE, loss_standard_error
+import numpy as np
+
+from gpt2jax.comparison.paired import CONFIDENCE, loss_standard_error, ratio_standard_error
 from gpt2jax.comparison.result import Comparison, ModelResult
+from gpt2jax.evaluation.accumulators import DocumentSums
 from gpt2jax.evaluation.result import Evaluation
 
 MINUS = "\N{MINUS SIGN}"
@@ -41,12 +44,12 @@ def transpose(table: Table) -> Table:
 
 
 def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """Format a number with fixed digits and thousands separators; a dash for None and nan."""
+    """Format a number with fixed digits and thousands separators, from 1e9 on with a power; a dash for None and nan."""
     if value is None or math.isnan(value):
         return EMPTY
     if math.isinf(value):
         return "∞" if value > 0 else MINUS + "∞"
-    text = f"{abs(value):,.{digits}f}"
+    text = f"{abs(value):,.{digits}f}" if abs(value) < 1e9 else f"{abs(value):.3g}"
     sign = MINUS if value < 0 else "+" if signed else ""
     return text if float(text.replace(",", "")) == 0 else sign + text
 
@@ -62,6 +65,14 @@ def with_error(value: float | None, error: float | None, digits: int = 4, *, sig
     """Format a number with its standard error."""
     text = number(value, digits, signed=signed)
     return text if error is None or not math.isfinite(error) else f"{text} ± {number(error, digits)}"
+
+
+def percent_with_error(fraction: float | None, error: float | None, *, signed: bool = False) -> str:
+    """Format a fraction and its standard error as percentages."""
+    text = percent(fraction, 2, signed=signed)
+    if error is None or not math.isfinite(error):
+        return text
+    return f"{number(None if fraction is None else 100 * fraction, 2, signed=signed)} ± {percent(error, 2)}"
 
 
 # ---- tables ----
@@ -91,19 +102,28 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def _figures(result: Evaluation, error: float | None) -> dict[str, str]:
     """Format the figures of an evaluation by their names."""
+    sums = result.per_document
     keras = {"Keras loss": number(result.keras_loss), "Keras accuracy": number(result.keras_accuracy)}
     return {
         "Loss, nats per token": with_error(result.loss, error),
         "Perplexity": number(result.perplexity, 2),
         "Word perplexity": number(result.word_perplexity, 1),
-        "Accuracy": percent(result.accuracy, 2),
-        "Top-5 accuracy": percent(result.accuracy_top5, 2),
-        "Bits per byte": number(result.bits_per_byte),
-        "Bits per character": number(result.bits_per_character),
+        "Accuracy": percent_with_error(result.accuracy, ratio_standard_error(sums.correct, sums.tokens)),
+        "Top-5 accuracy": percent_with_error(
+            result.accuracy_top5, ratio_standard_error(sums.correct_top5, sums.tokens)
+        ),
+        "Bits per byte": with_error(result.bits_per_byte, _bits_error(sums, sums.bytes)),
+        "Bits per character": with_error(result.bits_per_character, _bits_error(sums, sums.characters)),
         "Calibration error": percent(result.calibration_error, 2),
         **({} if result.keras is None else keras),
         "Tokens": f"{result.tokens:,}",
     }
+
+
+def _bits_error(sums: DocumentSums, sizes: np.ndarray) -> float | None:
+    """Return the standard error, over documents, of the bits per byte or character."""
+    error = ratio_standard_error(sums.text_loss, sizes) if sizes.any() else None
+    return None if error is None else error / math.log(2)
 
 
 def paired_table(comparison: Comparison) -> Table:
@@ -115,8 +135,7 @@ def paired_table(comparison: Comparison) -> Table:
         accuracy = EMPTY
         if difference.accuracy_difference is not None:
             error = difference.accuracy_standard_error
-            accuracy = percent(difference.accuracy_difference, 2, signed=True)
-            accuracy += "" if error is None else f" ± {number(100 * error, 2)} %"
+            accuracy = percent_with_error(difference.accuracy_difference, error, signed=True)
         rows.append(
             (
                 f"{name} {MINUS} {difference.baseline}",
@@ -199,6 +218,8 @@ def overlap_table(comparison: Comparison) -> Table:
 def settings_table(comparison: Comparison) -> Table:
     """Make the table of everything that is needed to repeat the comparison."""
     settings = dataclasses.asdict(comparison.baseline.evaluation.config) | comparison.settings
+    training = settings.pop("training", {})
+    settings |= {f"training: {name}": value for name, value in training.items()}
     rows = [(name, str(value)) for name, value in settings.items() if value is not None]
     for part in comparison.parts:
         data, label = part.data, f"texts{_named(part)}"

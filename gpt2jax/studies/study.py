@@ -1,40 +1,37 @@
 """The study from beginning to end: evaluate, fine-tune in stages, evaluate each, generate, and write one report.
 
 A study folder holds `study.json` (what the results follow from, and at the end the results), one folder for each stage
-(`01-generic`, `02-stage-1`, ...; those of training are run folders) and the report. A stage is finished when its
-folder holds `figures.json`.
+(`01-generic`, `02-stage-1`, ...; those of training are run folders) and the report. The stages of several models are in
+a folder for each model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import pathlib
-import shutil
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from gpt2jax.comparison.compare import compare
-from gpt2jax.comparison.result import Comparison
-from gpt2jax.evaluation.config import EvaluationConfig
-from gpt2jax.evaluation.evaluate import evaluate
-from gpt2jax.evaluation.result import Evaluation
+from gpt2jax.comparison.compare import token_identity
 from gpt2jax.evaluation.texts import check_scorable
 from gpt2jax.generation.requests import check_prompts
 from gpt2jax.language_model import LanguageModel
-from gpt2jax.loading import load
 from gpt2jax.report.save import save_report
+from gpt2jax.studies.compared import compare_stages
 from gpt2jax.studies.config import StudyConfig
+from gpt2jax.studies.folder import (
+    STUDY_FILE,
+    begin,
+    describe_model,
+    describe_study,
+    forget_states,
+    write_json,
+)
+from gpt2jax.studies.gains import joined_histories, list_gains
+from gpt2jax.studies.plots import study_plots
+from gpt2jax.studies.stages import HELD_OUT, Stage, StageRunner
 from gpt2jax.studies.tables import study_tables
-from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.train.finetune import finetune
-from gpt2jax.utils.atomic_io import atomic_write, make_folder
-from gpt2jax.utils.fingerprint import data_fingerprint, params_fingerprint
-from gpt2jax.utils.home_folder import abbreviate_home
-from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.validation import (
     check,
     check_model,
@@ -46,24 +43,8 @@ from gpt2jax.utils.validation import (
     override_fields,
 )
 
-SCHEMA = "gpt2jax.study"
-SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
-STUDY_FILE, FIGURES_FILE = "study.json", "figures.json"
-GENERIC = "generic"
-VALIDATION_DOCUMENTS = 120  # of the validations during a training, which are repeated
-FIGURES = (
-    "keras_loss",
-    "keras_accuracy",
-    "keras_correct",
-    "keras_positions",
-    "loss",
-    "accuracy",
-    "perplexity",
-    "bits_per_byte",
-    "tokens",
-    "documents",
-)
+ModelSource = LanguageModel | Callable[[], LanguageModel]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +52,21 @@ class Study:
     """The result of a study.
 
     Attributes:
-        results: one dict a stage: name, folder, validation and test (figures of the split), training (documents, steps,
-            trained_parameters, seconds; None for the generic model), first_call_seconds and generations (prompt,
+        results: one dict a stage: name, model ("" in a study of one), method (None for a generic model), folder,
+            validation and test (figures of the split), training (documents, steps, trained_parameters, seconds,
+            planned_bytes, measured_bytes; None for a generic model), first_call_seconds and generations (prompt,
             text, seconds, tokens, finish_reason).
-        output: the folder with study.json, report.html, report.md, comparison.json and a folder for each stage.
+        gains: one dict for each model and method, see `list_gains`.
+        output: the folder with study.json, report.html, report.md, comparison.json and the folders of the stages.
     """
 
     results: list[dict[str, Any]]
+    gains: list[dict[str, Any]]
     output: pathlib.Path
 
 
 def study(
-    model: LanguageModel,
+    model: LanguageModel | Mapping[str, ModelSource],
     texts: Mapping[str, Iterable[Any]],
     config: StudyConfig | None = None,
     *,
@@ -93,13 +77,15 @@ def study(
     command: str | None = None,
     progress: bool = True,
 ) -> Study:
-    """Repeat the study with a model and texts.
+    """Repeat the study with one or more models and texts.
 
-    The model is evaluated, fine-tuned in stages, and evaluated after each of them on the validation and test texts, all
-    documents of both. Every stage continues the prompts.
+    Each model is evaluated, fine-tuned in stages, and evaluated after each of them on the validation and test texts,
+    all documents of both. Every stage continues the prompts.
 
     Args:
-        model: where to start. Adapters that it has are merged first.
+        model: where to start, or several by name: {"gpt2": ..., "gpt2-medium": ...}, whose tokens must be the same.
+            Instead of a model a name may have a function that loads it, so that memory need hold one at a time.
+            Adapters that a model has are merged first.
         texts: {"train": ..., "validation": ..., "test": ...}, each as for `finetune`.
         config: settings; default: `StudyConfig()`.
         output: folder for the results.
@@ -110,170 +96,126 @@ def study(
         progress: show progress bars.
 
     Raises:
-        ValueError: a setting is not legal, the splits are not those three, fewer training texts than stages, a
-            resumed study had other settings, texts or another model, or both `resume` and `overwrite`.
+        ValueError: a setting is not legal, the splits are not those three, fewer training texts than stages, models
+            with different tokens, a resumed study had other settings, texts or models, or both `resume` and
+            `overwrite`.
         FileExistsError: the folder holds a study, and neither `resume` nor `overwrite` is given.
         KeyboardInterrupt: see `finetune`; `resume` goes on.
     """
-    check_model("model", model)
     config = override_fields("config", StudyConfig, config, {})
     check("source", source, optional(instance_of(Mapping)))
-    model = model.merge_adapter()
+    loaders = _loaders(model)
     lists = _check_splits(texts, config.stages)
-    for split in ("validation", "test"):
-        check_scorable(model, lists[split])
-    training, evaluation = config.resolve(model.config.n_positions)
-    check_prompts(model, config.prompts, config.generation)
     folder = check_path("output", output)
-    description = abbreviate_home(_describe(model, lists, config))
-    results = _begin(folder, description, resume=resume, overwrite=overwrite)
-    if results is not None:
-        return Study(results, folder)
-    runner = _Runner(folder, model, lists, training, evaluation, dict(source or {}), progress)
-    stages = runner.run(config.stages)
-    comparison = compare(
-        {stage.name: stage.model for stage in stages},
-        lists["test"],
-        config.prompts,
-        evaluation,
-        config.generation,
-        training_texts=lists["train"],
-        seed=training.seed,
-        history=_join_histories([stage.figures["history"] for stage in stages]),
-        command=command,
-        source={**(source or {}), "split": "test"},
-        progress=progress,
+    templates, models = _check_models(loaders, lists, config)
+    description = describe_study(models, lists, config)
+    before = begin(folder, description, resume=resume, overwrite=overwrite)
+    if before is None:
+        config = config.resolve(min(each.config.n_positions for each in templates.values()))
+        runners = [
+            StageRunner(
+                name,
+                folder / _folder_name(name),
+                load,
+                templates[name],
+                lists,
+                config,
+                source=dict(source or {}),
+                plans_memory=len(loaders) * len(config.methods) > 1,
+                progress=progress,
+            )
+            for name, load in loaders.items()
+        ]
+        stages = [stage for runner in runners for stage in runner.run()]
+        before = _report(stages, lists, folder, next(iter(templates.values())), dict(source or {}), command)
+        before = {**description, **before}
+        write_json(folder / STUDY_FILE, before)
+    forget_states(folder)
+    return Study(before["results"], before["gains"], folder)
+
+
+def _report(
+    stages: Sequence[Stage],
+    texts: Mapping[str, Sequence[Any]],
+    folder: pathlib.Path,
+    template: LanguageModel,
+    source: Mapping[str, Any],
+    command: str | None,
+) -> dict[str, Any]:
+    """Compare the stages and write the report; return results and gains."""
+    results = [_result(stage, folder) for stage in stages]
+    gains = list_gains(stages)
+    histories = joined_histories(stages)
+    if len(gains) > 1:  # of each model what it began with and what came out
+        last = {gain["stage"] for gain in gains}
+        compared = [stage for stage in stages if stage.method is None or stage.name in last]
+    else:
+        compared = stages
+    comparison = compare_stages(compared, texts, folder, template, source=source, command=command)
+    if len(gains) == 1:
+        comparison = dataclasses.replace(comparison, history=next(iter(histories.values())))
+    colours = {
+        gain["name"]: index
+        for gain in gains
+        for index, stage in enumerate(compared)
+        if stage.name == gain["stage"]
+    }
+    save_report(
+        comparison,
+        folder,
+        tables=study_tables(results, gains),
+        plots=study_plots(gains, histories, colours),
     )
-    results = [_result(stage, comparison) for stage in stages]
-    save_report(comparison, folder, tables=study_tables(results))
-    _write_json(folder / STUDY_FILE, {**description, "results": results})
-    return Study(results, folder)
+    return {"results": results, "gains": gains}
 
 
-def split_in_parts(texts: Sequence[Any], count: int) -> list[Sequence[Any]]:
-    """Return `count` parts of the texts in their order, whose sizes differ by one at most."""
-    ends = [len(texts) * index // count for index in range(count + 1)]
-    return [texts[begin:end] for begin, end in itertools.pairwise(ends)]
-
-
-# ---- stages ----
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    """A finished stage; `figures` is what its figures.json says."""
-
-    name: str
-    folder: pathlib.Path
-    model: LanguageModel
-    figures: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Runner:
-    """Runs the stages that are not finished."""
-
-    folder: pathlib.Path
-    model: LanguageModel
-    texts: Mapping[str, Sequence[Any]]
-    training: FinetuneConfig
-    evaluation: EvaluationConfig
-    source: Mapping[str, Any]
-    progress: bool
-
-    def run(self, count: int) -> list[_Stage]:
-        """Return the generic model and `count` stages of training."""
-        stages = [self._finish(GENERIC, self.folder / f"01-{GENERIC}", self.model, dict)]
-        for index, part in enumerate(split_in_parts(self.texts["train"], count), start=1):
-            stages.append(self._train(index, part, stages[-1].model))
-        return stages
-
-    def _train(self, index: int, texts: Sequence[Any], model: LanguageModel) -> _Stage:
-        name, folder = f"stage {index}", self.folder / f"{index + 1:02}-stage-{index}"
-        found: dict[str, Any] = {"training": None, "history": []}
-        if not (folder / FIGURES_FILE).exists():
-            run = finetune(
-                model,
-                texts,
-                self.training,
-                validation_texts=self.texts["validation"][:VALIDATION_DOCUMENTS],
-                output=folder,
-                resume=True,
-                source={**self.source, "split": "train", "stage": index},
-                progress=self.progress,
-            )
-            last = run.history[-1]
-            found = {
-                "training": {
-                    "documents": len(texts),
-                    "steps": last["step"],
-                    "trained_parameters": _count_trained(run.model),
-                    "seconds": last.get("seconds"),
-                },
-                "history": run.history,
-            }
-        # what is compared is what the folder holds, in a run that was resumed and in one that was not
-        saved = load(folder)
-        trained = dataclasses.replace(
-            self.model, params=saved.params, adapters=saved.adapters, lora=saved.lora, source=str(folder)
-        )
-        return self._finish(name, folder, trained, lambda: found)
-
-    def _finish(
-        self, name: str, folder: pathlib.Path, model: LanguageModel, found: Callable[[], dict[str, Any]]
-    ) -> _Stage:
-        """Evaluate a model on the validation texts and write figures.json, unless that is done."""
-        file, state = folder / FIGURES_FILE, folder / "validation.npz"
-        if not file.exists():
-            make_folder(folder)
-            result = evaluate(
-                model,
-                self.texts["validation"],
-                self.evaluation,
-                state=state,
-                resume=True,
-                progress=self.progress,
-            )
-            figures = {"training": None, "history": [], **found()}
-            _write_json(file, {"name": name, "validation": _figures(result), **figures})
-            state.unlink()
-        return _Stage(name, folder, model, read_json(file, ("validation", "training", "history")))
-
-
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the figures of a study, and the seconds they took."""
-    found = evaluation.as_dict()
-    return {name: found[name] for name in FIGURES} | {"seconds": round(evaluation.seconds, 3)}
-
-
-def _count_trained(model: LanguageModel) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(model.params if model.lora is None else model.adapters))
-
-
-def _result(stage: _Stage, comparison: Comparison) -> dict[str, Any]:
-    found = comparison[stage.name]
+def _result(stage: Stage, folder: pathlib.Path) -> dict[str, Any]:
     kept = ("prompt", "text", "seconds", "tokens", "finish_reason")
+    figures = stage.figures
     return {
         "name": stage.name,
-        "folder": stage.folder.name,
-        "validation": stage.figures["validation"],
-        "test": _figures(found.evaluation),
-        "training": stage.figures["training"],
-        "first_call_seconds": found.first_call_seconds,
-        "generations": [{name: generation[name] for name in kept} for generation in found.generations],
+        "model": stage.model,
+        "method": stage.method,
+        "folder": stage.folder.relative_to(folder).as_posix(),
+        **{split: figures[split] for split in HELD_OUT},
+        "training": figures["training"],
+        "first_call_seconds": figures["first_call_seconds"],
+        "generations": [{name: generation[name] for name in kept} for generation in figures["generations"]],
     }
 
 
-def _join_histories(histories: Iterable[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
-    """Return the logs of all stages one behind the other, with steps counted through."""
-    joined: list[dict[str, float]] = []
-    for history in histories:
-        first = joined[-1]["step"] if joined else 0
-        joined += [{**entry, "step": first + entry["step"]} for entry in history]
-    return joined
+# ---- arguments ----
 
 
-# ---- the folder and the arguments ----
+def _loaders(model: Any) -> dict[str, Callable[[], LanguageModel]]:
+    """Return functions that load the models, by name; "" for a single model."""
+    if not isinstance(model, Mapping):
+        check_model("model", model)
+        merged = model.merge_adapter()
+        return {"": lambda: merged}
+    if not model:
+        raise ValueError(must_be("model", "a LanguageModel, or a dict of at least one by its name", model))
+    for name in model:
+        if not isinstance(name, str) or not _folder_name(name):
+            raise ValueError(must_be("the name of a model", "a text with letters or digits", name))
+    folders = [_folder_name(name) for name in model]
+    if len({name.casefold() for name in folders}) < len(folders):
+        raise ValueError(must_be("names of models", "different ones as names of folders", list(model)))
+    return {name: _loader(name, source) for name, source in model.items()}
+
+
+def _loader(name: str, source: Any) -> Callable[[], LanguageModel]:
+    def load() -> LanguageModel:
+        model: Any = source() if callable(source) else source
+        check_model(f"model[{name!r}]", model)
+        return model.merge_adapter()
+
+    return load
+
+
+def _folder_name(model: str) -> str:
+    """Return the name of a model's folder."""
+    return re.sub(r"[^\w.-]+", "-", model).strip(".-")
 
 
 def _check_splits(texts: Mapping[str, Iterable[Any]], stages: int) -> dict[str, list[Any]]:
@@ -288,70 +230,19 @@ def _check_splits(texts: Mapping[str, Iterable[Any]], stages: int) -> dict[str, 
     return lists
 
 
-def _describe(model: LanguageModel, texts: Mapping[str, list[Any]], config: StudyConfig) -> dict[str, Any]:
-    """Return what the results follow from."""
-    settings = dataclasses.asdict(config)
-    del settings["training"]["token_cache"]
-    return json.loads(
-        json.dumps(
-            {
-                "schema": SCHEMA,
-                "schema_version": SCHEMA_VERSION,
-                "model": {
-                    "source": model.source,
-                    "parameters": model.num_parameters(),
-                    "fingerprint": params_fingerprint(model.params),
-                },
-                "texts": {
-                    split: {"documents": len(found), "sha256": data_fingerprint(found)}
-                    for split, found in texts.items()
-                },
-                "config": settings,
-            },
-            default=repr,
-        )
-    )
-
-
-def _begin(
-    folder: pathlib.Path, description: dict[str, Any], *, resume: bool, overwrite: bool
-) -> list[dict[str, Any]] | None:
-    """Write study.json, or check that the one there agrees; return the results of a finished study."""
-    if resume and overwrite:
-        raise ValueError("resume must be False with overwrite=True, which deletes the study; got True")
-    file = folder / STUDY_FILE
-    if file.exists() and not (resume or overwrite):
-        raise FileExistsError(f"{folder} holds a study; resume it, overwrite it, or choose another folder")
-    if file.exists() and resume:
-        before = read_json(file, tuple(description))
-        for name in ("model", "texts", "config"):
-            if differences := _differences(before[name], description[name]):
-                raise ValueError(f"cannot resume {folder}: {'; '.join(differences)}; choose another folder")
-        return before.get("results")
-    if folder.exists() and any(folder.iterdir()) and not file.exists():
-        raise FileExistsError(f"{folder} is not empty and holds no study; choose another folder")
-    make_folder(folder)
-    if file.exists():  # overwrite: a kill before its end leaves a file that cannot be resumed
-        _write_json(file, {})
-        for place in folder.glob("[0-9][0-9]-*"):
-            shutil.rmtree(place)
-    _write_json(file, description)
-    return None
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Say which values of two nested dicts differ."""
-    if before == now:
-        return []
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [f"{name} was {before!r:.100}, is {now!r:.100}"]
-    found = (
-        _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-        for key in sorted(before.keys() | now.keys())
-    )
-    return list(itertools.chain.from_iterable(found))
-
-
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=2)
+def _check_models(
+    loaders: Mapping[str, Callable[[], LanguageModel]], texts: Mapping[str, list[Any]], config: StudyConfig
+) -> tuple[dict[str, LanguageModel], dict[str, dict[str, Any]]]:
+    """Load one model after the other; return each without its parameters, and what identifies it."""
+    templates, descriptions, first = {}, {}, None
+    for name, load in loaders.items():
+        model = load()
+        for split in HELD_OUT:
+            check_scorable(model, texts[split])
+        check_prompts(model, config.prompts, config.resolve(model.config.n_positions).generation)
+        first = token_identity(model) if first is None else first
+        if token_identity(model) != first:
+            raise ValueError(f"models of one study must have the same tokens, but those of {name} are others")
+        descriptions[name or "model"] = describe_model(model)
+        templates[name] = dataclasses.replace(model, params={})
+    return templates, descriptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpt2jax.report.tables import Table, number, percent
+from gpt2jax.report.tables import Table, number, percent_with_error, with_error
 
 # loss and accuracy on validation and test: GPT-2 base (124M), sequence_length=128, mixed float16, on the articles of
 # scientific_papers/pubmed, evaluated with Keras
@@ -16,17 +16,21 @@ PUBLISHED = {
 }
 
 
-def study_tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
+def study_tables(
+    results: Sequence[Mapping[str, Any]], gains: Sequence[Mapping[str, Any]] = ()
+) -> list[Table]:
     """Make all tables of a study.
 
     Args:
         results: of the stages, see `Study.results`.
+        gains: of the models and methods, see `list_gains`; they get a table if there are several.
     """
     return [
         published_table(results),
+        *([gains_table(gains)] if len(gains) > 1 else []),
         *(split_table(results, split) for split in ("validation", "test")),
         training_table(results),
-        times_table(results),
+        *([times_table(results)] if results[0]["generations"] else []),
     ]
 
 
@@ -62,8 +66,8 @@ def split_table(results: Sequence[Mapping[str, Any]], split: str) -> Table:
             number(figures["keras_loss"], 6),
             number(figures["keras_accuracy"], 6),
             f"{figures['keras_correct']:,}/{figures['keras_positions']:,}",
-            number(figures["loss"], 6),
-            percent(figures["accuracy"], 2),
+            with_error(figures["loss"], figures["loss_standard_error"]),
+            percent_with_error(figures["accuracy"], figures["accuracy_standard_error"]),
             number(figures["perplexity"], 2),
             f"{figures['tokens']:,}",
         )
@@ -80,7 +84,43 @@ def split_table(results: Sequence[Mapping[str, Any]], split: str) -> Table:
         "Perplexity",
         "Tokens",
     )
-    return Table(f"Split {split}, {results[0][split]['documents']:,} documents", columns, rows)
+    documents = f"{results[0][split]['documents']:,} documents"
+    return Table(f"Split {split}, {documents}; ± standard error over documents", columns, rows)
+
+
+def gains_table(gains: Sequence[Mapping[str, Any]]) -> Table:
+    """Make the table of what each model and method gained, and what it took."""
+    rows = [
+        (
+            gain["name"],
+            number(gain["loss"], 4),
+            with_error(gain["gain"], gain["standard_error"], signed=True),
+            f"{gain['trained_parameters']:,}",
+            number(gain["seconds"], 1),
+            _megabytes(gain["planned_bytes"]),
+            _megabytes(gain["measured_bytes"]),
+        )
+        for gain in gains
+    ]
+    columns = (
+        "Model",
+        "Test loss per token",
+        "Gain",
+        "Trained parameters",
+        "Seconds of training",
+        "Planned memory, MB",
+        "Measured memory, MB",
+    )
+    caption = (
+        "Gain (test loss of the generic model minus that of the last stage, nats per token, ± standard error of the "
+        "paired difference) against trained parameters, time and memory; memory of one device, planned by XLA for "
+        "the training step, and the device's peak if it tells one that an earlier training did not reach"
+    )
+    return Table(caption, columns, rows)
+
+
+def _megabytes(size: int | None) -> str:
+    return number(None if size is None else size / 1e6, 0)
 
 
 def training_table(results: Sequence[Mapping[str, Any]]) -> Table:

@@ -5,16 +5,19 @@ import html.parser
 import io
 import itertools
 import json
+import math
 import re
+from typing import Any
 
 import pytest
 from comparisons import NASTY, SETTINGS, TEXTS
 
 from gpt2jax.comparison.compare import compare
+from gpt2jax.comparison.paired import ratio_standard_error
 from gpt2jax.report.plots import new_figure, short_name, to_svg
 from gpt2jax.report.save import hide_home, save_report
-from gpt2jax.report.summary import print_comparison, print_table
-from gpt2jax.report.tables import Table
+from gpt2jax.report.summary import facts, print_comparison, print_table
+from gpt2jax.report.tables import Table, figures_table, settings_table
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,40 @@ def test_hide_home(comparison, tmp_path, monkeypatch):
 
 def test_short_name_is_one_line():
     assert short_name("two\nlines") == "two lines" and len(short_name("long" * 9)) == 22
+    assert short_name("a\x00b") == "a\N{REPLACEMENT CHARACTER}b"
+    assert short_name("gpt2-medium lora stage 2") != short_name("gpt2-medium lora stage 1")
+
+
+@pytest.mark.slow
+def test_report_begins_with_models_texts_and_steps_and_ends_with_settings_of_training(comparison):
+    training: dict[str, Any] = {
+        "steps": None,
+        "epochs": 3.0,
+        "batch_size": 8,
+        "sequence_length": 16,
+        "stages": 2,
+    }
+    training |= {"optimizer": "adamw", "compute_dtype": "float32", "lora": None}
+    settings = comparison.settings | {"training": training}
+    found = dict(facts(dataclasses.replace(comparison, settings=settings)))
+    assert found["Models"].startswith("generic (") and f"{len(TEXTS)} documents" in found["Texts"]
+    expected = "2 documents, 90 steps, 2 stages, 3 epochs, 8 rows a step, rows of 16 tokens, adamw, float32"
+    assert found["Training"] == expected
+    rows = {row[0]: row[1] for row in settings_table(dataclasses.replace(comparison, settings=settings)).rows}
+    assert rows["training: epochs"] == "3.0" and rows["command"] == comparison.command
+    assert "training: lora" not in rows and dict(facts(comparison))["Training"] == "2 documents, 90 steps"
+
+
+@pytest.mark.slow
+def test_figures_table_has_errors_of_means_over_documents(comparison):
+    row = dict(zip(figures_table(comparison).columns, figures_table(comparison).rows[0], strict=True))
+    sums = comparison.baseline.evaluation.per_document
+    error = ratio_standard_error(sums.correct, sums.tokens)
+    text_error = ratio_standard_error(sums.text_loss, sums.bytes)
+    assert error is not None and text_error is not None
+    assert row["Accuracy"] == f"{100 * comparison.baseline.evaluation.accuracy:.2f} ± {100 * error:.2f}\xa0%"
+    bits = text_error / math.log(2)
+    assert row["Bits per byte"] == f"{comparison.baseline.evaluation.bits_per_byte:.4f} ± {bits:.4f}"
 
 
 class Page(html.parser.HTMLParser):
