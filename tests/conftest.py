@@ -1,24 +1,25 @@
 """Settings of the whole suite: fewer compiler parts and a compilation cache, since compiling is most of its time."""
+# ruff: noqa: E402, jax reads its settings when it is imported
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 
-# XLA cuts each program into 32 parts for as many compiler threads; on few cores that only costs
-os.environ.setdefault("XLA_FLAGS", f"--xla_cpu_parallel_codegen_split_count={max(1, os.cpu_count() or 1)}")
+# XLA cuts each program into 32 parts for as many compiler threads; on few cores that only costs. Most of the suite's
+# time is compiling: without optimization a training step takes 1 s of it instead of 8, and computes the same operations
+_FLAGS = f"--xla_cpu_parallel_codegen_split_count={max(1, os.cpu_count() or 1)}"
+if not os.environ.get("GPT2JAX_TEST_OPTIMIZED"):
+    _FLAGS += " --xla_backend_optimization_level=0"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+        _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# a cache for each process: jax does not write its entries atomically
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR",
-    str(
-        pathlib.Path(__file__).parents[1]
-        / ".pytest_cache"
-        / "compiled"
-        / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    ),
-)
-os.environ.setdefault("GPT2JAX_CACHE", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "gpt2jax"))
+# one cache for all workers, which compile much the same; jax writes its entries without a lock
+_TESTS = pathlib.Path(__file__).parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_TESTS.parent / ".pytest_cache" / "compiled"))
+os.environ.setdefault("GPT2JAX_CACHE", str(_TESTS.parent / ".pytest_cache" / "gpt2jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
@@ -33,6 +34,38 @@ install_import_hook(_CHECKED, "shape_check.check_shapes")
 
 # compiled programs are mapped into memory piece by piece, and a process may have 65,530 pieces (Linux's default)
 _MAPS, _MANY = pathlib.Path("/proc/self/maps"), 40_000
+
+# the files that take longest, most of them in few tests
+_LONGEST = (
+    "train/test_stopping.py",
+    "train/test_resume.py",
+    "generation/test_generate.py",
+    "train/test_meshes.py",
+    "train/test_step.py",
+    "test_docs.py",
+    "fuzz/test_fuzz.py",
+    "study/test_study.py",
+    "study/test_study_notebook.py",
+    "benchmarks/test_gpu.py",
+    "cli/test_plan.py",
+    "weights/test_killed_save.py",
+)
+
+
+def pytest_configure(config):
+    """Keep xdist from sorting files by their number of tests: those that take longest have few."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that at the end no worker waits for another."""
+
+    def rank(item):
+        name = item.path.relative_to(_TESTS).as_posix()
+        return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True, scope="module")

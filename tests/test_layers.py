@@ -103,6 +103,7 @@ def test_modules_import_each_other_in_no_circle():
     imports["train.trainer"] -= {"report.plots"}
     for name in ("generation.outputs", "train.trainer", "evaluation.result", "comparison.result"):
         imports[name] -= {"report.notebook"}
+    imports["ops.device"] -= {"ops.flash_trial"}  # of a kernel, before it is chosen
     remaining = dict(imports)
     while free := [name for name, needed in remaining.items() if not needed & (remaining.keys() - {name})]:
         for name in free:

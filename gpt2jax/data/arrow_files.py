@@ -37,7 +37,8 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
             raise ValueError(f"{file.name} is damaged: the name of a column is not UTF-8: {error}") from None
         names = columns.choose(kinds, file.name)
         roots = [name if name in schema.names else name.split(".")[0] for name in names]
-        if twice := next((root for root in roots if schema.names.count(root) > 1), None):
+        twice = next((root for root in roots if schema.names.count(root) > 1), None)
+        if twice is not None:
             raise ValueError(f"{file.name} has two columns {twice!r}; rename one of them")
         try:
             for cells in batches(roots):
@@ -46,12 +47,7 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
                 size += len(item) if isinstance(item, str) else sum(map(len, item.values()))
                 check_stream(file.name, size, packed_size)
                 yield item
-        except (
-            pyarrow.ArrowException,
-            OSError,
-            KeyError,
-            MemoryError,
-        ) as error:  # such as the size of a part
+        except (pyarrow.ArrowException, OSError, MemoryError) as error:  # such as the size of a part
             raise ValueError(f"{file.name} is damaged: {_line(error)}") from None
 
 

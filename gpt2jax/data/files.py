@@ -290,7 +290,7 @@ def list_files(source: str, encoding: str | None = None) -> list[File]:
         _say_passed_over(source, [path for path in found if path not in known])
         if len(known) > 1 and "**" in source:  # a folder's files fit by themselves
             known = [path for path in known if not os.path.isdir(path)]
-        root = re.split(r"[^/\\]*[*?[]", os.path.expanduser(source))[0]
+        root = os.path.dirname(re.split(r"[*?[]", os.path.expanduser(source))[0])
         return [
             dataclasses.replace(file, path=_path_below(root, path, file))
             for path in known

@@ -15,10 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gpt2jax.ops.device import CPU, Execution
 from gpt2jax.ops.dropout import dropout
-from gpt2jax.ops.precision import Dtype, bitcast_from_uint16, bitcast_to_uint16, einsum, einsum_f32
-
-# finite: a row with every key masked must stay finite, and -inf makes NaN in the gradient of a softmax
-MASKED = -1e30
+from gpt2jax.ops.precision import MASKED, Dtype, bitcast_from_uint16, bitcast_to_uint16, einsum, einsum_f32
 
 
 class LayerCache(NamedTuple):

@@ -25,9 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from gpt2jax.ops.attention import MASKED
 from gpt2jax.ops.counter_dropout import MAX_LENGTH, dropout_seed, kept_scale, kept_tile
-from gpt2jax.ops.precision import Dtype
+from gpt2jax.ops.precision import MASKED, Dtype
 
 LOG2_E = math.log2(math.e)
 MAX_HEAD_DIM = 128

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.ops.attention import MASKED, block_mask
+from gpt2jax.ops.attention import block_mask
 from gpt2jax.ops.counter_dropout import dropout_mask
 from gpt2jax.ops.flash_attention import MAX_HEAD_DIM, FlashForm, flash_attention
+from gpt2jax.ops.precision import MASKED
 
 # of the norm of the output or a gradient: some units of the last place of the operands (2^-24, 2^-11, 2^-8)
 LIMITS = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}

@@ -19,6 +19,9 @@ from gpt2jax.ops.device import CPU, Device, Execution
 from gpt2jax.utils.validation import check, one_of
 
 COMPUTE_DTYPES = ("float32", "tensorfloat32", "bfloat16", "float16")
+# of scores that may not be attended to. Finite: a row with every key masked must stay finite, and -inf makes NaN in the
+# gradient of a softmax
+MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)

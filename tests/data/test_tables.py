@@ -210,12 +210,7 @@ def test_several_paths_and_patterns(tmp_path):
     assert load_texts(["in/c", tmp_path / "in" / "a" / "a.jsonl"], "all") == ["c", "a"]
     for name in ("train/a.txt", "test/b.txt"):
         write(tmp_path / "splits" / name, name)
-    for pattern in ("splits/*/*.txt", "./spl*/*", str(tmp_path / "splits" / "**" / "*.txt")):
-        assert load_texts(pattern, "test") == ["test/b.txt"]
-    assert load_texts("splits/test/*.txt", "all") == ["test/b.txt"]
-    for name in ("train/a.txt", "test/b.txt"):
-        write(tmp_path / "splits" / name, name)
-    for pattern in ("splits/*/*.txt", "./spl*/*", str(tmp_path / "splits" / "**" / "*.txt")):
+    for pattern in ("splits/*/*.txt", "./spl*/*", "splits/t?st/*", str(tmp_path / "splits" / "**" / "*.txt")):
         assert load_texts(pattern, "test") == ["test/b.txt"]
     assert load_texts("splits/test/*.txt", "all") == ["test/b.txt"]
     with pytest.raises(FileNotFoundError, match=r"no file that fits the pattern in/\*.csv"):
@@ -386,9 +381,10 @@ def test_zip_archive_with_a_damaged_list(tmp_path):
         load_texts(str(file), "all")
 
 
-def test_arrow_items_names_a_file_with_two_columns_of_one_name(tmp_path):
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+@pytest.mark.parametrize("name", ["text", ""])
+def test_arrow_items_names_a_file_with_two_columns_of_one_name(tmp_path, name):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=[name, name])
     with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write_table(table)
-    with pytest.raises(ValueError, match=r"a\.arrow is damaged: .*exists 2 times"):
-        list(load_texts(tmp_path / "a.arrow"))
+    with pytest.raises(ValueError, match=f"a\\.arrow has two columns '{name}'; rename one of them"):
+        list(load_texts(tmp_path / "a.arrow", "all"))
