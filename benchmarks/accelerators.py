@@ -28,7 +28,7 @@ from gpt2jax.generation.cached_model import prepare_decoding_params, weight_dtyp
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.decoding import DecoderSpec, initial_state, make_decode_params
 from gpt2jax.generation.kv_cache import init_cache
-from gpt2jax.generation.prefill import prefill_chunk
+from gpt2jax.generation.prefill import prefill_empty
 from gpt2jax.generation.requests import PromptState
 from gpt2jax.generation.stages import make_stages
 from gpt2jax.generation.strategy import Sampling, decode
@@ -82,6 +82,7 @@ def cases_of(model: str) -> tuple[Case, ...]:
         Case("decode", model, 1, 256),
         Case("decode", model, 32, 256),
         Case("prefill", model, 1, 256),
+        Case("prefill", model, 32, 1024),
     )
 
 
@@ -256,8 +257,8 @@ def compile_decoding(case: Case, device: Accelerator) -> Any:
     spec, padding = DecoderSpec(config, precision, stages=stages), np.zeros(case.rows, np.int32)
     if case.kind == "prefill":
         ids = np.zeros((case.rows, case.length), np.int32)
-        arguments = place((params, ids, cache, np.int32(0), padding), chip)
-        return compile_for(device.backend, prefill_chunk, spec.without_sampling, *arguments)
+        arguments = place((params, ids, cache, padding), chip)
+        return compile_for(device.backend, prefill_empty, spec.without_sampling, *arguments)
     rows = [PromptState("", [0], case.length - 1)] * case.rows
     limits = [row.limit for row in rows]
     settings = make_decode_params(rows, padding, limits, 1, stop_ids=[config.eos_token_id or 0])

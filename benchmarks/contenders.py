@@ -82,18 +82,28 @@ def start(
     return running, first
 
 
-def take_turns(running: Mapping[str, Contender], rounds: int, line: str) -> dict[str, list[Answer]]:
-    """Sends each the line once a round; the answers of each. How long each took is shown on the way.
+def take_turns(
+    running: Mapping[str, Contender],
+    rounds: int,
+    lines: str | Mapping[str, str],
+    on_missing: Callable[[str, str], None] | None = None,
+) -> dict[str, list[Answer]]:
+    """Sends each the line, or its own of several, once a round; the answers of each.
 
-    A contender that answers {"missing": why} (it has not this size, or has died) is named and has no answers.
+    How long each took is shown on the way. A contender that answers {"missing": why} (it has not this size, or has
+    died) is named, by `on_missing(name, why)` if that is given, and has no answers.
     """
     answers: dict[str, list[Answer]] = {name: [] for name in running}
     for round_ in range(rounds):
         # every other round backwards, so that none always follows the same one
         for name in list(answers)[:: 1 if round_ % 2 == 0 else -1]:
+            line = lines if isinstance(lines, str) else lines[name]
             answer = running[name].ask(line)
             if "missing" in answer:
-                print(f"{name} is left out of {line!r}: {answer['missing']}", flush=True)
+                if on_missing is None:
+                    print(f"{name} is left out of {line!r}: {answer['missing']}", flush=True)
+                else:
+                    on_missing(name, answer["missing"])
                 del answers[name]
             else:
                 answers[name].append(answer)

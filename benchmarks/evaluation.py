@@ -134,14 +134,14 @@ def make_torch(options: argparse.Namespace, what: str, dtype: str, ids: np.ndarr
 
     @torch.inference_mode()
     def run() -> float:
-        loss, hits = 0.0, 0
+        loss, correct = 0.0, 0
         for first in range(0, len(inputs), options.batch_size):
             part = slice(first, first + options.batch_size)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = model(inputs[part], use_cache=False).logits.flatten(0, 1)
             own = labels[part].flatten()
             loss += torch.nn.functional.cross_entropy(logits.float(), own, reduction="sum").item()
-            hits += int((logits.argmax(-1) == own).sum())
+            correct += int((logits.argmax(-1) == own).sum())
         return loss / labels.numel()
 
     return run

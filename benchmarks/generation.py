@@ -225,7 +225,7 @@ def compare_lookup(options: argparse.Namespace, folder: str) -> None:
         )
         for case in one_answer("lookup", folder)["cases"]
     ]
-    columns = ("batch 1, tokens/s", "plain", "prompt lookup", "ratio", "guesses accepted")
+    columns = ("batch 1, tokens/s", "plain", "prompt lookup", "ratio", "drafts accepted")
     print_table(f"prompt lookup, {options.new_tokens} new tokens, {options.threads} cores", columns, rows)
 
 
@@ -262,24 +262,28 @@ def time_lookup(options: argparse.Namespace, text: str, model, prompt, settings:
     import gpt2jax
 
     settings = {"max_new_tokens": options.new_tokens, "stop_token_ids": [], **settings}
-    seconds: dict[int, list[float]] = {0: [], GUESSES: []}
+    seconds: dict[int, list[float]] = {0: [], NUM_DRAFT: []}
     outputs = {}
     for _ in range(1 + options.rounds):  # the first one compiles
-        for guesses, times in seconds.items():
+        for num_draft, times in seconds.items():
             began = time.perf_counter()
-            [outputs[guesses]] = gpt2jax.generate(model, prompt, prompt_lookup_num_tokens=guesses, **settings)
+            [outputs[num_draft]] = gpt2jax.generate(
+                model, prompt, prompt_lookup_num_tokens=num_draft, **settings
+            )
             times.append(time.perf_counter() - began)
-            assert len(outputs[guesses].token_ids) == options.new_tokens
+            assert len(outputs[num_draft].token_ids) == options.new_tokens
     if settings.get("do_sample") is False:
-        assert outputs[0].token_ids == outputs[GUESSES].token_ids, f"{text}: prompt lookup changed the tokens"
-    plain, guessed = seconds[0][1:], seconds[GUESSES][1:]
+        assert outputs[0].token_ids == outputs[NUM_DRAFT].token_ids, (
+            f"{text}: prompt lookup changed the tokens"
+        )
+    plain, drafted = seconds[0][1:], seconds[NUM_DRAFT][1:]
     return {
         "text": text,
         "plain": options.new_tokens / statistics.median(plain),
-        "lookup": options.new_tokens / statistics.median(guessed),
-        "ratio": statistics.median(a / b for a, b in zip(plain, guessed, strict=True)),
-        "accepted": outputs[GUESSES].accepted,
-        "drafted": outputs[GUESSES].drafted,
+        "lookup": options.new_tokens / statistics.median(drafted),
+        "ratio": statistics.median(a / b for a, b in zip(plain, drafted, strict=True)),
+        "accepted": outputs[NUM_DRAFT].accepted,
+        "drafted": outputs[NUM_DRAFT].drafted,
     }
 
 
@@ -307,7 +311,7 @@ def compare_startup(options: argparse.Namespace, folder: str) -> None:
     print_table(f"{options.model}, batch 1, {options.threads} cores", columns, rows)
 
 
-GUESSES = 7  # at a time: with the row before them eight rows, which a product takes nearly as fast as two
+NUM_DRAFT = 7  # at a time: with the row before them eight rows, which a product takes nearly as fast as two
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ Parts for which no time was left are named, and do not count as failed. Nothing 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import threading
@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 if importlib.util.find_spec("gpt2jax") is None:  # a checkout that is not installed
     sys.path.append(str(HERE.parent))
 
-from contenders import Answer, Contender, print_table, serve  # noqa: E402
+from contenders import Answer, Contender, median, print_table, serve, take_turns  # noqa: E402
 from gpu_contenders import CASES, MAKERS, SMOKE, Case, peak_bytes  # noqa: E402
 
 from gpt2jax.cli._launcher import set_compiler_parts  # noqa: E402
@@ -120,8 +120,8 @@ def check_line(answer: Answer) -> str:
     """One line about a check."""
     if "value" not in answer:
         return f"{answer['name']}: {answer.get('error') or 'left out: ' + answer['left out']}"
-    verdict = "right" if answer["passed"] else "WRONG"
-    return f"{answer['name']}: {answer['value']:.2g}, at most {answer['limit']:g}: {verdict}"
+    outcome = "right" if answer["passed"] else "WRONG"
+    return f"{answer['name']}: {answer['value']:.2g}, at most {answer['limit']:g}: {outcome}"
 
 
 # ---- speed ----
@@ -171,31 +171,30 @@ def run_case(
         name: Contender(*sys.argv[1:], "--worker", name, str(number), environment=ENVIRONMENT)
         for name in case.contenders
     }
-    figures: dict[str, Any] = {}
+    on_missing = functools.partial(note_missing, results, case)
+    first: dict[str, Answer] = {}
     with limit(running.values(), seconds):
         for name, child in running.items():
             answer = child.ask()
             if "missing" in answer:
-                note_missing(results, case, name, answer["missing"])
+                on_missing(name, answer["missing"])
             else:
-                figures[name] = {**answer, "seconds": [], "peak": 0}
+                first[name] = answer
+        times = {name: max(1, min(200, round(TURN_SECONDS / one["estimate"]))) for name, one in first.items()}
+        lines = {name: str(1 if options.smoke else count) for name, count in times.items()}
         rounds = 2 if options.smoke else ROUNDS
-        for round_ in range(rounds):
-            # every other round backwards, so that none always follows the same one
-            for name in list(figures)[:: 1 if round_ % 2 == 0 else -1]:
-                times = max(1, min(200, round(TURN_SECONDS / figures[name]["estimate"])))
-                answer = running[name].ask(str(1 if options.smoke else times))
-                if "missing" in answer:
-                    note_missing(results, case, name, answer["missing"])
-                    del figures[name]
-                else:
-                    figures[name]["seconds"].append(answer["seconds"])
-                    figures[name]["peak"] = answer["peak"]
+        answers = take_turns({name: running[name] for name in first}, rounds, lines, on_missing)
     for child in running.values():
         child.close()
-    for one in figures.values():
-        one["median"] = statistics.median(one["seconds"])
-    return figures
+    return {
+        name: {
+            **first[name],
+            "seconds": [row["seconds"] for row in rows],
+            "peak": rows[-1]["peak"],
+            "median": median(rows, "seconds"),
+        }
+        for name, rows in answers.items()
+    }
 
 
 def note_missing(results: dict[str, Any], case: Case, name: str, why: str) -> None:

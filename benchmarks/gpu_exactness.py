@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2jax.doctor.reference import reference_gradient, reference_logits, to_float64
 from gpt2jax.model.config import GPT2Config
 
 NO_DROPOUT: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -90,47 +91,6 @@ def error(found: Any, right: Any) -> float:
     return float(np.linalg.norm(found - right) / np.linalg.norm(right))
 
 
-def numpy_logits(params: Any, tokens: np.ndarray) -> np.ndarray:
-    """[B, T] -> [B, T, V], all in float64."""
-    T, N = tokens.shape[1], CONFIG.n_head
-
-    def norm(x, p):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
-
-    def linear(x, p, layer):
-        return x @ p["kernel"][layer] + p["bias"][layer]
-
-    x = params["wte"]["embedding"][tokens] + params["wpe"]["embedding"][:T]
-    for layer in range(CONFIG.n_layer):
-        h = params["h"]
-        ln_1, ln_2 = ({k: v[layer] for k, v in h[name].items()} for name in ("ln_1", "ln_2"))
-        qkv = linear(norm(x, ln_1), h["attn"]["c_attn"], layer)
-        q, k, v = (part.reshape(*x.shape[:2], N, -1).swapaxes(1, 2) for part in np.split(qkv, 3, -1))
-        scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) / np.sqrt(CONFIG.head_dim), -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        y = (weights / weights.sum(-1, keepdims=True)) @ v
-        x = x + linear(y.swapaxes(1, 2).reshape(x.shape), h["attn"]["c_proj"], layer)
-        m = linear(norm(x, ln_2), h["mlp"]["c_fc"], layer)
-        m = 0.5 * m * (1 + np.tanh(np.sqrt(2 / np.pi) * (m + 0.044715 * m**3)))
-        x = x + linear(m, h["mlp"]["c_proj"], layer)
-    return norm(x, params["ln_f"]) @ params["wte"]["embedding"].T
-
-
-def numpy_loss(params: Any) -> float:
-    tokens, targets = batch()
-    found = numpy_logits(params, tokens)
-    top = found.max(-1)
-    log_z = top + np.log(np.exp(found - top[..., None]).sum(-1))
-    return float((log_z - np.take_along_axis(found, targets[..., None], -1)[..., 0]).mean())
-
-
-def in_float64(params: Any) -> Any:
-    import jax
-
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-
 @functools.cache
 def gradient(dtype: str, attention: str | None = None) -> tuple[float, Any]:
     """Loss and gradient of gpt2jax on this device, as a training step computes them."""
@@ -156,7 +116,7 @@ def gradient(dtype: str, attention: str | None = None) -> tuple[float, Any]:
         return value / scale, jax.tree.map(lambda g: g / scale, gradients)
 
     value, gradients = of_loss(model().params)
-    return float(value), in_float64(gradients)
+    return float(value), to_float64(gradients)
 
 
 def loss_scale(dtype: str) -> float:
@@ -216,35 +176,19 @@ def attentions(dtype: str) -> tuple[str | None, ...]:
 
 def logits() -> Iterator[Found]:
     """Logits beside float64 NumPy."""
-    right = numpy_logits(in_float64(model().params), batch()[0])
+    right = reference_logits(model().params, CONFIG, batch()[0])
     yield "logits float32", error(model().logits(batch()[0]), right), LIMITS["float32"]
 
 
 def gradients(limits: Mapping[str, float] = LIMITS) -> Iterator[Found]:
-    """Loss beside float64 NumPy; gradients beside its slopes along random directions, in 16 bits beside float32."""
-    import jax
-
-    params, rng = in_float64(model().params), np.random.default_rng(2)
-    directions = [jax.tree.map(lambda x: rng.standard_normal(x.shape), params) for _ in range(3)]
-
-    def slope(direction):
-        # a central difference of this width is right to nine digits in float64
-        step = 1e-5
-        ahead, behind = (
-            numpy_loss(jax.tree.map(lambda x, d, s=s: x + s * d, params, direction)) for s in (step, -step)
-        )
-        return (ahead - behind) / (2 * step)
-
-    right_loss, right = numpy_loss(params), np.array([slope(d) for d in directions])
+    """Loss and gradients beside float64 NumPy; gradients in 16 bits beside float32."""
+    right_loss, right = reference_gradient(model().params, CONFIG, *batch())
     for dtype, limit in limits.items():
         for attention in attentions(dtype):
             loss, found = gradient(dtype, attention)
             name = f"{dtype}, attention {attention or 'as chosen'}"
             yield f"loss {name}", abs(loss / right_loss - 1), limit
-            if dtype == "float32":
-                off = error([flat(found) @ flat(d) for d in directions], right)
-            else:
-                off = error(flat(found), flat(gradient("float32")[1]))
+            off = error(flat(found), flat(right if dtype == "float32" else gradient("float32")[1]))
             yield f"gradient {name}", off, gradient_limit(dtype)
 
 
@@ -255,7 +199,7 @@ def torch_gradients() -> Iterator[Found]:
     from transformers import GPT2LMHeadModel
 
     settings = HFConfig(**CONFIG.to_hf(), attn_implementation="eager")
-    peer, params = GPT2LMHeadModel(settings).double().eval(), in_float64(model().params)
+    peer, params = GPT2LMHeadModel(settings).double().eval(), to_float64(model().params)
     pairs = {"transformer.wte.weight": ("wte", "embedding"), "transformer.wpe.weight": ("wpe", "embedding")}
     found = {name: params[a][b] for name, (a, b) in pairs.items()}
     found |= _torch_names(params)

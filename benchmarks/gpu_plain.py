@@ -53,8 +53,8 @@ def init(config: GPT2Config) -> Params:
 
 
 def layer_norm(x: jax.Array, p: Params) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
     scaled = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
     return (scaled * p["scale"] + p["bias"]).astype(x.dtype)
 

@@ -51,10 +51,10 @@ def precision_table(folder: pathlib.Path, words: Sequence[str]) -> None:
     for dtype in COMPUTE_DTYPES:
         options = finetune_options(["--steps", "200", "--log-every", "1", *words, "--compute-dtype", dtype])
         histories[dtype] = train(options, folder / dtype).history
-    wide = {name: column(histories["float32"], name) for name in ("loss", "validation_loss")}
+    float32 = {name: column(histories["float32"], name) for name in ("loss", "validation_loss")}
     rows = []
     for dtype, history in histories.items():
-        deviations = np.abs(column(history, "loss") / wide["loss"] - 1)
+        deviations = np.abs(column(history, "loss") / float32["loss"] - 1)
         validation = column(history, "validation_loss")
         rows.append(
             (
@@ -64,7 +64,7 @@ def precision_table(folder: pathlib.Path, words: Sequence[str]) -> None:
                 f"{validation[-1]:.4f}",
                 f"{deviations.max():.3%} in step {deviations.argmax() + 1}",
                 f"{deviations.mean():.3%}",
-                f"{np.abs(validation / wide['validation_loss'] - 1).max():.3%}",
+                f"{np.abs(validation / float32['validation_loss'] - 1).max():.3%}",
                 f"{history[-1].get('skipped', 0):.0f}",
                 "yes" if deviations.max() <= DEVIATION else "no",
             )
@@ -79,7 +79,7 @@ def precision_table(folder: pathlib.Path, words: Sequence[str]) -> None:
         "of validation",
     )
     columns += ("skipped steps", f"within {DEVIATION:.0%}")
-    print_table(f"loss of {len(wide['loss'])} steps beside float32's", columns, rows)
+    print_table(f"loss of {len(float32['loss'])} steps beside float32's", columns, rows)
 
 
 def column(history: Sequence[dict[str, float]], name: str) -> np.ndarray:
@@ -96,19 +96,19 @@ def lora_table(folder: pathlib.Path, words: Sequence[str]) -> None:
         return gpt2jax.evaluate(model, held_out, sequence_length=min(model.config.n_positions, 1024)).loss
 
     before = loss(gpt2jax.load(options.model))
-    rows, gains = [], []
+    rows, improvements = [], []
     for name, own in (("all parameters", []), ("--lora", ["--lora", *words])):
         run = train(finetune_options(own), folder / name.strip("-").replace(" ", "-"))
         after = loss(run.model)
-        gains.append(before - after)
-        fraction = gains[-1] / gains[0]
+        improvements.append(before - after)
+        fraction = improvements[-1] / improvements[0]
         rows.append(
             (
                 " ".join(own) or name,
                 f"{count_parameters(run.model.adapters or run.model.params):,}",
                 f"{before:.4f}",
                 f"{after:.4f}",
-                f"{gains[-1]:.4f}",
+                f"{improvements[-1]:.4f}",
                 f"{fraction:.1%}",
                 f"{run.history[-1]['seconds']:.0f}",
                 "yes" if fraction >= REACHED else "no",

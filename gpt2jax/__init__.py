@@ -111,7 +111,10 @@ __all__ = [
 
 def __getattr__(name: str):
     if name not in _HOMES:
-        raise AttributeError(f"module 'gpt2jax' has no attribute {name!r}")
+        from gpt2jax.utils.other_names import our_name
+
+        hint = f"; did you mean {ours!r}?" if (ours := our_name(name, _HOMES)) else ""
+        raise AttributeError(f"module 'gpt2jax' has no attribute {name!r}{hint}")
     value = getattr(importlib.import_module(f"gpt2jax.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from gpt2jax.generation.outputs import Generation
 from gpt2jax.lora.adapters import merge_adapters, unmerge_adapters
 from gpt2jax.lora.combine import concat_adapters
 from gpt2jax.lora.config import LoRAConfig
@@ -30,6 +31,7 @@ from gpt2jax.model.gpt2 import (
 from gpt2jax.ops.precision import FLOAT32
 from gpt2jax.tokenizer.bpe import END_TOKEN, Tokenizer
 from gpt2jax.tokenizer.end_tokens import find_end_token, require_end_token
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import check, check_model, check_path, is_number, must_be, one_of
 from gpt2jax.utils.validation import seed as seed_rule
@@ -87,6 +89,7 @@ class LanguageModel:
         """Return the number of parameters without adapters; a tied head counts once."""
         return count_parameters(self.params)
 
+    @default_switches()
     def logits(self, token_ids: Any, attention_mask: Any = None) -> jax.Array:
         """Return the next-token logits of every position.
 
@@ -126,6 +129,24 @@ class LanguageModel:
         scale = self.lora.scales(self.config.n_layer) if self.lora else 1.0
         return _logits(self.params, self.adapters, ids.astype(np.int32), mask, self.config, scale)
 
+    @staticmethod
+    def from_pretrained(name: str | pathlib.Path, **options: Any) -> LanguageModel:
+        """Load a model; another name of `gpt2jax.load`."""
+        from gpt2jax.loading import load
+
+        return load(name, **options)
+
+    def save_pretrained(self, path: str | pathlib.Path, **options: Any) -> None:
+        """Save the model; another name of `save`."""
+        self.save(path, **options)
+
+    def generate(self, prompts: Any, *args: Any, **options: Any) -> list[Generation]:
+        """Continue prompts; `gpt2jax.generate` explains the arguments."""
+        from gpt2jax.generation.generate import generate
+
+        return generate(self, prompts, *args, **options)
+
+    @default_switches()
     def merge_adapter(self) -> LanguageModel:
         """Return the model with its adapters merged into plain weights; itself if it has none."""
         if self.adapters is None or self.lora is None:
@@ -138,6 +159,7 @@ class LanguageModel:
             self, params=params, adapters=None, lora=None, source=None, adapter_embeddings={}
         )
 
+    @default_switches()
     def unmerge_adapter(self) -> LanguageModel:
         """Undo `merge_adapter`, up to rounding: the weights hold the adapters already, and the result has neither.
 
@@ -152,6 +174,7 @@ class LanguageModel:
         params = unmerge_adapters(self.params, self.adapters, self.lora)
         return self._without_adapters(params)
 
+    @default_switches()
     def save(self, path: str | pathlib.Path, format: str = "hf", *, dtype: str = "float32") -> None:
         """Save the model as a folder that transformers, CTranslate2 and llama.cpp's converter load as it is.
 
@@ -219,6 +242,7 @@ def _logits(params, adapters, token_ids, mask, config, lora_scale):
     return output_logits(hidden, lm_head_weight(params), FLOAT32)
 
 
+@default_switches()
 def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
     """Build a model with random parameters.
 
@@ -233,6 +257,7 @@ def from_config(config: GPT2Config, seed: int = 0, *, tokenizer: Tokenizer | Non
     return LanguageModel(config, init_params(config, seed), tokenizer)
 
 
+@default_switches()
 def combine_adapters(
     models: Sequence[LanguageModel], weights: Sequence[float] | None = None
 ) -> LanguageModel:

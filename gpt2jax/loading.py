@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from gpt2jax.generation.file_settings import notice_illegal_settings
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.model.config import PRESETS, GPT2Config
@@ -17,6 +18,7 @@ from gpt2jax.tokenizer.end_tokens import choose_end_tokens, read_token_ids
 from gpt2jax.tokenizer.files import load_tokenizer
 from gpt2jax.utils.atomic_io import recover_folder
 from gpt2jax.utils.fingerprint import params_sha256
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.validation import (
     check,
@@ -42,6 +44,7 @@ PACKAGED_MODEL = "gpt2-mini"
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
+@default_switches()
 def load(
     name: str | pathlib.Path,
     *,
@@ -110,6 +113,7 @@ def build_model(
     else:
         model = LanguageModel(config, params, saved=saved)
     model = _with_tokenizer(model, tokenizer, end_token)
+    notice_illegal_settings(model)
     files = {"config.json": saved.config, "generation_config.json": saved.generation}
     named = {name: read_token_ids(str(folder / name), content) for name, content in files.items()}
     if saved.is_derived and set(named["generation_config.json"]) == set(named["config.json"]):
@@ -262,6 +266,7 @@ def _is_on_hub(source: str, path: pathlib.Path) -> bool:
     return is_hub_id and not _exists(path) and str(first) != "runs" and not first.is_dir()
 
 
+@default_switches()
 def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageModel:
     """Return the model with the LoRA adapters of a PEFT folder, or of a *.lora.h5 file of Keras.
 
@@ -283,6 +288,7 @@ def load_adapter(model: LanguageModel, path: str | pathlib.Path) -> LanguageMode
     return dataclasses.replace(model, adapters=adapters, lora=lora)
 
 
+@default_switches()
 def save_adapter(model: LanguageModel, path: str | pathlib.Path) -> None:
     """Write the model's LoRA adapters as a PEFT folder: adapters, the tokenizer's files, and a model card.
 
@@ -330,6 +336,11 @@ def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel
         base = None if name is None else load(name).merge_adapter()
     except RecursionError:
         raise ValueError(f"{path} is a part of a model: {name} leads back to it") from None
+    except (ValueError, FileNotFoundError) as error:
+        if "leads back to it" in str(error):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{path} began with a model that can't be loaded: {error}") from None
     lora = settings.get("lora")
     if lora is not None or settings.get("freeze"):
         if base is None:

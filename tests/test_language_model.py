@@ -14,8 +14,9 @@ import pytest
 from tiny_models import CONFIG, TINY, encode, random_model, random_params
 
 import gpt2jax
+from gpt2jax.generation.generate import generate
 from gpt2jax.language_model import LanguageModel, combine_adapters, from_config
-from gpt2jax.loading import check_model_name, load_adapter, save_adapter
+from gpt2jax.loading import check_model_name, load, load_adapter, save_adapter
 from gpt2jax.lora.adapters import init_adapters
 from gpt2jax.lora.config import LoRAConfig
 
@@ -373,3 +374,12 @@ def test_adapters_name_their_base(adapted, tmp_path, source, written):
     save_adapter(dataclasses.replace(adapted, source=source), tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == written
+
+
+def test_language_model_has_the_names_of_transformers(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", dtype="float32")
+    loaded = LanguageModel.from_pretrained(tmp_path / "model", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, load(tmp_path / "model").params)
+    settings: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
+    assert model.generate([[1, 2]], **settings) == generate(model, [[1, 2]], **settings)

@@ -1,4 +1,4 @@
-"""Tiny models whose every parameter is random, and a GPT-2 in float64 NumPy to hold them against."""
+"""Tiny models whose every parameter is random."""
 
 from __future__ import annotations
 
@@ -61,38 +61,6 @@ def decode_bytes(model: LanguageModel, ids: list[int]) -> bytes:
     """The bytes of token ids."""
     assert model.tokenizer is not None
     return model.tokenizer.decode_bytes(ids)
-
-
-def numpy_logits(params, config: GPT2Config, ids: np.ndarray, key_mask: np.ndarray) -> np.ndarray:
-    """[T] ids and the mask of their keys -> [T, V] float64; positions count every slot, the mask is added, as
-    in Keras."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    length, heads, width = len(ids), config.n_head, config.head_dim
-
-    def norm(x, at):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * at["scale"] + at["bias"]
-
-    def layer(tree, index):
-        return jax.tree.map(lambda x: x[index], tree)
-
-    visible = np.tril(np.ones((length, length))) * key_mask[None, :]
-    x = p["wte"]["embedding"][ids] + p["wpe"]["embedding"][:length]
-    for index in range(config.n_layer):
-        h = layer(p["h"], index)
-        c_attn = h["attn"]["c_attn"]
-        q, k, v = np.split(norm(x, h["ln_1"]) @ c_attn["kernel"] + c_attn["bias"], 3, -1)
-        outputs = []
-        for head in range(heads):
-            part = slice(head * width, (head + 1) * width)
-            scores = q[:, part] @ k[:, part].T / np.sqrt(width) - 1e9 * (1 - visible)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            outputs.append(weights / weights.sum(-1, keepdims=True) @ v[:, part])
-        x = x + np.concatenate(outputs, -1) @ h["attn"]["c_proj"]["kernel"] + h["attn"]["c_proj"]["bias"]
-        m = norm(x, h["ln_2"]) @ h["mlp"]["c_fc"]["kernel"] + h["mlp"]["c_fc"]["bias"]
-        m = 0.5 * m * (1 + np.tanh(np.sqrt(2 / np.pi) * (m + 0.044715 * m**3)))
-        x = x + m @ h["mlp"]["c_proj"]["kernel"] + h["mlp"]["c_proj"]["bias"]
-    return norm(x, p["ln_f"]) @ p["wte"]["embedding"].T
 
 
 def numpy_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

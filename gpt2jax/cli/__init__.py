@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "compare several models on the same texts, write a report",
     "convert": "convert weights into another format, and check that they are the same",
     "plan": "memory and FLOPs of a training run on a given device, which need not be here",
+    "doctor": "check this installation: versions, devices, caches, numerics, resuming a killed run",
 }
 
 

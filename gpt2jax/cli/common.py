@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import tyro
 
 from gpt2jax.utils.notices import Notice, printable
+from gpt2jax.utils.other_names import our_name
 from gpt2jax.utils.validation import check_path, field_names
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def run_command(
         prefixes: the names of nested options have a prefix, as in --lora.rank, unless their field is named "".
     """
     for stream in (sys.stdout, sys.stderr):  # what an encoding does not have must not end a program
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        # "surrogateescape" is Python's choice for the C locale
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = functools.partial(_show_notice, name, set(), warnings.showwarning)
     try:
@@ -71,6 +73,13 @@ def run_command(
         exit_with_error(name, _name_option(str(error), options))
     except FloatingPointError as error:
         exit_with_error(name, str(error), code=1)
+    except (RuntimeError, AssertionError):
+        from gpt2jax.ops.device import find_backend_problem
+
+        problem = find_backend_problem()
+        if problem is None:
+            raise
+        exit_with_error(name, problem)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
         exit_with_error(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
 
@@ -121,6 +130,7 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
         if end.code != 2:  # --help, on standard output
             raise
         reason = _name_option(_what_is_wrong(said.getvalue()), options)
+        reason = _name_ours(reason, options)
         exit_with_error(name, f"{reason}; see gpt2jax {name} --help")
     # a shell leaves "~" as it is in --out=~/folder
     paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
@@ -156,6 +166,19 @@ def _name_option(message: str, options: type) -> str:
     if name is None or name[0] not in _settings_of(options):
         return message
     return f"--{name[0].replace('_', '-')}{message[name.end() :]}"
+
+
+def _name_ours(message: str, options: type) -> str:
+    """Return the message of unknown options with our names of those that other libraries have."""
+    if not message.startswith("Unrecognized options: "):
+        return message
+    wrong = re.findall(r"--[a-zA-Z][\w-]*", re.split(" Perhaps | Arguments ", message)[0])
+    known = _settings_of(options)
+    ours = {word: our_name(word[2:].replace("-", "_"), known) for word in wrong}
+    if not any(ours.values()):
+        return message
+    listed = (f"{word} (here --{name.replace('_', '-')})" if name else word for word, name in ours.items())
+    return f"Unrecognized options: {', '.join(listed)}"
 
 
 def _settings_of(options: type) -> set[str]:

@@ -133,6 +133,8 @@ def figures_table(title: str, figures: dict[str, Any]) -> Any:
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in figures.items():
+        if value is None and name in ("loss", "perplexity"):
+            table.add_row(name, "not finite")
         if isinstance(value, (int, float, str)) and name != "description":
             table.add_row(name, f"{value:.6f}" if isinstance(value, float) else str(value))
     return table

@@ -21,7 +21,7 @@ from gpt2jax.cli.options import (
 )
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig
-from gpt2jax.utils.validation import check, positive_int
+from gpt2jax.utils.validation import check, must_be, positive_int
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
@@ -75,7 +75,7 @@ class Options:
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path.
         out: folder for metrics, checkpoints, the model and the report. Default: runs/MODEL-DATA.
         lora: train low-rank adapters instead of all parameters. Any --lora.* option implies it.
-        resume: go on where a killed or interrupted run in that folder stopped.
+        resume: go on where a killed or interrupted run in that folder stopped, or make it longer with --steps.
         overwrite: delete the run that the folder holds.
         compare: evaluate the model before and after and write the report.
         prompts: prompts for the generated texts. Default: a set that suits the data.
@@ -84,7 +84,9 @@ class Options:
             or path, as in the Keras baseline; else "concat".
         train_split: what is trained on, with the syntax of the datasets library: train, "train[:50%]", train+test.
         validation_split: what is evaluated during the training.
-        eval_split: what the comparison is made on.
+        eval_split: what the comparison is made on. Default: test; of --eval-data what `evaluate` takes of it.
+        eval_data: data of your own for the comparison, as --data: a file, a folder, ...; the validation stays with a
+            split of --data.
         eval_documents: at most so many documents of the comparison, and of the validation. Default: for the comparison
             all, as `compare` takes (numeric-docs: 120); for the validation, which is repeated, 120.
         prompt_column: column whose texts are context only, with --completion-column.
@@ -93,7 +95,8 @@ class Options:
         cache_tokens: keep the tokenized texts for later runs, in $GPT2JAX_CACHE or the user's cache folder.
         source: of the texts.
         train: settings of the run.
-        generation: settings of the generated texts.
+        generation: settings of the generated texts, the same for both models: generation_config.json beside the
+            weights has no effect.
         lora_settings: settings of the adapters.
         text: how texts become tokens.
         distributed: processes that train together.
@@ -109,7 +112,8 @@ class Options:
     packing: Literal["concat", "packed", "padded"] | None = None
     train_split: str = "train"
     validation_split: str = "validation"
-    eval_split: str = "test"
+    eval_split: str | None = None
+    eval_data: str | None = None
     eval_documents: int | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
@@ -143,9 +147,11 @@ def run(options: Options) -> None:
     import jax
     from rich.console import Console
 
+    from gpt2jax.comparison.provenance import describe_training
     from gpt2jax.generation.requests import check_prompts
     from gpt2jax.ops.precision import Precision
     from gpt2jax.train.finetune import finetune
+    from gpt2jax.train.optimizer import resolve_learning_rate
     from gpt2jax.train.run_folder import RunFolder
     from gpt2jax.train.state import offload_params
 
@@ -163,10 +169,15 @@ def run(options: Options) -> None:
     check_folder(output)
     train_texts = _texts(options, options.train_split, limit=options.source.limit)
     validation_texts = _texts(options, options.validation_split, limit=_held_out_limits(options)[0])
+    compared = compared_options(options)
     test_texts = (
-        _texts(options, options.eval_split, limit=_held_out_limits(options)[1]) if options.compare else []
+        _texts(compared, str(compared.eval_split), limit=_held_out_limits(options)[1])
+        if options.compare
+        else []
     )
-    print_line(console, "texts", _describe_texts(options, train_texts, validation_texts, test_texts))
+    print_line(
+        console, "texts", _describe_texts(options, compared, train_texts, validation_texts, test_texts)
+    )
     model = offload_params(starting_model(options), config)
     print_line(console, "model", repr(model))
     print_line(console, "device", Precision.for_device(config.compute_dtype).execution.describe())
@@ -183,14 +194,35 @@ def run(options: Options) -> None:
     if config.lora is not None:  # its parameters, wherever they were while it trained
         model = dataclasses.replace(result.model, adapters=None, lora=None)
     if options.compare:
-        _compare(options, model, result, _plain(test_texts), _plain(train_texts), console)
+        training = describe_training(resolve_learning_rate(config, model.num_parameters()))
+        _compare(compared, training, model, result, _plain(test_texts), _plain(train_texts), console)
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "model" if config.lora is None else "adapter"
     print_line(console, "wrote", f"{output}: {files}{result_folder}, checkpoints, metrics.jsonl")
     print_line(console, "space", folder.describe_space())
 
 
-def _describe_texts(options: Options, train_texts: Any, validation_texts: Any, test_texts: Any) -> str:
+def compared_options(options: Options) -> Options:
+    """Return the options with the data and the split of the comparison.
+
+    Raises:
+        ValueError: --eval-data without a comparison.
+    """
+    if options.eval_data is None:
+        return dataclasses.replace(options, eval_split=options.eval_split or "test")
+    if not options.compare:
+        raise ValueError(must_be("--eval-data", "absent with --no-compare", options.eval_data))
+    source = dataclasses.replace(
+        options.source, data=options.eval_data, more_data=(), data_revision=None
+    ).pinned()
+    return dataclasses.replace(
+        options, source=source, eval_split=options.eval_split or source.held_out_split()
+    )
+
+
+def _describe_texts(
+    options: Options, compared: Options, train_texts: Any, validation_texts: Any, test_texts: Any
+) -> str:
     """Say how many documents of which split are used for what."""
 
     def count(texts: Any, split: str, limit: int | None) -> str:
@@ -203,7 +235,8 @@ def _describe_texts(options: Options, train_texts: Any, validation_texts: Any, t
     limits = _held_out_limits(options)
     parts += [f"{count(validation_texts, options.validation_split, limits[0])} for validation"]
     if options.compare:
-        parts += [f"{count(test_texts, options.eval_split, limits[1])} for the comparison"]
+        of = "" if options.eval_data is None else f" of {options.eval_data}"
+        parts += [f"{count(test_texts, str(compared.eval_split), limits[1])}{of} for the comparison"]
     return f"documents of {options.source.data}: {', '.join(parts)}"
 
 
@@ -219,13 +252,11 @@ def _prompts(options: Options) -> Sequence[str]:
 
 
 def _compare(
-    options: Options, model: Any, result: Any, texts: Any, training_texts: Any, console: Any
+    options: Options, training: Any, model: Any, result: Any, texts: Any, training_texts: Any, console: Any
 ) -> None:
     """Compare the model with the trained one, save the report and print it."""
     from gpt2jax.comparison.compare import compare
-    from gpt2jax.comparison.provenance import describe_training
     from gpt2jax.report.summary import print_comparison
-    from gpt2jax.train.optimizer import resolve_learning_rate
 
     length = options.train.sequence_length or min(model.config.n_positions, 1024)
     before, after = stage_names(options.model)
@@ -240,10 +271,9 @@ def _compare(
         seed=options.train.seed,
         history=result.history,
         command=command_line("finetune"),
-        source=options.source.origin(options.eval_split),
+        source=options.source.origin(str(options.eval_split)),
         progress=not console.quiet,
     )
-    training = describe_training(resolve_learning_rate(finetune_config(options), model.num_parameters()))
     comparison = dataclasses.replace(comparison, settings=comparison.settings | {"training": training})
     if not console.quiet:  # of several processes all compute it, so that none waits for another one
         comparison.save(result.output)

@@ -22,7 +22,8 @@ from gpt2jax.utils.notices import printable, terminal_text
 from gpt2jax.utils.progress import is_interactive
 from gpt2jax.utils.validation import must_be
 
-JSON_LINES = (".jsonl", ".ndjson")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+NOT_LINES = (".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Options:
 
     Attributes:
         prompts: texts to continue; "" lets the model begin a text.
-        file: a file with one prompt a line, or JSON lines (.jsonl, .ndjson) with a field "prompt", such as --out
-            writes; blank lines are skipped.
+        file: a file with one prompt a line, or of JSON (lines, or a list of objects) with a field "prompt", such as
+            --out writes; blank lines are skipped.
         model: gpt2-mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path (a run folder, too).
         text: how prompts become tokens.
         draft_model: speculative decoding: a smaller model that drafts tokens, named like --model. The continuation
@@ -116,11 +117,6 @@ def run(options: Options, given: Collection[str]) -> None:
             )
 
 
-def read_prompts(options: Options) -> list[str]:
-    """Return the prompts of the arguments and of the file."""
-    return [row["prompt"] for row in read_rows(options)]
-
-
 def read_rows(options: Options) -> list[dict[str, Any]]:
     """Return the prompts of the arguments and of the file, each with the other fields of its line of JSON."""
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in options.prompts]
@@ -134,11 +130,20 @@ def read_rows(options: Options) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
         raise ValueError(f"{options.file}, line {line}: the file must be UTF-8; save it as UTF-8") from None
-    is_json = options.file.suffix.lower() in JSON_LINES
-    for number, line in enumerate(_split_lines(content), 1):
+    suffix = options.file.suffix.lower()
+    if suffix in NOT_LINES:
+        raise ValueError(
+            f"{options.file}: a file of prompts must have one prompt a line, or JSON lines, got {suffix}"
+        )
+    lines = _split_lines(content)
+    is_json = suffix in JSON_LINES or _has_json_prompt(next(filter(str.strip, lines), ""))
+    if is_json and content.lstrip().startswith("["):
+        entries = enumerate(parse_json(content, str(options.file)), 1)
+        return rows + [_json_row(entry, f"{options.file}, entry {number}") for number, entry in entries]
+    for number, line in enumerate(lines, 1):
         if line.strip():
             place = f"{options.file}, line {number}"
-            rows.append(_json_row(line, place) if is_json else {"prompt": line})
+            rows.append(_json_row(_parse_row(line, place), place) if is_json else {"prompt": line})
     return rows
 
 
@@ -147,13 +152,27 @@ def _split_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
 
 
-def _json_row(line: str, place: str) -> dict[str, Any]:
-    """Return a line of JSON with a prompt, such as `generate --out` writes."""
+def _has_json_prompt(line: str) -> bool:
+    """Return whether a line is one that `generate --out` writes, whatever its file is called."""
     try:
-        row = parse_json(line, place)
-        prompt = row["prompt"]
-    except (ValueError, LookupError, TypeError):
+        row = parse_json(line, "") if line.startswith("{") else None
+    except ValueError:
+        return False
+    return isinstance(row, dict) and isinstance(row.get("prompt"), str)
+
+
+def _parse_row(line: str, place: str) -> Any:
+    try:
+        return parse_json(line, place)
+    except ValueError:
         raise ValueError(f'{place}: expected JSON with a field "prompt"') from None
+
+
+def _json_row(row: Any, place: str) -> dict[str, Any]:
+    """Return an object of JSON with a prompt, such as `generate --out` writes."""
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise ValueError(f'{place}: expected JSON with a field "prompt"')
+    prompt = row["prompt"]
     if not isinstance(prompt, str):
         raise ValueError(must_be(f'{place}: the field "prompt"', "a text", prompt))
     return row
@@ -193,7 +212,10 @@ def _ask_for_prompts(show: Callable[[int, str], None]) -> None:
 
 
 def _json_line(content: dict[str, Any]) -> str:
-    """Return a line of JSON: readable, unless a prompt has bytes that are not UTF-8 and need escapes."""
+    """Return a line of JSON without NaN: readable, unless a prompt has bytes that are not UTF-8 and need escapes."""
+    from gpt2jax.evaluation.result import finite_values
+
+    content = finite_values(content)
     line = json.dumps(content, ensure_ascii=False) + "\n"
     try:
         line.encode()

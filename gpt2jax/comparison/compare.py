@@ -20,6 +20,7 @@ from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.requests import Prompt, as_prompts
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import data_fingerprint
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import (
     check,
@@ -51,9 +52,10 @@ _ARGUMENTS = ("training_texts", "seed", "resamples", "history", "command", "sour
 _EVALUATION_FIELDS, _GENERATION_FIELDS = field_names(EvaluationConfig), field_names(GenerationConfig)
 
 
+@default_switches()
 def compare(
     models: Mapping[str, LanguageModel],
-    texts: Iterable[Any],
+    texts: Iterable[Any] | Mapping[str, Iterable[Any]],
     prompts: Prompt | Sequence[Prompt] | None = None,
     evaluation: EvaluationConfig | None = None,
     generation: GenerationConfig | None = None,
@@ -71,7 +73,8 @@ def compare(
 
     Args:
         models: models by name; the first is the baseline.
-        texts: held-out texts, as for `evaluate`.
+        texts: held-out texts, as for `evaluate`; or several such lists by name, as in
+            {"validation": ..., "test": ...}: the models are compared on each, and write once.
         prompts: to generate from, as for `generate`. Default: `DEFAULT_PROMPTS`, or no prompts if a model has no
             tokenizer. Prompt number i is sampled with seed + i, the same for every model, so that a prompt that
             occurs twice gives two texts.
@@ -83,13 +86,15 @@ def compare(
         resamples: of the bootstrap.
         history: `Run.history` of the fine-tuning, for the training curve of the report.
         command: the command line to repeat it, for the report.
-        source: where the texts come from, for the report: {"source": ..., "split": ..., "revision": ...}.
+        source: where the texts come from, for the report: {"source": ..., "split": ..., "revision": ...}; of several
+            lists of texts one such dict for each, by the same names.
         progress: show progress bars.
         **overrides: fields of the two, such as `sequence_length=64, temperature=0.7`; they win over `evaluation` and
             `generation`.
 
     Returns:
-        A `Comparison`. Every number in it, except times, is the same in the next run.
+        A `Comparison`. Every number in it, except times, is the same in the next run. For texts by name it is the
+        comparison on the first of them, and holds all in `by_texts`.
 
     Raises:
         ValueError: no models, a setting is not legal, nothing to score, or windows="truncate" with models whose
@@ -104,29 +109,61 @@ def compare(
     resamples = check("resamples", resamples, positive_int)
     seed = check("seed", seed, seed_rule)
     prompts = _default_prompts(models) if prompts is None else as_prompts(prompts)
-    check("source", source, optional(instance_of(Mapping)))
-    texts = _check_texts(models, texts, training_texts)
+    samples = _check_samples(models, texts, source, training_texts)
     same_tokens = _same_tokens(list(models.values()), evaluation.windows)
+    paired: Any = {"same_tokens": same_tokens, "resamples": resamples, "seed": seed}
     # generation comes first: it is short, and finds a prompt that does not fit
     written = generate_texts(models, prompts, generation, seed)
-    named = {name: dataclasses.replace(model, source=name) for name, model in models.items()}  # for notices
-    evaluations = {
-        name: evaluate(model, texts, evaluation, per_token=same_tokens, progress=progress)
-        for name, model in named.items()
+    shared: Any = {
+        "settings": {"seed": seed, "resamples": resamples, **describe_generation(generation)},
+        "versions": versions(),
+        "history": None if history is None else [dict(entry) for entry in history],
+        "command": command,
     }
-    paired: Any = {"same_tokens": same_tokens, "resamples": resamples, "seed": seed}
-    results = _model_results(models, evaluations, written, paired)
-    if (versus := results[-1].versus_baseline) and versus.difference.warning:
-        notice(versus.difference.warning)
-    return Comparison(
-        models=results,
-        overlap=None if training_texts is None else text_overlap(training_texts, texts),
-        settings={"seed": seed, "resamples": resamples, **describe_generation(generation)},
-        data={"documents": len(texts), "sha256": data_fingerprint(texts), **(source or {})},
-        versions=versions(),
-        history=None if history is None else [dict(entry) for entry in history],
-        command=command,
-    )
+    compared = {}
+    for sample in samples:
+        evaluations = sample.evaluate(models, evaluation, per_token=same_tokens, progress=progress)
+        results = _model_results(models, evaluations, written, paired)
+        compared[sample.name] = Comparison(results, sample.overlap(), data=sample.describe(), **shared)
+    first = compared[samples[0].name]
+    return dataclasses.replace(first, by_texts=compared) if isinstance(texts, Mapping) else first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Texts to compare on, and what is known of them; the name is "" if they have none."""
+
+    name: str
+    texts: list[Any]
+    source: Mapping[str, Any]
+    training_texts: Iterable[Any] | None
+
+    def evaluate(
+        self,
+        models: Mapping[str, LanguageModel],
+        config: EvaluationConfig,
+        *,
+        per_token: bool,
+        progress: bool,
+    ) -> dict[str, Evaluation]:
+        # the name of a model is its source, for notices
+        named = {name: dataclasses.replace(model, source=name) for name, model in models.items()}
+        return {
+            name: evaluate(model, self.texts, config, per_token=per_token, progress=progress)
+            for name, model in named.items()
+        }
+
+    def overlap(self) -> dict[str, Any] | None:
+        return None if self.training_texts is None else text_overlap(self.training_texts, self.texts)
+
+    def describe(self) -> dict[str, Any]:
+        name = {"name": self.name} if self.name else {}
+        return {
+            **name,
+            "documents": len(self.texts),
+            "sha256": data_fingerprint(self.texts),
+            **self.source,
+        }
 
 
 # ---- results ----
@@ -141,7 +178,7 @@ def _model_results(
     generations, first_calls = written
     repetition = repetition_by_model(generations)
     baseline = next(iter(models))
-    return [
+    results = [
         ModelResult(
             name=name,
             info=describe_model(model),
@@ -157,6 +194,9 @@ def _model_results(
         )
         for name, model in models.items()
     ]
+    if (versus := results[-1].versus_baseline) and versus.difference.warning:
+        notice(versus.difference.warning)
+    return results
 
 
 def _versus_baseline(
@@ -253,17 +293,37 @@ def _shortest_context(models: Mapping[str, LanguageModel]) -> int:
     return min(model.config.n_positions for model in models.values())
 
 
-def _check_texts(
-    models: Mapping[str, LanguageModel], texts: Iterable[Any], training_texts: Iterable[Any] | None
-) -> list[Any]:
-    """Return the texts as a list that every model can score."""
-    check_texts("texts", texts)
-    texts = list(texts)
+def _check_samples(
+    models: Mapping[str, LanguageModel], texts: Any, source: Any, training_texts: Iterable[Any] | None
+) -> list[_Sample]:
+    """Return the texts as lists that every model can score."""
+    check("source", source, optional(instance_of(Mapping)))
     if training_texts is not None:
         check_texts("training_texts", training_texts)
-    for model in models.values():
-        check_scorable(model, texts)
-    return texts
+    if not isinstance(texts, Mapping):
+        found = [_Sample("", _check_texts("texts", texts), source or {}, training_texts)]
+    else:
+        if not texts or not all(isinstance(name, str) and name.strip() for name in texts):
+            legal = "a list of texts, or a dict of such lists by name"
+            raise ValueError(must_be("texts", legal, texts))
+        sources = {name: {} for name in texts} if source is None else source
+        if set(sources) != set(texts) or not all(isinstance(each, Mapping) for each in sources.values()):
+            raise ValueError(must_be("source", f"a dict for each of {', '.join(texts)}", source))
+        if training_texts is not None:
+            training_texts = list(training_texts)  # read for each of the lists
+        found = [
+            _Sample(name, _check_texts(f"texts[{name!r}]", each), sources[name], training_texts)
+            for name, each in texts.items()
+        ]
+    for sample in found:
+        for model in models.values():
+            check_scorable(model, sample.texts)
+    return found
+
+
+def _check_texts(name: str, texts: Iterable[Any]) -> list[Any]:
+    check_texts(name, texts)
+    return list(texts)
 
 
 def _default_prompts(models: Mapping[str, LanguageModel]) -> list[str]:

@@ -76,6 +76,8 @@ class Comparison:
         versions: of Python, the packages and the device.
         history: what `finetune` logged, for the training curve; or None.
         command: the command line that made this, or None.
+        by_texts: of several lists of texts, the comparison on each by their names; the rest of this one is that on the
+            first. Empty if `compare` was given one list.
     """
 
     models: list[ModelResult]
@@ -85,6 +87,17 @@ class Comparison:
     versions: dict[str, str]
     history: list[dict[str, float]] | None
     command: str | None
+    by_texts: dict[str, Comparison] = dataclasses.field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[Comparison]:
+        """The comparisons on each list of texts; itself if there is one list."""
+        return list(self.by_texts.values()) or [self]
+
+    @property
+    def texts_name(self) -> str:
+        """The name of the texts, "" if they have none."""
+        return self.data.get("name", "")
 
     @property
     def baseline(self) -> ModelResult:
@@ -115,17 +128,9 @@ class Comparison:
         """Return the result of a model by its name."""
         return next(model for model in self.models if model.name == name)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON.
-
-        Two runs with the same seed on the same machine give the same, except under the keys `seconds` and
-        `tokens_per_second`.
-        """
-        times = [(m.name, "evaluation", m.evaluation.seconds) for m in self.models]
-        times += [(m.name, "first generation", m.first_call_seconds) for m in self.models]
+    def _figures(self) -> dict[str, Any]:
+        """Return what `as_dict` has for each list of texts."""
         return {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
             "models": [
                 {
                     "name": model.name,
@@ -143,6 +148,21 @@ class Comparison:
                 if model.versus_baseline and model.versus_baseline.breakdown
             },
             "overlap": self.overlap,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON.
+
+        Two runs with the same seed on the same machine give the same, except under the keys `seconds` and
+        `tokens_per_second`. Of several lists of texts, `by_texts` has the figures of each.
+        """
+        times = [(m.name, "evaluation", m.evaluation.seconds) for m in self.models]
+        times += [(m.name, "first generation", m.first_call_seconds) for m in self.models]
+        by_texts = {name: {**part._figures(), "data": part.data} for name, part in self.by_texts.items()}
+        return {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            **self._figures(),
             "generations": [
                 finite_values(generation) for model in self.models for generation in model.generations
             ],
@@ -156,6 +176,7 @@ class Comparison:
                 for name, step, seconds in times
                 if seconds is not None
             ],
+            **({"by_texts": by_texts} if by_texts else {}),
         }
 
     def as_json(self) -> str:
@@ -173,7 +194,7 @@ class Comparison:
 
         The columns are the single figures of `as_dict()["models"]`, and `loss_difference`,
         `loss_difference_standard_error`, `interval_low` and `interval_high` of the difference to the baseline, which
-        the baseline itself does not have.
+        the baseline itself does not have. Of several lists of texts, the rows stand under the name of the texts, too.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -182,6 +203,9 @@ class Comparison:
             import pandas as pd
         except ModuleNotFoundError:
             raise ModuleNotFoundError("to_frame needs pandas; pip install pandas") from None
+        if self.by_texts:
+            frames = {name: part.to_frame() for name, part in self.by_texts.items()}
+            return pd.concat(frames, names=["texts"])
         rows = []
         for entry in self.as_dict()["models"]:
             row = {name: value for name, value in entry.items() if not isinstance(value, dict | list)}
@@ -196,7 +220,11 @@ class Comparison:
         return pd.DataFrame(rows).set_index("name")
 
     def __repr__(self) -> str:
-        losses = ", ".join(f"{model.name}: {model.evaluation.loss:.4f}" for model in self.models)
+        losses = ", ".join(
+            f"{model.name}{' on ' if part.texts_name else ''}{part.texts_name}: {model.evaluation.loss:.4f}"
+            for part in self.parts
+            for model in part.models
+        )
         return f"Comparison({losses} nats per token)"
 
     def _repr_html_(self) -> str:

@@ -37,6 +37,8 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
             raise ValueError(f"{file.name} is damaged: the name of a column is not UTF-8: {error}") from None
         names = columns.choose(kinds, file.name)
         roots = [name if name in schema.names else name.split(".")[0] for name in names]
+        if twice := next((root for root in roots if schema.names.count(root) > 1), None):
+            raise ValueError(f"{file.name} has two columns {twice!r}; rename one of them")
         try:
             for cells in batches(roots):
                 row += 1

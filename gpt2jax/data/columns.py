@@ -145,9 +145,22 @@ def row_items(rows: Iterable[tuple[str, Any]], columns: Columns, where: str) -> 
             continue
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a text or an object is expected, not {type(row).__name__}")
-        if names is None:
-            names = columns.choose({name: is_text(value) for name, value in _named_cells(row)}, place)
+        names = names or columns.choose({name: is_text(value) for name, value in _named_cells(row)}, place)
+        if not columns.wanted:
+            _refuse_other_column(row, names[0], place)
         yield to_item([cell_of(row, name) for name in names], names, place)
+
+
+def _refuse_other_column(row: Mapping[str, Any], name: str, place: str) -> None:
+    """Raise ValueError for a row with its text in another usual column than the rows before."""
+    if name in row or cell_of(row, name) is not None:
+        return
+    other = next((other for other in TEXT_COLUMNS if row.get(other) and is_text(row[other])), None)
+    if other is not None:
+        raise ValueError(
+            f"{place}: the row has no column {name!r} as those before, but {other!r}; give the column one name in all "
+            "rows, or name the column to read (text_column)"
+        )
 
 
 def _named_cells(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

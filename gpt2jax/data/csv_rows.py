@@ -14,6 +14,8 @@ from gpt2jax.data.files import File
 from gpt2jax.utils.notices import notice
 
 DELIMITERS = ",;\t|"
+# a header of words that one other mark separates, as awk and database clients write; a dot is a part of names
+_OTHER_HEADER = re.compile(r"\w+([^\w\s.,;|\"'()-])\w+(?:\1\w+)*")
 SAMPLE_LINES, SAMPLE_CHARACTERS = 200, 1 << 18
 _EXCEL_LINE = re.compile(r'"?sep=(.)"?[,;\t|\s]*')  # Excel's own first line, which names the delimiter
 
@@ -67,6 +69,8 @@ def csv_rows(file: File) -> Iterator[tuple[str, Any]]:
         if len(sample) == SAMPLE_LINES or size > SAMPLE_CHARACTERS:
             break
     dialect = _find_dialect([line for _, line in sample], said or None, usual)
+    if other := _other_dialect([line for _, line in sample], dialect):
+        dialect = other
     if dialect != _Dialect(usual) and sample:
         notice(f"{file.name}: {dialect.describe()}")
     yield from _rows(file, itertools.chain(sample, lines), dialect)
@@ -80,6 +84,16 @@ def _find_dialect(sample: list[str], delimiter: str | None, usual: str) -> _Dial
     marks.sort(key=lambda mark: -counts.get(mark, 0))
     candidates = [dialect for mark in marks for dialect in _dialects(mark, sample)]
     return next((dialect for dialect in candidates if _fits(dialect, sample)), candidates[0])
+
+
+def _other_dialect(sample: list[str], dialect: _Dialect) -> _Dialect | None:
+    """Return the dialect of a header such as id^text, which none of `DELIMITERS` separates."""
+    header = _first_row(dialect, sample)
+    if len(header) != 1 or not (match := _OTHER_HEADER.fullmatch(header[0].strip())):
+        return None
+    other = _Dialect(match[1])
+    names = _first_row(other, sample)
+    return other if not {*TEXT_COLUMNS}.isdisjoint(names) or _fits(other, sample) else None
 
 
 def _dialects(delimiter: str, sample: list[str]) -> list[_Dialect]:

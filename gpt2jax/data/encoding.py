@@ -14,6 +14,10 @@ from gpt2jax.utils.progress import tokenization_progress
 
 # characters of the texts that are encoded at once: enough for every core, and little to hold
 CHUNK_SIZE = 1 << 22
+_NO_TOKENIZER = (
+    "the model has no tokenizer: name one with load(..., tokenizer=...), in the commands with --tokenizer, or pass "
+    "texts as lists of token ids"
+)
 
 
 def write_chunks(
@@ -77,7 +81,7 @@ def _encode(texts: list[Any], tokenizer: Tokenizer | None, *, first: int) -> tup
     given = [part for part in parts if part is not None]
     if all(isinstance(part, str) for part in given):
         if tokenizer is None:
-            raise ValueError("the model has no tokenizer: pass texts as lists of token ids")
+            raise ValueError(_NO_TOKENIZER)
         encoded = iter(tokenizer.encode_batch(given))
     else:
         numbers = (first + position // 2 for position, part in enumerate(parts) if part is not None)
@@ -119,7 +123,7 @@ def _as_ids(text: Any, index: int, tokenizer: Tokenizer | None) -> Sequence[int]
     """Return the ids of one text, which may be ids already."""
     if isinstance(text, str):
         if tokenizer is None:
-            raise ValueError("the model has no tokenizer: pass texts as lists of token ids")
+            raise ValueError(_NO_TOKENIZER)
         return tokenizer.encode(text)
     ids = np.asarray(text)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):

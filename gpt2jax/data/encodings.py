@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 
 # byte order marks; that of UTF-32 begins with that of UTF-16
 _MARKS = {
@@ -57,13 +58,43 @@ def wide_encoding(start: bytes) -> str | None:
     zeros = [
         start[place::4].count(0) / len(start[place::4]) if start[place::4] else 0.0 for place in range(4)
     ]
-    if min(zeros[1:]) > 0.9 or min(zeros[:3]) > 0.9:
-        return "utf-32-le" if zeros[0] < zeros[3] else "utf-32-be"
+    if min(zeros[2:]) > 0.9 or min(zeros[:2]) > 0.9:
+        found = "utf-32-le" if zeros[0] < zeros[3] else "utf-32-be"
+        return found if _is_readable(start, found) else None
     odd, even = start[1::2].count(0) / len(start[1::2]), start[::2].count(0) / len(start[::2])
     # texts without Latin letters have zeros in line ends and spaces only
     is_foreign = min(odd, even) == 0 and re.search(rb"[\x01-\x08\x80-\xff]", start)
     if max(odd, even) > (0.01 if is_foreign else 0.3) and min(odd, even) < 0.1:
-        return "utf-16-le" if odd > even else "utf-16-be"
+        found = "utf-16-le" if odd > even else "utf-16-be"
+        return found if _is_readable(start, found) else None
+    return None
+
+
+def _is_readable(start: bytes, encoding: str) -> bool:
+    """Return whether bytes are text in an encoding: no characters that it lacks, or that texts do not have."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(start)  # its end may be inside a character
+    except UnicodeDecodeError:
+        return False
+    odd = {char for char in text if unicodedata.category(char) in ("Cc", "Cn", "Co")}
+    return odd <= set("\t\n\v\f\r\x1a\x1b")
+
+
+def escaped_encoding(line: bytes) -> str | None:
+    """Return the ISO 2022 encoding of a line, which is ASCII with escape sequences; None if it has none of them."""
+    marks = {rb"\x1b\$[@B]": "iso2022_jp", rb"\x1b\$\(D": "iso2022_jp_2", rb"\x1b\$\)C": "iso2022_kr"}
+    return next((name for mark, name in marks.items() if re.search(mark, line)), None)
+
+
+def unmarked_utf16(sample: bytes) -> str | None:
+    """Return the UTF-16 that a file without zero bytes is in by its first bytes: a text of Chinese or Japanese."""
+    for name in ("utf-16-le", "utf-16-be"):
+        if _is_readable(sample, name):
+            text = codecs.getincrementaldecoder(name)().decode(sample)
+            usual = len(re.findall(f"{_HAN}|{_JAPANESE}|[\\s -~]", text))
+            # bytes of Shift JIS are Chinese characters too, but rare ones
+            if usual > 0.95 * len(text) and re.search("[\u3001\u3002\uff0c\u3040-\u30ff的一是不了]", text):
+                return name
     return None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
+import dataclasses
 import functools
 import glob
 import gzip
@@ -21,11 +22,10 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import IO, Any
 
-from gpt2jax.data.encodings import likely_encoding, wide_encoding
+from gpt2jax.data.encodings import escaped_encoding, likely_encoding, unmarked_utf16, wide_encoding
 from gpt2jax.utils.limits import check_in_memory, check_stream, most_in_memory
 from gpt2jax.utils.notices import enumerate_names, notice
 from gpt2jax.utils.stand_ins import describe_stand_in
@@ -62,15 +62,25 @@ def _open_zst(stream: IO[bytes]) -> IO[bytes]:
     return pyarrow.input_stream(stream, compression="zstd")  # pyright: ignore[reportReturnType]
 
 
+# "BZh" alone may begin a text
+_BZIP2 = tuple(b"BZh%d1AY&SY" % level for level in range(1, 10))
 _UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
+    **dict.fromkeys(_BZIP2, bz2.open),
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _open_zst,
 }
 
 
-@dataclass(frozen=True)
+# files that people name .txt, by how they begin; some of them are UTF-8
+_NO_TEXTS = (
+    (rb"%PDF-\d", "a PDF document: convert it to plain text first"),
+    (rb"\{\\rtf\d", "a document in Rich Text Format: save it as plain text first"),
+    (rb".{257}ustar[\0 ]", "a tar archive: unpack it, and give the folder"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class File:
     """A file to read.
 
@@ -120,18 +130,21 @@ class File:
             # which members of archives have
             is_plain = "compress_size" not in self.system.info(self.place)
             stream = io.BufferedReader(_Bytes(raw, self.name, packed_size, is_plain=is_plain), _BUFFER)
-            start = stream.peek(8)
+            start = stream.peek(10)
             if unpack := next((open for mark, open in _UNPACKERS.items() if start.startswith(mark)), None):
                 stream = io.BufferedReader(_Bytes(unpack(stream), self.name, packed_size), _BUFFER)
-            reason = describe_stand_in(stream.peek(512)[:512])
+            begin = stream.peek(512)[:512]
+            reason = describe_stand_in(begin)
             if reason and (self.suffixes[0] not in PLAIN or "LFS" in reason):
                 raise ValueError(f"{self.name} {reason}")
+            if kind := next((kind for mark, kind in _NO_TEXTS if re.match(mark, begin, re.DOTALL)), None):
+                raise ValueError(f"{self.name} is {kind}")
             yield stream
 
     def is_packed(self) -> bool:
         """Return whether the file is compressed by its first bytes."""
         with self.system.open(self.place, "rb") as raw:
-            return raw.read(8).startswith(tuple(_UNPACKERS))
+            return raw.read(10).startswith(tuple(_UNPACKERS))
 
     @contextlib.contextmanager
     def open_seekable(self) -> Iterator[IO[bytes]]:
@@ -152,9 +165,12 @@ class File:
             if self.encoding is not None:
                 yield from self._decoded_lines(stream, self.encoding)
                 return
-            if found := wide_encoding(stream.peek(4096)[:4096]):
+            start = stream.peek(4096)[:4096]
+            if found := wide_encoding(start):
                 sure = "by its first bytes" if found in ("utf-16", "utf-32") else "by its zero bytes"
                 raise ValueError(f"{self.name} is {found.upper()} {sure}; {_encoding_hint(found)}")
+            if start.count(0) > len(start) // 20:
+                raise ValueError(f"{self.name} holds binary data, not text: many of its first bytes are zero")
             number = offset = 0
             while raw := stream.readline(self.most_characters + 1):
                 self.check_text_size(len(raw))
@@ -164,17 +180,28 @@ class File:
                     start = error.start + (3 if not offset and raw[:3] == codecs.BOM_UTF8 else 0)
                     wrong = f"byte 0x{raw[start]:02x} at offset {offset + start} (line {number + 1})"
                     sample = raw + stream.read(1 << 16)
+                    if not offset and (found := unmarked_utf16(sample)):
+                        raise ValueError(
+                            f"{self.name} is probably {found.upper()}: {_encoding_hint(found)}"
+                        ) from None
                     if _CONTROLS.search(sample):
                         raise ValueError(f"{self.name} holds binary data, not text: {wrong}") from None
                     found = likely_encoding(sample)
                     hint = f"it is probably {found}: {_encoding_hint(found)}"
                     raise ValueError(f"{self.name} is not UTF-8: {wrong}; {hint}") from None
+                if b"\x1b" in raw and (found := escaped_encoding(raw)):
+                    reason = f"an escape sequence in line {number + 1} is of this encoding"
+                    raise ValueError(f"{self.name} is probably {found}: {reason}; {_encoding_hint(found)}")
                 offset += len(raw)
                 for line in _split_at_returns(text):
                     number += 1
                     yield number, line
 
     def _decoded_lines(self, stream: io.BufferedReader, encoding: str) -> Iterator[tuple[int, str]]:
+        if _is_utf8(stream.peek(4096)[:4096]) and codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
+            notice(
+                f"{self.name} is read as {encoding}, though its first bytes are UTF-8 beyond ASCII: is that meant?"
+            )
         text = io.TextIOWrapper(stream, encoding, newline="")
         number = 0
         try:
@@ -224,6 +251,14 @@ def _encoding_hint(name: str) -> str:
     return f"read it with encoding={name!r} (--encoding {name}), or convert it to UTF-8"
 
 
+def _is_utf8(start: bytes) -> bool:
+    """Return whether bytes, which may end inside a character, are UTF-8 and more than ASCII."""
+    try:
+        return not codecs.getincrementaldecoder("utf-8")().decode(start).isascii()
+    except UnicodeDecodeError:
+        return False
+
+
 def _split_at_returns(text: str) -> list[str]:
     r"""Return the lines of a text that ends with its only \n."""
     if "\r" not in text.removesuffix("\r\n").removesuffix("\r"):
@@ -255,7 +290,12 @@ def list_files(source: str, encoding: str | None = None) -> list[File]:
         _say_passed_over(source, [path for path in found if path not in known])
         if len(known) > 1 and "**" in source:  # a folder's files fit by themselves
             known = [path for path in known if not os.path.isdir(path)]
-        return [file for path in known for file in list_files(path, encoding)]
+        root = re.split(r"[^/\\]*[*?[]", os.path.expanduser(source))[0]
+        return [
+            dataclasses.replace(file, path=_path_below(root, path, file))
+            for path in known
+            for file in list_files(path, encoding)
+        ]
     system, root, is_archive = _file_system(source)
 
     def as_file(place: str) -> File:
@@ -276,6 +316,12 @@ def list_files(source: str, encoding: str | None = None) -> list[File]:
         raise ValueError(f"{source} holds no file of a known format; {_KNOWN}")
     _say_passed_over(source, [file.path for file in every if file not in files])
     return sorted(files, key=lambda file: file.path.split("/"))
+
+
+def _path_below(root: str, found: str, file: File) -> str:
+    """Return the path of a file, found by a pattern, below the folder where the pattern begins: it tells the split."""
+    below = PurePath(found).relative_to(root).as_posix()
+    return f"{below}/{file.path}" if os.path.isdir(found) or zipfile.is_zipfile(found) else below
 
 
 def _file_system(source: str) -> tuple[Any, str, bool]:

@@ -89,7 +89,7 @@ def _rows_of_object(value: dict[str, Any], columns: Columns, where: str) -> list
     """Return the rows of an object of columns or of rows, or of an object that is one row."""
     cells = list(value.values())
     if set(value) in ({"columns", "data"}, {"columns", "index", "data"}):  # pandas, orient="split"
-        return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
+        return _rows_of_split(value["columns"], value["data"], where)
     has_lists = bool(cells) and all(isinstance(cell, list) for cell in cells)
     if has_lists and any(not all(isinstance(row, dict) for row in column) for column in cells):
         if len(set(map(len, cells))) > 1:
@@ -115,6 +115,20 @@ def _rows_of_object(value: dict[str, Any], columns: Columns, where: str) -> list
             f"{fields[0]}); if it is one text, name its column (text_column)"
         )
     return [value]
+
+
+def _rows_of_split(names: Any, data: Any, where: str) -> list[Any]:
+    """Return the rows of names of columns and lists of cells."""
+    if (
+        not isinstance(names, list)
+        or not isinstance(data, list)
+        or not all(isinstance(n, str) for n in names)
+    ):
+        raise ValueError(f"{where}: columns must be a list of names and data a list of rows")
+    for number, row in enumerate(data, start=1):
+        if not isinstance(row, list) or len(row) != len(names):
+            raise ValueError(f"{where}, entry {number}: expected a list of {len(names)} cells as in columns")
+    return [dict(zip(names, row, strict=True)) for row in data]
 
 
 def _rows_of_nested(value: dict[str, dict[str, Any]], columns: Columns, where: str) -> list[Any]:

@@ -97,6 +97,7 @@ def _plain_documents(file: File, lines: Iterable[str], documents: str) -> Iterat
     for line in lines:
         if documents == "paragraph" and not line.strip():
             yield from finish()
+            continue  # a blank line may hold spaces
         first, *others = line.split(END_TOKEN)
         parts.write(first)
         for part in others:

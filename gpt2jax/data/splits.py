@@ -80,10 +80,10 @@ def content_splits(everything: Reader, where: str) -> dict[str, Reader]:
 
 
 def _held_out_splits(everything: Reader, held_out: tuple[str, ...], reason: str) -> dict[str, Reader]:
-    share = " and ".join(f"{HELD_OUT:.0%} for {name}" for name in held_out)
+    fractions = " and ".join(f"{HELD_OUT:.0%} for {name}" for name in held_out)
     message = (
-        f"{reason}: its training texts are split by content, {share}, at least one text each; split 'all' takes every "
-        "text"
+        f"{reason}: its training texts are split by content, {fractions}, at least one text each; "
+        "split 'all' takes every text"
     )
     return {name: ContentSplit(everything, name, held_out, message) for name in ("train", *held_out)}
 
@@ -150,8 +150,9 @@ def _slice_text(text: str, split: str, held_out: tuple[str, ...]) -> str:
     """Return the first part of a text, or a later one of 5 %, which ends after a line, else after a word."""
     bounds = [0]
     for place in range(len(held_out), 0, -1):
-        at = int(len(text) * (1 - place * HELD_OUT))
-        ends = [text.find(mark, at, at + len(text) // 100 + 80) + 1 for mark in "\n "]
+        at, following = (int(len(text) * (1 - after * HELD_OUT)) for after in (place, place - 1))
+        # not as far as the next part begins: in a short text a line may be longer than a part
+        ends = [text.find(mark, at, min(following - 1, at + len(text) // 100 + 80)) + 1 for mark in "\n "]
         bounds.append(max(bounds[-1], next((end for end in ends if end), at)))
     parts = itertools.pairwise([*bounds, len(text)])
     start, stop = dict(zip(("train", *held_out), parts, strict=True))[split]

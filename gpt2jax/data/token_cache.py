@@ -28,7 +28,7 @@ from gpt2jax.data.encoding import write_chunks
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.cache_folder import cache_folder
-from gpt2jax.utils.checksums import iter_pieces
+from gpt2jax.utils.checksums import iter_chunks
 from gpt2jax.utils.fingerprint import add_text
 from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import check_path
@@ -194,18 +194,18 @@ class _Sink:
 
 def _read_at(handle: int, size: int, offset: int) -> bytes:
     """Read from a place of an open file; the result is shorter if the file ends before."""
-    pieces, end = [], offset + size
+    chunks, end = [], offset + size
     while offset < end:  # a system reads at most 2 GiB at once
         if hasattr(os, "pread"):
-            piece = os.pread(handle, end - offset, offset)
+            chunk = os.pread(handle, end - offset, offset)
         else:  # Windows
             os.lseek(handle, offset, os.SEEK_SET)
-            piece = os.read(handle, end - offset)
-        if not piece:
+            chunk = os.read(handle, end - offset)
+        if not chunk:
             break
-        pieces.append(piece)
-        offset += len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        chunks.append(chunk)
+        offset += len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def read_tokens(path: str | os.PathLike[str], vocab_size: int) -> Documents | None:
@@ -238,12 +238,12 @@ def _read_documents(file: Any, vocab_size: int) -> Documents:
     if _padded(tokens * itemsize) + rest + _FOOTER != size:
         raise ValueError(f"{tokens} ids of {documents} documents can't have {size} bytes")
     crc = 0
-    for piece in iter_pieces(file, tokens * itemsize):
-        crc, ids = zlib.crc32(piece, crc), np.frombuffer(piece, dtype)
+    for chunk in iter_chunks(file, tokens * itemsize):
+        crc, ids = zlib.crc32(chunk, crc), np.frombuffer(chunk, dtype)
         if ids.min() < 0 or ids.max() >= vocab_size:
             raise ValueError(f"it has an id that a vocabulary of {vocab_size} does not have")
     padding = file.read(_padded(tokens * itemsize) - tokens * itemsize)
-    arrays = b"".join(iter_pieces(file, rest))
+    arrays = b"".join(iter_chunks(file, rest))
     for part in (padding, arrays, footer[:-8]):
         crc = zlib.crc32(part, crc)
     if crc != expected:

@@ -34,6 +34,7 @@ from gpt2jax.evaluation.texts import CHUNK_SIZE, tokenize_chunk
 from gpt2jax.evaluation.windows import plan_rolling_windows, plan_windows, truncate_documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.utils.fingerprint import add_text, params_fingerprint
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.notices import enumerate_names, notice
 from gpt2jax.utils.progress import evaluation_progress
 from gpt2jax.utils.validation import (
@@ -49,6 +50,7 @@ from gpt2jax.utils.validation import (
 _ARGUMENTS = ("devices", "per_token", "state", "resume", "progress")
 
 
+@default_switches()
 def evaluate(
     model: LanguageModel,
     texts: Iterable[Any],
@@ -198,9 +200,9 @@ def _score_chunk(
     if config.windows == "truncate":
         short = truncate_documents(documents, length - 1)
         truncated = documents.lengths > short.lengths
-        scores, on_padding = score_keras_rows(scorer, short, config, end, advance)
+        scores, correct_on_padding = score_keras_rows(scorer, short, config, end, advance)
     else:
-        truncated, on_padding = np.zeros(len(texts), bool), np.zeros(len(texts), np.int64)
+        truncated, correct_on_padding = np.zeros(len(texts), bool), np.zeros(len(texts), np.int64)
         if config.windows == "rolling":
             windows = plan_rolling_windows(documents, length)
         else:
@@ -221,7 +223,7 @@ def _score_chunk(
         correct=sum_by_document(scores.rank == 0, scores.offsets, np.int64),
         correct_top5=sum_by_document(scores.rank < 5, scores.offsets, np.int64),
         **sum_text(scores, model.tokenizer, vocab_size),
-        correct_on_padding=on_padding,
+        correct_on_padding=correct_on_padding,
         truncated=truncated,
     )
     breakdown = loss_breakdown(scores, end_token_id=end, sequence_length=length, vocab_size=vocab_size)

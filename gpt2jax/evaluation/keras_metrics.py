@@ -33,6 +33,7 @@ from gpt2jax.evaluation.windows import (
     window_row,
 )
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.validation import check_model, check_texts
 
 
@@ -56,6 +57,7 @@ class KerasMetrics:
         return self.correct / self.positions
 
 
+@default_switches()
 def keras_metrics(
     model: LanguageModel,
     texts: Iterable[Any],
@@ -86,9 +88,9 @@ def keras_metrics(
     losses, correct = [np.empty(0)], 0
     while chunk := list(itertools.islice(iterator, CHUNK_SIZE)):
         found = truncate_documents(tokenize_chunk(model, chunk, config), config.length - 1)
-        scores, on_padding = score_keras_rows(scorer, found, config, model.end_token_id)
+        scores, correct_on_padding = score_keras_rows(scorer, found, config, model.end_token_id)
         losses.append(sum_by_document(scores.loss, scores.offsets))
-        correct += int((scores.rank == 0).sum() + on_padding.sum())
+        correct += int((scores.rank == 0).sum() + correct_on_padding.sum())
     loss = np.concatenate(losses)
     if not len(loss):
         raise ValueError("there are no texts: the data set is empty")
@@ -116,8 +118,8 @@ def score_keras_rows(
     for chosen, results in score_batches(scorer, batches):
         fill_scores(scores, windows, chosen, results)
         correct = results[1][: len(chosen)] == 0
-        on_padding = np.arange(config.length) >= windows.widths[chosen, None]
-        correct_on_padding[chosen] = (correct & on_padding).sum(axis=1)
+        is_padding = np.arange(config.length) >= windows.widths[chosen, None]
+        correct_on_padding[chosen] = (correct & is_padding).sum(axis=1)
         if advance is not None:
             advance(len(chosen))
     return scores, correct_on_padding

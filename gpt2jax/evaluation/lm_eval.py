@@ -7,7 +7,8 @@
     lm_eval.simple_evaluate(model="gpt2jax", model_args="model=gpt2-mini", tasks=["lambada_openai"])
 
 and on the command line `python -m gpt2jax.evaluation.lm_eval run --model gpt2jax --model_args model=gpt2-mini
---tasks lambada_openai`. Importing this module imports lm_eval; nothing else in the package does.
+--tasks lambada_openai`. Importing this module imports lm_eval; nothing else in the package does. Texts are generated as
+a task says; generation_config.json beside the weights has no effect.
 
 Source: https://github.com/EleutherAI/lm-evaluation-harness, version 0.4.
 """
@@ -43,6 +44,7 @@ from gpt2jax.generation.generate import generate
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import load
 from gpt2jax.tokenizer.bpe import END_TOKEN, Tokenizer
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.validation import check, int_in_range, must_be, positive_int
 from gpt2jax.utils.validation import seed as seed_rule
 
@@ -106,6 +108,7 @@ class HarnessModel(TemplateLM):
         """Return the token ids of a text, without an end token."""
         return self._tokenizer.encode(string)
 
+    @default_switches()
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -141,6 +144,7 @@ class HarnessModel(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return found
 
+    @default_switches()
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text, in the windows of `evaluate(windows="rolling")`."""
         if not requests:

@@ -287,6 +287,6 @@ def finite_values(tree: Any) -> Any:
     """Return plain values, nested in dicts and lists, with None for numbers that are not finite."""
     if isinstance(tree, dict):
         return {name: finite_values(value) for name, value in tree.items()}
-    if isinstance(tree, list):
+    if isinstance(tree, list | tuple):
         return [finite_values(value) for value in tree]
     return finite(tree) if isinstance(tree, float) else tree

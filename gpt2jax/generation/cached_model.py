@@ -141,6 +141,8 @@ def forward_with_cache(
     cache_position: jax.Array | int,
     padding: jax.Array,
     precision: Precision,
+    *,
+    is_empty: bool = False,
 ) -> tuple[jax.Array, Cache]:
     """Run T tokens a row after those in the cache.
 
@@ -152,6 +154,7 @@ def forward_with_cache(
         cache_position: scalar int, the first position to write.
         padding: [B] int, number of unused positions at the left of each row.
         precision: dtypes.
+        is_empty: nothing is in the cache and no row has padding, which allows the attention that training uses.
 
     Returns:
         Hidden states [B, T, D] after the last LayerNorm, and the cache.
@@ -167,7 +170,15 @@ def forward_with_cache(
     new_cache = []
     for index, (layer, layer_cache) in enumerate(zip(params["h"], cache, strict=True)):
         x, layer_cache = _apply_block(
-            layer, layer_cache, x, index, mask[:, None], cache_position, config=config, precision=precision
+            layer,
+            layer_cache,
+            x,
+            index,
+            mask[:, None],
+            cache_position,
+            config=config,
+            precision=precision,
+            is_empty=is_empty,
         )
         new_cache.append(layer_cache)
     norm = nnx.merge(final_norm_graphdef(config), params["ln_f"])
@@ -175,7 +186,7 @@ def forward_with_cache(
 
 
 # jitted apart, it is traced once for all layers; the compiled program is the same without
-@functools.partial(jax.jit, static_argnames=("config", "precision"))
+@functools.partial(jax.jit, static_argnames=("config", "precision", "is_empty"))
 def _apply_block(
     layer: Params,
     cache: LayerCache,
@@ -186,9 +197,10 @@ def _apply_block(
     *,
     config: GPT2Config,
     precision: Precision,
+    is_empty: bool,
 ) -> tuple[jax.Array, LayerCache | None]:
     block = nnx.merge(block_graphdef(config), layer)
-    ctx = ForwardContext(precision, mask, cache_position=cache_position)
+    ctx = ForwardContext(precision, mask, is_causal=is_empty, cache_position=cache_position)
     return block(x, ctx, layer_index=index, cache=cache)
 
 

@@ -45,7 +45,9 @@ _SHARED = {
     "penalty_alpha": None,
 }
 _TOKEN_LISTS = {"bad_words_ids": None, "suppress_tokens": None}
-# those that change a continuation and that we do not have; the value that switches one off is false, or 1
+# those that change a continuation and that we do not have; the value that switches one off is false, or 1,
+# except of those where 0 and 1 are ids or a time
+_ANY_NUMBER = ("forced_bos_token_id", "forced_eos_token_id", "max_time")
 _UNSUPPORTED = (
     *("epsilon_cutoff", "eta_cutoff", "top_h", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
     *(
@@ -81,10 +83,24 @@ def find_file_settings(model: DecoderModel, given: Mapping[str, Any]) -> dict[st
     Raises:
         ValueError: the file holds a value that is not legal for a setting that counts.
     """
-    saved = getattr(model, "saved", None)
-    if saved is None:
+    if getattr(model, "saved", None) is None:
         return {}
-    source, content = _read_content(saved)
+    source, found, unsupported = _read_settings(model, given)
+    _tell(source, found, unsupported, given)
+    return found
+
+
+def notice_illegal_settings(model: DecoderModel) -> None:
+    """Give a notice of a setting beside a model's weights that will be an error in calls which do not give it."""
+    try:
+        _read_settings(model, {})
+    except ValueError as error:
+        notice(f"{error}; to generate text, give this setting in the call, or correct the file")
+
+
+def _read_settings(model: DecoderModel, given: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
+    """Return the name of the file, the settings that count, and the names of those that are not supported."""
+    source, content = _read_content(getattr(model, "saved", SavedSettings()))
     lost = {*given, *excluded_by(given)}
     found = {name: content[name] for name in _SHARED if name in content and name not in lost}
     if found.get("top_k") == 0:  # off
@@ -97,7 +113,11 @@ def find_file_settings(model: DecoderModel, given: Mapping[str, Any]) -> dict[st
         found |= _read_bad_words(source, content, model.config.vocab_size)
     rules = field_rules(GenerationConfig)
     found = {name: check(f"{source}: {name}", value, rules[name]) for name, value in found.items()}
-    unsupported = [name for name in _UNSUPPORTED if content.get(name) and content[name] != 1]
+    unsupported = [
+        name
+        for name in _UNSUPPORTED
+        if name in content and (name in _ANY_NUMBER or (content[name] and content[name] != 1))
+    ]
     for name in _WINNERS:
         for other in excluded_by({name: found[name]} if name in found else {}):
             found.pop(other, None)
@@ -106,8 +126,7 @@ def find_file_settings(model: DecoderModel, given: Mapping[str, Any]) -> dict[st
         found.pop("early_stopping", None)
     elif found.get("do_sample"):
         unsupported.append("do_sample with num_beams")
-    _tell(source, found, unsupported, given)
-    return found
+    return source, found, unsupported
 
 
 def _read_content(saved: SavedSettings) -> tuple[str, dict[str, Any]]:

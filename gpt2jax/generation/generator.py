@@ -29,6 +29,7 @@ from gpt2jax.generation.runner import Decoder, decode_rows
 from gpt2jax.generation.speculative import DraftModel, PromptLookup
 from gpt2jax.generation.stages import make_stages
 from gpt2jax.generation.strategy import DecodeStrategy, Sampling
+from gpt2jax.utils.jax_switches import default_switches
 from gpt2jax.utils.validation import check, check_model, must_be, positive_int
 
 # steps between searches for a stop string: few are wasted, and the host seldom waits for the device
@@ -121,6 +122,7 @@ class Generator:
         """Free the prepared weights; the generator cannot be used afterwards."""
         self._weights = None
 
+    @default_switches()
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -145,6 +147,7 @@ class Generator:
             found.update((i, output.result()) for i, output in zip(indices, outputs, strict=True))
         return [found[i] for i in range(len(request.rows))]
 
+    @default_switches()
     def stream(
         self,
         prompt: Prompt,
@@ -156,7 +159,8 @@ class Generator:
         """Continue one prompt and yield its text as it comes; see `gpt2jax.stream`."""
         if self.model.tokenizer is None:
             raise ValueError(
-                "stream yields text, and this model has no tokenizer; use generate for token ids"
+                "stream yields text, and this model has no tokenizer; name one with load(..., tokenizer=...), in the "
+                "commands with --tokenizer, or use generate for token ids"
             )
         prompts = as_prompts(prompt)
         if len(prompts) != 1:
@@ -169,6 +173,7 @@ class Generator:
                 )
         return Stream(self._decoder(request), request)
 
+    @default_switches()
     def beam_search(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -240,6 +245,7 @@ class Stream(Iterator[str]):
         self._text = ""
         self.generation: Generation | None = None
 
+    @default_switches()
     def __next__(self) -> str:
         for _ in self._steps:
             piece = self._output.text.flush(last=self._output.finish_reason is not None)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.ops.attention import LayerCache
@@ -40,8 +39,3 @@ def grow_cache(cache: Any, length: int) -> Any:
         return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
     return jax.tree.map(pad, cache)
-
-
-def cache_bytes(config: GPT2Config, batch: int, length: int, dtype) -> int:
-    """Return the bytes that `init_cache` takes with the same arguments: 2 * L * B * S * D * itemsize."""
-    return 2 * config.n_layer * batch * length * config.n_embd * np.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""Prompts into the cache: left padding, cache lengths, and one compiled program that fills a chunk at a time.
+"""Prompts into the cache: left padding, cache lengths, and the compiled programs that fill it.
 
 Batch sizes and cache lengths are rounded up to powers of two, so that one compiled program serves many calls.
 """
@@ -99,7 +99,11 @@ def _fill(
     cache: Cache,
 ) -> Cache:
     """Fill the cache positions [begin, end), a chunk at a time."""
-    length = token_ids.shape[1]
+    batch, length = token_ids.shape
+    at_once = spec.precision.execution.prefill_tokens // batch
+    if begin == 0 < end and at_once >= min(end, _SMALLEST_CHUNK):
+        size = min(length, bucket(end, _SMALLEST_CHUNK), 1 << (at_once.bit_length() - 1))
+        cache, begin = prefill_empty(spec, params, token_ids[:, :size], cache, padding), size
     size = min(length, max(_SMALLEST_CHUNK, length // 8))
     for position in range(begin, end, size):
         # a chunk that would exceed the cache begins earlier, and computes some positions once more
@@ -120,14 +124,43 @@ def prefill_chunk(
 ) -> Cache:
     """Write keys and values of token_ids [B, C] into the cache from a position on, at most S - C."""
 
-    def fill(params, token_ids, cache, cache_position, padding):
+    def fill(params, token_ids, cache, padding, cache_position):
         return forward_with_cache(
             params, spec.config, token_ids, cache, cache_position, padding, spec.precision
         )[1]
 
     if spec.mesh is not None and len(token_ids) > 1:  # one row is a beginning that all rows share
-        fill = share_rows(spec.mesh, fill, (PartitionSpec(), ROWS, ROWS, PartitionSpec(), ROWS), ROWS)
-    return fill(params, token_ids, cache, cache_position, padding)
+        fill = share_rows(spec.mesh, fill, (PartitionSpec(), ROWS, ROWS, ROWS, PartitionSpec()), ROWS)
+    return fill(params, token_ids, cache, padding, cache_position)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("cache",))
+def prefill_empty(
+    spec: DecoderSpec, params: DecodingParams, token_ids: jax.Array, cache: Cache, padding: jax.Array
+) -> Cache:
+    """Write keys and values of token_ids [B, C] into the first C positions of an empty cache.
+
+    The rows go through the model with their padding behind the text, where causal attention never reads it, and
+    become padded on the left as they are written.
+    """
+    has_padding = len(token_ids) > 1  # a single row has none
+    roll = jax.vmap(functools.partial(jnp.roll, axis=0)) if has_padding else lambda x, _: x
+
+    def fill(params, token_ids, cache, padding):
+        config, (batch, length) = spec.config, token_ids.shape
+        run = init_cache(config, batch, length, spec.precision.activation_dtype)
+        token_ids, none = roll(token_ids, -padding), jnp.zeros_like(padding)
+        _, run = forward_with_cache(params, config, token_ids, run, 0, none, spec.precision, is_empty=True)
+        by_head = jnp.repeat(padding, config.n_head)
+
+        def write(x: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, roll(new, by_head), 0, axis=1)
+
+        return jax.tree.map(write, cache, run)
+
+    if spec.mesh is not None and has_padding:
+        fill = share_rows(spec.mesh, fill, (PartitionSpec(), ROWS, ROWS, ROWS), ROWS)
+    return fill(params, token_ids, cache, padding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

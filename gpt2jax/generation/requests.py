@@ -185,7 +185,10 @@ def _encode(model: DecoderModel, prompt: Any, name: str) -> tuple[str, list[int]
     tokenizer, vocab_size = model.tokenizer, model.config.vocab_size
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise ValueError(f"{name} is a text and this model has no tokenizer; give token ids")
+            raise ValueError(
+                f"{name} is a text and this model has no tokenizer; name one with load(..., tokenizer=...), in the "
+                "commands with --tokenizer, or give token ids"
+            )
         text, ids = prompt, _checked_ids(name, tokenizer.encode(prompt), vocab_size)
     else:
         ids = as_list(prompt)

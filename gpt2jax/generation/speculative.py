@@ -77,12 +77,12 @@ class PromptLookup:
     ) -> tuple[Cache, DecodeState]:
         """Decode up to `num_tokens` tokens beyond `until`."""
 
-        def look_up(state: DecodeState) -> Draft:
+        def find_draft(state: DecodeState) -> Draft:
             return prompt_lookup(token_history(state, settings), self.num_tokens)
 
         def plain(carry: Any) -> Any:
             cache, state = decode_token(spec, params, carry[0], carry[1], settings)
-            return cache, state, look_up(state)
+            return cache, state, find_draft(state)
 
         def body(carry: Any) -> Any:
             # without a draft, one token at a time is cheaper
@@ -90,9 +90,9 @@ class PromptLookup:
                 lambda carry: is_running(carry[1], until) & ~carry[2].found, plain, carry
             )
             cache, state = verify(spec, params, cache, state, settings, draft, until)
-            return cache, state, look_up(state)
+            return cache, state, find_draft(state)
 
-        carry = (cache, state, look_up(state))
+        carry = (cache, state, find_draft(state))
         return jax.lax.while_loop(lambda carry: is_running(carry[1], until), body, carry)[:2]
 
 

@@ -100,8 +100,8 @@ def decode(
         return cache, state._replace(cache_position=jnp.asarray(arguments[-1], jnp.int32))
 
     in_specs = (PartitionSpec(), ROWS, state_rows(state), settings_rows(settings), PartitionSpec())
-    share = share_rows(spec.mesh, decode_share, in_specs, (ROWS, state_rows(state)))
-    return share(params, cache, state, settings, until)
+    decode_shares = share_rows(spec.mesh, decode_share, in_specs, (ROWS, state_rows(state)))
+    return decode_shares(params, cache, state, settings, until)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -62,7 +62,10 @@ class Attention(nnx.Module):
         adapters: Params | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend; with a cache the new keys and values are added to it, and attention reads all of it."""
+        """Attend; the new keys and values are added to a cache, of which attention reads all that `ctx.mask` allows.
+
+        With `ctx.is_causal` the cache must be empty: attention reads the new keys and values alone.
+        """
         adapters = adapters or {}
         keys = split_key(key, 4)
         q, k, v = self._project_qkv(x, ctx, adapters, keys[0])
@@ -71,7 +74,9 @@ class Attention(nnx.Module):
             assert ctx.cache_position is not None
             cache = cache.update(k, v, ctx.cache_position)
             # read in its own dtype: casting all of it at each step would cost more than 16-bit products save
-            k, v, dtype = *cache, cache.keys.dtype
+            dtype = cache.keys.dtype
+            if not ctx.is_causal:
+                k, v = cache
         assert ctx.mask is not None
         y = attention(
             q,
@@ -250,11 +255,10 @@ def _split_layers(blocks: Any, count: int) -> list[Any]:
 
     The gradient of a split is one concatenation; that of a slice is a whole stack, most of it zeros.
     """
-    leaves, structure = jax.tree.flatten(blocks)
+    leaves, treedef = jax.tree.flatten(blocks)
     parts = [jax.lax.split(jnp.asarray(leaf), [1] * count) for leaf in leaves]
     return [
-        jax.tree.unflatten(structure, [jnp.squeeze(part[index], 0) for part in parts])
-        for index in range(count)
+        jax.tree.unflatten(treedef, [jnp.squeeze(part[index], 0) for part in parts]) for index in range(count)
     ]
 
 
@@ -340,17 +344,11 @@ def hidden_states(
     Raises:
         ValueError: T is longer than the context, or `token_ids` has other axes.
     """
-    length = token_ids.shape[-1]
-    if token_ids.ndim != 2:
-        raise ValueError(f"token_ids must be [B, T], got shape {token_ids.shape}")
-    if length > config.n_positions:
-        raise ValueError(
-            f"token_ids must be at most {config.n_positions} long (the context), got {length} tokens"
-        )
+    _check_ids(token_ids, config)
     if positions is None:
         positions = _default_positions(token_ids.shape, attention_mask, segment_ids)
     # made here and not in the layers, where XLA would keep it for every head of every row
-    mask = block_mask(0, length, segment_ids)
+    mask = block_mask(0, token_ids.shape[1], segment_ids)
     if attention_mask is not None:
         mask = mask & attention_mask.astype(bool)[:, None, None, :]
     ctx = ForwardContext(
@@ -366,6 +364,14 @@ def hidden_states(
     module = nnx.merge(graphdef(config, unrolled=0 in params["h"]), params)
     tokens = token_ids if token_embeddings is None else token_embeddings
     return module(tokens, positions, ctx, adapters=adapters, key=dropout_key)
+
+
+def _check_ids(token_ids: Any, config: GPT2Config) -> None:
+    if token_ids.ndim != 2:
+        raise ValueError(f"token_ids must be [B, T], got shape {token_ids.shape}")
+    if token_ids.shape[1] > config.n_positions:
+        legal = f"at most {config.n_positions} long (the context)"
+        raise ValueError(f"token_ids must be {legal}, got {token_ids.shape[1]} tokens")
 
 
 def _default_positions(shape, attention_mask, segment_ids) -> Int[Array, "B T"]:

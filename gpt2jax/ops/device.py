@@ -15,13 +15,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from gpt2jax.utils.validation import check_names, validated
+from gpt2jax.utils.validation import check_names, must_be, validated
 
 # the share of an accelerator's memory that logits and their gradient may take at once; less does not make the loss
 # slower before a chunk has fewer than some thousand rows
 _LOGITS_SHARE = 8
 # of a described device whose memory is not known
 _SMALL_ACCELERATOR = 16 << 30
+# of prompts at once on an accelerator: its products are busy, and gpt2-xl's activations take less than 1 GB
+_PREFILL_TOKENS = 1 << 15
 # float32 logits at once on a CPU: 100 MiB
 _CPU_LOGITS_BYTES = 100 << 20
 
@@ -77,6 +79,24 @@ def _memory_bytes(device: Any) -> int | None:
     return stats.get("bytes_limit")
 
 
+def find_backend_problem() -> str | None:
+    """Return why jax has no device to compute on; None if it has one."""
+    try:
+        jax.local_devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # jax 0.10 fails an assertion if the only plugin finds no device
+        # its own hint is to unset JAX_PLATFORMS, which ours says too
+        reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0]
+        named = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        if not named:
+            return f"jax finds no device: {reason or 'it does not say why'}"
+        problem = must_be("JAX_PLATFORMS", "empty, or name devices that jax finds here", named)
+        return f"{problem}; {reason}" if reason else problem
+    return None
+
+
 @validated
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -101,6 +121,9 @@ class Execution:
             input at no cost, because all that it waits for is memory.
         has_cpu_shapes: sums and products take the shapes that XLA:CPU computes fastest: sums of long rows are products
             with ones, and products of 16-bit operands have neither one row nor one axis of rows to sum over.
+        prefill_tokens: the most tokens of prompts that go through the model at once, with the attention that training
+            uses. 0: an eighth of the cache at a time, which reads what the cache holds; a CPU wants short runs, of
+            which few programs serve all prompts.
         allows_tf32: float32 products round their operands to TF32 (10 bits of mantissa) on NVIDIA GPUs, to three
             bfloat16 parts on a TPU.
     """
@@ -116,6 +139,7 @@ class Execution:
     has_vocabulary_slices: bool = True
     saves_gelu_derivative: bool = True
     has_cpu_shapes: bool = True
+    prefill_tokens: int = 0
     allows_tf32: bool = False
 
     @classmethod
@@ -150,15 +174,21 @@ class Execution:
             has_vocabulary_slices=False,
             saves_gelu_derivative=False,
             has_cpu_shapes=False,
+            prefill_tokens=_PREFILL_TOKENS,
         )
         return dataclasses.replace(choices, **overrides)
 
     def describe(self) -> str:
-        """Return the choices in one line."""
+        """Return the choices in one line.
+
+        A CPU's line names layers only if they are written out: training decides it by the size of its batches there
+        (`train.unrolled.should_unroll`).
+        """
         products = (
             "TF32 products" if self.allows_tf32 else "16-bit results" if self.has_narrow_results else ""
         )
-        layers = "layers written out" if self.has_unrolled_layers else "layers in a loop"
+        on_accelerator = "" if self.platform == "cpu" else "layers in a loop"
+        layers = "layers written out" if self.has_unrolled_layers else on_accelerator
         attention = {"cudnn": "cuDNN attention"}.get(self.attention, f"{self.attention} attention")
         logits = f"at most {self.logits_bytes / 1e6:,.0f} MB of logits"
         return ", ".join(part for part in (self.platform, attention, products, layers, logits) if part)

@@ -62,7 +62,7 @@ def matmul(
     return _dense_matmul(x, kernel, dtype, execution)
 
 
-def dequantize(kernel: Kernel) -> Float32[Array, ...]:
+def dequantize(kernel: Kernel) -> Float32[Array, "*_axes"]:
     """Return a kernel of any form as a float32 array [..., in, out]."""
     return kernel.dequantize() if isinstance(kernel, StoredKernel) else kernel.astype(jnp.float32)
 
@@ -235,7 +235,9 @@ def quantize_kernel(kernel: Float[Array, "*L K M"]) -> Int8Kernel:
     return Int8Kernel(*quantize_int8(kernel, axis=-2))
 
 
-def quantize_int8(x: Float[Array, ...], axis: int) -> tuple[Int8[Array, ...], Float32[Array, ...]]:
+def quantize_int8(
+    x: Float[Array, "*_x"], axis: int
+) -> tuple[Int8[Array, "*_values"], Float32[Array, "*_scales"]]:
     """Round `x` to int8, symmetrically: the largest magnitude along `axis` becomes 127.
 
     Returns:

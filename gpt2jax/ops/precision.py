@@ -65,11 +65,11 @@ FLOAT32 = Precision(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
 
 def einsum(
     equation: str,
-    a: Shaped[Array, ...],
-    b: Shaped[Array, ...],
+    a: Shaped[Array, "*_a"],
+    b: Shaped[Array, "*_b"],
     dtype: jnp.dtype,
     execution: Execution = CPU,
-) -> Float[Array, ...]:
+) -> Float[Array, "*_out"]:
     """Return the einsum of two operands cast to `dtype`, accumulated in float32.
 
     The result is float32; or 16-bit for 16-bit operands, if that is what the device should write.
@@ -81,11 +81,11 @@ def einsum(
 
 def einsum_f32(
     equation: str,
-    a: Shaped[Array, ...],
-    b: Shaped[Array, ...],
+    a: Shaped[Array, "*_a"],
+    b: Shaped[Array, "*_b"],
     dtype: jnp.dtype,
     execution: Execution = CPU,
-) -> Float[Array, ...]:
+) -> Float[Array, "*_out"]:
     """Return the einsum of two operands cast to `dtype`, accumulated in float32; the result is float32."""
     precision = None
     if dtype == jnp.float32:

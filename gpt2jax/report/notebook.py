@@ -41,7 +41,11 @@ Text = tuple[str, str, str]  # a label, a prompt, its continuation
 
 def comparison_html(comparison: Comparison) -> str:
     """Render figures, differences, the plot of the losses, and the generated texts folded up."""
-    tables = [figures_table(comparison), *([paired_table(comparison)] if comparison.differences else [])]
+    tables = [
+        make(part)
+        for part in comparison.parts
+        for make in ((figures_table, paired_table) if part.differences else (figures_table,))
+    ]
     texts = [
         (f"{model['model']}: {prompt_text(model['prompt'])}", _prompt(model["prompt"]), model["text"])
         for group in prompt_groups(comparison)

@@ -62,6 +62,7 @@ def hide_home(comparison: Comparison) -> Comparison:
         models=[dataclasses.replace(model, info=abbreviate_home(model.info)) for model in comparison.models],
         data=abbreviate_home(comparison.data),
         command=abbreviate_home(comparison.command),
+        by_texts={abbreviate_home(name): hide_home(part) for name, part in comparison.by_texts.items()},
     )
 
 
@@ -150,7 +151,8 @@ def _render(
 def _sections(comparison: Comparison, has_training: bool) -> dict[str, str]:
     """Return headings by id, of the sections that have content."""
     others = [model.versus_baseline for model in comparison.models if model.versus_baseline]
-    sections = {"figures": "Figures", "plots": f"Where the {'difference' if others else 'loss'} lies"}
+    on = summary.on_texts(comparison)  # plots and documents are those of the first texts
+    sections = {"figures": "Figures", "plots": f"Where the {'difference' if others else 'loss'} lies{on}"}
     if has_training:
         sections["training"] = "Training"
     if comparison.overlap is not None:
@@ -159,7 +161,7 @@ def _sections(comparison: Comparison, has_training: bool) -> dict[str, str]:
         sections["texts"] = "Generated text"
     for index, (model, versus) in enumerate(zip(comparison.models[1:], others, strict=True)):
         if versus.excerpts and (versus.excerpts.improved or versus.excerpts.regressed):
-            sections[f"documents-{index}"] = f"Documents with the largest difference: {model.name}"
+            sections[f"documents-{index}"] = f"Documents with the largest difference{on}: {model.name}"
     return sections | {"repeat": "To repeat it", "meaning": "What the figures mean"}
 
 

@@ -68,23 +68,21 @@ DEFINITIONS = (
 def title(comparison: Comparison) -> str:
     """Return the result in one sentence."""
     if len(comparison.models) > 1:
-        return conclusion(best_model(comparison))
+        return conclusion(best_model(comparison)) + on_texts(comparison)
     model = comparison.baseline
     loss, perplexity = number(model.evaluation.loss, 3), number(model.evaluation.perplexity, 1)
-    return f"{model.name}: {loss} nats per token, perplexity {perplexity}"
+    return f"{model.name}{on_texts(comparison)}: {loss} nats per token, perplexity {perplexity}"
+
+
+def on_texts(comparison: Comparison) -> str:
+    """Return " on" and the name of the texts, if they have one."""
+    return f" on {comparison.texts_name}" if comparison.texts_name else ""
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """Say in a few words which models, texts, documents and steps a report is of, each with its label."""
     found = [("Models", "; ".join(_describe_model(model) for model in comparison.models))]
-    data, about = comparison.data, []
-    if data.get("source") is not None:
-        sources = data["source"] if isinstance(data["source"], list | tuple) else [data["source"]]
-        about += [", ".join(map(str, sources))]
-    about += [f"split {data['split']}"] if data.get("split") else []
-    of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
-    about += [f"{data['documents']:,}{of} documents"]
-    found.append(("Texts", ", ".join(about)))
+    found += [("Texts", "; ".join(_describe_texts(part.data) for part in comparison.parts))]
     training, words = comparison.settings.get("training", {}), []
     if comparison.overlap is not None:
         words += [f"{comparison.overlap['training_documents']:,} documents"]
@@ -98,6 +96,16 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         words += [f"rows of {length:,} tokens"] if length else []
         words += [training["optimizer"], training["compute_dtype"]]
     return found + ([("Training", ", ".join(words))] if words else [])
+
+
+def _describe_texts(data: dict[str, Any]) -> str:
+    """Return where texts come from, and how many of how many they are."""
+    source, of = data.get("source") or (), ""
+    words = [source] if isinstance(source, str) else [str(name) for name in source]
+    words += [f"split {data['split']}"] if data.get("split") else []
+    if "total_documents" in data:
+        of = f" of {data['total_documents']:,}"
+    return ", ".join([*words, f"{data['documents']:,}{of} documents"])
 
 
 def _describe_model(model: ModelResult) -> str:
@@ -157,7 +165,7 @@ def summary(comparison: Comparison, model: ModelResult) -> str:
 def scoring_sentence(comparison: Comparison) -> str:
     """Say which tokens were scored, and how."""
     evaluation = comparison.baseline.evaluation
-    sentence = f"Scored: {evaluation.description}."
+    sentence = f"Scored{on_texts(comparison)}: {evaluation.description}."
     if count := evaluation.num_truncated:
         sentence += (
             f" Truncated: {count:,} of {evaluation.documents:,} texts; their final end-of-text token is artificial "
@@ -234,13 +242,14 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     from rich.text import Text
 
     console = console or Console()
-    console.print(Text(printable(title(comparison)), style="bold"))
-    for model in comparison.models[1:]:
-        console.print(Text(printable(f"{model.name}: {summary(comparison, model)}")))
-    console.print(Text(printable(scoring_sentence(comparison))))
-    tables = [figures_table(comparison)] + ([paired_table(comparison)] if comparison.differences else [])
-    for table in map(transpose, tables):
-        print_table(table, console)
+    for part in comparison.parts:
+        console.print(Text(printable(title(part)), style="bold"))
+        for model in part.models[1:]:
+            console.print(Text(printable(f"{model.name}{on_texts(part)}: {summary(part, model)}")))
+        console.print(Text(printable(scoring_sentence(part))))
+        tables = [figures_table(part)] + ([paired_table(part)] if part.differences else [])
+        for table in map(transpose, tables):
+            print_table(table, console)
 
 
 def print_table(table: Table, console: Console) -> None:

@@ -78,13 +78,18 @@ def percent_with_error(fraction: float | None, error: float | None, *, signed: b
 # ---- tables ----
 
 
+def _named(comparison: Comparison) -> str:
+    """Return the name of the texts in brackets, if they have one."""
+    return f" ({comparison.texts_name})" if comparison.texts_name else ""
+
+
 def figures_table(comparison: Comparison) -> Table:
     """Make the table of every model's figures; the Keras columns only if they were computed."""
     rows = [
         {"Model": model.name} | _figures(model.evaluation, model.loss_standard_error)
         for model in comparison.models
     ]
-    caption = "Figures on the held-out texts, ± standard error over documents"
+    caption = f"Figures on the held-out texts{_named(comparison)}, ± standard error over documents"
     return Table(caption, tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
@@ -141,7 +146,8 @@ def paired_table(comparison: Comparison) -> Table:
             )
         )
     columns = ("Pair", "Loss difference", f"{percent(CONFIDENCE, 0)} interval", "Accuracy difference", "Wins")
-    caption = "Paired difference over the same documents; a negative loss difference is an improvement"
+    over = f"over the same documents{_named(comparison)}"
+    caption = f"Paired difference {over}; a negative loss difference is an improvement"
     return Table(caption, columns, rows)
 
 
@@ -205,7 +211,8 @@ def overlap_table(comparison: Comparison) -> Table:
             found += f"; most similar: training text {entry['training_document']}, "
             found += f"resemblance {number(entry['resemblance'], 2)}"
         rows.append((f"document {entry['document']}", found))
-    return Table("Held-out texts that are also in the training texts", ("What", "How much"), rows, False)
+    caption = f"Held-out texts{_named(comparison)} that are also in the training texts"
+    return Table(caption, ("What", "How much"), rows, False)
 
 
 def settings_table(comparison: Comparison) -> Table:
@@ -214,11 +221,12 @@ def settings_table(comparison: Comparison) -> Table:
     training = settings.pop("training", {})
     settings |= {f"training: {name}": value for name, value in training.items()}
     rows = [(name, str(value)) for name, value in settings.items() if value is not None]
-    data = comparison.data
-    of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
-    rows += [("texts", f"{data['documents']:,}{of}, SHA-256 {data['sha256']}")]
-    names = {"source": "texts from", "split": "split", "revision": "revision"}
-    rows += [(label, str(data[name])) for name, label in names.items() if data.get(name) is not None]
+    for part in comparison.parts:
+        data, label = part.data, f"texts{_named(part)}"
+        of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
+        rows += [(label, f"{data['documents']:,}{of}, SHA-256 {data['sha256']}")]
+        names = {"source": f"{label} from", "split": "split", "revision": "revision"}
+        rows += [(label, str(data[name])) for name, label in names.items() if data.get(name) is not None]
     for model in comparison.models:
         info, source = model.info, f"{model.info['source']}, " if model.info["source"] else ""
         about = f"{source}{info['parameters']:,} parameters, SHA-256 {info['fingerprint']}"
@@ -238,6 +246,8 @@ def timing_table(comparison: Comparison) -> Table:
         if later:
             first = f"{number(model.first_call_seconds, 2)} s"
             spread = f"{number(min(later), 2)} to {number(max(later), 2)} s"
-        rows.append((model.name, f"{number(model.evaluation.seconds, 1)} s", first, spread))
+        # the time of its evaluation on each list of texts
+        evaluations = (number(part[model.name].evaluation.seconds, 1) for part in comparison.parts)
+        rows.append((model.name, f"{' + '.join(evaluations)} s", first, spread))
     caption = "Time on this machine; evaluation and first generation include compilation"
     return Table(caption, ("Model", "Evaluation", "First generation", "Later generations"), rows)

@@ -96,11 +96,13 @@ class TokenFinder:
             if flags.lstrip:
                 while start > done and _SPACE_CHAR.match(text, start - 1):
                     start -= 1
+                start = max(start, done)  # all of it may be what the token before took
             if flags.rstrip:
                 end = _SPACES_AFTER.match(text, end).end()  # pyright: ignore[reportOptionalMemberAccess]
             if start > done:
                 yield text[done:start], False
-            yield token, True
+            if start < end:
+                yield token, True
             done = end
         if done < len(text):
             yield text[done:], False

@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -25,7 +24,8 @@ from typing import Literal
 
 import tiktoken
 
-from gpt2jax.tokenizer.added_tokens import SPACE, TokenFinder, TokenFlags
+from gpt2jax.tokenizer import cutting
+from gpt2jax.tokenizer.added_tokens import TokenFinder, TokenFlags
 from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import check, int_in_range, must_be, one_of, unicode_text
 
@@ -37,16 +37,6 @@ VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726
 # OpenAI's pattern is  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # This one matches the same pieces; its possessive repeats need no backtracking in long runs.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-# Only \s+(?!\S) still backtracks, and runs out of stack in a run of a million spaces before a word.
-_LONG_RUN = 50_000
-# the middle of a character, and what the pattern reads otherwise behind another sign
-_CANNOT_BEGIN = re.compile(rb"[\x80-\xbf]|'(?:[sdmt]|ll|ve|re)")
-# A word, or a run of spaces, of more characters than this is cut; it takes 12 MB.
-_WINDOW = 1 << 18
-_LONG_WORD = re.compile(rf"[^{SPACE}]{{{_WINDOW},}}+|[{SPACE}]{{{_WINDOW},}}+")
-_WORD_END = re.compile(rf"(?<=[^{SPACE}])(?=[{SPACE}])")
-_LONG_SPACE = re.compile(f"(?<![{SPACE}])[{SPACE}]{{{_LONG_RUN},}}+(?=[^{SPACE}])")
 
 # Files write a byte as one printable character: itself where Latin-1 prints it, else one from U+0100 on. The
 # printable ones come first: that is the order of the 256 byte tokens, too.
@@ -118,10 +108,7 @@ class Tokenizer:
             ValueError: two tokens have the same id or the same bytes, or `end_token` is not a special token.
         """
         ranks = _rank_tokens(merges)
-        ids = list(range(len(ranks)) if token_ids is None else token_ids)
-        if len(ids) != len(ranks):
-            legal = f"{len(ranks)} ids, for 256 bytes and {len(merges)} merges"
-            raise ValueError(must_be("token_ids", legal, len(ids)))
+        ids = _ids_of_ranks(ranks, token_ids)
         self.merges = tuple(merges)
         if special_tokens is None:
             special_tokens = {} if end_token is None else {end_token: max(ids) + 1}
@@ -141,14 +128,12 @@ class Tokenizer:
         self._finder = TokenFinder(self.token_flags, self.special_tokens)
         # tiktoken has one number for rank and id: it works on ranks. If these are not the ids, a table maps them.
         self._encoding = tiktoken.Encoding(
-            name="gpt2jax", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+            "gpt2jax", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
         self._id_of_rank = None if ids == list(range(len(ids))) else ids
-        named = itertools.chain(
-            zip(ranks, ids, strict=True),
-            ((token.encode(), id_) for token, id_ in self._unsplit.items()),
-            ((token, id_) for id_, token in (unreachable_tokens or {}).items()),
-        )
+        named = list(zip(ranks, ids, strict=True))
+        named += [(token.encode(), id_) for token, id_ in self._unsplit.items()]
+        named += [(token, id_) for id_, token in (unreachable_tokens or {}).items()]
         self._token_of_id = _invert([(token, id_) for token, id_ in named if id_ >= 0])
         self.vocab_size = len(self._token_of_id)
 
@@ -274,6 +259,7 @@ class Tokenizer:
         changes = {"end_token": token, "roles": {**self.roles, "eos_token": token}}
         if found is not None:
             return self._replace(end_token_id=found, **changes)
+        notice(f"{token!r:.60} is not a token yet: it becomes one, with the id {self.vocab_size}")
         flags, special = {**self.token_flags, token: TokenFlags()}, {token: self.vocab_size}
         return self._replace(
             end_token_id=self.vocab_size,
@@ -318,50 +304,20 @@ class Tokenizer:
         """Return the ids of a text without regard to special and added tokens."""
         if self.add_prefix_space and text and text[0] != " ":
             text = " " + text
-        if len(text) <= _LONG_RUN:
+        if len(text) <= cutting.LONG_RUN:
             return self._to_ids(self._encoding.encode_ordinary(text))
         ids: list[int] = []
         same = list(
             range(self._encoding.n_vocab)
         )  # one object for each id: tiktoken makes one for each token
-        for start, end in itertools.pairwise((0, *sorted(self._cuts(text)), len(text))):
+        cuts = cutting.find_cuts(text, self._encoding.encode_ordinary, self._lengths)
+        for start, end in itertools.pairwise((0, *sorted(cuts), len(text))):
             ids += self._to_ids([same[rank] for rank in self._encoding.encode_ordinary(text[start:end])])
         return ids
 
     def _to_ids(self, ranks: list[int]) -> list[int]:
         table = self._id_of_rank
         return ranks if table is None else [table[rank] for rank in ranks if table[rank] >= 0]
-
-    def _cuts(self, text: str) -> set[int]:
-        """Return places where cutting a long text does not change its tokens, so that few are made at a time."""
-        # the pattern, too, splits a run of spaces before its last one, and before the first one
-        cuts = {match.end() - 1 for match in _LONG_SPACE.finditer(text)}
-        for start in range(_WINDOW, len(text), _WINDOW):
-            if match := _WORD_END.search(text, start, start + _WINDOW):
-                cuts.add(match.start())
-        for match in _LONG_WORD.finditer(text):
-            start = match.start() - (
-                text[match.start() - 1 : match.start()] == " "
-            )  # which belongs to the word
-            while match.end() - start > _WINDOW:  # tiktoken takes 48 times the size of a word
-                start = self._cut_word(text, start, start + _WINDOW)
-                cuts.add(start)
-        return cuts
-
-    def _cut_word(self, text: str, start: int, end: int) -> int:
-        """Return the end of a token in the middle of a part of a word.
-
-        It is the end of a token of the whole word, too. Of equal pairs the left one is merged first, so that what
-        follows changes tokens before it only through pairs each of which was learned earlier than the one before: at
-        most as many as there are merges, and half a window has more bytes.
-        """
-        part = text[start:end].encode()
-        place = 0
-        for rank in self._encoding.encode_ordinary(text[start:end]):
-            place += self._lengths[rank]
-            if 2 * place >= len(part) and not _CANNOT_BEGIN.match(part, place):
-                break
-        return start + len(part[:place].decode())
 
     @functools.cached_property
     def _lengths(self) -> list[int]:
@@ -383,6 +339,14 @@ def _rank_tokens(merges: Iterable[Merge]) -> dict[bytes, int]:
     if len(ranks) != len(tokens):
         raise ValueError("two merges make the same token; the merges of a learned encoding are all different")
     return ranks
+
+
+def _ids_of_ranks(ranks: Mapping[bytes, int], token_ids: Sequence[int] | None) -> list[int]:
+    ids = list(range(len(ranks)) if token_ids is None else token_ids)
+    if len(ids) != len(ranks):
+        legal = f"{len(ranks)} ids, for 256 bytes and {len(ranks) - 256} merges"
+        raise ValueError(must_be("token_ids", legal, len(ids)))
+    return ids
 
 
 def parse_merges(text: str) -> list[Merge]:

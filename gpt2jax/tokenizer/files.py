@@ -76,6 +76,11 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_token: str | int | None 
     else:
         vocabulary, merges = read_vocabulary(folder)
         prefix_space = bool(config.get("add_prefix_space", False))
+    if config.get("add_bos_token") or not _adds_nothing(fast.get("post_processor")):
+        notice(
+            f"{folder}: the tokenizer's files put tokens before or behind each text (add_bos_token, post_processor); "
+            "here none are added"
+        )
     unsplit = _read_unsplit_tokens(folder, fast, config, vocabulary, roles)
     legal_id = int_in_range(0, MAX_ID)
     for token, id_ in (*vocabulary.items(), *((token, entry.id) for token, entry in unsplit.items())):
@@ -98,6 +103,16 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_token: str | int | None 
         raise ValueError(f"{folder}: {error}") from None
     tokenizer.extras |= _read_extras(folder, config)
     return tokenizer if end_token is None else tokenizer.with_end_token(end_token)
+
+
+def _adds_nothing(post_processor: Any) -> bool:
+    """Return whether what a tokenizer.json does behind the encoding leaves the ids of a text as they are."""
+    if not isinstance(post_processor, dict):
+        return True
+    if isinstance(parts := post_processor.get("processors"), list):
+        return all(map(_adds_nothing, parts))
+    single = post_processor.get("single")
+    return post_processor.get("type") == "ByteLevel" or (isinstance(single, list) and len(single) == 1)
 
 
 def _find_files(path: Path) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gpt2jax.tokenizer.bpe import Merge, Tokenizer, parse_merges, token_bytes
 from gpt2jax.utils.json_files import read_json
+from gpt2jax.utils.stand_ins import describe_stand_in
 from gpt2jax.utils.validation import must_be
 
 MAX_TOKEN_BYTES = 1024  # the longest token of GPT-2 has 128
@@ -25,7 +26,10 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[Merge]]:
     for vocabulary, merges in VOCABULARY_FILES:
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
             try:
-                return read_json(folder / vocabulary), parse_merges((folder / merges).read_text("utf-8"))
+                data = (folder / merges).read_bytes()
+                if reason := describe_stand_in(data[:512]):
+                    raise ValueError(f"{folder / merges} {reason}")
+                return read_json(folder / vocabulary), parse_merges(data.decode().replace("\r\n", "\n"))
             except ValueError as error:
                 raise ValueError(
                     str(error) if str(folder) in str(error) else f"{folder / merges}: {error}"

@@ -27,10 +27,25 @@ from gpt2jax.train.optimizer import resolve_learning_rate
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.train.stopping import Interrupted
 from gpt2jax.train.trackers import check_trackers
-from gpt2jax.train.trainer import Run, Trainer, plan_run
-from gpt2jax.utils.validation import check, check_model, check_texts, instance_of, optional, override_fields
+from gpt2jax.train.trainer import Run, RunPlan, Trainer, plan_run
+from gpt2jax.utils.jax_switches import default_switches
+from gpt2jax.utils.notices import notice
+from gpt2jax.utils.validation import (
+    check,
+    check_model,
+    check_names,
+    check_texts,
+    field_names,
+    instance_of,
+    optional,
+    override_fields,
+)
+
+# the arguments of `finetune` that are not settings: a wrong name may be meant as one of them
+_ARGUMENTS = ("train_texts", "validation_texts", "output", "resume", "overwrite", "source", "progress")
 
 
+@default_switches()
 def finetune(
     model: LanguageModel,
     train_texts: Iterable[Any],
@@ -42,28 +57,31 @@ def finetune(
     overwrite: bool = False,
     source: Mapping[str, Any] | None = None,
     progress: bool = True,
+    **overrides: Any,
 ) -> Run:
     """Fine-tune a model on texts.
 
     Args:
         model: where to start; it is not changed. Adapters that it has are merged first.
-        train_texts: list of str, list of token-id lists, a `datasets.Dataset` column, or any iterable of these; or of
+        train_texts: list of str or of token-id lists, a `datasets.Dataset` column, or any iterable of these; or of
             {"prompt": ..., "completion": ...}, of which only the completions are learned.
         config: settings.
         validation_texts: held-out texts; their loss is logged along the way.
         output: run folder for metrics, checkpoints and the result; None writes nothing. A `RunFolder` says itself
             whether to resume or to overwrite.
         resume: go on from the newest checkpoint in `output` (from the start if it has none). On the same number of
-            devices the run ends with the same parameters, bit for bit, as one that was never stopped.
+            devices the run ends with the same parameters, bit for bit, as one that was never stopped. `steps` and
+            `epochs` may differ if the steps that are done have the same learning rates in a run of the new length.
         overwrite: start anew in a folder that holds another run, which is deleted.
         source: where the texts come from, for `run.json`.
         progress: show a progress bar (a line per logged step if standard error is not a terminal); of several
             processes the first one does.
+        **overrides: fields of `FinetuneConfig`, such as `epochs=3`; they win over `config`.
 
     Raises:
         ValueError: impossible settings, no trainable text, a resumed run with other settings or texts, or both `resume`
             and `overwrite`.
-        TypeError: the texts are one string, or not a list.
+        TypeError: the texts are one string, or not a list; or an unknown setting.
         FileExistsError: `output` holds another run and neither `resume` nor `overwrite` is given, or a run goes on in
             it now.
         FloatingPointError: the loss is not finite any more; names the step, the documents of its batch and the last
@@ -72,37 +90,73 @@ def finetune(
         KeyboardInterrupt: Ctrl-C or SIGTERM, when the step is done and a checkpoint written; says how to go on. Without
             `output` its attribute `run` is the `Run` so far.
     """
-    check_model("model", model)
-    check_texts("train_texts", train_texts)
-    if validation_texts is not None:
-        check_texts("validation_texts", validation_texts)
-    check("source", source, optional(instance_of(Mapping)))
-    config = override_fields("config", FinetuneConfig, config, {})
+    check_names("setting", overrides, [*field_names(FinetuneConfig), *_ARGUMENTS])
+    _check_arguments(model, train_texts, validation_texts, source)
+    config = override_fields("config", FinetuneConfig, config, overrides)
     config = resolve_learning_rate(config, model.num_parameters())
-    model = model.merge_adapter()
+    model = _merge_adapters(model, config)
     _check_config(config, model, output, has_validation=validation_texts is not None)
     progress = progress and jax.process_index() == 0
     documents, validation = _tokenize(model, config, train_texts, validation_texts, progress=progress)
-    plan = plan_run(model, config, documents)
-    if validation is not None:
-        check_labels(validation, config.packing, plan.batches.sequence_length, "validation texts")
+    plan = _plan(model, config, documents, validation)
     if progress:
         print(f"training: {plan.describe(config)}", file=sys.stderr)
     folder = _run_folder(output, resume=resume, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.lock())
-            folder.begin(model, config, documents, source)
+            count_steps = functools.partial(_count_steps, model, documents=documents)
+            folder.begin(model, config, documents, source, count_steps=count_steps)
             barrier("the run folder")
         trainer = Trainer(model, config, plan, validation, folder, show_progress=progress)
-        try:
-            with trainer:
-                trainer.train()
-        except Interrupted as interrupt:
-            if folder is None and not trainer.state["step"].is_deleted():
-                interrupt.run = trainer.finish()
-            raise
+        _train(trainer, folder)
         return trainer.finish()
+
+
+def _check_arguments(
+    model: LanguageModel,
+    train_texts: Iterable[Any],
+    validation_texts: Iterable[Any] | None,
+    source: Mapping[str, Any] | None,
+) -> None:
+    check_model("model", model)
+    check_texts("train_texts", train_texts)
+    if validation_texts is not None:
+        check_texts("validation_texts", validation_texts)
+    check("source", source, optional(instance_of(Mapping)))
+
+
+def _plan(
+    model: LanguageModel, config: FinetuneConfig, documents: Documents, validation: Documents | None
+) -> RunPlan:
+    plan = plan_run(model, config, documents)
+    if validation is not None:
+        check_labels(validation, config.packing, plan.batches.sequence_length, "validation texts")
+    return plan
+
+
+def _train(trainer: Trainer, folder: RunFolder | None) -> None:
+    """Train; an interrupted run without a folder is handed over in the exception."""
+    try:
+        with trainer:
+            trainer.train()
+    except Interrupted as interrupt:
+        if folder is None and not trainer.state["step"].is_deleted():
+            interrupt.run = trainer.finish()
+        raise
+
+
+def _merge_adapters(model: LanguageModel, config: FinetuneConfig) -> LanguageModel:
+    """Return the model that a run begins with; say what becomes of the adapters that it has."""
+    if model.adapters is None:
+        return model
+    trained = "all parameters" if config.lora is None else "new adapters"
+    notice(f"the model's adapters are merged into its weights first; this run trains {trained}")
+    return model.merge_adapter()
+
+
+def _count_steps(model: LanguageModel, config: FinetuneConfig, documents: Documents) -> int:
+    return plan_run(model, config, documents).steps
 
 
 def _tokenize(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -41,6 +42,12 @@ def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
     # the first step already learns: it counts as one of the warm-up's steps
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
     return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def have_equal_rates(config: FinetuneConfig, lengths: tuple[int, int], steps: int) -> bool:
+    """Return whether runs of two lengths have the same learning rates in their first `steps` steps."""
+    first, second = (jax.vmap(make_schedule(config, length))(jnp.arange(steps)) for length in lengths)
+    return np.array_equal(first, second)
 
 
 def _decay_schedule(config: FinetuneConfig, peak: float, length: int, steps: int) -> optax.Schedule:
@@ -131,13 +138,13 @@ def bfloat16_moments(optimizer: optax.GradientTransformation, seed: int = 0) -> 
     """
 
     def to_bfloat16(state, count):
-        leaves, structure = jax.tree.flatten(state)
+        leaves, treedef = jax.tree.flatten(state)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), count), len(leaves))
         leaves = [
             stochastic_round(leaf, key) if _is_moment(leaf, jnp.float32) else leaf
             for leaf, key in zip(leaves, keys, strict=True)
         ]
-        return BFloat16MomentsState(jax.tree.unflatten(structure, leaves), count)
+        return BFloat16MomentsState(jax.tree.unflatten(treedef, leaves), count)
 
     def init(params):
         return to_bfloat16(optimizer.init(params), jnp.zeros((), jnp.int32))

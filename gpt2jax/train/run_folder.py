@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import operator
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,12 @@ from gpt2jax.data.documents import Documents
 from gpt2jax.language_model import LanguageModel
 from gpt2jax.loading import HUB_IDS, save_adapter
 from gpt2jax.train.config import FinetuneConfig
+from gpt2jax.train.optimizer import have_equal_rates
 from gpt2jax.utils.atomic_io import atomic_write, make_folder, naming_file
 from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.home_folder import abbreviate_home
 from gpt2jax.utils.json_files import parse_json, read_json
+from gpt2jax.utils.notices import notice
 from gpt2jax.utils.validation import check_path
 from gpt2jax.weights.model_card import write_card
 
@@ -49,6 +52,8 @@ _MAY_DIFFER = {
         "tensor_parallel",
     )
 }
+# a resumed run may have another length if that changes nothing in the steps that are done
+_LENGTH = {"finetune.steps", "finetune.epochs"}
 # names of settings and packings in files of version 1
 _RENAMED = {
     "accumulation": "gradient_accumulation_steps",
@@ -146,8 +151,13 @@ class RunFolder:
         config: FinetuneConfig,
         documents: Documents,
         source: Mapping[str, Any] | None = None,
+        *,
+        count_steps: Callable[[FinetuneConfig], int | None] = operator.attrgetter("steps"),
     ) -> None:
         """Write `run.json`, or check that the one of a resumed run agrees.
+
+        A resumed run may be longer than it was, or shorter, if the steps that are done had the learning rates of a run
+        of the new length; `run.json` then gets the new length. `count_steps` tells the steps of a run from settings.
 
         Raises:
             ValueError: a resumed run had other settings, another model or other texts; names what differs.
@@ -156,11 +166,10 @@ class RunFolder:
             return
         is_resumed = self._is_resumed
         self.description = run_description(model, config, documents, source)
-        if is_resumed:
-            self._check_same(self.description)
+        has_new_length = is_resumed and self._check_same(self.description, config, count_steps)
         for entry in self._partial_files():
             _remove(entry)
-        if is_resumed:
+        if is_resumed and not has_new_length:
             return
         if self._overwrite and self.path.is_dir():
             for name in (*_OWN, *_REPORT):
@@ -172,18 +181,43 @@ class RunFolder:
         """Return what a run was writing when it was killed: its description, its log, its model."""
         return list(self.path.glob(".*.part"))
 
-    def _check_same(self, content: dict[str, Any]) -> None:
+    def _check_same(
+        self,
+        content: dict[str, Any],
+        config: FinetuneConfig,
+        count_steps: Callable[[FinetuneConfig], int | None],
+    ) -> bool:
+        """Raise ValueError if the run in the folder is another one; return whether it only had another length."""
         before = read_json(self.path / RUN_FILE, {"finetune": dict})
         # a setting that came with a later version had the value that is its default now
         before["finetune"] = _finetune_fields(FinetuneConfig()) | _current_names(before["finetune"])
         flat_before, flat_now = _flatten(before), _flatten(content)
-        different = [
-            f"{name} was {flat_before.get(name)!r}, is {flat_now.get(name)!r}"
+        different = {
+            name: f"{name} was {flat_before.get(name)!r}, is {flat_now.get(name)!r}"
             for name in sorted(flat_before.keys() | flat_now.keys())
             if flat_before.get(name) != flat_now.get(name) and _must_agree(name)
-        ]
+        }
+        hint = ""
+        if different and different.keys() <= _LENGTH:
+            length = {name: before["finetune"][name] for name in ("steps", "epochs")}
+            old, new = count_steps(dataclasses.replace(config, **length)), count_steps(config)
+            if self._can_change_length(config, old, new):
+                notice(f"the run in {self.path} had {old} steps, and goes on to step {new}")
+                return True
+            hint = (
+                "; in a run of that length the steps that are done would have been other ones: "
+                f"--model {self.path} trains on from its result"
+            )
         if different:
-            raise ValueError(f"cannot resume {self.path}: {'; '.join(different)}")
+            raise ValueError(f"cannot resume {self.path}: {'; '.join(different.values())}{hint}")
+        return False
+
+    def _can_change_length(self, config: FinetuneConfig, old: int | None, new: int | None) -> bool:
+        """Return whether the steps of the newest checkpoint are those of a run of the new length, too."""
+        done = [int(entry.name) for entry in self.checkpoints.glob("*") if entry.name.isdecimal()]
+        if not (old and new) or new < max(done, default=0):
+            return False
+        return have_equal_rates(config, (old, new), max(done, default=0))
 
     def read_metrics(self, *, up_to: int) -> list[dict[str, float]]:
         """Read the log up to a step; later lines, of steps that a resumed run repeats, are removed."""

@@ -130,21 +130,10 @@ def make_train_step(
         norm = optax.tree.norm(gradients)
         clip = clip_scale(norm, max_grad_norm)
         gradients = jax.tree.map(lambda g: g * clip, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
-        new = {
-            "step": state["step"] + 1,
-            "params": optax.apply_updates(state["params"], _masked(updates, mask)),
-            "optimizer": optimizer_state,
-        }
-        if ema_decay is not None:
-            new["ema"] = _moving_average(state, new["params"], ema_decay)
+        new = _update(state, gradients, optimizer, mask, ema_decay)
         new = constrain_params(new)  # sharded as the state that came in, for the next step to take
-        metrics = {
-            "loss": sums["nll"] / tokens,
-            "accuracy": sums["correct"] / tokens,
-            "tokens": sums["tokens"],
-            "grad_norm": norm,
-        }
+        metrics = {name: sums[part] / tokens for name, part in (("loss", "nll"), ("accuracy", "correct"))}
+        metrics |= {"tokens": sums["tokens"], "grad_norm": norm}
         if "loss_scale" in state:
             new = _unless_overflow(new, state, jnp.isfinite(norm))
             skipped = new["loss_scale"]["skipped"].astype(jnp.float32)
@@ -152,6 +141,25 @@ def make_train_step(
         return new, metrics
 
     return step
+
+
+def _update(
+    state: TrainState,
+    gradients: Params,
+    optimizer: optax.GradientTransformation,
+    mask: Params | None,
+    ema_decay: float | None,
+) -> TrainState:
+    """Return the state after a step of the optimizer."""
+    updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+    new = {
+        "step": state["step"] + 1,
+        "params": optax.apply_updates(state["params"], _masked(updates, mask)),
+        "optimizer": optimizer_state,
+    }
+    if ema_decay is not None:
+        new["ema"] = _moving_average(state, new["params"], ema_decay)
+    return new
 
 
 def _moving_average(state: TrainState, params: Params, decay: float) -> Params:

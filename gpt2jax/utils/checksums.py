@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO
 
-_PIECE = 1 << 20  # bytes of a file that are held at once
+_CHUNK_SIZE = 1 << 20  # bytes of a file that are held at once
 
 
 def file_crc32(path: str | os.PathLike[str], *, sync: bool = False) -> tuple[int, int]:
@@ -18,14 +18,14 @@ def file_crc32(path: str | os.PathLike[str], *, sync: bool = False) -> tuple[int
     with open(path, "rb") as file:
         if sync:
             os.fsync(file.fileno())
-        for piece in iter_pieces(file):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
+        for chunk in iter_chunks(file):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return size, crc
 
 
-def iter_pieces(file: IO[bytes], size: int | None = None) -> Iterator[bytes]:
-    """Yield the rest of an open file, or its next `size` bytes at most, in pieces of a MiB."""
+def iter_chunks(file: IO[bytes], size: int | None = None) -> Iterator[bytes]:
+    """Yield the rest of an open file, or its next `size` bytes at most, in chunks of a MiB."""
     left = size
-    while piece := file.read(_PIECE if left is None else min(_PIECE, left)):
-        yield piece
-        left = None if left is None else left - len(piece)
+    while chunk := file.read(_CHUNK_SIZE if left is None else min(_CHUNK_SIZE, left)):
+        yield chunk
+        left = None if left is None else left - len(chunk)

@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any
 
 from gpt2jax.utils.limits import check_json_size
+from gpt2jax.utils.stand_ins import describe_stand_in
 from gpt2jax.utils.validation import must_be
 
 Kind = type | tuple[type, ...]
@@ -73,9 +74,12 @@ def read_json(
             an object, or a name is missing or has a value of another type; the message begins with the path.
     """
     check_json_size(str(path), os.path.getsize(path))
+    data = Path(path).read_bytes()
     try:
-        content = parse_json(Path(path).read_bytes(), "it")
+        content = parse_json(data, "it")
     except ValueError as error:
+        if reason := describe_stand_in(data[:512]):
+            raise ValueError(f"{path} {reason}") from None
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it must hold an object, got {_describe_kind(type(content))}")

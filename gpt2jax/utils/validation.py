@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpt2jax.utils.other_names import our_name
+
 # repr of a value for a message: lists of a pickle may hold each other so often that repr never ends
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxset = 3, 30, 30, 30, 30
@@ -69,9 +71,13 @@ def must_be(name: str, legal: str, value: Any) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Build the message of a name that does not exist; it gives the nearest known one, else all of them."""
+    """Build the message of a name that does not exist.
+
+    It gives the known name of what has this name in another library, else the nearest known one, else all of them.
+    """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    ours = our_name(name, known)
+    near = [ours] if ours else difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return f"there is no {kind} {name!r}; {hint}"
 

@@ -109,6 +109,11 @@ def open_weights(path: Path) -> tuple[str, WeightSource]:
         raise ValueError(
             f"{path} holds adapters; load the model that they are for, then load_adapter(model, path)"
         )
+    if others := _other_names_in(path):
+        raise ValueError(
+            f"{path} holds no model.safetensors or pytorch_model.bin, but {enumerate_names(others)}; give the path of "
+            f"the file, such as {path / others[0]}"
+        )
     if checkpoints := _checkpoints_in(path):
         names = enumerate_names(checkpoints, most=10)
         raise ValueError(
@@ -126,6 +131,13 @@ def refuse_stand_ins(path: Path) -> None:
                 reason = describe_stand_in(stream.read(512))
             if reason is not None:
                 raise ValueError(f"{file} {reason}")
+
+
+def _other_names_in(path: Path) -> list[str]:
+    """Return the names of files of weights in a folder, such as model.fp16.safetensors."""
+    is_other = re.compile(r".*\.safetensors|(pytorch_)?model.*\.bin").fullmatch
+    names = [entry.name for entry in path.iterdir() if entry.is_file()] if path.is_dir() else []
+    return sorted(name for name in names if is_other(name) and not name.startswith("adapter_"))
 
 
 def _checkpoints_in(path: Path) -> list[str]:

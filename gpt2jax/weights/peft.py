@@ -40,6 +40,7 @@ from gpt2jax.weights.peft_embeddings import (
     embedding_tensors,
     is_embedding,
     replace_embeddings,
+    saved_modules,
     token_rows,
 )
 from gpt2jax.weights.safetensors_io import read_safetensors, write_safetensors
@@ -145,9 +146,18 @@ def read_embeddings(
     """
     file, settings, tensors = _open_folder(Path(folder))
     tensors = {name: tensor for name, tensor in tensors.items() if is_embedding(name)}
-    if not tensors:
-        return config, params, {}
-    return replace_embeddings(config, params, tensors, token_rows(settings, Path(folder) / CONFIG_FILE), file)
+    rows = token_rows(settings, Path(folder) / CONFIG_FILE)
+    named = {*saved_modules(settings), *(name for name, ids in rows.items() if ids)}
+    if config.tie_word_embeddings and rows.get("wte") and rows.get("wte") == rows.get("lm_head"):
+        named -= {"lm_head"}  # saved once
+    found: Embeddings = {}
+    if tensors:
+        config, params, found = replace_embeddings(config, params, tensors, rows, file)
+    if lost := named - found.keys():
+        raise ValueError(
+            f"{file} has no tensor of {' and '.join(sorted(lost))}, which {CONFIG_FILE} says are trained"
+        )
+    return config, params, found
 
 
 def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], dict[str, LazyTensor]]:
@@ -203,24 +213,7 @@ def write_adapter(
     arrays = [(name, values.T) for name, values in _iter_parts(config, lora, flat)]
     embeddings = embeddings if embeddings and params else {}
     arrays += embedding_tensors(params or {}, embeddings)
-    is_whole = float(lora.alpha).is_integer()  # PEFT declares alpha as a whole number, and computes with any
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if is_whole else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "rank_pattern": dict(lora.rank_pattern),
-        "alpha_pattern": dict(lora.alpha_pattern),
-        "target_modules": list(lora.targets),
-        "fan_in_fan_out": True,
-        "bias": "none",
-        "inference_mode": True,
-        **embedding_settings(embeddings),
-    }
+    settings = _peft_settings(lora, base_model) | embedding_settings(embeddings)
     refuse_foreign_files(Path(folder), KNOWN_FILES, "a saved adapter")
     with atomic_folder(folder, overwrite=True) as aside:
         (aside / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
@@ -230,6 +223,28 @@ def write_adapter(
         if tokenizer is not None:
             save_tokenizer(tokenizer, aside, max_length=config.n_positions)
         write_card(aside, Path(folder).name, library="peft", base_model=base_model, tags=("lora",))
+
+
+def _peft_settings(lora: LoRAConfig, base_model: str | None) -> dict[str, Any]:
+    is_integer = float(
+        lora.alpha
+    ).is_integer()  # PEFT declares alpha as a whole number, and computes with any
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if is_integer else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "target_modules": list(lora.targets),
+        "fan_in_fan_out": True,
+        "bias": "none",
+        "inference_mode": True,
+    }
 
 
 def _get_target(adapters: Params, target: str) -> Params:

@@ -45,11 +45,16 @@ def is_embedding(name: str) -> bool:
 def check_modules(settings: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError unless the settings name embeddings only."""
     modules = settings.get("modules_to_save") or []
-    if not isinstance(modules, list) or any(str(name).rpartition(".")[2] not in MODULES for name in modules):
+    if not isinstance(modules, list) or not MODULES.keys() >= set(saved_modules(settings)):
         raise ValueError(
             must_be(f"{path}: modules_to_save", f"a list of some of {', '.join(MODULES)}", modules)
         )
     token_rows(settings, path)
+
+
+def saved_modules(settings: Mapping[str, Any]) -> list[str]:
+    """Return the modules of `modules_to_save`, by the last part of their names."""
+    return [str(name).rpartition(".")[2] for name in settings.get("modules_to_save") or []]
 
 
 def token_rows(settings: Mapping[str, Any], path: Path) -> dict[str, list[int]]:
@@ -141,10 +146,12 @@ def embedding_settings(embeddings: Embeddings) -> dict[str, Any]:
 
 def _replace_rows(table: np.ndarray, ids: list[int], tensor: LazyTensor, name: str, file: Path) -> np.ndarray:
     values, width = _read(tensor, name, table.dtype.name), table.shape[1]
-    if values.shape != (len(ids), width) or any(row >= len(table) for row in ids):
+    if outside := [row for row in ids if row >= len(table)]:
+        raise ValueError(f"{file}: trainable_token_indices must be below {len(table)}, got {outside[0]}")
+    if values.shape != (len(ids), width):
         raise ValueError(
-            f"{file}: {name} has shape {list(values.shape)}, expected {[len(ids), width]} for rows of "
-            f"trainable_token_indices below {len(table)}"
+            f"{file}: {name} has shape {list(values.shape)}, expected {[len(ids), width]} for the "
+            f"{len(ids)} rows of trainable_token_indices"
         )
     table = np.array(table)
     table[ids] = values

@@ -166,6 +166,10 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
             "FILE is a file; give the name of a folder",
         ),
         (["compare", "gpt2-mini", "b=gpt2-mini", "--sequence-length", "0"], "--sequence-length must be"),
+        (
+            ["compare", "gpt2-mini", "b=gpt2-mini", "--split", "test", "test"],
+            "--eval-split must be splits, each named once, got 'test test'",
+        ),
         (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--sequence-length", "0"], "must be a whole number of at least 2, or None, got 0"),
@@ -194,11 +198,11 @@ def test_all_splits_are_of_the_commit_that_a_name_has_at_first(monkeypatch):
     pinned = DataOptions(data="pubmed", data_revision="main").pinned()
     assert asked == [("pubmed", "main")]
     assert pinned.origin("test") == {"source": "pubmed", "split": "test", "revision": "c" * 40}
-    options = compare.Options(("a", "b"), source=pinned, training_data="pubmed")
+    options = compare.Options(("a", "b"), training_data="pubmed")
     read = []
     monkeypatch.setattr(sources, "Texts", lambda source, split, **o: read.append((source, o["revision"])))
-    compare.training_texts(options, pinned)
-    compare.training_texts(dataclasses.replace(options, training_data="other/data"), pinned)
+    compare.training_texts(options, [DataOptions(data="arxiv"), pinned])
+    compare.training_texts(dataclasses.replace(options, training_data="other/data"), [pinned])
     assert read == [("pubmed", "c" * 40), ("other/data", None)]
 
 
@@ -321,9 +325,10 @@ def test_what_standard_output_cannot_take(capsys, monkeypatch):
 def test_brackets_in_names_are_no_markup():
     console = Console(file=io.StringIO(), width=40)
     print_line(console, "wrote", "runs/[/b] " + "x" * 40)
-    console.print(evaluate.figures_table("m[b] on numeric-docs", {"loss": 1.0}))
+    console.print(evaluate.figures_table("m[b] on numeric-docs", {"loss": 1.0, "perplexity": None}))
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert shown.startswith(f"wrote  runs/[/b] {'x' * 40}\nm[b] on numeric-docs")
+    assert re.search(r"perplexity +│ +not finite", shown)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +367,21 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
         ),
         (["--steps", "0"], "--steps must be a positive whole number, or None, got 0"),
         (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (
+            [
+                "--num-train-epochs",
+                "3",
+                "--r",
+                "8",
+                "--lora_alpha=4",
+                "--output_dir",
+                "x",
+                "--fsdp_config",
+                "y",
+            ],
+            "Unrecognized options: --num-train-epochs (here --epochs), --r (here --lora.rank), "
+            "--lora_alpha (here --lora.alpha), --output_dir (here --out), --fsdp_config; see",
+        ),
         (["--steps", "many"], "--steps"),
         (["--packing", "rows"], "'rows'"),
         (["--freeze", "nothing"], "freeze must be patterns that match parameters, got ['nothing']"),

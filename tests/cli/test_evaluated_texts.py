@@ -7,6 +7,7 @@ import json
 import pytest
 
 from gpt2jax.cli import finetune, main
+from gpt2jax.cli.compare import ComparedDataOptions, named_splits
 from gpt2jax.cli.finetune import _held_out_limits
 from gpt2jax.cli.options import DataOptions, EvaluationOptions, evaluation_config, warn_if_trained_on
 from gpt2jax.utils.notices import Notice
@@ -106,3 +107,58 @@ def test_finetune_compares_on_all_held_out_documents():
 
     assert limits() == (120, None) and limits("numeric-docs") == (120, 120)
     assert limits(eval_documents=7) == limits("numeric-docs", eval_documents=7) == (7, 7)
+
+
+def test_named_splits_tell_data_sets_and_splits_apart(tmp_path):
+    for place in ("a", "b"):
+        write_texts(tmp_path / place / "x.jsonl", 8)
+    first, second, other = (
+        DataOptions(data=str(tmp_path / name)) for name in ("a/x.jsonl", "b/x.jsonl", "b")
+    )
+    assert named_splits([first], []) == {"": (first, "all")}
+    assert named_splits([first], ["test"]) == {"": (first, "test")}
+    assert list(named_splits([first], ["validation", "test"])) == ["validation", "test"]
+    assert named_splits([first, other], []) == {"x.jsonl": (first, "all"), "b": (other, "all")}
+    assert list(named_splits([first, second], [])) == [first.data, second.data]
+    assert list(named_splits([first, other], ["train", "test"])) == [
+        "x.jsonl, train",
+        "x.jsonl, test",
+        "b, train",
+        "b, test",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ()}, "--data must be one or more data sets, each named once, got ''"),
+        ({"data": ("a", "a")}, "--data must be one or more data sets, each named once, got 'a a'"),
+        (
+            {"data": ("a", "b"), "more_data": ("c",)},
+            "--more-data must be absent with several --data, got 'c'",
+        ),
+    ],
+)
+def test_compared_data_options_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        ComparedDataOptions(**options).each()
+
+
+@pytest.mark.slow
+def test_compare_several_splits_in_one_report(tmp_path, capsys):
+    write_texts(tmp_path / "mine" / "train.jsonl", 3)
+    write_texts(tmp_path / "mine" / "validation.jsonl", 12)
+    write_texts(tmp_path / "mine" / "test.jsonl", 11)
+    out = tmp_path / "out"
+    main(
+        ["compare", "a=gpt2-mini", "b=gpt2-mini", "--data", str(tmp_path / "mine"), "--sequence-length", "32"]
+        + ["--split", "validation", "test", "--max-new-tokens", "2", "--prompts", "the", "--out", str(out)]
+    )
+    content = json.loads((out / "comparison.json").read_text())
+    found = {name: each["data"]["documents"] for name, each in content["by_texts"].items()}
+    assert found == {"validation": 12, "test": 11}
+    assert content["by_texts"]["test"]["data"]["split"] == "test"
+    assert content["paired"] == content["by_texts"]["validation"]["paired"]
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in found:
+        assert f"b on {name}: Paired difference" in shown

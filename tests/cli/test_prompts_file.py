@@ -8,7 +8,11 @@ import json
 import pytest
 
 from gpt2jax.cli import main
-from gpt2jax.cli.generate import Options, _json_line, read_prompts, read_rows
+from gpt2jax.cli.generate import Options, _json_line, read_rows
+
+
+def prompts_of(options: Options) -> list[str]:
+    return [row["prompt"] for row in read_rows(options)]
 
 
 @pytest.mark.parametrize(
@@ -21,19 +25,23 @@ from gpt2jax.cli.generate import Options, _json_line, read_prompts, read_rows
         ("h.ndjson", '{"prompt":"a\x85b"}', ["a\x85b"]),
         ("p.txt", "\ufefffirst\r\n\nsec\x0cond\u2028\r third \n\n", ["first", "sec\x0cond\u2028", " third "]),
         ("empty.txt", "", []),
+        ("a.json", '[{"prompt":"a"},\n {"prompt":"b","n":1}]', ["a", "b"]),
+        ("lines.json", '{"prompt":"a"}\n{"prompt":"b"}\n', ["a", "b"]),
+        ("out.txt", '\n{"prompt":"a","text":"b"}\n{"prompt":"c"}\n', ["a", "c"]),
+        ("code.txt", '{"a": 1}\n[1]\n', ['{"a": 1}', "[1]"]),
     ],
 )
-def test_read_prompts(tmp_path, name, content, prompts):
+def test_read_rows(tmp_path, name, content, prompts):
     (tmp_path / name).write_bytes(content.encode())
-    assert read_prompts(Options(file=tmp_path / name)) == prompts
+    assert prompts_of(Options(file=tmp_path / name)) == prompts
 
 
-def test_read_prompts_as_generate_writes_them(tmp_path):
+def test_read_rows_as_generate_writes_them(tmp_path):
     prompts = ["a\u2028b\u2029c\x85d\x0b", "\ud800 half", '"quoted"\n', ""]
     (tmp_path / "out.jsonl").write_text(
         "".join(_json_line({"prompt": prompt}) for prompt in prompts), "utf-8"
     )
-    assert read_prompts(Options(prompts=("first",), file=tmp_path / "out.jsonl")) == ["first", *prompts]
+    assert prompts_of(Options(prompts=("first",), file=tmp_path / "out.jsonl")) == ["first", *prompts]
 
 
 @pytest.mark.parametrize(
@@ -47,10 +55,29 @@ def test_read_prompts_as_generate_writes_them(tmp_path):
         (b'{"prompt":"\xe9"}', r"p.jsonl, line 2: the file must be UTF-8"),
     ],
 )
-def test_read_prompts_names_file_and_line(tmp_path, line, message):
+def test_read_rows_names_file_and_line(tmp_path, line, message):
     (tmp_path / "p.jsonl").write_bytes(json.dumps({"prompt": "a"}).encode() + b"\n" + line)
     with pytest.raises(ValueError, match=message):
-        read_prompts(Options(file=tmp_path / "p.jsonl"))
+        prompts_of(Options(file=tmp_path / "p.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "prompt,n\na,1\n", r"p.csv: a file of prompts must have one prompt a line, .*got \.csv"),
+        ("p.json", '[{"prompt":"a"},{"text":"b"}]', r'p.json, entry 2: expected JSON with a field "prompt"'),
+        ("p.json", '[{"prompt":"a"},', r"p.json is not JSON"),
+    ],
+)
+def test_read_prompts_refuses_other_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prompts_of(Options(file=tmp_path / name))
+
+
+def test_generated_lines_are_json_without_nan():
+    line = _json_line({"prompt": "a", "logprobs": [float("nan"), -1.5, float("-inf")]})
+    assert json.loads(line, parse_constant=pytest.fail) == {"prompt": "a", "logprobs": [None, -1.5, None]}
 
 
 def test_generate_of_a_bad_prompts_file_is_one_line(tmp_path, capsys):
@@ -71,10 +98,10 @@ def test_generate_splits_standard_input_at_line_ends_alone(capsys, monkeypatch):
     assert [json.loads(line)["prompt"] for line in lines] == ["a\u2028b\x85", "", "c"]
 
 
-def test_read_prompts_nested_too_deeply(tmp_path):
+def test_read_rows_nested_too_deeply(tmp_path):
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match='p.jsonl, line 1: expected JSON with a field "prompt"'):
-        read_prompts(Options(file=tmp_path / "p.jsonl"))
+    with pytest.raises(ValueError, match="p.jsonl is not JSON that can be read: it is nested too deeply"):
+        prompts_of(Options(file=tmp_path / "p.jsonl"))
 
 
 def test_read_rows_keeps_the_other_fields(tmp_path):

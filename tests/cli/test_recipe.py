@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zipfile
 
 import numpy as np
 import pytest
 
-from gpt2jax.cli.finetune import Options, _describe_texts, finetune_config, stage_names
+from gpt2jax.cli.finetune import (
+    Options,
+    _describe_texts,
+    _texts,
+    compared_options,
+    finetune_config,
+    stage_names,
+)
 from gpt2jax.cli.options import DataOptions, ProcessOptions
 from gpt2jax.data.documents import Documents, to_offsets
 from gpt2jax.data.hub import DATA_VARIABLE
@@ -62,9 +70,24 @@ def test_finetune_config_trains_on_all_of_other_texts(tmp_path, name, content):
 
 def test_describe_texts_names_splits_and_counts():
     options = Options(source=DataOptions(data="mine", limit=3), eval_documents=2, eval_split="all")
-    described = _describe_texts(options, ["a"] * 3, ["b"], ["c"] * 2)
+    described = _describe_texts(options, compared_options(options), ["a"] * 3, ["b"], ["c"] * 2)
     expected = "the first 3 of split train to train on, 1 of split validation for validation, "
     assert described == f"documents of mine: {expected}the first 2 of split all for the comparison"
+
+
+def test_compared_options_take_data_of_ones_own(tmp_path):
+    file = tmp_path / "held-out.jsonl"
+    file.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(5)))
+    options = Options(source=DataOptions(data="mine", more_data=("more",)), eval_data=str(file))
+    compared = compared_options(options)
+    assert (compared.source.source, compared.eval_split) == (str(file), "all")
+    assert _texts(compared, "all", limit=None) == [f"text {i}" for i in range(5)]
+    described = _describe_texts(options, compared, ["a"], ["b"], ["c"] * 5)
+    assert described.endswith(f"5 of split all of {file} for the comparison")
+    assert compared_options(dataclasses.replace(options, eval_split="test")).eval_split == "test"
+    assert compared_options(Options()).eval_split == "test"
+    with pytest.raises(ValueError, match="--eval-data must be absent with --no-compare, got"):
+        compared_options(dataclasses.replace(options, compare=False))
 
 
 def test_run_plan_describes_the_run():

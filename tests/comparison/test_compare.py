@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from comparisons import LENGTH, NASTY, PROMPTS, SETTINGS, TEXTS, make_comparison
+from comparisons import LENGTH, NASTY, PROMPTS, SETTINGS, TEXTS, TRAINING_TEXTS, make_comparison
 from tiny_models import CONFIG, decode_bytes, encode, random_model
 
 from gpt2jax.comparison.compare import DEFAULT_PROMPTS, compare
@@ -73,6 +73,29 @@ def test_comparison_pairs_are_of_any_two_models(comparison):
     assert [row[0] for row in paired_table(comparison).rows] == [
         f"{second} − {first}" for first, second in (("generic", NASTY), ("generic", "flat"), (NASTY, "flat"))
     ]
+
+
+def test_compare_on_several_texts_is_a_comparison_on_each(comparison, model, other_model, tmp_path):
+    models, held_out = {"generic": model, NASTY: other_model}, {"first": TEXTS, "second": TEXTS[4:]}
+    training: Any = iter(TRAINING_TEXTS)  # which can be read only once
+    origins = {"first": {"split": "validation"}, "second": {"split": "test"}}
+    found = compare(models, held_out, PROMPTS, **SETTINGS, seed=7, training_texts=training, source=origins)
+    first, second = found.parts
+    assert found.by_texts == {"first": first, "second": second} and found.models is first.models
+    assert [part.texts_name for part in found.parts] == ["first", "second"]
+    alone, content = compare(models, TEXTS[4:], [], **SETTINGS, seed=7), found.as_dict()
+    assert second.as_dict()["paired"] == alone.as_dict()["paired"] == content["by_texts"]["second"]["paired"]
+    assert first.as_dict()["paired"][NASTY] == comparison.as_dict()["paired"][NASTY]
+    assert content["by_texts"]["second"]["data"] == {"name": "second", **alone.data, "split": "test"}
+    assert first.overlap == comparison.overlap and second.overlap != first.overlap
+    assert [len(entries) for entries in (content["generations"], found[NASTY].generations)] == [10, 5]
+    assert found.to_frame().loc[("second", NASTY), "loss"] == second[NASTY].evaluation.loss
+    found.save(tmp_path)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text()
+        for part in found.parts:
+            assert paired_table(part).rows[0][1].replace("−", "−") in text
+            assert f"same documents ({part.texts_name})" in text.replace("\\", "")
 
 
 def without_times(value):
@@ -277,6 +300,14 @@ def test_params_fingerprint_tells_models_apart(model, other_model):
             ValueError,
             "prompts must be .*, got {'a'}",
         ),  # in another order each time
+        (None, {"texts": {}}, ValueError, "texts must be a list of texts, or a dict of such lists by name"),
+        (None, {"texts": {"a": "one"}}, TypeError, r"texts\['a'\] must be a list of texts, got one string"),
+        (
+            None,
+            {"texts": {"a": TEXTS}, "source": {"split": "test"}},
+            ValueError,
+            "source must be a dict for each of a, got",
+        ),
         (None, {"texts": {"a text"}}, TypeError, "texts must be a list of texts, got {'a text'}"),
         (None, {"source": "docs"}, ValueError, "source must be a dict, or None, got 'docs'"),
         (

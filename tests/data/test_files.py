@@ -55,9 +55,9 @@ def test_parquet(tmp_path):
 
 
 def test_plain_text(tmp_path):
-    book = "\ufeffChapter 1\r\n\r\nOnce upon\r\na time.\r\n<|endoftext|>\r\nChapter 2\r\n\r\n\r\nThe end."
+    book = "\ufeffChapter 1\r\n\r\nOnce upon\r\na time.\r\n<|endoftext|>\r\nChapter 2\r\n \r\n\r\nThe end."
     path = write(tmp_path / "book.txt", book)
-    assert load_texts(path, split="all") == ["Chapter 1\n\nOnce upon\na time.\n", "Chapter 2\n\n\nThe end."]
+    assert load_texts(path, split="all") == ["Chapter 1\n\nOnce upon\na time.\n", "Chapter 2\n \n\nThe end."]
     paragraphs = ["Chapter 1", "Once upon\na time.", "Chapter 2", "The end."]
     assert load_texts(path, split="all", documents="paragraph") == paragraphs
     lines = ["Chapter 1", "Once upon", "a time.", "<|endoftext|>", "Chapter 2", "The end."]

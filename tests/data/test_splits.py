@@ -155,6 +155,13 @@ def test_cuts_lose_nothing(text):
     assert "".join(str(part) for split in SPLITS for part in split_by_content([text], split)) == text
 
 
+@pytest.mark.parametrize("held_out", [("validation", "test"), ("validation",)])
+def test_a_short_text_leaves_no_split_empty(held_out):
+    text = "A line that is longer than a twentieth of all.\n" * 12
+    parts = [list(split_by_content([text], split, held_out)) for split in ("train", *held_out)]
+    assert all(parts) and "".join(str(part) for (part,) in parts) == text
+
+
 # The syntax of `datasets`
 
 

@@ -45,6 +45,8 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
         ("null_string.json", '["a",null]', ["a", ""]),
         ("nested.jsonl", '{"id":1,"data":{"body_text":"a"}}\n', ["a"]),
         ("utf8_bom.json", '\ufeff[{"text":"a"}]', ["a"]),
+        ("other_mark.csv", "id^text\n1^a, b\n2^c\n", ["a, b", "c"]),
+        ("names_with_marks.csv", "re-action\na-b\nc\n", ["a-b", "c"]),
         ("separator.jsonl", '{"text":"a\u2028b"}\n', ["a\u2028b"]),
     ],
 )
@@ -69,6 +71,23 @@ def test_load_texts_reads_odd_tables(tmp_path, name, content, expected):
         ("open.tsv", 'text\tid\na\t1\n"b\t2\n', "line 3: unexpected end of data: a quote opens here"),
         ("late.csv", "text,id\n" + "a,1\n" * 500 + 'b,"2\n', "line 502: unexpected end of data"),
         ("twice.csv", "text,text\na,b\n", "line 1: the header has two columns 'text'"),
+        ("other_mark.csv", "id:text\n1:a: b\n", "line 2: expected 2 cells as in the header, got 3"),
+        (
+            "split.json",
+            '{"columns":["text","n"],"data":[["a",1],["b"]]}',
+            "entry 2: expected a list of 2 cells",
+        ),
+        (
+            "split_of_numbers.json",
+            '{"columns":5,"data":7}',
+            "columns must be a list of names and data a list of",
+        ),
+        (
+            "other.jsonl",
+            '{"text":"a"}\n{"content":"b"}\n',
+            "line 2: the row has no column 'text' .* but 'content'",
+        ),
+        ("other_late.jsonl", '{"sum":"a"}\n' * 100 + '{"text":"b"}', "line 101: the row has no column 'sum'"),
         ("deep.json", "[" * 100_000, "deep.json is not JSON"),
         ("unclear.json", '{"a":{"x":"1"},"b":{"x":"2"}}', "not clear which names are those of columns"),
         ("page.csv", "<!DOCTYPE html>\n<html>", "is an HTML page"),
@@ -149,6 +168,13 @@ def test_arrow_columns(tmp_path, kind, column, array, expected):
         assert load_texts(path, "all", text_column="meta.text") == expected
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet has two columns 'text'; rename one of them"):
+        load_texts(tmp_path / "a.parquet", "all")
+
+
 def test_bytes_that_are_not_text_are_named(tmp_path):
     path = parquet(tmp_path / "a.parquet", text=[b"\xff\xfe"])
     with pytest.raises(ValueError, match="row 1: column 'text' holds bytes that are not UTF-8"):
@@ -169,6 +195,7 @@ def test_compression_is_told_by_the_content(tmp_path):
     content = json_lines(TEXTS).encode()
     assert load_texts(write(tmp_path / "a.jsonl", gzip.compress(content)), "all") == TEXTS
     assert load_texts(write(tmp_path / "b.jsonl.gz", content), "all") == TEXTS
+    assert load_texts(write(tmp_path / "c.txt", "BZh is a beginning"), "all") == ["BZh is a beginning"]
     with zipfile.ZipFile(tmp_path / "d.csv", "w") as archive:
         archive.writestr("d.csv", "text,n\na,1\n")
     assert load_texts(tmp_path / "d.csv", "all") == ["a"]
@@ -181,6 +208,16 @@ def test_several_paths_and_patterns(tmp_path):
     assert load_texts("in/**/*.jsonl", "all") == ["a", "b", "c"]
     assert load_texts(str(tmp_path / "in" / "[ab]" / "*"), "all") == ["a", "b"]
     assert load_texts(["in/c", tmp_path / "in" / "a" / "a.jsonl"], "all") == ["c", "a"]
+    for name in ("train/a.txt", "test/b.txt"):
+        write(tmp_path / "splits" / name, name)
+    for pattern in ("splits/*/*.txt", "./spl*/*", str(tmp_path / "splits" / "**" / "*.txt")):
+        assert load_texts(pattern, "test") == ["test/b.txt"]
+    assert load_texts("splits/test/*.txt", "all") == ["test/b.txt"]
+    for name in ("train/a.txt", "test/b.txt"):
+        write(tmp_path / "splits" / name, name)
+    for pattern in ("splits/*/*.txt", "./spl*/*", str(tmp_path / "splits" / "**" / "*.txt")):
+        assert load_texts(pattern, "test") == ["test/b.txt"]
+    assert load_texts("splits/test/*.txt", "all") == ["test/b.txt"]
     with pytest.raises(FileNotFoundError, match=r"no file that fits the pattern in/\*.csv"):
         load_texts("in/*.csv", "all")
     with pytest.raises(ValueError, match="source must be a name or a path, or a list of at least one, got "):
@@ -253,6 +290,7 @@ def test_a_file_of_another_shape_is_refused(tmp_path, first, second, message):
         ("hello", "utf-16-be"),
         ("日本語の文章です。\nカタカナも。\n", "utf-16-le"),
         ("hello", "utf-32-le"),
+        ("L’été – “voilà” où c’est", "utf-32-le"),
         ("text", "utf-16"),
     ],
 )
@@ -262,6 +300,53 @@ def test_the_likely_encoding_is_named_and_reads(tmp_path, text, encoding):
     with pytest.raises(ValueError, match=f"encoding='{encoding}' .--encoding {encoding}"):
         load_texts(path, "all")
     assert load_texts(path, "all", encoding=encoding) == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "name"),
+    [
+        ("日本語の文章です。", "iso2022_jp", "iso2022_jp"),
+        ("hello\n日本語", "iso2022_jp", "iso2022_jp"),
+        ("안녕하세요", "iso2022_kr", "iso2022_kr"),
+        ("这是中文文本，今天天气很好。", "utf-16-le", "UTF-16-LE"),
+        ("これは日本語の文章です。", "utf-16-be", "UTF-16-BE"),
+    ],
+)
+def test_an_encoding_without_zero_bytes_is_named(tmp_path, text, encoding, name):
+    path = write(tmp_path / "a.txt", text.encode(encoding))
+    with pytest.raises(ValueError, match=f"is probably {name}: .*--encoding {encoding}"):
+        load_texts(path, "all")
+    assert load_texts(path, "all", encoding=encoding) == [text]
+
+
+def test_colors_of_terminals_are_text(tmp_path):
+    path = write(tmp_path / "a.txt", "\x1b[31mred\x1b(B\x1b[m")
+    assert load_texts(path, "all") == ["\x1b[31mred\x1b(B\x1b[m"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"%PDF-1.4\n1 0 obj\n", "a PDF document"),
+        (b"{\\rtf1\\ansi hi}", "a document in Rich Text Format"),
+        (b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(248) + b"text\n", "a tar archive: unpack it"),
+        (
+            b"hello\n" + bytes(500) + b"hello\n",
+            "holds binary data, not text: many of its first bytes are zero",
+        ),
+    ],
+    ids=["pdf", "rtf", "tar", "zeros"],
+)
+def test_documents_that_are_not_text_are_named(tmp_path, content, message):
+    for name, packed in (("a.txt", content), ("b.txt.gz", gzip.compress(content))):
+        with pytest.raises(ValueError, match=message):
+            load_texts(write(tmp_path / name, packed), "all")
+
+
+def test_an_encoding_that_garbles_utf8_is_named(tmp_path):
+    path = write(tmp_path / "a.txt", "café")
+    with pytest.warns(Notice, match="a.txt is read as cp1252, though its first bytes are UTF-8"):
+        assert load_texts(path, "all", encoding="cp1252") == ["cafÃ©"]
 
 
 def test_a_wrong_encoding_is_named(tmp_path):

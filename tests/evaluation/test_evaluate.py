@@ -8,8 +8,9 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny_models import CONFIG, decode_bytes, encode, numpy_logits, numpy_losses, random_model, uniform_model
+from tiny_models import CONFIG, decode_bytes, encode, numpy_losses, random_model, uniform_model
 
+from gpt2jax.doctor.reference import reference_logits
 from gpt2jax.evaluation.accumulators import TokenScores
 from gpt2jax.evaluation.config import EvaluationConfig
 from gpt2jax.evaluation.evaluate import evaluate
@@ -47,7 +48,7 @@ def keras_by_hand(model, texts, length):
         ids = [end] + encode(model, text)[: length - 1] + [end]
         mask = [1] * len(ids) + [0] * (length + 1 - len(ids))
         ids = np.array(ids + [pad] * (length + 1 - len(ids)))
-        logits = numpy_logits(model.params, model.config, ids[:-1], np.array(mask[:-1], float))
+        logits = reference_logits(model.params, model.config, ids[:-1], np.array(mask[:-1], float))
         total += (numpy_losses(logits, ids[1:]) * np.array(mask[1:])).sum()
         correct += int((logits.argmax(-1) == ids[1:]).sum())
         positions += length
@@ -95,7 +96,7 @@ def test_evaluate_keras_accuracy_depends_on_the_padding(keen_model):
             ("no end token", without_end, np.arange(LENGTH) < len(ids) - 1),
             ("no mask", row, np.ones(LENGTH)),
         ):
-            logits = numpy_logits(keen_model.params, CONFIG, inputs, keys)
+            logits = reference_logits(keen_model.params, CONFIG, inputs, keys)
             correct[name] += int((logits.argmax(-1) == labels).sum())
     assert keras_metrics(keen_model, texts, sequence_length=LENGTH).correct == correct["right"]
     assert len(set(correct.values())) == 3, correct
@@ -125,7 +126,7 @@ def test_evaluate_token_scores_equal_float64_numpy(model, windows, stride):
                 begin = max(0, min(begin, len(labels) - LENGTH))
             part = slice(begin, min(begin + LENGTH, len(labels)))
             size = part.stop - part.start
-            logits = numpy_logits(model.params, CONFIG, inputs[part], np.ones(size))
+            logits = reference_logits(model.params, CONFIG, inputs[part], np.ones(size))
             losses = numpy_losses(logits, labels[part])
             ranks = (logits > logits[np.arange(size), labels[part], None]).sum(-1)
             found = np.stack([losses, ranks, np.exp(-numpy_losses(logits, logits.argmax(-1)))])

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 
 import gpt2jax
 from gpt2jax import loading
-from gpt2jax.cli.generate import Options, read_prompts
+from gpt2jax.cli.generate import Options, read_rows
 from gpt2jax.data.sources import Texts
 from gpt2jax.data.token_cache import cached_documents, read_tokens
 from gpt2jax.evaluation.accumulators import Breakdown, DocumentSums
@@ -33,6 +33,7 @@ from gpt2jax.evaluation.resume import State, read_state, write_state
 from gpt2jax.generation.file_settings import find_file_settings
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.tokenizer.files import load_tokenizer, save_tokenizer
+from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.weights import tf_checkpoint
 from gpt2jax.weights.hf import save_hf
@@ -204,7 +205,7 @@ def _read_run(folder: Path) -> None:
     run = RunFolder(folder, resume=True)
     run.read_metrics(up_to=3)
     with contextlib.suppress(ValueError):  # most runs differ from this one
-        run._check_same({"finetune": {}, "data": {}})
+        run._check_same({"finetune": {}, "data": {}}, FinetuneConfig(), lambda config: config.steps)
     gpt2jax.load(folder)
 
 
@@ -319,7 +320,7 @@ def _iter_readers() -> Iterator[tuple[str, Reader]]:
     yield "token-cache", Reader(_write_tokens, lambda folder: read_tokens(folder / "texts.tokens", 300))
     yield (
         "prompts",
-        Reader(_write_prompts, lambda folder: read_prompts(Options(file=folder / "prompts.jsonl"))),
+        Reader(_write_prompts, lambda folder: read_rows(Options(file=folder / "prompts.jsonl"))),
     )
     formats = ["jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow", "feather", "zip"]
     for end in (*formats, "jsonl.gz", "csv.bz2", "txt.xz", "jsonl.zst"):

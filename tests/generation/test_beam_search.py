@@ -214,7 +214,7 @@ def test_whole_numbers_of_numpy(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 0}, "num_beams must be a positive whole number, got 0"),
+        ({"num_beams": 0}, "num_beams must be a whole number from 1 to 65536, got 0"),
         ({"num_return_sequences": 5}, "num_return_sequences must be at most num_beams=4, got 5"),
         ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan"),
         ({"early_stopping": "soon"}, "early_stopping must be one of True, False, never, got 'soon'"),

@@ -20,7 +20,7 @@ from gpt2jax.generation.cached_model import (
     weight_dtype,
 )
 from gpt2jax.generation.decoding import DecoderSpec, DecodeState, initial_state, make_decode_params
-from gpt2jax.generation.kv_cache import cache_bytes, grow_cache, init_cache
+from gpt2jax.generation.kv_cache import grow_cache, init_cache
 from gpt2jax.generation.requests import PromptState
 from gpt2jax.generation.strategy import Sampling, decode
 from gpt2jax.language_model import LanguageModel
@@ -199,7 +199,7 @@ def test_dtype_by_backend():
 
 def test_cache_size_and_growth():
     cache = init_cache(TINY, 3, 10, jnp.bfloat16)
-    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == cache_bytes(TINY, 3, 10, jnp.bfloat16)
+    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == 2 * TINY.n_layer * 3 * 10 * TINY.n_embd * 2
     filled = jax.tree.map(lambda x: x + 1, cache)
     grown = grow_cache(filled, 12)
     for small, large in zip(jax.tree.leaves(filled), jax.tree.leaves(grown), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import types
 import warnings
 from typing import Any
@@ -127,6 +128,11 @@ def test_find_file_settings_of_an_old_config():
             "asks for forced_eos_token_id, guidance_scale, which is not supported and has no effect",
         ),
         (
+            {"max_time": 1, "forced_eos_token_id": 0, "diversity_penalty": 0.0},
+            {},
+            "asks for max_time, forced_eos_token_id, which is not supported and has no effect",
+        ),
+        (
             {"num_beams": 2, "do_sample": True, "top_k": 3},
             {},
             "sets num_beams=2 (a setting of the call wins); it asks for do_sample with num_beams, which is not "
@@ -175,6 +181,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder) -> LanguageModel:
     return load(folder)
+
+
+def test_load_says_that_a_setting_is_not_legal(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "bad")
+    (tmp_path / "bad" / "generation_config.json").write_text(json.dumps({"temperature": -1}))
+    with pytest.warns(
+        Notice, match=r"temperature must be .*, got -1; to generate text, give this setting in the"
+    ):
+        model = load(tmp_path / "bad")
+    assert find_file_settings(model, {"temperature": 1.0}) == {}
 
 
 OURS: dict[str, Any] = {"top_k": 2, "repetition_penalty": 1.5, "max_length": 9}

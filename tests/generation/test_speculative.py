@@ -151,7 +151,7 @@ def test_impossible_guesses_are_named(models):
     other = random_model(0, GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=280, n_positions=64))
     with pytest.raises(ValueError, match="draft_model must be a model with the 300 ids .* got one with 280"):
         generate(models[0], "a", draft_model=other)
-    with pytest.raises(ValueError, match="num_draft_tokens must be a positive whole number, got 0"):
+    with pytest.raises(ValueError, match="num_draft_tokens must be a whole number from 1 to 65536, got 0"):
         generate(models[0], "a", draft_model=models[1], num_draft_tokens=0)
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens=2 does not go with draft_model"):
         generate(models[0], "a", draft_model=models[1], prompt_lookup_num_tokens=2)

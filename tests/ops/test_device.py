@@ -94,6 +94,17 @@ def test_execution_describe_names_its_choices():
     assert "cuDNN attention" in line and "16-bit results" in line and "\n" not in line
 
 
+def test_execution_describe_names_layers_only_if_they_are_settled():
+    lines = {
+        "cpu": Execution.for_device(Device("cpu"), BFLOAT16),
+        "written out": Execution.for_device(Device("cpu"), BFLOAT16, has_unrolled_layers=True),
+        "in a loop": Execution.for_device(H100, BFLOAT16, has_unrolled_layers=False),
+    }
+    for words, execution in lines.items():
+        assert words in execution.describe()
+    assert "layers" not in lines["cpu"].describe()
+
+
 def test_einsum_results_are_narrow_where_the_device_wants_them():
     x = jnp.ones((2, 3))
     for place, dtype in ((Device("cpu"), "float32"), (H100, "bfloat16")):

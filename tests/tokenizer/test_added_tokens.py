@@ -43,6 +43,19 @@ def test_token_finder_follows_flags(flags, text, parts):
     assert split(text, X=TokenFlags(**flags)) == parts
 
 
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ({}, ["[X]", "[ ]", "[ ]", "b"]),
+        ({"rstrip": True}, ["[X]", "[ ]", "[ ]", "b"]),
+        ({"lstrip": True, "rstrip": True}, ["[X]", "b"]),
+    ],
+)
+def test_token_finder_shares_white_space_as_tokenizers_does(flags, parts):
+    tokens: dict[str, Any] = {"X": TokenFlags(rstrip=True), " ": TokenFlags(**flags)}
+    assert split("X  b", **tokens) == parts
+
+
 def test_token_finder_longest_token_first():
     plain = TokenFlags()
     assert split("newwordnewwordsne", new=plain, newwords=plain, newword=plain) == [

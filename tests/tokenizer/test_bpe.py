@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import regex
 
-from gpt2jax.tokenizer import bpe
+from gpt2jax.tokenizer import cutting
 from gpt2jax.tokenizer.bpe import END_TOKEN, VOCAB_BPE_SHA256, Tokenizer, parse_merges
 from gpt2jax.tokenizer.files import save_tokenizer
+from gpt2jax.utils.notices import Notice
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text())
 # SHA-256 of OpenAI's encoder.json with sorted keys and no white space (tests/golden/make_tokenizer.py).
@@ -226,9 +227,9 @@ def test_encode_long_runs_are_fast(text):
 def test_encode_splits_long_runs_as_the_pattern_does(space, tail, monkeypatch):
     text = "begin" + space * 3000 + tail + space * 2999 + "end"
     whole = Tokenizer.gpt2().encode(text)
-    monkeypatch.setattr("gpt2jax.tokenizer.bpe._LONG_RUN", 1000)
+    monkeypatch.setattr("gpt2jax.tokenizer.cutting.LONG_RUN", 1000)
     pattern = regex.compile(r"(?<!\s)\s{1000,}+(?=\S)")
-    monkeypatch.setattr("gpt2jax.tokenizer.bpe._LONG_SPACE", pattern)
+    monkeypatch.setattr("gpt2jax.tokenizer.cutting.LONG_SPACE", pattern)
     assert len(pattern.findall(text)) >= 1
     assert Tokenizer.gpt2().encode(text) == whole
 
@@ -295,11 +296,19 @@ def test_encode_cuts_long_words_without_a_change(monkeypatch, unit):
     texts.append("".join(generator.choice(unit) for _ in range(9000)).replace(" ", "a"))
     texts.append("".join(generator.choice(unit) for _ in range(9000)))
     expected = [tokenizer.encode(text) for text in texts]
-    monkeypatch.setattr(bpe, "_LONG_RUN", 500)
-    monkeypatch.setattr(bpe, "_WINDOW", 1000)
-    monkeypatch.setattr(bpe, "_LONG_WORD", re.compile(r"\S{1000,}+|\s{1000,}+"))
+    monkeypatch.setattr(cutting, "LONG_RUN", 500)
+    monkeypatch.setattr(cutting, "WINDOW", 1000)
+    monkeypatch.setattr(cutting, "LONG_WORD", re.compile(r"\S{1000,}+|\s{1000,}+"))
     assert [tokenizer.encode(text) for text in texts] == expected
-    assert all(len(tokenizer._cuts(text)) > 2 for text in texts)
+    assert all(
+        len(cutting.find_cuts(text, tokenizer._encoding.encode_ordinary, tokenizer._lengths)) > 2
+        for text in texts
+    )
+
+
+def test_with_end_token_says_that_a_text_becomes_a_token():
+    with pytest.warns(Notice, match="'<end>' is not a token yet: it becomes one, with the id 300"):
+        assert Tokenizer.gpt2(300).with_end_token("<end>").end_token_id == 300
 
 
 @pytest.mark.parametrize("end_token", ["", "\ud800", 2**70, -1, None])

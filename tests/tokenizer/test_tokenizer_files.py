@@ -284,3 +284,38 @@ def test_load_tokenizer_with_a_damaged_role(saved, value):
         ValueError, match="bos_token of the tokenizer's settings must be a text, or an object"
     ):
         load_tokenizer(saved)
+
+
+def test_load_tokenizer_names_a_pointer_to_the_merges(saved):
+    (saved / "tokenizer.json").unlink()
+    (saved / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    with pytest.raises(ValueError, match=r"merges.txt is a Git LFS pointer: fetch the file itself"):
+        load_tokenizer(saved)
+
+
+def test_load_tokenizer_reads_merges_with_line_ends_of_windows(saved):
+    (saved / "tokenizer.json").unlink()
+    expected = load_tokenizer(saved)
+    merges = (saved / "merges.txt").read_bytes()
+    (saved / "merges.txt").write_bytes(merges.replace(b"\n", b"\r\n"))
+    assert_same(load_tokenizer(saved), expected)
+
+
+@pytest.mark.parametrize(
+    "post_processor",
+    [
+        {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": END_TOKEN}}, {"Sequence": {"id": "A"}}],
+        },
+        {"type": "Sequence", "processors": [{"type": "ByteLevel"}, {"type": "RobertaProcessing"}]},
+        None,
+    ],
+)
+def test_load_tokenizer_says_which_tokens_are_not_added(saved, post_processor):
+    if post_processor is None:
+        edit(saved / "tokenizer_config.json", add_bos_token=True)
+    else:
+        edit(saved / "tokenizer.json", post_processor=post_processor)
+    with pytest.warns(Notice, match="put tokens before or behind each text .*; here none are added"):
+        assert load_tokenizer(saved).encode("a") == [64]

@@ -23,6 +23,7 @@ from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.finetune import finetune
 from gpt2jax.train.log import NonFiniteError, TrainLog
+from gpt2jax.utils.notices import Notice
 
 CONFIG = FinetuneConfig(
     steps=12, batch_size=4, sequence_length=16, log_every=3, eval_every=6, checkpoint_every=4
@@ -154,6 +155,11 @@ def test_finetune_with_lora(model, tmp_path):
     again = load(tmp_path / "run")  # the base was made in memory, so the run keeps it
     ids = np.arange(10)[None]
     np.testing.assert_allclose(again.logits(ids), run.model.logits(ids), atol=1e-6)
+    merged = "adapters are merged into its weights first; this run trains"
+    with pytest.raises(ValueError, match="empty"), pytest.warns(Notice, match=f"{merged} new adapters"):
+        finetune(run.model, [], config, progress=False)
+    with pytest.raises(ValueError, match="empty"), pytest.warns(Notice, match=f"{merged} all parameters"):
+        finetune(run.model, [], progress=False)
     state = tmp_path / "run" / "checkpoints" / "4"
     assert sum(file.stat().st_size for file in state.rglob("*")) < 200_000  # adapters and their moments only
 

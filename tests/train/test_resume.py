@@ -21,6 +21,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.train.checkpoint import Checkpoints
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.finetune import finetune
+from gpt2jax.utils.notices import Notice
 
 SHAPE = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=16, **NO_DROPOUT)
 # entries of the log at 4, 5, 8, 10, 11; checkpoints at 3, 6, 9, 11: a checkpoint falls between two entries
@@ -136,6 +137,19 @@ def test_finetune_stopped_in_the_first_step_and_resumed(model, whole, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             train(model, CONFIG, tmp_path / "run")
     assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
+
+
+def test_finetune_lengthens_a_finished_run(model, tmp_path):
+    config = dataclasses.replace(CONFIG, schedule="constant", warmup_steps=2)
+    whole = train(model, config, tmp_path / "whole")
+    train(model, dataclasses.replace(config, steps=6), tmp_path / "run")
+    with pytest.warns(Notice, match="had 6 steps, and goes on to step 11"):
+        longer = train(model, config, tmp_path / "run", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, whole.model.params, longer.model.params)
+    assert [entry["step"] for entry in longer.history] == [4, 5, 6, 8, 10, 11]
+    assert longer.history[-1]["validation_loss"] == whole.history[-1]["validation_loss"]
+    with pytest.raises(ValueError, match="steps was 11, is 6; .*: --model .*run trains on"):
+        train(model, dataclasses.replace(config, steps=6), tmp_path / "run", resume=True)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from tiny_models import TINY, random_params
@@ -14,6 +15,7 @@ from gpt2jax.lora.adapters import init_adapters
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.run_folder import RunFolder, run_description
+from gpt2jax.utils.notices import Notice
 
 CONFIG = FinetuneConfig(steps=5, learning_rate=1e-3, lora=LoRAConfig())
 DOCUMENTS = tokenize_documents([[1, 2, 3], [4, 5]], None, vocab_size=101)
@@ -106,6 +108,37 @@ def test_begin_refuses_what_must_agree(path, model):
     assert "model_config.layer_norm_epsilon was 1e-05, is 1e-06" in refused(
         model=dataclasses.replace(model, config=shape)
     )
+
+
+def test_begin_takes_another_length_if_the_steps_done_have_the_same_rates(path, model):
+    def begins(config: FinetuneConfig, **changes: Any) -> str | None:
+        folder = tmp / str(len(list(tmp.iterdir())))
+        RunFolder(folder).begin(model, config, DOCUMENTS)
+        (folder / "checkpoints" / "5").mkdir(parents=True)
+        (folder / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+        try:
+            RunFolder(folder, resume=True).begin(model, dataclasses.replace(config, **changes), DOCUMENTS)
+        except ValueError as error:
+            return str(error).replace(str(folder), "RUN")
+        assert json.loads((folder / "run.json").read_text())["finetune"]["steps"] == changes["steps"]
+        return None
+
+    tmp = path.parent / "runs"
+    tmp.mkdir()
+    constant = dataclasses.replace(CONFIG, schedule="constant", warmup_steps=2)
+    stable = dataclasses.replace(CONFIG, schedule="wsd", steps=10)  # which falls from step 8 on
+    for config, steps in ((constant, 9), (stable, 20), (stable, 7)):
+        with pytest.warns(Notice, match=f"had {config.steps} steps, and goes on to step {steps}$"):
+            assert begins(config, steps=steps) is None
+    hint = "; in a run of that length the steps that are done would have been other ones: "
+    hint += "--model RUN trains on from its result"
+    assert begins(CONFIG, steps=9) == f"cannot resume RUN: finetune.steps was 5, is 9{hint}"
+    for config, steps in ((constant, 4), (stable, 4), (dataclasses.replace(constant, warmup_steps=7), 9)):
+        assert (
+            begins(config, steps=steps)
+            == f"cannot resume RUN: finetune.steps was {config.steps}, is {steps}{hint}"
+        )
+    assert "finetune.seed was 0, is 1; finetune.steps was 5, is 9" in str(begins(constant, steps=9, seed=1))
 
 
 def test_begin_resumes_a_run_of_version_1(path, model):

@@ -23,6 +23,11 @@ def test_read_json_returns_the_object(tmp_path):
         (b"[" * 100_000, "is damaged: it is not JSON"),
         (b'{"a": ' * 500 + b"1" + b"}" * 500, "nested more than 100 deep"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "is damaged: it is not JSON"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "is a Git LFS pointer: fetch the file",
+        ),
+        (b"<!DOCTYPE html><html>", "is an HTML page"),
         (b"[1]", "is damaged: it must hold an object, got a list"),
         (b"null", "is damaged: it must hold an object, got null"),
         (b'{"b": {}}', "is damaged: it has no a and no c"),

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
 
+import gpt2jax
+from gpt2jax.evaluation.config import EvaluationConfig
+from gpt2jax.generation.config import GenerationConfig
+from gpt2jax.lora.config import LoRAConfig
+from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.utils import validation
+from gpt2jax.utils.other_names import _OURS, our_name
 from gpt2jax.utils.validation import (
     each,
     in_range,
@@ -17,6 +24,9 @@ from gpt2jax.utils.validation import (
     unknown_name,
     validated,
 )
+
+NO_MODEL: Any = None
+CONFIGS: tuple[Any, ...] = (FinetuneConfig, LoRAConfig, GenerationConfig, EvaluationConfig)
 
 
 @validated
@@ -94,3 +104,41 @@ def test_validated_checks_a_class_without_post_init():
     assert type(Plain(np.int64(2)).rank) is int  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="^lora.rank must be a positive whole number, got 0$"):
         Plain(rank=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "ours"),
+    [
+        (FinetuneConfig, "num_train_epochs", "epochs"),
+        (FinetuneConfig, "per_device_train_batch_size", "batch_size"),
+        (FinetuneConfig, "max_length", "sequence_length"),
+        (FinetuneConfig, "lora_dropout", "dropout"),
+        (LoRAConfig, "r", "rank"),
+        (LoRAConfig, "lora_alpha", "alpha"),
+        (LoRAConfig, "target_modules", "targets"),
+        (GenerationConfig, "eos_token_id", "stop_token_ids"),
+        (EvaluationConfig, "block_size", "sequence_length"),
+        (functools.partial(gpt2jax.finetune, NO_MODEL, []), "output_dir", "output"),
+        (functools.partial(gpt2jax.finetune, NO_MODEL, []), "lr", "learning_rate"),
+        (functools.partial(gpt2jax.compare, {}, []), "max_tokens", "max_new_tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_check_names_gives_our_name_of_a_setting_elsewhere(make, name, ours):
+    with pytest.raises(TypeError, match=f"there is no setting '{name}'; did you mean '{ours}'\\?"):
+        make(**{name: 1})
+
+
+def test_our_name_is_of_what_is_known():
+    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
+    known |= {f"lora.{field.name}" for field in dataclasses.fields(LoRAConfig)} | set(gpt2jax.__all__)
+    known |= set(inspect.signature(gpt2jax.finetune).parameters) | {"out", "eval_data", "data", "dtype"}
+    for name, ours in _OURS.items():
+        assert {ours} <= known if isinstance(ours, str) else set(ours) <= known | {"generation"}, name
+    assert our_name("r", ["lora.rank"]) == "lora.rank" and our_name("r", ["steps"]) is None
+
+
+def test_package_names_ours_of_a_class_elsewhere():
+    with pytest.raises(AttributeError, match="no attribute 'LoraConfig'; did you mean 'LoRAConfig'\\?"):
+        _ = gpt2jax.LoraConfig  # pyright: ignore[reportAttributeAccessIssue]
+    assert not hasattr(gpt2jax, "nothing_like_it")

@@ -289,6 +289,15 @@ def test_load_weights_of_a_folder_with_several_checkpoints(tmp_path):
         load_weights(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "weights.safetensors"])
+def test_load_weights_names_files_of_other_names(tmp_path, name):
+    save_hf(tmp_path / "a", TINY, PARAMS)
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "a" / name)
+    with pytest.raises(ValueError, match=rf"but {name}; give the path of the file, such as .*a/{name}"):
+        load_weights(tmp_path / "a")
+    assert_same(load_weights(tmp_path / "a" / name)[1], PARAMS)
+
+
 def test_open_openai_by_index_and_prefix(tmp_path):
     import shutil
 

@@ -334,6 +334,22 @@ def test_load_adapter_with_a_resized_vocabulary(saved, head):
     assert model.merge_adapter().adapter_embeddings == {}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["transformer.wte"]},
+        {"trainable_token_indices": [3]},
+        {"modules_to_save": ["lm_head", "wte"]},
+    ],
+)
+def test_read_embeddings_that_are_named_and_not_there(saved, settings):
+    edit_config(saved, **settings)
+    with pytest.raises(
+        ValueError, match="has no tensor of .*wte, which adapter_config.json says are trained"
+    ):
+        read_embeddings(saved, TINY, BASE)
+
+
 def test_read_embeddings_of_the_tokens_alone_leave_the_head_as_it_was(saved):
     rewrite(saved, lambda t: t.update({f"{ROOT}.wte.weight": TABLE[:300]}))
     edit_config(saved, modules_to_save=["wte"])
@@ -356,5 +372,5 @@ def test_read_embeddings_of_trainable_tokens(saved, indices):
     assert config == TINY and found == {"wte": (7, 2)}
     np.testing.assert_array_equal(params["wte"]["embedding"], expected)
     edit_config(saved, trainable_token_indices=[7, 300])
-    with pytest.raises(ValueError, match="for rows of trainable_token_indices below 300"):
+    with pytest.raises(ValueError, match="trainable_token_indices must be below 300, got 300"):
         read_embeddings(saved, TINY, BASE)
