@@ -41,12 +41,14 @@ Found = tuple[str, float, float]
 
 def check_all() -> Iterator[dict[str, Any]]:
     """Yield the figures of all checks; a check that fails gives its error."""
-    yield from _results((logits, gradients, torch_gradients, greedy, resume, float16_training))
+    checks = (logits, gradients, masked_attention, torch_gradients, greedy, resume, float16_training)
+    yield from _results(checks)
 
 
 def smoke_checks() -> Iterator[dict[str, Any]]:
     """Yield the figures of those that take least."""
-    yield from _results((logits, functools.partial(gradients, {"float32": LIMITS["float32"]})))
+    small = functools.partial(masked_attention, ("bfloat16",), (1, 1, 40, 64), is_interpreted=True)
+    yield from _results((logits, functools.partial(gradients, {"float32": LIMITS["float32"]}), small))
 
 
 def _results(checks: Sequence[Callable[[], Iterator[Found]]]) -> Iterator[dict[str, Any]]:
@@ -190,6 +192,29 @@ def gradients(limits: Mapping[str, float] = LIMITS) -> Iterator[Found]:
             yield f"loss {name}", abs(loss / right_loss - 1), limit
             off = error(flat(found), flat(right if dtype == "float32" else gradient("float32")[1]))
             yield f"gradient {name}", off, gradient_limit(dtype)
+
+
+def masked_attention(
+    dtypes: Sequence[str] = ("float16", "bfloat16"),
+    shape: tuple[int, int, int, int] = (2, 3, 500, 64),
+    is_interpreted: bool = False,
+) -> Iterator[Found]:
+    """Output and gradients of the kernels for dropout and segments beside plain operations with the same mask."""
+    import jax.numpy as jnp
+    from gpu_contenders import precision
+
+    for dtype in dtypes:
+        if not is_interpreted and precision(dtype).execution.masked_attention != "pallas":
+            raise ImportError(
+                "the Pallas kernels are for NVIDIA GPUs of capability 8.0 or more; a warning says more"
+            )
+        from gpt2jax.ops.flash_attention import FlashForm
+        from gpt2jax.ops.flash_trial import kernel_errors
+
+        for rate, segments in ((0.1, 1), (0.1, 3), (0.0, 3)) if not is_interpreted else ((0.1, 3),):
+            form = FlashForm(jnp.dtype(dtype), rate, is_interpreted=is_interpreted)
+            for name, off in kernel_errors(form, shape, segments).items():
+                yield f"{name} of attention {dtype}, dropout {rate}, {segments} segments", off, LIMITS[dtype]
 
 
 def torch_gradients() -> Iterator[Found]:

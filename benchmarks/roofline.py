@@ -43,6 +43,12 @@ FREE = {
 }
 FREE |= {"opt-barrier"}
 SLICES = ("dynamic-slice", "slice", "gather")
+# products of T * T * H in each kernel of gpt2jax.ops.flash_attention
+FLASH_PRODUCTS = {
+    "flash_attention_forward": 2,
+    "flash_attention_query_gradient": 3,
+    "flash_attention_key_gradient": 4,
+}
 
 
 class Instruction(NamedTuple):
@@ -220,6 +226,9 @@ class _Reader:
             elif "fmha" in label:  # causal: half of all scores
                 dims = _dims(types[0])
                 flops = 2 * math.prod(dims) * max(dims) * (2.5 if "Backward" in label else 1)
+            elif (kernel := line.named(r"(flash_attention_\w+)")) in FLASH_PRODUCTS:
+                label, dims = kernel, _dims(types[0])  # [B, T, N, H], causal as well
+                flops = FLASH_PRODUCTS[kernel] * math.prod(dims) * dims[1]
         elif label == "dot":
             flops = _product_flops(lines, line)
         elif label in SLICES:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import logging
 import os
 import pathlib
 import re
@@ -57,6 +58,7 @@ def run_command(
         # "surrogateescape" is Python's choice for the C locale
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("jax._src.xla_bridge").addFilter(_in_one_line)
     warnings.showwarning = functools.partial(_show_notice, name, set(), warnings.showwarning)
     try:
         try:
@@ -82,6 +84,14 @@ def run_command(
         exit_with_error(name, problem)
     except KeyboardInterrupt as interrupt:  # 130 for Ctrl-C, 143 for SIGTERM, as shells count
         exit_with_error(name, str(interrupt) or "interrupted", code=128 + getattr(interrupt, "signal", 2))
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Replace the traceback of a plugin of jax that finds no device, or no driver, by its last line."""
+    if record.exc_info:
+        text = f"{record.getMessage()}: {record.exc_info[1]}"
+        record.msg, record.args, record.exc_info = " ".join(text.split()), (), None
+    return True
 
 
 def _show_notice(

@@ -15,6 +15,7 @@ from gpt2jax.evaluation.result import Evaluation, finite_values
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 SCHEMA = "gpt2jax.comparison"
 SCHEMA_VERSION = 2  # 1 had other names for some figures of models, and "gains" for "breakdown"
@@ -188,6 +189,12 @@ class Comparison:
         from gpt2jax.report.save import save_report
 
         return save_report(self, folder)
+
+    def plot_losses(self) -> Figure:
+        """Draw the loss of each model with its 95 % interval as a `matplotlib.figure.Figure`."""
+        from gpt2jax.report.plots import losses_figure
+
+        return losses_figure(self)
 
     def to_frame(self) -> pd.DataFrame:
         """Return a `pandas.DataFrame` with a row for each model, under its name.

@@ -46,7 +46,12 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
                 size += len(item) if isinstance(item, str) else sum(map(len, item.values()))
                 check_stream(file.name, size, packed_size)
                 yield item
-        except (pyarrow.ArrowException, OSError, MemoryError) as error:  # the size of a part is damaged
+        except (
+            pyarrow.ArrowException,
+            OSError,
+            KeyError,
+            MemoryError,
+        ) as error:  # such as the size of a part
             raise ValueError(f"{file.name} is damaged: {_line(error)}") from None
 
 
@@ -68,7 +73,7 @@ def _open(stream: IO[bytes], file: File) -> tuple[Any, Any]:
                 file.name, table.metadata.row_group(group).total_byte_size // 2, file.packed_size or 0
             )
         return table.schema_arrow, lambda names: _rows(
-            table.iter_batches(_batch_rows(table.metadata), columns=list(dict.fromkeys(names))), names
+            table.iter_batches(_batch_rows(table, names), columns=list(dict.fromkeys(names))), names
         )
     start = stream.read(4)
     stream.seek(0)
@@ -83,10 +88,14 @@ def _open(stream: IO[bytes], file: File) -> tuple[Any, Any]:
     return reader.schema, lambda names: _rows(reader, names)
 
 
-def _batch_rows(metadata: Any) -> int:
+def _batch_rows(table: Any, names: list[str]) -> int:
     """Return how many rows to decode at once: few if a short dictionary holds the texts of many rows."""
+    metadata, paths = table.metadata, [column.path for column in table.schema]
+    read = [i for i, path in enumerate(paths) if any(f"{path}.".startswith(f"{name}.") for name in names)]
     for group in range(metadata.num_row_groups):
-        parts = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
+        # what is damaged is an error here; `column` would end the process
+        next(table.iter_batches(1, row_groups=[group], columns=list(dict.fromkeys(names))), None)
+        parts = [metadata.row_group(group).column(number) for number in read]
         if any(part.total_uncompressed_size > _DENSE_RATIO * part.total_compressed_size for part in parts):
             return _DENSE_ROWS
     return BATCH_ROWS

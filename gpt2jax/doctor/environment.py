@@ -13,6 +13,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from gpt2jax.doctor.findings import Finding, Status
 from gpt2jax.utils.home_folder import abbreviate_home
@@ -54,17 +55,22 @@ def check_versions() -> Iterator[Finding]:
     )
     versions = {name: version for name in (*_SHOWN, *plugins) if (version := _version(name))}
     yield Finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
-    for requirement in map(Requirement, importlib.metadata.requires("gpt2jax") or ()):
+    try:
+        declared = importlib.metadata.requires("gpt2jax") or ()
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path
+        declared = ()
+        yield Finding("gpt2jax", "note", "is not installed, so what it needs was not checked")
+    for requirement in map(Requirement, declared):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             version = _version(requirement.name)
             if version is None or not requirement.specifier.contains(version, prereleases=True):
                 text = f"must be {requirement.specifier}, got {version or 'none'}"
                 yield Finding(requirement.name, "failed", f"{text}; pip install -U gpt2jax")
     for name in plugins:
-        if name.startswith("jax") and versions[name] != versions.get("jaxlib"):
-            yield Finding(
-                name, "failed", f"must have jaxlib's version {versions.get('jaxlib')}, got {versions[name]}"
-            )
+        # jax leaves out plugins of NVIDIA GPUs of another version; those of AMD have releases of their own
+        if "cuda" in name and Version(versions[name]).release != Version(versions.get("jaxlib", "0")).release:
+            text = f"must have jaxlib's version {versions.get('jaxlib')}, got {versions[name]}"
+            yield Finding(name, "failed", f"{text}; jax does not use it")
     yield from find_known_problems(versions)
 
 

@@ -66,7 +66,9 @@ class Scorer:
         if not devices or not all(isinstance(device, jax.Device) for device in devices):
             legal = "a list of at least one jax.Device, or None"
             raise ValueError(must_be("devices", legal, devices) + "; jax.devices() lists them")
-        self.precision = Precision.for_device(compute_dtype, Device.of(devices[0]))
+        # neither dropout nor segments: no trial of the kernel for them
+        place = Device.of(devices[0])
+        self.precision = Precision.for_device(compute_dtype, place, masked_attention="blockwise")
         self.mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
         self.config, self.num_devices = model.config, len(devices)
         params = _scoring_params(model.merge_adapter().params, self.precision)

@@ -49,7 +49,8 @@ def decoding_precision(dtype: str | None = None, *, device: Device | None = None
     device = device or Device.of()
     if dtype is None or dtype == "int8":
         dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    return Precision.for_device(dtype, device)
+    # neither dropout nor segments: no trial of the kernel for them
+    return Precision.for_device(dtype, device, masked_attention="blockwise")
 
 
 def weight_dtype(dtype: str | None, precision: Precision) -> jnp.dtype:

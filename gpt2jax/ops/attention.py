@@ -72,7 +72,7 @@ def attention(
         scale: factor of the scores.
         is_causal: the mask is the causal mask and `segment_ids`, which allows the kernels that hold no mask.
         segment_ids: with `is_causal`, tokens attend only within their own segment.
-        execution: of the device; its `attention` names the kernel.
+        execution: of the device; its `attention` and `masked_attention` name the kernels.
         dropout_rate, dropout_key: dropout of the probabilities.
     """
     drops = dropout_key is not None and dropout_rate > 0
@@ -83,6 +83,12 @@ def attention(
         return y.swapaxes(1, 2)
     q = q * scale
     is_masked = drops or segment_ids is not None
+    if is_causal and is_masked and _takes_flash(execution, dtype, q.shape):
+        # loads Pallas, which a CPU does not need
+        from gpt2jax.ops.flash_attention import FlashForm, flash_attention
+
+        flash_form = FlashForm(dtype, dropout_rate if drops else 0.0)
+        return flash_attention(q, k, v, segment_ids, dropout_key if drops else None, flash_form)
     if is_causal and execution.attention != "plain" and (execution.blocks_masked_attention or not is_masked):
         form = BlockForm(dtype, execution, dropout_rate if drops else 0.0)
         return _blockwise_attention(q, k, v, segment_ids, dropout_key if drops else None, form)
@@ -100,6 +106,18 @@ def attention(
 def supports_cudnn(head_dim: int) -> bool:
     """Return whether cuDNN's kernel takes heads of this many dimensions."""
     return head_dim % 8 == 0 and head_dim <= 128
+
+
+def _takes_flash(execution: Execution, dtype: jnp.dtype, shape: tuple[int, ...]) -> bool:
+    """Return whether the Pallas kernel computes attention with queries of this shape."""
+    if execution.masked_attention != "pallas" or execution.attention == "plain" or dtype.itemsize != 2:
+        return False
+    from gpt2jax.ops.flash_attention import supports_flash
+
+    # XLA would gather what a mesh shards, because it cannot look into a kernel
+    mesh = jax.sharding.get_abstract_mesh()
+    is_sharded = any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+    return supports_flash(*shape[-2:]) and not is_sharded
 
 
 # ---- attention by blocks of queries: nothing of size T * T is kept for the backward pass ----

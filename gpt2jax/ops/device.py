@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -107,9 +108,12 @@ class Execution:
         attention: "plain" holds all scores; "blockwise" holds those of a block of queries and computes them again in
             the backward pass; "cudnn" is the fused kernel of NVIDIA's library, for a causal mask without dropout in
             16 bits, and "blockwise" everywhere else.
+        masked_attention: what takes rows with dropout of the probabilities or with several segments, unless `attention`
+            is "plain". "pallas" is a fused kernel for 16 bits on NVIDIA GPUs; heads of more than 128 dimensions and
+            arrays that a mesh of devices shards go "blockwise".
         attention_block: queries of a block; on a CPU few enough for the scores to fit its caches.
-        blocks_masked_attention: rows with dropout of the probabilities or with several segments are computed by blocks
-            as well. A CPU holds all their scores, which is faster for the short rows that it trains on.
+        blocks_masked_attention: the blockwise path takes rows with dropout or with several segments as well. A CPU
+            holds all their scores, which is faster for the short rows that it trains on.
         has_narrow_results: products of 16-bit operands give 16-bit results, accumulated in float32 inside the kernel.
             A CPU is faster with float32 results; on an accelerator these would be written, read and cast.
         has_unrolled_layers: layers are written out. A loop compiles sooner, and copies what the backward pass needs
@@ -130,6 +134,7 @@ class Execution:
 
     platform: str = "cpu"
     attention: Literal["plain", "blockwise", "cudnn"] = "plain"
+    masked_attention: Literal["blockwise", "pallas"] = "blockwise"
     attention_block: int = 256
     blocks_masked_attention: bool = False
     has_narrow_results: bool = False
@@ -158,13 +163,15 @@ class Execution:
         if device.platform == "cpu":
             return dataclasses.replace(cls(attention="blockwise"), **overrides)
         in_16_bits = jnp.dtype(dtype).itemsize == 2
-        # an attention chosen by hand needs no trial of cuDNN's
-        may_fuse = in_16_bits and "attention" not in overrides
-        is_fused = may_fuse and has_cudnn_attention(device, jnp.dtype(dtype).name)
+        # an attention chosen by hand needs no trial
+        name, may_fuse = jnp.dtype(dtype).name, in_16_bits and "attention" not in overrides
+        is_fused = may_fuse and has_cudnn_attention(device, name)
+        masks_fused = may_fuse and "masked_attention" not in overrides and has_flash_attention(device, name)
         memory = device.memory_bytes or _SMALL_ACCELERATOR
         choices = cls(
             platform=device.platform,
             attention="cudnn" if is_fused else "blockwise",
+            masked_attention="pallas" if masks_fused else "blockwise",
             attention_block=512,
             blocks_masked_attention=True,
             has_narrow_results=in_16_bits,
@@ -190,6 +197,7 @@ class Execution:
         on_accelerator = "" if self.platform == "cpu" else "layers in a loop"
         layers = "layers written out" if self.has_unrolled_layers else on_accelerator
         attention = {"cudnn": "cuDNN attention"}.get(self.attention, f"{self.attention} attention")
+        attention += " (Pallas with dropout or segments)" if self.masked_attention == "pallas" else ""
         logits = f"at most {self.logits_bytes / 1e6:,.0f} MB of logits"
         return ", ".join(part for part in (self.platform, attention, products, layers, logits) if part)
 
@@ -199,15 +207,36 @@ def has_cudnn_attention(device: Device, dtype: str = "bfloat16") -> bool:
 
     On a device of this process it is tried; a warning says why it does not work.
     """
-    capability = device.compute_capability
-    if device.platform != "cuda" or capability is None or capability < (8, 0):
+    if not _has_capability_8(device):
+        return False
+    return not device.is_here or _warns_unless_it_works(
+        "attention is computed by blocks, because cuDNN's kernel does not work here: ",
+        try_cudnn_attention(dtype),
+    )
+
+
+def has_flash_attention(device: Device, dtype: str = "bfloat16") -> bool:
+    """Return whether the kernels of `flash_attention` run on a device: an NVIDIA GPU of capability 8.0 or more.
+
+    On a device of this process they are tried; a warning says why they do not work. For another one JAX must be able to
+    lower them without it, which JAX 0.11 and later cannot.
+    """
+    if not _has_capability_8(device):
         return False
     if not device.is_here:
-        return True
-    works, why = try_cudnn_attention(dtype)
+        return can_lower_pallas()
+    text = "attention with dropout or segments is computed by blocks, because its Pallas kernel does not work here: "
+    return _warns_unless_it_works(text, try_flash_attention(dtype))
+
+
+def _has_capability_8(device: Device) -> bool:
+    return device.platform == "cuda" and (device.compute_capability or (0, 0)) >= (8, 0)
+
+
+def _warns_unless_it_works(text: str, found: tuple[bool, str]) -> bool:
+    works, why = found
     if not works:
-        text = f"attention is computed by blocks, because cuDNN's kernel does not work here: {why}"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text + why, stacklevel=3)
     return works
 
 
@@ -222,11 +251,52 @@ def try_cudnn_attention(dtype: str) -> tuple[bool, str]:
         y = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn")
         return y.astype(jnp.float32).sum()
 
+    return _try(lambda: jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.zeros((1, 128, 1, 64), dtype))))
+
+
+@functools.cache
+def try_flash_attention(dtype: str) -> tuple[bool, str]:
+    """Run the kernels of `flash_attention` on the device of this process, once; return whether they work, and why not.
+
+    Values and gradients, with dropout and segments, must be those of plain operations.
+    """
+
+    def compare() -> None:
+        # loads Pallas, which a CPU does not need
+        from gpt2jax.ops.flash_trial import check_kernels
+
+        check_kernels(dtype)
+
+    return _try(compare)
+
+
+def _try(run: Callable[[], Any]) -> tuple[bool, str]:
+    """Return whether a function runs, and the first line of its error."""
     try:
-        jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.zeros((1, 128, 1, 64), dtype)))
-    except Exception as error:  # whatever it is, there is another kernel
-        return False, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        run()
+    except Exception as error:  # whatever it is, there is another way to compute attention
+        return False, (str(error).strip().splitlines() or [type(error).__name__])[0]
     return True, ""
+
+
+@functools.cache
+def can_lower_pallas() -> bool:
+    """Return whether JAX lowers a Pallas kernel for an NVIDIA GPU here, tried once."""
+
+    def copy(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    def lower() -> None:
+        from jax.experimental import pallas
+        from jax.experimental.pallas import triton
+
+        x = jax.ShapeDtypeStruct((16,), jnp.float32)
+        call = pallas.pallas_call(copy, out_shape=x, compiler_params=triton.CompilerParams())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas for Triton, since jax 0.11
+            jax.jit(call).trace(x).lower(lowering_platforms=("cuda",))
+
+    return _try(lower)[0]
 
 
 # what the functions of `ops` do unless they are told otherwise: the programs for XLA:CPU

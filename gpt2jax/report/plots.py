@@ -7,19 +7,24 @@ paper. Text stays text. The same data gives the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import itertools
 import math
 import re
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpt2jax.comparison.paired import PER_TOKEN
 from gpt2jax.comparison.result import Comparison, ModelResult
 from gpt2jax.report.tables import number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_COLOURS = 6  # of models, in the style sheet
 # placeholders that no plot uses otherwise, and the CSS variables that they become
@@ -99,20 +104,8 @@ def training_plots(history: Sequence[dict[str, Any]]) -> list[Plot]:
 
 def loss_by_model(comparison: Comparison) -> Plot:
     """Draw the loss of each model with its 95 % interval."""
-    names = [short_name(model.name) for model in comparison.models]
-    figure, axes = new_figure(height=1.3 + 0.42 * len(names))
-    for index, model in enumerate(comparison.models):
-        loss, error = model.evaluation.loss, model.loss_standard_error
-        reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
-        style = {"capsize": 4, "markersize": 7, "elinewidth": 1.8, "color": series_colour(index)}
-        axes.errorbar(loss, index, xerr=reach, fmt=MARKERS[index % len(MARKERS)], **style)
-        axes.annotate(number(loss, 3), (loss, index), (0, 9), textcoords="offset points", ha="center")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.45, -0.75)
-    axes.margins(x=0.18)
-    axes.xaxis.set_major_locator(_locator(5))
-    axes.set_xlabel("loss, nats per token (95 % interval)")
-    axes.grid(axis="x")
+    figure, axes = new_figure(height=losses_height(comparison))
+    draw_losses(axes, comparison, series_colour)
     losses = ", ".join(f"{model.name} {number(model.evaluation.loss, 3)}" for model in comparison.models)
     return Plot("Loss by model", f"Nats per token: {losses}.", to_svg(figure, "loss-by-model"))
 
@@ -282,7 +275,63 @@ def _column(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float, f
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
+# ---- figures of matplotlib ----
+
+
+def losses_figure(comparison: Comparison) -> Figure:
+    """Draw the loss of each model with its 95 % interval, a panel for each list of texts, in the style of the user."""
+    parts = comparison.parts
+    figure, rows = new_figure(height=len(parts) * losses_height(comparison), rows=len(parts))
+    for axes, part in zip(rows if len(parts) > 1 else [rows], parts, strict=True):
+        draw_losses(axes, part, "C{}".format)
+        axes.set_title(part.texts_name, fontsize="medium")
+    return _shown(figure)
+
+
+def training_figure(history: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the loss over the steps of a training, in the style of the user."""
+    figure, axes = new_figure()
+    for label, name, style in (("training", "loss", ".-"), ("validation", "validation_loss", "o-")):
+        if values := _column(history, name):
+            axes.plot(*zip(*values, strict=True), style, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    return _shown(figure)
+
+
+def _shown(figure: Figure) -> Figure:
+    """Return a figure that a notebook shows, which it does once it has seen pyplot."""
+    if "IPython" in sys.modules:
+        importlib.import_module("matplotlib.pyplot")
+    return figure
+
+
 # ---- drawing ----
+
+
+def losses_height(comparison: Comparison) -> float:
+    """Return the height of a plot of the losses, in inches."""
+    return 1.3 + 0.42 * len(comparison.models)
+
+
+def draw_losses(axes: Any, comparison: Comparison, colour_of: Callable[[int], str]) -> None:
+    """Draw the loss of each model with its 95 % interval."""
+    for index, model in enumerate(comparison.models):
+        loss, error = model.evaluation.loss, model.loss_standard_error
+        reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
+        style = {"capsize": 4, "markersize": 7, "elinewidth": 1.8, "color": colour_of(index)}
+        axes.errorbar(loss, index, xerr=reach, fmt=MARKERS[index % len(MARKERS)], **style)
+        axes.annotate(number(loss, 3), (loss, index), (0, 9), textcoords="offset points", ha="center")
+    names = [short_name(model.name) for model in comparison.models]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.75)
+    axes.margins(x=0.18)
+    axes.xaxis.set_major_locator(_locator(5))
+    axes.set_xlabel("loss, nats per token (95 % interval)")
+    axes.grid(axis="x")
 
 
 def series_colour(index: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpt2jax.comparison.excerpts import Excerpt
@@ -82,7 +82,7 @@ def on_texts(comparison: Comparison) -> str:
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """Say in a few words which models, texts, documents and steps a report is of, each with its label."""
     found = [("Models", "; ".join(_describe_model(model) for model in comparison.models))]
-    found += [("Texts", "; ".join(_describe_texts(part.data) for part in comparison.parts))]
+    found += [(f"Texts{on_texts(part)[3:]}", _describe_texts(part.data)) for part in comparison.parts]
     training, words = comparison.settings.get("training", {}), []
     if comparison.overlap is not None:
         words += [f"{comparison.overlap['training_documents']:,} documents"]
@@ -98,14 +98,15 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     return found + ([("Training", ", ".join(words))] if words else [])
 
 
-def _describe_texts(data: dict[str, Any]) -> str:
-    """Return where texts come from, and how many of how many they are."""
-    source, of = data.get("source") or (), ""
-    words = [source] if isinstance(source, str) else [str(name) for name in source]
-    words += [f"split {data['split']}"] if data.get("split") else []
-    if "total_documents" in data:
-        of = f" of {data['total_documents']:,}"
-    return ", ".join([*words, f"{data['documents']:,}{of} documents"])
+def _describe_texts(data: Mapping[str, Any]) -> str:
+    """Return the source of texts, their split and how many they are."""
+    about = []
+    if data.get("source") is not None:
+        sources = data["source"] if isinstance(data["source"], list | tuple) else [data["source"]]
+        about += [", ".join(map(str, sources))]
+    about += [f"split {data['split']}"] if data.get("split") else []
+    of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
+    return ", ".join([*about, f"{data['documents']:,}{of} documents"])
 
 
 def _describe_model(model: ModelResult) -> str:

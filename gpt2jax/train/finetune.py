@@ -42,7 +42,16 @@ from gpt2jax.utils.validation import (
 )
 
 # the arguments of `finetune` that are not settings: a wrong name may be meant as one of them
-_ARGUMENTS = ("train_texts", "validation_texts", "output", "resume", "overwrite", "source", "progress")
+_ARGUMENTS = (
+    "train_texts",
+    "config",
+    "validation_texts",
+    "output",
+    "resume",
+    "overwrite",
+    "source",
+    "progress",
+)
 
 
 @default_switches()

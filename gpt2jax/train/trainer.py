@@ -7,6 +7,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -30,6 +31,9 @@ from gpt2jax.train.validation import place, validation_loss
 from gpt2jax.utils.progress import training_progress
 from gpt2jax.utils.validation import must_be
 from gpt2jax.weights.orbax import eval_params
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PACKINGS = {
     "concat": "every token of the texts, joined (concat)",
@@ -109,6 +113,12 @@ class Run:
     model: LanguageModel
     history: list[dict[str, float]]
     output: pathlib.Path | None
+
+    def plot_loss(self) -> Figure:
+        """Draw the training and validation loss by step as a `matplotlib.figure.Figure`."""
+        from gpt2jax.report.plots import training_figure
+
+        return training_figure(self.history)
 
     def _repr_html_(self) -> str:
         from gpt2jax.report.notebook import run_html

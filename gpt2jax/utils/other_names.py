@@ -61,6 +61,8 @@ _OURS = {
     "train_file": "data",
     "validation_file": "eval_data",
     # adapters
+    "args": "config",
+    "training_args": "config",
     "peft_config": "lora",
     "use_peft": "lora",
     "r": ("rank", "lora.rank"),

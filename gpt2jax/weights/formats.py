@@ -136,8 +136,9 @@ def refuse_stand_ins(path: Path) -> None:
 def _other_names_in(path: Path) -> list[str]:
     """Return the names of files of weights in a folder, such as model.fp16.safetensors."""
     is_other = re.compile(r".*\.safetensors|(pytorch_)?model.*\.bin").fullmatch
-    names = [entry.name for entry in path.iterdir() if entry.is_file()] if path.is_dir() else []
-    return sorted(name for name in names if is_other(name) and not name.startswith("adapter_"))
+    files = [entry for entry in path.iterdir() if entry.is_file()] if path.is_dir() else []
+    names = [file.name for file in files if is_other(file.name) or is_llmc(file)]
+    return sorted(name for name in names if not name.startswith("adapter_"))
 
 
 def _checkpoints_in(path: Path) -> list[str]:

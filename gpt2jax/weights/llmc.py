@@ -50,7 +50,12 @@ def open_llmc(path: Path) -> WeightSource:
         raise ValueError(must_be(f"{path}: the version", f"one of {', '.join(map(str, DTYPES))}", version))
     try:
         config = GPT2Config(
-            vocab_size=vocab_size, n_positions=length, n_embd=width, n_layer=layers, n_head=heads
+            vocab_size=vocab_size,
+            n_positions=length,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            **GPT2Config.published_end_token(vocab_size),
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -58,7 +63,9 @@ def open_llmc(path: Path) -> WeightSource:
     size, expected = path.stat().st_size, HEADER
     count = (rows + length + 2) * width + layers * (12 * width * width + 13 * width)
     expected += count * numpy_dtype(dtype).itemsize
-    if size != expected or rows < vocab_size:
+    if rows < vocab_size:
+        raise ValueError(must_be(f"{path}: padded_vocab_size", f"at least vocab_size, {vocab_size}", rows))
+    if size != expected:
         raise ValueError(
             f"{path} must have {expected} bytes by its header, got {size}; it is cut short or damaged"
         )

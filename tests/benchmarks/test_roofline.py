@@ -44,6 +44,29 @@ ENTRY %main (a: bf16[8,16], b: bf16[16,4], z: f32[100,4]) -> f32[8,4] {
 KNOWN = ', backend_config={"known_trip_count":{"n":"5"}}'
 
 
+FLASH = """HloModule program
+
+ENTRY %main (q: bf16[2,128,3,64], s: u32[2]) -> (bf16[2,128,3,64], f32[2,3,128]) {
+  %q = bf16[2,128,3,64]{3,2,1,0} parameter(0)
+  %s = u32[2]{0} parameter(1)
+  ROOT %c = (bf16[2,128,3,64]{3,2,1,0}, f32[2,3,128]{2,1,0}) custom-call(%q, %q, %q, %s), REST
+}
+"""
+CALL = (
+    'custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jvp(flash_attention_forward)/pallas_call"}'
+)
+
+
+def test_read_roofline_counts_flash_attention(monkeypatch):
+    """Two products of half of the scores, and what a kernel reads and writes once."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from roofline import read_roofline
+
+    cost = read_roofline(FLASH.replace("REST", CALL), find_device("h100")).kinds["flash_attention_forward"]
+    assert cost.flops == 2 * (2 * 3 * 128 * 128 * 64)
+    assert cost.bytes == 4 * 2 * (2 * 128 * 3 * 64) + 4 * 2 + 4 * (2 * 3 * 128)
+
+
 @pytest.mark.parametrize(("trips", "turns", "waits"), [(KNOWN, 5, 0), ("", 1, 1)], ids=["known", "unknown"])
 def test_read_roofline_counts_turns_slices_and_products(monkeypatch, trips, turns, waits):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")

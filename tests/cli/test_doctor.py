@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import subprocess
 import sys
 
@@ -67,6 +68,29 @@ def test_check_versions_fails_for_what_is_not_installed_as_declared(monkeypatch)
     texts = {f.subject: f.text for f in environment.check_versions() if f.status == "failed"}
     assert texts.keys() == {"tyro", "rich"}
     assert "got 0.9.0" in texts["tyro"] and "got none" in texts["rich"]
+
+
+def test_check_versions_of_a_folder_on_the_path(monkeypatch):
+    def requires(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    (note,) = [finding for finding in environment.check_versions() if finding.subject == "gpt2jax"]
+    assert note.status == "note" and "is not installed" in note.text
+
+
+def test_commands_show_the_error_of_a_plugin_in_one_line(capsys):
+    logger = logging.getLogger("jax._src.xla_bridge")
+    main(SHORT)
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    try:
+        raise RuntimeError("cuInit failed\n  Unknown error")
+    except RuntimeError:
+        logger.exception("Exception when calling %s", "initialize()")
+    finally:
+        logger.removeHandler(handler)
+    assert "Exception when calling initialize(): cuInit failed Unknown error\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

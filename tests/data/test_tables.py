@@ -384,3 +384,11 @@ def test_zip_archive_with_a_damaged_list(tmp_path):
     file.write_bytes(file.read_bytes().replace(b"a.txt", b"\0.txt"))
     with pytest.raises(ValueError, match=r"b.zip is not a zip archive"):
         load_texts(str(file), "all")
+
+
+def test_arrow_items_names_a_file_with_two_columns_of_one_name(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    with pytest.raises(ValueError, match=r"a\.arrow is damaged: .*exists 2 times"):
+        list(load_texts(tmp_path / "a.arrow"))

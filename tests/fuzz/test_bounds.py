@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 
 import gpt2jax
+from gpt2jax import loading
 from gpt2jax.data.sources import load_texts
 from gpt2jax.model.config import GPT2Config
 from gpt2jax.tokenizer.bpe import Tokenizer
@@ -146,6 +147,13 @@ def test_load_a_run_or_checkpoint_that_leads_back_to_itself(tmp_path):
     for folder in (run, checkpoint):
         with pytest.raises(ValueError, match=rf"^{folder} .* leads back to it"):
             gpt2jax.load(folder)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("none-such", ValueError), ("./none/such", FileNotFoundError)])
+def test_load_checkpoint_of_a_model_that_is_not_there(monkeypatch, name, kind):
+    monkeypatch.setattr(loading, "read_run", lambda path: {"finetune": {}, "base_model": name})
+    with pytest.raises(kind, match="^run/checkpoints/1 began with a model that can't be loaded: there is no"):
+        loading.load_checkpoint(Path("run/checkpoints/1"))
 
 
 def test_read_json_size(tmp_path, monkeypatch):

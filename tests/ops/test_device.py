@@ -62,6 +62,7 @@ def test_execution_falls_back_where_cudnn_does_not_work(monkeypatch):
     """A CPU stands for a GPU whose installation is incomplete: jax raises there as well."""
     device.try_cudnn_attention.cache_clear()
     assert device.try_cudnn_attention("bfloat16")[0] is False
+    monkeypatch.setattr(device, "try_flash_attention", lambda dtype: (True, ""))
     here = dataclasses.replace(H100, is_here=True)
     with pytest.warns(UserWarning, match="by blocks, because cuDNN's kernel does not work here: "):
         assert Execution.for_device(here, BFLOAT16).attention == "blockwise"

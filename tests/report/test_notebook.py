@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import sys
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 from comparisons import HISTORY, NASTY
 from test_report import Page
@@ -63,6 +65,23 @@ def test_run_html_shows_last_figures_and_curve(model, tmp_path):
     svg = base64.b64decode(image.partition(",")[2]).decode()
     xml.etree.ElementTree.fromstring(svg)
     assert "var(" not in svg and "validation" in svg
+
+
+def test_plot_loss_draws_both_curves(model):
+    figure = Run(model, HISTORY, None).plot_loss()
+    [axes] = figure.axes
+    drawn = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+    assert drawn["training"] == [[entry["step"], entry["loss"]] for entry in HISTORY]
+    assert drawn["validation"] == [[40, 3.5], [80, 3.5]]
+    assert not Run(model, [], None).plot_loss().axes[0].lines
+
+
+def test_plot_losses_draws_each_model_on_each_list_of_texts(comparison):
+    [axes] = comparison.plot_losses().axes
+    expected = [(model.evaluation.loss, index) for index, model in enumerate(comparison.models)]
+    assert [tuple(np.asarray(points[0].get_xydata())[0]) for points in axes.containers] == expected
+    several = dataclasses.replace(comparison, by_texts={"a": comparison, "b": comparison})
+    assert len(several.plot_losses().axes) == 2
 
 
 def test_run_html_without_history(model):

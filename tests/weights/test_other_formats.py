@@ -137,6 +137,7 @@ def write_llmc(path: Path, *, version: int = 3, padded: int = 320) -> Path:
 def test_open_llmc(tmp_path, version):
     config, params, tokenizer = load_weights(write_llmc(tmp_path / "gpt2_124M.bin", version=version))
     assert tokenizer is None and config.activation_function == "gelu_new"
+    assert config.eos_token_id is None  # the last id of another vocabulary than GPT-2's is an ordinary token
     assert dataclasses.replace(config, eos_token_id=TINY.eos_token_id, bos_token_id=TINY.bos_token_id) == TINY
     rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), PARAMS)
     assert_same(params, rounded if version == 5 else PARAMS)
@@ -149,11 +150,23 @@ def test_open_llmc_damaged(tmp_path):
         (whole[:-4], "must have .* bytes by its header, got"),
         (whole[:100], "is cut short: its header"),
         (whole[:4] + struct.pack("<i", 9) + whole[8:], "the version must be one of 1, 3, 5, got 9"),
+        (
+            whole[:28] + struct.pack("<i", 64) + whole[32:],
+            "padded_vocab_size must be at least vocab_size, .* got 64",
+        ),
         (whole[:16] + struct.pack("<i", 10**9) + whole[20:], "must have .* bytes by its header"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_weights(path)
+
+
+def test_load_weights_names_a_model_of_llmc_in_a_folder(tmp_path):
+    write_llmc(tmp_path / "gpt2_124M.bin")
+    with pytest.raises(
+        ValueError, match="but gpt2_124M.bin; give the path of the file, such as .*gpt2_124M.bin"
+    ):
+        load_weights(tmp_path)
 
 
 # nanoGPT of other years
