@@ -147,9 +147,11 @@ def run(options: Options) -> None:
     import jax
     from rich.console import Console
 
+    from gpt2jax.comparison.provenance import describe_training
     from gpt2jax.generation.requests import check_prompts
     from gpt2jax.ops.precision import Precision
     from gpt2jax.train.finetune import finetune
+    from gpt2jax.train.optimizer import resolve_learning_rate
     from gpt2jax.train.run_folder import RunFolder
     from gpt2jax.train.state import offload_params
 
@@ -192,7 +194,8 @@ def run(options: Options) -> None:
     if config.lora is not None:  # its parameters, wherever they were while it trained
         model = dataclasses.replace(result.model, adapters=None, lora=None)
     if options.compare:
-        _compare(compared, model, result, _plain(test_texts), _plain(train_texts), console)
+        training = describe_training(resolve_learning_rate(config, model.num_parameters()))
+        _compare(compared, training, model, result, _plain(test_texts), _plain(train_texts), console)
     files = "report.html, report.md, comparison.json, " if options.compare else ""
     result_folder = "model" if config.lora is None else "adapter"
     print_line(console, "wrote", f"{output}: {files}{result_folder}, checkpoints, metrics.jsonl")
@@ -249,13 +252,11 @@ def _prompts(options: Options) -> Sequence[str]:
 
 
 def _compare(
-    options: Options, model: Any, result: Any, texts: Any, training_texts: Any, console: Any
+    options: Options, training: Any, model: Any, result: Any, texts: Any, training_texts: Any, console: Any
 ) -> None:
     """Compare the model with the trained one, save the report and print it."""
     from gpt2jax.comparison.compare import compare
-    from gpt2jax.comparison.provenance import describe_training
     from gpt2jax.report.summary import print_comparison
-    from gpt2jax.train.optimizer import resolve_learning_rate
 
     length = options.train.sequence_length or min(model.config.n_positions, 1024)
     before, after = stage_names(options.model)
@@ -273,7 +274,6 @@ def _compare(
         source=options.source.origin(str(options.eval_split)),
         progress=not console.quiet,
     )
-    training = describe_training(resolve_learning_rate(finetune_config(options), model.num_parameters()))
     comparison = dataclasses.replace(comparison, settings=comparison.settings | {"training": training})
     if not console.quiet:  # of several processes all compute it, so that none waits for another one
         comparison.save(result.output)
