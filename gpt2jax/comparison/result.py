@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2jax.comparison.excerpts import Excerpts
 from gpt2jax.comparison.paired import PER_TOKEN, PairedDifference, loss_standard_error, paired_difference
 from gpt2jax.evaluation.result import Evaluation, finite_values
+from gpt2jax.utils.validation import unknown_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,8 +127,15 @@ class Comparison:
         }
 
     def __getitem__(self, name: str) -> ModelResult:
-        """Return the result of a model by its name."""
-        return next(model for model in self.models if model.name == name)
+        """Return the result of a model by its name.
+
+        Raises:
+            KeyError: there is no model of this name.
+        """
+        found = {model.name: model for model in self.models}
+        if name not in found:
+            raise KeyError(unknown_name("model", name, found))
+        return found[name]
 
     def _figures(self) -> dict[str, Any]:
         """Return what `as_dict` has for each list of texts."""

@@ -123,7 +123,7 @@ def check_devices() -> Iterator[Finding]:
 
 def _explain_attention(device: object, dtype: str) -> tuple[bool, str]:
     """Return whether the kernel of attention is the one that the device should have, and why it was chosen."""
-    from gpt2jax.ops.device import Device, try_cudnn_attention
+    from gpt2jax.ops.device import Device, try_cudnn_attention, try_flash_attention
 
     assert isinstance(device, Device)
     if device.platform == "cpu":
@@ -134,11 +134,11 @@ def _explain_attention(device: object, dtype: str) -> tuple[bool, str]:
         return True, "blockwise because cuDNN's kernel is for 16 bits"
     if device.compute_capability is None or device.compute_capability < (8, 0):
         return True, "blockwise because cuDNN's kernel needs compute capability 8.0"
-    works, reason = try_cudnn_attention(dtype)
-    return (
-        works,
-        "cuDNN's kernel was tried and works" if works else f"cuDNN's kernel does not work here: {reason}",
-    )
+    kernels = {"cuDNN's": try_cudnn_attention(dtype), "the Pallas": try_flash_attention(dtype)}
+    failed = [
+        f"{name} kernel does not work here: {why}" for name, (works, why) in kernels.items() if not works
+    ]
+    return not failed, "; ".join(failed) or "cuDNN's and the Pallas kernels were tried and work"
 
 
 def check_caches() -> Iterator[Finding]:
