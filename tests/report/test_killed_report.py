@@ -10,8 +10,8 @@ from gpt2jax.comparison.result import Comparison
 from gpt2jax.report import save
 
 # what is under test is how files are written, which is the same for any text
-save.render_html = lambda comparison, tables: f"<html>{comparison.command}</html>"
-save.render_markdown = lambda comparison, tables: f"# {comparison.command}"
+save.render_html = lambda comparison, *tables_and_plots: f"<html>{comparison.command}</html>"
+save.render_markdown = lambda comparison, *tables_and_plots: f"# {comparison.command}"
 
 def write(text):
     save.save_report(Comparison([], None, {"resamples": 1, "seed": 0}, {}, {}, None, text), target)
