@@ -103,7 +103,7 @@ def test_finetune_with_adapters_on_an_int8_base(texts, small, tmp_path, monkeypa
     """The comparison has the model's own weights, back from the host, and the same with the adapters."""
     compared = []
     monkeypatch.setattr(
-        finetune, "_compare", lambda _, model, result, *rest: compared.append((model, result))
+        finetune, "_compare", lambda options, training, model, result, *rest: compared.append((model, result))
     )
     options = ["--data", str(texts), "--text-column", "body", *SHORT, "--lora", "--base-dtype", "int8"]
     main(["finetune", "--model", small, *options, "--out", str(tmp_path / "run")])

@@ -377,7 +377,8 @@ def test_zip_archive_with_a_damaged_list(tmp_path):
         archive.writestr("a.txt", "b")
     file = tmp_path / "b.zip"
     file.write_bytes(file.read_bytes().replace(b"a.txt", b"\0.txt"))
-    with pytest.raises(ValueError, match=r"b.zip is not a zip archive"):
+    # Python 3.13 lists a name that begins with NUL as an empty one
+    with pytest.raises(ValueError, match=r"b.zip (is not a zip archive|holds no file of a known format)"):
         load_texts(str(file), "all")
 
 

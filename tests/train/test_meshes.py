@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+PATIENCE = 1200  # seconds until a process counts as hung; on a busy machine one took more than 300
 SCRIPT = """
 import json, os, signal, sys
 import jax
@@ -81,7 +82,11 @@ def start(settings: dict, devices: int) -> subprocess.Popen[str]:
 
 
 def result(process: subprocess.Popen[str]) -> list[dict]:
-    stdout, stderr = process.communicate(timeout=300)
+    try:
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0, stderr[-4000:]
     return json.loads(stdout.rpartition("RESULT")[2])
 
@@ -138,7 +143,7 @@ def test_finetune_in_two_processes_equals_one_and_resumes_on_one_device(single, 
         whole, stopped = result(first)
         same([whole], single[0])
         assert "step 3 is saved" in stopped
-        stderr = second.communicate(timeout=300)[1]
+        stderr = second.communicate(timeout=PATIENCE)[1]
         assert second.returncode == 0, stderr[-4000:]
     finally:
         for process in (first, second):
