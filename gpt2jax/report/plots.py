@@ -124,7 +124,11 @@ def paired_distribution(comparison: Comparison, model: ModelResult) -> Plot:
         step = _round_up((high - low + 2 * pad) / min(40, max(8, 2 * math.isqrt(len(finite)))))
         edges = np.arange(math.floor((low - pad) / step), math.ceil((high + pad) / step) + 1) * step
         counts, _ = np.histogram(np.clip(finite, edges[0], edges[-1]), edges)
-        colours = [BETTER if edge < -step / 2 else WORSE for edge in edges[:-1]]
+        worse, _ = np.histogram(np.clip(finite[finite > 0], edges[0], edges[-1]), edges)
+        colours = [
+            BETTER if edge < -step / 2 else WORSE if count else MUTED  # muted: nothing but ties
+            for edge, count in zip(edges[:-1], worse, strict=True)
+        ]
         axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=colours, linewidth=0)
     axes.axvline(0, color=INK, linewidth=1)
     assert model.versus_baseline is not None
@@ -144,8 +148,9 @@ def paired_distribution(comparison: Comparison, model: ModelResult) -> Plot:
     axes.set_ylabel("documents")
     axes.yaxis.set_major_locator(_locator(6, integer=True))
     axes.grid(axis="y")
-    better, total = int((differences < 0).sum()), len(differences)
-    text = f"{model.name} has the lower loss on {better:,} of {total:,} documents (left of zero)."
+    better, ties, total = int((differences < 0).sum()), int((differences == 0).sum()), len(differences)
+    text = f"{model.name} has the lower loss on {better:,} of {total:,} documents (left of zero)"
+    text += f"; {ties:,} ties." if ties > 1 else "; 1 tie." if ties else "."
     title = f"{model.name} compared with {comparison.baseline.name}"
     return Plot(title, text, to_svg(figure, f"paired-{model.name}"))
 
@@ -236,6 +241,7 @@ def _training_loss(history: Sequence[dict[str, Any]]) -> Plot | None:
     }
     for label, values in curves.items():
         axes.plot(*zip(*values, strict=True), label=label, **styles[label])
+    axes.xaxis.set_major_locator(_locator(8, integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.grid()
@@ -263,6 +269,7 @@ def _training_metrics(history: Sequence[dict[str, Any]]) -> Plot | None:
         axes.grid()
         if label == "tokens/s":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    stacked[-1].xaxis.set_major_locator(_locator(8, integer=True))
     stacked[-1].set_xlabel("step")
     highest = [f"{label} up to {max(value for _, value in v):,.4g}" for label, v in panels.items()]
     text = f"{'; '.join(highest)}.".capitalize()
@@ -294,6 +301,7 @@ def training_figure(history: Sequence[dict[str, Any]]) -> Figure:
     for label, name, style in (("training", "loss", ".-"), ("validation", "validation_loss", "o-")):
         if values := _column(history, name):
             axes.plot(*zip(*values, strict=True), style, label=label)
+    axes.xaxis.set_major_locator(_locator(8, integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)

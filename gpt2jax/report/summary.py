@@ -85,17 +85,23 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     found += [(f"Texts{on_texts(part)[3:]}", _describe_texts(part.data)) for part in comparison.parts]
     training, words = comparison.settings.get("training", {}), []
     if comparison.overlap is not None:
-        words += [f"{comparison.overlap['training_documents']:,} documents"]
+        words += [_count(comparison.overlap["training_documents"], "document")]
     if comparison.history:
-        words += [f"{comparison.history[-1]['step']:,} steps"]
+        words += [_count(comparison.history[-1]["step"], "step")]
     if training:
         words += [f"{stages:,} stages"] if (stages := training.get("stages", 1)) > 1 else []
-        words += [f"{training['epochs']:g} epochs"] if training["steps"] is None else []
-        words += [f"{training['batch_size']:,} rows a step"]
+        words += [_count(training["epochs"], "epoch")] if training["steps"] is None else []
+        words += [f"{_count(training['batch_size'], 'row')} a step"]
         length = training["sequence_length"]
         words += [f"rows of {length:,} tokens"] if length else []
         words += [training["optimizer"], training["compute_dtype"]]
     return found + ([("Training", ", ".join(words))] if words else [])
+
+
+def _count(number_of: float, noun: str) -> str:
+    """Return a number with its noun."""
+    text = f"{number_of:,}" if isinstance(number_of, int) else f"{number_of:g}"
+    return f"{text} {noun}" if number_of == 1 else f"{text} {noun}s"
 
 
 def _describe_texts(data: Mapping[str, Any]) -> str:
@@ -106,7 +112,8 @@ def _describe_texts(data: Mapping[str, Any]) -> str:
         about += [", ".join(map(str, sources))]
     about += [f"split {data['split']}"] if data.get("split") else []
     of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
-    return ", ".join([*about, f"{data['documents']:,}{of} documents"])
+    total = data.get("total_documents", data["documents"])
+    return ", ".join([*about, f"{data['documents']:,}{of} document{'' if total == 1 else 's'}"])
 
 
 def _describe_model(model: ModelResult) -> str:

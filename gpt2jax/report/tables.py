@@ -128,6 +128,7 @@ def _bits_error(sums: DocumentSums, sizes: np.ndarray) -> float | None:
 
 def paired_table(comparison: Comparison) -> Table:
     """Make the table of the differences between any two models."""
+    units = {difference.unit for difference in comparison.pairs.values()}
     rows = []
     for (_, name), difference in comparison.pairs.items():
         low, high = difference.interval
@@ -139,13 +140,14 @@ def paired_table(comparison: Comparison) -> Table:
         rows.append(
             (
                 f"{name} {MINUS} {difference.baseline}",
-                f"{mean} {difference.unit}",
+                mean if len(units) == 1 else f"{mean} {difference.unit}",
                 f"{number(low, signed=True)} to {number(high, signed=True)}",
                 accuracy,
                 percent(difference.win_rate),
             )
         )
-    columns = ("Pair", "Loss difference", f"{percent(CONFIDENCE, 0)} interval", "Accuracy difference", "Wins")
+    loss = f"Loss difference, {units.pop()}" if len(units) == 1 else "Loss difference"
+    columns = ("Pair", loss, f"{percent(CONFIDENCE, 0)} interval", "Accuracy difference", "Wins")
     over = f"over the same documents{_named(comparison)}"
     caption = f"Paired difference {over}; a negative loss difference is an improvement"
     return Table(caption, columns, rows)
@@ -249,5 +251,5 @@ def timing_table(comparison: Comparison) -> Table:
         # the time of its evaluation on each list of texts
         evaluations = (number(part[model.name].evaluation.seconds, 1) for part in comparison.parts)
         rows.append((model.name, f"{' + '.join(evaluations)} s", first, spread))
-    caption = "Time on this machine; evaluation and first generation include compilation"
-    return Table(caption, ("Model", "Evaluation", "First generation", "Later generations"), rows)
+    caption = "Time on this machine; evaluation and first text include compilation"
+    return Table(caption, ("Model", "Evaluation", "First text", "Later texts"), rows)
