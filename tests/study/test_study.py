@@ -190,7 +190,7 @@ def test_study_of_two_models_and_both_methods_shows_gains_against_costs(finished
         "a/second full",
         "a/second lora",
     ]
-    report = (tmp_path / "report.html").read_text("utf-8")
+    report = (tmp_path / "report.html").read_text("utf-8").replace("\xa0", " ")
     for row in gains_table(found.gains).rows:
         assert all(cell in report for cell in row)
     assert "Gain against trained parameters" in report and "Gain against memory" in report
