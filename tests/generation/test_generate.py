@@ -637,6 +637,7 @@ def test_two_hundred_calls_compile_twelve_programs(caplog):
                 repetition_penalty=float(rng.choice([1.0, 1.2])),
                 no_repeat_ngram_size=int(rng.choice([0, 3])),
                 seed=int(rng.integers(2**32)),
+                stop_token_ids=range(300),  # what counts is compiled before the first token
             )
 
     assert 0 < len(compiled_in(caplog, calls)) <= 12

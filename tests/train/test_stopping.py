@@ -163,7 +163,7 @@ def test_stop_controller_leaves_signals_alone_in_other_threads():
 
 
 # each takes 2 s of a processor
-KILLS = int(os.environ.get("GPT2JAX_TEST_KILLS", "8"))
+KILLS = int(os.environ.get("GPT2JAX_TEST_KILLS", "5"))
 
 # A parent that never computes, so that it can fork, and children that train from where the last one was killed: `KILLS`
 # are killed, one comes to the end, and one trains the whole run elsewhere.
