@@ -82,6 +82,7 @@ def test_finetune_keeps_the_best_of_a_stopped_and_resumed_run(model, tmp_path, m
     assert_same_run(whole, train(model, config, tmp_path / "run", resume=True))
 
 
+@pytest.mark.slow
 def test_finetune_keep_best_needs_a_validation(model):
     with pytest.raises(ValueError, match="keep_best and patience need a validation loss"):
         finetune(model, texts(), EARLY, progress=False)
