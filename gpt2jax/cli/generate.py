@@ -244,7 +244,7 @@ def _write(make: Callable[[], list[Any]], out: pathlib.Path | None, rows: list[d
     else:
         with atomic_write(out) as file:
             file.writelines(lines)
-    where = "standard output" if str(out) == "-" else out
+    where = "standard output" if str(out) == "-" else printable(str(out))
     print(f"wrote {len(outputs)} continuations, {_speed(outputs, seconds)}, to {where}", file=sys.stderr)
 
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from gpt2jax.cli import main
-from gpt2jax.cli.generate import Options, _json_line, read_rows
+from gpt2jax.cli.generate import Options, _json_line, _write, read_rows
 
 
 def prompts_of(options: Options) -> list[str]:
@@ -88,6 +88,11 @@ def test_generate_of_a_bad_prompts_file_is_one_line(tmp_path, capsys):
     assert ended.value.code == 2
     message = 'line 1: the field "prompt" must be a text, got {}'
     assert capsys.readouterr().err == f"gpt2jax generate: error: {path}, {message}\n"
+
+
+def test_write_shows_the_path_without_control_characters(tmp_path, capsys):
+    _write(list, tmp_path / "a\x1b[31m\u202e.jsonl", [])
+    assert capsys.readouterr().err.endswith("a\\x1b[31m\\u202e.jsonl\n")
 
 
 @pytest.mark.slow
