@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
+from gpt2jax.utils.atomic_io import describe_place, follow_links
 from gpt2jax.utils.notices import Notice, printable
 from gpt2jax.utils.other_names import our_name
 from gpt2jax.utils.validation import check_path, field_names
@@ -234,10 +235,10 @@ def exit_with_error(name: str, message: str, *, code: int = 2) -> NoReturn:
 def check_folder(path: pathlib.Path) -> None:
     """Raise OSError, before anything long begins, for an --out that cannot be a folder."""
     place = path
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise NotADirectoryError(f"--out {path}: {place} is a file; give the name of a folder")
+        raise NotADirectoryError(f"--out {path}: {describe_place(place)}; give the name of a folder")
     if not os.access(place, os.W_OK):
         raise PermissionError(f"--out {path}: {place} can't be written to")
 
@@ -246,6 +247,7 @@ def check_file(path: pathlib.Path, *, overwrite: bool) -> None:
     """Check the name of a file for results; an existing file needs `overwrite`."""
     if path.is_dir():
         raise IsADirectoryError(f"--out {path} is a folder: give the name of a file")
+    target = follow_links(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"--out {path} is there already: --overwrite it, or choose another --out")
-    check_folder(path.parent)
+    check_folder(target.parent)

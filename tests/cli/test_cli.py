@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from tiny_models import random_model
 
 import gpt2jax
 from gpt2jax.cli import compare, evaluate, finetune, main
-from gpt2jax.cli.common import print_line, run_command
+from gpt2jax.cli.common import check_file, check_folder, print_line, run_command
 from gpt2jax.cli.finetune import Options, finetune_config, imply_lora
 from gpt2jax.cli.options import DataOptions
 from gpt2jax.data import sources
@@ -488,3 +489,13 @@ def test_lm_eval_names_what_to_install():
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("needs lm-evaluation-harness: pip install lm-eval")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("check", [check_folder, partial(check_file, overwrite=True)], ids=["folder", "file"])
+def test_check_out_names_a_link_to_nothing(tmp_path, check):
+    (tmp_path / "a").symlink_to(tmp_path / "none" / "b")
+    (tmp_path / "c").symlink_to("c")
+    for path in (tmp_path / "a", tmp_path / "a" / "b" / "d", tmp_path / "c", tmp_path / "c" / "d"):
+        with pytest.raises(OSError, match=rf"{tmp_path}/[ac] is a link to .*, which does not exist"):
+            check(path)
+    check(tmp_path / "new" / "e")

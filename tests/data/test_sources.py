@@ -114,8 +114,7 @@ def test_texts_of_dataset_objects(papers):
 
 def test_texts_of_a_dataset_dict_with_other_names():
     parts: Any = {
-        name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(9)]})
-        for name in "ab"
+        name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(9)]}) for name in "ab"
     }
     data = datasets.DatasetDict(parts)
     assert load_texts(data, "b[:2]") == ["b 0", "b 1"]
