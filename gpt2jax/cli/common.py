@@ -100,7 +100,7 @@ def _show_notice(
 ) -> None:
     """Print a notice as one line, and only once; any other warning as Python does."""
     if issubclass(category, Notice):
-        line = f"gpt2jax {name}: note: {' '.join(str(message).split())}"
+        line = f"gpt2jax {name}: note: {_one_line(str(message))}"
         if line not in shown:  # Python forgets what it has shown when jax changes the filters of warnings
             print(line, file=sys.stderr)
         shown.add(line)
@@ -227,9 +227,14 @@ def command_line(name: str) -> str:
 
 def exit_with_error(name: str, message: str, *, code: int = 2) -> NoReturn:
     """Print one line and end the program."""
-    line = printable(" ".join(message.split()))
-    print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
+    print(f"gpt2jax {name}: error: {_one_line(message)}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _one_line(message: str, most: int = 3000) -> str:
+    """Return a message as one line: names in a file may have megabytes. The hint at the end stays."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= most else f"{line[: most - 1000]} … {line[-1000:]}"
 
 
 def check_folder(path: pathlib.Path) -> None:

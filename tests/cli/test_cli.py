@@ -422,6 +422,7 @@ def test_finetune_refuses_texts_without_anything_to_learn(tmp_path, capsys, cont
         (KeyboardInterrupt(), 130),
         (ValueError("two\nlines"), 2),
     ],
+    ids=["nan", "SIGINT", "SIGTERM", "Ctrl-C", "mistake"],
 )
 def test_run_command_ends_with_one_line_and_a_code(capsys, error, code):
     def run(_):
@@ -432,6 +433,16 @@ def test_run_command_ends_with_one_line_and_a_code(capsys, error, code):
     assert exit_.value.code == code
     said = " ".join(str(error).split()) or "interrupted"
     assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"
+
+
+def test_run_command_cuts_a_message_of_megabytes_and_keeps_its_end(capsys):
+    def run(_):
+        raise ValueError(f"columns: {'a' * 10**6}; name one")
+
+    with pytest.raises(SystemExit):
+        run_command("finetune", Options, run, [], prefixes=True)
+    said = capsys.readouterr().err
+    assert len(said) < 3100 and "columns: aaa" in said and said.endswith("aaa; name one\n")
 
 
 def test_data_options_streams_of_the_hub_have_a_fingerprint():
