@@ -207,12 +207,14 @@ def test_all_splits_are_of_the_commit_that_a_name_has_at_first(monkeypatch):
     assert read == [("pubmed", "c" * 40), ("other/data", None)]
 
 
-def test_evaluate_into_a_folder(texts, tmp_path, capsys):
+def test_evaluate_into_a_folder(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "evaluation"
     data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--windows", "rolling"]
     main(["evaluate", *data, "--out", str(out)])
     assert "in rolling windows of 32" in capsys.readouterr().out
     first = json.loads((out / "evaluation.json").read_text())
+    assert str(tmp_path) not in (out / "evaluation.json").read_text()
     assert first["schema"] == "gpt2jax.evaluation" and first["word_perplexity"] > first["perplexity"] > 1
     assert "holds an evaluation" in fails(capsys, "evaluate", *data, "--out", str(out))
     main(["evaluate", *data, "--out", str(out), "--resume"])
