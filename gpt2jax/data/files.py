@@ -128,6 +128,9 @@ class File:
     @contextlib.contextmanager
     def open(self) -> Iterator[io.BufferedReader[Any]]:
         """Open the file for reading bytes, unpacked."""
+        # texts are read several times; opening a pipe waits for ever, and a device has no end
+        if "file" in self.system.protocol and os.path.exists(self.place) and not os.path.isfile(self.place):
+            raise ValueError(f"{self.name} must be a file, got a pipe or a device")
         packed_size = self.packed_size
         with self.system.open(self.place, "rb") as raw:
             # which members of archives have

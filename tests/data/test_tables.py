@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import zipfile
 
@@ -339,6 +340,19 @@ def test_documents_that_are_not_text_are_named(tmp_path, content, message):
     for name, packed in (("a.txt", content), ("b.txt.gz", gzip.compress(content))):
         with pytest.raises(ValueError, match=message):
             load_texts(write(tmp_path / name, packed), "all")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_pipes_and_devices_are_named(tmp_path, name):
+    """Opening the pipe would wait for ever, and reading the device would never end."""
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=rf"{name} must be a file, got a pipe or a device"):
+            load_texts(source, "all")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=rf"{name} must be a file, got a pipe or a device"):
+        load_texts(tmp_path / name, "all")
 
 
 def test_an_encoding_that_garbles_utf8_is_named(tmp_path):
