@@ -123,7 +123,10 @@ def read_rows(options: Options) -> list[dict[str, Any]]:
     if options.file is None:
         return rows
     if not options.file.is_file():
-        raise FileNotFoundError(f"there is no file {options.file}")
+        if not options.file.exists():
+            raise FileNotFoundError(f"there is no file {options.file}")
+        reason = "must be a file, got a folder, a pipe or a device; standard input is read too"
+        raise ValueError(f"--file {options.file} {reason}")
     data = options.file.read_bytes()
     try:
         content = data.decode("utf-8-sig")  # programs of Windows begin a file with a byte order mark

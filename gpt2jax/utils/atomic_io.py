@@ -55,7 +55,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if target.exists() and not target.is_file():  # a device or a pipe, which must not be replaced by a file
-        with open(path, mode, **_as_text(mode)) as stream:
+        with naming_file(path), open(path, mode, **_as_text(mode)) as stream:
             yield stream
         return
     make_folder(target.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 
@@ -73,6 +74,17 @@ def test_read_prompts_refuses_other_files(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         prompts_of(Options(file=tmp_path / name))
+
+
+def test_read_rows_refuses_a_folder_or_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(
+            ValueError, match=f"--file {file} must be a file, got a folder, a pipe or a device"
+        ):
+            read_rows(Options(file=file))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_rows(Options(file=tmp_path / "none"))
 
 
 def test_generated_lines_are_json_without_nan():
