@@ -76,10 +76,8 @@ def run_command(
         exit_with_error(name, _name_option(str(error), options))
     except FloatingPointError as error:
         exit_with_error(name, str(error), code=1)
-    except (RuntimeError, AssertionError):
-        from gpt2jax.ops.device import find_backend_problem
-
-        problem = find_backend_problem()
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        problem = _find_problem(error)
         if problem is None:
             raise
         exit_with_error(name, problem)
@@ -229,6 +227,16 @@ def exit_with_error(name: str, message: str, *, code: int = 2) -> NoReturn:
     """Print one line and end the program."""
     print(f"gpt2jax {name}: error: {_one_line(message)}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _find_problem(error: BaseException) -> str | None:
+    """Return what memory or the devices lack if that explains an error, else None."""
+    from gpt2jax.ops.device import find_backend_problem
+
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # of NumPy, of XLA
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"there is not enough memory: {reason}; a smaller batch, shorter rows or a smaller model need less"
+    return find_backend_problem()
 
 
 def _one_line(message: str, most: int = 3000) -> str:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
+from jax.errors import JaxRuntimeError
 from rich.console import Console
 from tiny_models import random_model
 
@@ -435,6 +436,24 @@ def test_run_command_ends_with_one_line_and_a_code(capsys, error, code):
     assert exit_.value.code == code
     said = " ".join(str(error).split()) or "interrupted"
     assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")],
+    ids=["numpy", "XLA"],
+)
+def test_run_command_tells_that_memory_is_not_enough_in_one_line(capsys, error):
+    def run(_):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run_command("finetune", Options, run, [], prefixes=True)
+    assert exit_.value.code == 2
+    reason = "MemoryError" if isinstance(error, MemoryError) else str(error).splitlines()[0]
+    said = capsys.readouterr().err
+    assert said.startswith(f"gpt2jax finetune: error: there is not enough memory: {reason}; a smaller batch,")
+    assert said.count("\n") == 1
 
 
 def test_run_command_cuts_a_message_of_megabytes_and_keeps_its_end(capsys):
