@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -196,7 +197,8 @@ class Texts:
         first = list(itertools.islice(items, 1))
         if not first:
             raise ValueError(f"{where} has no texts" + f" in its {self.split} split" * (self.split != "all"))
-        return itertools.islice(itertools.chain(first, items), self.limit)
+        limit = None if self.limit is None else min(self.limit, sys.maxsize)  # islice takes no more
+        return itertools.islice(itertools.chain(first, items), limit)
 
 
 def load_texts(source: Source, split: str = "train", **options: Any) -> list[str]:

@@ -24,6 +24,8 @@ def test_limit_and_streaming(tmp_path):
         next(stream)
     assert [next(iter(texts)) for _ in range(2)] == TEXTS[:1] * 2  # read anew each time
     assert list(Texts(path, "all", limit=2)) == TEXTS[:2]
+    write(path, json_lines(TEXTS))
+    assert load_texts(path, split="all", limit=2**70) == TEXTS
 
 
 @pytest.mark.parametrize("source", ["", None, 3])
