@@ -109,6 +109,9 @@ def test_records_field_names_the_rows(tmp_path):
     assert load_texts(path, "all", records_field="in.ner") == ["c"]
     with pytest.raises(ValueError, match="there is no field 'dat'; did you mean 'data'"):
         load_texts(path, "all", records_field="dat")
+    lines = write(tmp_path / "b.jsonl", json_lines(TEXTS))
+    with pytest.raises(ValueError, match="b.jsonl has one row a line, .*; leave records_field out"):
+        load_texts(lines, "all", records_field="data")
 
 
 def test_a_named_column_is_found_wherever_it_stands(tmp_path):
