@@ -240,10 +240,10 @@ def _locate_run(path: pathlib.Path) -> Location:
         return dataclasses.replace(locate(base), adapter=path / "adapter")
     except RecursionError:
         raise ValueError(f"{path} holds adapters of a model that leads back to it: {base!r:.200}") from None
-    except (ValueError, FileNotFoundError) as error:  # such as a path from another working folder
+    except (ValueError, OSError) as error:  # such as a path from another working folder
         if "leads back to it" in str(error):
             raise
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"{path} holds adapters of a model that can't be found: {error}") from None
 
 
@@ -336,10 +336,10 @@ def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel
         base = None if name is None else load(name).merge_adapter()
     except RecursionError:
         raise ValueError(f"{path} is a part of a model: {name} leads back to it") from None
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if "leads back to it" in str(error):
             raise
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"{path} began with a model that can't be loaded: {error}") from None
     lora = settings.get("lora")
     if lora is not None or settings.get("freeze"):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
+from gpt2jax.utils.atomic_io import describe_place, follow_links
 from gpt2jax.utils.notices import Notice, printable
 from gpt2jax.utils.other_names import our_name
 from gpt2jax.utils.validation import check_path, field_names
@@ -75,10 +76,8 @@ def run_command(
         exit_with_error(name, _name_option(str(error), options))
     except FloatingPointError as error:
         exit_with_error(name, str(error), code=1)
-    except (RuntimeError, AssertionError):
-        from gpt2jax.ops.device import find_backend_problem
-
-        problem = find_backend_problem()
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        problem = _find_problem(error)
         if problem is None:
             raise
         exit_with_error(name, problem)
@@ -99,7 +98,7 @@ def _show_notice(
 ) -> None:
     """Print a notice as one line, and only once; any other warning as Python does."""
     if issubclass(category, Notice):
-        line = f"gpt2jax {name}: note: {' '.join(str(message).split())}"
+        line = f"gpt2jax {name}: note: {_one_line(str(message))}"
         if line not in shown:  # Python forgets what it has shown when jax changes the filters of warnings
             print(line, file=sys.stderr)
         shown.add(line)
@@ -226,18 +225,33 @@ def command_line(name: str) -> str:
 
 def exit_with_error(name: str, message: str, *, code: int = 2) -> NoReturn:
     """Print one line and end the program."""
-    line = printable(" ".join(message.split()))
-    print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
+    print(f"gpt2jax {name}: error: {_one_line(message)}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _find_problem(error: BaseException) -> str | None:
+    """Return what memory or the devices lack if that explains an error, else None."""
+    from gpt2jax.ops.device import find_backend_problem
+
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # of NumPy, of XLA
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"there is not enough memory: {reason}; a smaller batch, shorter rows or a smaller model need less"
+    return find_backend_problem()
+
+
+def _one_line(message: str, most: int = 3000) -> str:
+    """Return a message as one line: names in a file may have megabytes. The hint at the end stays."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= most else f"{line[: most - 1000]} … {line[-1000:]}"
 
 
 def check_folder(path: pathlib.Path) -> None:
     """Raise OSError, before anything long begins, for an --out that cannot be a folder."""
     place = path
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise NotADirectoryError(f"--out {path}: {place} is a file; give the name of a folder")
+        raise NotADirectoryError(f"--out {path}: {describe_place(place)}; give the name of a folder")
     if not os.access(place, os.W_OK):
         raise PermissionError(f"--out {path}: {place} can't be written to")
 
@@ -246,6 +260,7 @@ def check_file(path: pathlib.Path, *, overwrite: bool) -> None:
     """Check the name of a file for results; an existing file needs `overwrite`."""
     if path.is_dir():
         raise IsADirectoryError(f"--out {path} is a folder: give the name of a file")
+    target = follow_links(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"--out {path} is there already: --overwrite it, or choose another --out")
-    check_folder(path.parent)
+    check_folder(target.parent)

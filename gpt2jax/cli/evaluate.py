@@ -18,6 +18,7 @@ from gpt2jax.cli.options import (
     evaluation_config,
     warn_if_trained_on,
 )
+from gpt2jax.utils.home_folder import abbreviate_home
 from gpt2jax.utils.notices import printable
 
 
@@ -103,7 +104,7 @@ def run(options: Options) -> None:
             "seconds": round(result.seconds, 3),
         }
         with atomic_write(file) as stream:
-            json.dump(content, stream, indent=2, allow_nan=False)
+            json.dump(abbreviate_home(content), stream, indent=2, allow_nan=False)
         print(f"wrote {printable(str(file))}")
 
 

@@ -123,7 +123,10 @@ def read_rows(options: Options) -> list[dict[str, Any]]:
     if options.file is None:
         return rows
     if not options.file.is_file():
-        raise FileNotFoundError(f"there is no file {options.file}")
+        if not options.file.exists():
+            raise FileNotFoundError(f"there is no file {options.file}")
+        reason = "must be a file, got a folder, a pipe or a device; standard input is read too"
+        raise ValueError(f"--file {options.file} {reason}")
     data = options.file.read_bytes()
     try:
         content = data.decode("utf-8-sig")  # programs of Windows begin a file with a byte order mark
@@ -244,7 +247,7 @@ def _write(make: Callable[[], list[Any]], out: pathlib.Path | None, rows: list[d
     else:
         with atomic_write(out) as file:
             file.writelines(lines)
-    where = "standard output" if str(out) == "-" else out
+    where = "standard output" if str(out) == "-" else printable(str(out))
     print(f"wrote {len(outputs)} continuations, {_speed(outputs, seconds)}, to {where}", file=sys.stderr)
 
 

@@ -27,7 +27,7 @@ def arrow_items(file: File, columns: Columns) -> Iterator[Item]:
     with file.open_seekable() as stream:
         try:
             schema, batches = _open(stream, file)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{file.name} is not a whole {KINDS[file.suffixes[0]]} file: {_line(error)}"
             ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +203,7 @@ def _rows(file: File, lines: Iterable[tuple[int, str]], dialect: _Dialect) -> It
 def _header(cells: list[str], place: str) -> list[str]:
     """Return the names of the columns; those without get one by their number."""
     names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, start=1)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise ValueError(f"{place}: the header has two columns {twice!r}; rename one of them")
     if len(names) == 1 and names[0] not in TEXT_COLUMNS:
         notice(f"{place}: taken for the header, so that the texts begin after {names[0]!r:.60}")

@@ -77,6 +77,9 @@ _NO_TEXTS = (
     (rb"%PDF-\d", "a PDF document: convert it to plain text first"),
     (rb"\{\\rtf\d", "a document in Rich Text Format: save it as plain text first"),
     (rb".{257}ustar[\0 ]", "a tar archive: unpack it, and give the folder"),
+    (rb"\x04\x22\x4d\x18", "compressed by lz4: unpack it, or pack it with gzip or zstd"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it, and give the folder"),
+    (rb"Rar!\x1a\x07", "a RAR archive: unpack it, and give the folder"),
 )
 
 
@@ -125,6 +128,9 @@ class File:
     @contextlib.contextmanager
     def open(self) -> Iterator[io.BufferedReader[Any]]:
         """Open the file for reading bytes, unpacked."""
+        # texts are read several times; opening a pipe waits for ever, and a device has no end
+        if "file" in self.system.protocol and os.path.exists(self.place) and not os.path.isfile(self.place):
+            raise ValueError(f"{self.name} must be a file, got a pipe or a device")
         packed_size = self.packed_size
         with self.system.open(self.place, "rb") as raw:
             # which members of archives have

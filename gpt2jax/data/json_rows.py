@@ -33,6 +33,10 @@ def json_rows(file: File, columns: Columns, records_field: str | None = None) ->
         return iter(())
     is_array = start[0][1].lstrip().startswith("[")
     is_lines = len(start) == 2 and _is_json(start[0][1], dict | list | str | None)
+    if records_field is not None and is_lines:
+        raise ValueError(
+            f"{file.name} has one row a line, not an object that holds them; leave records_field out"
+        )
     if records_field is None and (is_lines or (file.suffixes[0] != ".json" and not is_array)):
         return json_lines(file, lines)
     value = parse_json("".join(_whole(file, lines)), file.name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,16 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from gpt2jax.data.columns import Columns, Item, row_items, table_items
 from gpt2jax.data.docs_corpus import BUILTIN_NAMES, SPLITS, builtin_texts
-from gpt2jax.data.files import COMPRESSIONS, FORMATS, File, check_encoding, has_pattern, list_files
+from gpt2jax.data.files import (
+    COMPRESSIONS,
+    FORMATS,
+    PLAIN,
+    TABLES,
+    File,
+    check_encoding,
+    has_pattern,
+    list_files,
+)
 from gpt2jax.data.hub import (
     DATA_VARIABLE,
     PAPERS,
@@ -54,6 +64,14 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.+-]+)?")
 _HF_PATH = re.compile(
     r"hf://datasets/(?P<id>[^/@]+/[^/@]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<path>.+))?"
 )
+
+_JSON = (".jsonl", ".ndjson", ".json")
+# options, and the extensions of the files that they have an effect on
+_OPTIONS_OF_FILES = {
+    "documents": PLAIN,
+    "records_field": _JSON,
+    "encoding": tuple(suffix for suffix in FORMATS if suffix not in TABLES),
+}
 
 
 @validated
@@ -179,7 +197,8 @@ class Texts:
         first = list(itertools.islice(items, 1))
         if not first:
             raise ValueError(f"{where} has no texts" + f" in its {self.split} split" * (self.split != "all"))
-        return itertools.islice(itertools.chain(first, items), self.limit)
+        limit = None if self.limit is None else min(self.limit, sys.maxsize)  # islice takes no more
+        return itertools.islice(itertools.chain(first, items), limit)
 
 
 def load_texts(source: Source, split: str = "train", **options: Any) -> list[str]:
@@ -256,10 +275,9 @@ def _open(texts: Texts, where: str, columns: Columns | None = None) -> Mapping[s
     source = texts.source
     columns = columns or _columns(texts)
     commit = pin_revision(source, texts.revision)
-    if isinstance(source, tuple):
-        files = [
-            file for one in source for file in list_files(str(check_path("source", one)), texts.encoding)
-        ]
+    files = _find_files(texts, commit)
+    _note_unused(texts, files or (), where)
+    if files is not None:
         return _file_splits(files, columns, texts, where)
     if not isinstance(source, str):
         return _dataset_splits(source, columns, where)
@@ -270,25 +288,66 @@ def _open(texts: Texts, where: str, columns: Columns | None = None) -> Mapping[s
         )
     if commit is not None:
         match = _HF_PATH.fullmatch(source)
-        if match and match["path"]:
-            try:
-                files = list_files(f"hf://datasets/{match['id']}@{commit}/{match['path']}", texts.encoding)
-            except OSError as error:
-                raise no_data_set(source, error) from error
-            return _file_splits(files, columns, texts, where)
         hub_id, _, configuration = (match["id"] if match else source).partition(":")
         return _dataset_splits(load_hub_dataset(hub_id, configuration, commit, lazy=is_lazy), columns, where)
-    path = check_path("source", source)
-    if not path.exists() and source in BUILTIN_NAMES:
+    if _is_builtin(source):
         if columns.wanted:
             raise ValueError(f"{source} has no columns to choose {columns.wanted[0]!r} from")
         return named_splits({part: lambda part=part: iter(builtin_texts(source, part)) for part in SPLITS})
-    path = path if path.exists() else _archive(source) or path
-    if _is_saved_dataset(path):
-        import datasets
+    import datasets
 
-        return _dataset_splits(datasets.load_from_disk(str(path)), columns, where)
-    return _file_splits(list_files(str(path), texts.encoding), columns, texts, where)
+    return _dataset_splits(datasets.load_from_disk(str(_local_path(source))), columns, where)
+
+
+def _find_files(texts: Texts, commit: str | None) -> list[File] | None:
+    """Return the files of a source; None for one that is not made of files of texts."""
+    source = texts.source
+    if isinstance(source, tuple):
+        return _list_once(source, texts.encoding)
+    if not isinstance(source, str) or _is_builtin(source):
+        return None
+    if commit is None:
+        path = _local_path(source)
+        return None if _is_saved_dataset(path) else list_files(str(path), texts.encoding)
+    match = _HF_PATH.fullmatch(source)
+    if not match or not match["path"]:
+        return None
+    try:
+        return list_files(f"hf://datasets/{match['id']}@{commit}/{match['path']}", texts.encoding)
+    except OSError as error:
+        raise no_data_set(source, error) from error
+
+
+def _list_once(sources: tuple[str, ...], encoding: str | None) -> list[File]:
+    """Return the files of several sources, a file that several of them hold only once."""
+    files: dict[str, File] = {}
+    twice: list[str] = []
+    for source in sources:
+        for file in list_files(str(check_path("source", source)), encoding):
+            if files.setdefault(os.path.realpath(file.name), file) is not file:
+                twice.append(file.name)
+    if twice:
+        notice(f"named more than once, read only once: {enumerate_names(twice)}")
+    return list(files.values())
+
+
+def _note_unused(texts: Texts, files: Iterable[File], where: str) -> None:
+    """Say which options have no effect, because no file is of the kind that they are for."""
+    kinds = {file.suffixes[0] for file in files}
+    for name, suffixes in _OPTIONS_OF_FILES.items():
+        value = getattr(texts, name)
+        if value not in (None, "file") and kinds.isdisjoint(suffixes):
+            known = ", ".join(suffixes)
+            notice(f"{where}: {name}={value!r} has no effect; it is for files of {known}")
+
+
+def _is_builtin(source: str) -> bool:
+    return source in BUILTIN_NAMES and not check_path("source", source).exists()
+
+
+def _local_path(source: str) -> Path:
+    path = check_path("source", source)
+    return path if path.exists() else _archive(source) or path
 
 
 def _archive(name: str) -> Path | None:

@@ -18,11 +18,11 @@ import numpy as np
 
 from gpt2jax.utils.validation import (
     Rule,
+    array_size,
     check,
     in_range,
     must_be,
     optional,
-    positive_int,
     positive_number,
     set_field,
     validated,
@@ -74,7 +74,7 @@ class LoRAConfig:
 
     error_prefix: ClassVar[str] = "lora."
 
-    rank: Annotated[int, positive_int] = 32
+    rank: Annotated[int, array_size] = 32
     alpha: Annotated[float, optional(positive_number)] = None  # pyright: ignore[reportAssignmentType]  # see below
     dropout: Annotated[float, in_range(0, 1, open_end=True)] = 0.0
     targets: Annotated[tuple[str, ...], _targets] = ("*",)
@@ -92,7 +92,7 @@ class LoRAConfig:
             raise ValueError(
                 f"{must_be('lora.targets', legal, self.targets)}; {min(both)} is a part of attn.c_attn"
             )
-        for name, rule in (("rank_pattern", positive_int), ("alpha_pattern", positive_number)):
+        for name, rule in (("rank_pattern", array_size), ("alpha_pattern", positive_number)):
             set_field(self, name, _check_pattern(f"lora.{name}", getattr(self, name), rule))
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -78,6 +79,14 @@ def _memory_bytes(device: Any) -> int | None:
     except Exception:  # a described device has no memory to ask; which exception that is differs by platform
         return None
     return stats.get("bytes_limit")
+
+
+def host_memory_bytes() -> int | None:
+    """Return the memory of this machine, or None if the system does not tell it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def find_backend_problem() -> str | None:

@@ -85,9 +85,13 @@ def render_html(
 
 
 def replace_control_characters(value: Any) -> Any:
-    """Replace the characters that HTML does not allow and that escaping leaves; values of other types stay."""
+    """Replace characters of a text that would harm a report; values of other types stay.
+
+    They are control characters, which HTML does not allow and a terminal obeys, marks that reverse the text around
+    them, and halves of surrogate pairs, which UTF-8 does not have. comparison.json has the texts as they are.
+    """
     is_plain = isinstance(value, str) and not hasattr(value, "__html__")
-    pattern = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+    pattern = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(pattern, "\N{REPLACEMENT CHARACTER}", value) if is_plain else value
 
 
@@ -96,18 +100,11 @@ def render_markdown(comparison: Comparison, study_tables: Sequence[Table] = ()) 
 
     def finalize(value: Any) -> Any:
         is_plain = isinstance(value, str) and not hasattr(value, "__html__")
-        return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", _without_controls(value)) if is_plain else value
+        return (
+            re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", replace_control_characters(value)) if is_plain else value
+        )
 
     return _render("report.md.j2", comparison, study_tables, finalize=finalize, autoescape=False)
-
-
-def _without_controls(text: str) -> str:
-    """Return a text without what HTML does not allow, a terminal would obey, or UTF-8 does not have."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]",
-        "\N{REPLACEMENT CHARACTER}",
-        text,
-    )
 
 
 def _render(
@@ -177,4 +174,4 @@ def _fenced(text: str) -> Any:
 
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return markupsafe.Markup(f"{fence}text\n{_without_controls(text)}\n{fence}")
+    return markupsafe.Markup(f"{fence}text\n{replace_control_characters(text)}\n{fence}")

@@ -81,6 +81,8 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_token: str | int | None 
             f"{folder}: the tokenizer's files put tokens before or behind each text (add_bos_token, post_processor); "
             "here none are added"
         )
+    if not vocabulary:
+        raise ValueError(f"{folder}: the vocabulary of the tokenizer is empty")
     unsplit = _read_unsplit_tokens(folder, fast, config, vocabulary, roles)
     legal_id = int_in_range(0, MAX_ID)
     for token, id_ in (*vocabulary.items(), *((token, entry.id) for token, entry in unsplit.items())):

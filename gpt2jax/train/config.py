@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from gpt2jax.lora.config import LoRAConfig
 from gpt2jax.utils.validation import (
     Rule,
+    array_size,
     check_path,
     each,
     in_range,
@@ -110,8 +111,8 @@ class FinetuneConfig:
 
     steps: Annotated[int | None, positive_int] = None
     epochs: Annotated[float, positive_number] = 1.0
-    batch_size: Annotated[int, positive_int] = 16
-    gradient_accumulation_steps: Annotated[int, positive_int] = 1
+    batch_size: Annotated[int, array_size] = 16
+    gradient_accumulation_steps: Annotated[int, array_size] = 1
     sequence_length: Annotated[int | None, positive_int] = None
     packing: Literal["concat", "packed", "padded"] = "concat"
     optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"

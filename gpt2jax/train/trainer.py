@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from gpt2jax.data.batches import Batches
 from gpt2jax.data.documents import Documents
 from gpt2jax.language_model import LanguageModel
+from gpt2jax.ops.device import host_memory_bytes
 from gpt2jax.ops.precision import Precision
 from gpt2jax.sharding import make_mesh, num_batch_shards, use_mesh
 from gpt2jax.train.checkpoint import BestCheckpoint, Checkpoints
@@ -77,11 +78,28 @@ def plan_run(model: LanguageModel, config: FinetuneConfig, documents: Documents)
         raise ValueError(
             must_be("sequence_length", f"at most the model's context of {context} tokens", length)
         )
+    _check_batch_size(config, length, model.config.n_embd)
     batches = Batches(documents, config.packing, length, config.batch_size, model.end_token_id, config.seed)
     steps = config.steps or max(1, math.ceil(config.epochs * batches.rows / config.batch_size))
     third = max(1, math.ceil(steps / 3))
     mesh = _make_mesh(config)
     return RunPlan(mesh, batches, steps, config.eval_every or third, config.checkpoint_every or third)
+
+
+def _check_batch_size(config: FinetuneConfig, length: int, width: int) -> None:
+    """Raise ValueError for a batch that this machine can't hold, which would fill it before an error comes.
+
+    Counted is the least: tokens and labels, and on a CPU the input of one layer in 16 bits.
+    """
+    memory = host_memory_bytes()
+    per_row = 8 * length
+    if jax.default_backend() == "cpu":
+        per_row += 2 * length * width // config.gradient_accumulation_steps
+    if memory is not None and config.batch_size * per_row > memory * jax.process_count():
+        most = memory * jax.process_count() // per_row
+        legal = f"at most {most:,} for rows of {length:,} tokens"
+        hint = f"; this machine has {memory / 1e9:,.0f} GB"
+        raise ValueError(must_be("batch_size", legal, config.batch_size) + hint)
 
 
 def _make_mesh(config: FinetuneConfig) -> Mesh | None:

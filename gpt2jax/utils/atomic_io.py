@@ -51,11 +51,11 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         OSError: the file can't be written; the message names it.
     """
     check("mode", mode, one_of(("w", "wb")))
-    target = _follow_links(path)
+    target = follow_links(path)
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if target.exists() and not target.is_file():  # a device or a pipe, which must not be replaced by a file
-        with open(path, mode, **_as_text(mode)) as stream:
+        with naming_file(path), open(path, mode, **_as_text(mode)) as stream:
             yield stream
         return
     make_folder(target.parent)
@@ -88,7 +88,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
             the process works in, which must not disappear under it.
         OSError: the folder can't be written; the message names it.
     """
-    target = _follow_links(path)
+    target = follow_links(path)
     recover_folder(target)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{path} is a file; give the name of a folder")
@@ -133,8 +133,29 @@ def make_folder(path: str | os.PathLike[str]) -> None:
     except (FileExistsError, NotADirectoryError):
         for place in (path, *path.parents):
             if os.path.lexists(place) and not place.is_dir():
-                raise NotADirectoryError(f"{_describe(place)}; expected a folder") from None
+                raise NotADirectoryError(f"{describe_place(place)}; expected a folder") from None
         raise
+
+
+def follow_links(path: str | os.PathLike[str]) -> Path:
+    """Return where a path leads: a link keeps pointing to its file.
+
+    Raises:
+        FileNotFoundError: a link leads to no place; the message names it.
+    """
+    path, target = Path(path), Path(os.path.realpath(path))
+    can_be_made = target.parent.is_dir() and not target.is_symlink()  # it is one if links lead in a circle
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists() and not (place == path and can_be_made):
+            raise FileNotFoundError(f"{describe_place(place)}; choose another place")
+    return target
+
+
+def describe_place(place: Path) -> str:
+    """Say what stands where something else is expected."""
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a link to {os.readlink(place)}, which does not exist"
+    return f"{place} is a file"
 
 
 @contextmanager
@@ -272,23 +293,6 @@ def _renameat2() -> Any:
         return ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):  # another system
         return None
-
-
-def _follow_links(path: str | os.PathLike[str]) -> Path:
-    """Return where a path leads: a link keeps pointing to its file. Raises OSError for a link to no place."""
-    path, target = Path(path), Path(os.path.realpath(path))
-    can_be_made = target.parent.is_dir() and not target.is_symlink()  # it is one if links lead in a circle
-    for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists() and not (place == path and can_be_made):
-            raise FileNotFoundError(f"{_describe(place)}; choose another place")
-    return target
-
-
-def _describe(place: Path) -> str:
-    """Say what stands where something else is expected."""
-    if place.is_symlink() and not place.exists():
-        return f"{place} is a link to {os.readlink(place)}, which does not exist"
-    return f"{place} is a file"
 
 
 def _as_text(mode: str) -> dict[str, Any]:

@@ -16,8 +16,12 @@ def abbreviate_home(value: Any) -> Any:
         return {name: abbreviate_home(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [abbreviate_home(item) for item in value]
-    home = os.path.expanduser("~").rstrip("/\\")
-    if not isinstance(value, str) or home in ("", "~"):
+    if not isinstance(value, str):
         return value
-    # a path begins a text, or stands in a command line behind a space, a quote or an equals sign
-    return re.sub(rf"(?<![^\s'\"=]){re.escape(home)}(?![^/\\\s'\"])", "~", value)
+    home = os.path.expanduser("~")
+    for place in (home, os.path.realpath(home)):  # the home folder may be a link
+        place = place.rstrip("/\\")
+        if place not in ("", "~"):
+            # a path begins a text, or stands in a command line behind a space, a quote or an equals sign
+            value = re.sub(rf"(?<![^\s'\"=]){re.escape(place)}(?![^/\\\s'\"])", "~", value)
+    return value

@@ -30,6 +30,7 @@ from gpt2jax.utils.atomic_io import atomic_folder
 from gpt2jax.utils.json_files import read_json
 from gpt2jax.utils.validation import must_be
 from gpt2jax.weights.h5_reader import read_h5
+from gpt2jax.weights.h5_writer import write_h5
 from gpt2jax.weights.hf import refuse_foreign_files
 from gpt2jax.weights.mapping import LazyTensor, ParamRule, WeightSource, export_tensors
 from gpt2jax.weights.tf_checkpoint import checkpoint_prefix, read_checkpoint
@@ -192,8 +193,6 @@ def save_keras(
         ValueError: the architecture has a feature that keras-hub's GPT-2 lacks; the message names it.
         FileExistsError: the folder holds files that are not part of a preset.
     """
-    import h5py
-
     for name, legal in SUPPORTED_VALUES.items():
         if getattr(config, name) not in legal:
             raise ValueError(must_be(name, f"{legal[0]!r} in a Keras preset", getattr(config, name)))
@@ -206,9 +205,11 @@ def save_keras(
         _write_object(aside / "config.json", "gpt2_backbone", "GPT2Backbone", settings)
         about = {"parameter_count": count_parameters(params), "tasks": ["CausalLM"]}
         _write_json(aside / "metadata.json", about)
-        with h5py.File(aside / PRESET_WEIGHTS, "w") as file:
-            for name, values in export_tensors(config, RULES, params):
-                file[_h5_path(name)] = np.asarray(values, np.float32)
+        tensors = export_tensors(config, RULES, params)
+        write_h5(
+            aside / PRESET_WEIGHTS,
+            ((_h5_path(name), np.asarray(values, np.float32)) for name, values in tensors),
+        )
         if tokenizer is not None:
             _write_tokenizer(aside, tokenizer)
 

@@ -42,8 +42,9 @@ def write_card(
     if base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists():
         front.append(f"base_model: {json.dumps(base)}")
     front += ["tags:", *(f"- {tag}" for tag in ("gpt2", _OWN_TAG, *tags))]
-    lines = ["---", *front, "---", "", f"# {title}", ""]
-    lines.append("Saved by gpt2jax, a GPT-2 in JAX." + ("" if base is None else f" Base model: `{base}`."))
+    lines = ["---", *front, "---", "", f"# {_escape(title)}", "", "Saved by gpt2jax, a GPT-2 in JAX."]
+    if base is not None:
+        lines[-1] += f" Base model: {_escape(base) if '`' in base else f'`{base}`'}."
     for heading, values in (sections or {}).items():
         if values:
             lines += ["", f"## {heading}", "", "| name | value |", "| --- | --- |"]
@@ -63,4 +64,9 @@ def refuse_foreign_card(folder: Path) -> None:
 
 def _cell(value: object) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(abbreviate_home(value))
-    return " ".join(text.split()).replace("|", "\\|")
+    return _escape(" ".join(text.split()))
+
+
+def _escape(text: str) -> str:
+    """Return a name with what Markdown takes for links, HTML or cells escaped: others choose the names of files."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)

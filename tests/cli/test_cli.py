@@ -10,17 +10,19 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import tyro
+from jax.errors import JaxRuntimeError
 from rich.console import Console
 from tiny_models import random_model
 
 import gpt2jax
 from gpt2jax.cli import compare, evaluate, finetune, main
-from gpt2jax.cli.common import print_line, run_command
+from gpt2jax.cli.common import check_file, check_folder, print_line, run_command
 from gpt2jax.cli.finetune import Options, finetune_config, imply_lora
 from gpt2jax.cli.options import DataOptions
 from gpt2jax.data import sources
@@ -207,12 +209,14 @@ def test_all_splits_are_of_the_commit_that_a_name_has_at_first(monkeypatch):
 
 
 @pytest.mark.slow
-def test_evaluate_into_a_folder(texts, tmp_path, capsys):
+def test_evaluate_into_a_folder(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "evaluation"
     data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--windows", "rolling"]
     main(["evaluate", *data, "--out", str(out)])
     assert "in rolling windows of 32" in capsys.readouterr().out
     first = json.loads((out / "evaluation.json").read_text())
+    assert str(tmp_path) not in (out / "evaluation.json").read_text()
     assert first["schema"] == "gpt2jax.evaluation" and first["word_perplexity"] > first["perplexity"] > 1
     assert "holds an evaluation" in fails(capsys, "evaluate", *data, "--out", str(out))
     main(["evaluate", *data, "--out", str(out), "--resume"])
@@ -423,6 +427,7 @@ def test_finetune_refuses_texts_without_anything_to_learn(tmp_path, capsys, cont
         (KeyboardInterrupt(), 130),
         (ValueError("two\nlines"), 2),
     ],
+    ids=["nan", "SIGINT", "SIGTERM", "Ctrl-C", "mistake"],
 )
 def test_run_command_ends_with_one_line_and_a_code(capsys, error, code):
     def run(_):
@@ -433,6 +438,34 @@ def test_run_command_ends_with_one_line_and_a_code(capsys, error, code):
     assert exit_.value.code == code
     said = " ".join(str(error).split()) or "interrupted"
     assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")],
+    ids=["numpy", "XLA"],
+)
+def test_run_command_tells_that_memory_is_not_enough_in_one_line(capsys, error):
+    def run(_):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run_command("finetune", Options, run, [], prefixes=True)
+    assert exit_.value.code == 2
+    reason = "MemoryError" if isinstance(error, MemoryError) else str(error).splitlines()[0]
+    said = capsys.readouterr().err
+    assert said.startswith(f"gpt2jax finetune: error: there is not enough memory: {reason}; a smaller batch,")
+    assert said.count("\n") == 1
+
+
+def test_run_command_cuts_a_message_of_megabytes_and_keeps_its_end(capsys):
+    def run(_):
+        raise ValueError(f"columns: {'a' * 10**6}; name one")
+
+    with pytest.raises(SystemExit):
+        run_command("finetune", Options, run, [], prefixes=True)
+    said = capsys.readouterr().err
+    assert len(said) < 3100 and "columns: aaa" in said and said.endswith("aaa; name one\n")
 
 
 def test_data_options_streams_of_the_hub_have_a_fingerprint():
@@ -490,3 +523,13 @@ def test_lm_eval_names_what_to_install():
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("needs lm-evaluation-harness: pip install lm-eval")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("check", [check_folder, partial(check_file, overwrite=True)], ids=["folder", "file"])
+def test_check_out_names_a_link_to_nothing(tmp_path, check):
+    (tmp_path / "a").symlink_to(tmp_path / "none" / "b")
+    (tmp_path / "c").symlink_to("c")
+    for path in (tmp_path / "a", tmp_path / "a" / "b" / "d", tmp_path / "c", tmp_path / "c" / "d"):
+        with pytest.raises(OSError, match=rf"{tmp_path}/[ac] is a link to .*, which does not exist"):
+            check(path)
+    check(tmp_path / "new" / "e")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 
 from gpt2jax.cli import main
-from gpt2jax.cli.generate import Options, _json_line, read_rows
+from gpt2jax.cli.generate import Options, _json_line, _write, read_rows
 
 
 def prompts_of(options: Options) -> list[str]:
@@ -75,6 +76,17 @@ def test_read_prompts_refuses_other_files(tmp_path, name, content, message):
         prompts_of(Options(file=tmp_path / name))
 
 
+def test_read_rows_refuses_a_folder_or_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(
+            ValueError, match=f"--file {file} must be a file, got a folder, a pipe or a device"
+        ):
+            read_rows(Options(file=file))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_rows(Options(file=tmp_path / "none"))
+
+
 def test_generated_lines_are_json_without_nan():
     line = _json_line({"prompt": "a", "logprobs": [float("nan"), -1.5, float("-inf")]})
     assert json.loads(line, parse_constant=pytest.fail) == {"prompt": "a", "logprobs": [None, -1.5, None]}
@@ -88,6 +100,11 @@ def test_generate_of_a_bad_prompts_file_is_one_line(tmp_path, capsys):
     assert ended.value.code == 2
     message = 'line 1: the field "prompt" must be a text, got {}'
     assert capsys.readouterr().err == f"gpt2jax generate: error: {path}, {message}\n"
+
+
+def test_write_shows_the_path_without_control_characters(tmp_path, capsys):
+    _write(list, tmp_path / "a\x1b[31m\u202e.jsonl", [])
+    assert capsys.readouterr().err.endswith("a\\x1b[31m\\u202e.jsonl\n")
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from typing import Any
 
 import datasets
 import pytest
-from sample_files import TEXTS, json_lines, write
+from sample_files import TEXTS, json_lines, parquet, write
 
 from gpt2jax.data.docs_corpus import SPLITS
 from gpt2jax.data.sources import Texts, load_texts
+from gpt2jax.utils.notices import Notice
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -23,6 +24,8 @@ def test_limit_and_streaming(tmp_path):
         next(stream)
     assert [next(iter(texts)) for _ in range(2)] == TEXTS[:1] * 2  # read anew each time
     assert list(Texts(path, "all", limit=2)) == TEXTS[:2]
+    write(path, json_lines(TEXTS))
+    assert load_texts(path, split="all", limit=2**70) == TEXTS
 
 
 @pytest.mark.parametrize("source", ["", None, 3])
@@ -131,3 +134,28 @@ def test_texts_fingerprint_names_what_never_changes():
 def test_texts_refuse_unknown_options():
     with pytest.raises(TypeError, match="there is no setting 'txt_column'; did you mean 'text_column'"):
         load_texts("python-docs", txt_column="text")
+
+
+def test_files_that_several_sources_name_are_read_once(tmp_path):
+    first, second = write(tmp_path / "a.txt", "a"), write(tmp_path / "b.txt", "b")
+    (tmp_path / "c.txt").symlink_to(second)
+    sources = [second, str(tmp_path / "[ab].txt"), str(tmp_path / "c.txt"), str(tmp_path / "." / "a.txt")]
+    with pytest.warns(Notice, match="^named more than once, read only once: .*b.txt, .*c.txt, .*a.txt$"):
+        assert load_texts(sources, "all") == ["b", "a"]
+    assert load_texts([second, first], "all") == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("options", "formats"),
+    [
+        ({"documents": "line"}, ".txt, .text"),
+        ({"records_field": "data"}, ".jsonl"),
+        ({"encoding": "cp1252"}, ".txt, .jsonl"),
+    ],
+)
+def test_options_without_effect_are_named(tmp_path, options, formats):
+    ((name, value),) = options.items()
+    file = str(parquet(tmp_path / "a.parquet", text=["a"]))
+    for source in (file, [file], datasets.Dataset.from_dict({"text": ["a"]})):
+        with pytest.warns(Notice, match=f"{name}={value!r} has no effect; it is for files of {formats}"):
+            assert load_texts(source, "all", **options) == ["a"]

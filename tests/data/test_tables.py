@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import zipfile
 
@@ -108,6 +109,9 @@ def test_records_field_names_the_rows(tmp_path):
     assert load_texts(path, "all", records_field="in.ner") == ["c"]
     with pytest.raises(ValueError, match="there is no field 'dat'; did you mean 'data'"):
         load_texts(path, "all", records_field="dat")
+    lines = write(tmp_path / "b.jsonl", json_lines(TEXTS))
+    with pytest.raises(ValueError, match="b.jsonl has one row a line, .*; leave records_field out"):
+        load_texts(lines, "all", records_field="data")
 
 
 def test_a_named_column_is_found_wherever_it_stands(tmp_path):
@@ -325,17 +329,33 @@ def test_colors_of_terminals_are_text(tmp_path):
         (b"%PDF-1.4\n1 0 obj\n", "a PDF document"),
         (b"{\\rtf1\\ansi hi}", "a document in Rich Text Format"),
         (b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(248) + b"text\n", "a tar archive: unpack it"),
+        (b"\x04\x22\x4d\x18\x64\x40\xa7\x06", "compressed by lz4: unpack it"),
+        (b"7z\xbc\xaf\x27\x1c\x00\x04", "a 7z archive: unpack it"),
+        (b"Rar!\x1a\x07\x01\x00", "a RAR archive: unpack it"),
         (
             b"hello\n" + bytes(500) + b"hello\n",
             "holds binary data, not text: many of its first bytes are zero",
         ),
     ],
-    ids=["pdf", "rtf", "tar", "zeros"],
+    ids=["pdf", "rtf", "tar", "lz4", "7z", "rar", "zeros"],
 )
 def test_documents_that_are_not_text_are_named(tmp_path, content, message):
     for name, packed in (("a.txt", content), ("b.txt.gz", gzip.compress(content))):
         with pytest.raises(ValueError, match=message):
             load_texts(write(tmp_path / name, packed), "all")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_pipes_and_devices_are_named(tmp_path, name):
+    """Opening the pipe would wait for ever, and reading the device would never end."""
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=rf"{name} must be a file, got a pipe or a device"):
+            load_texts(source, "all")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=rf"{name} must be a file, got a pipe or a device"):
+        load_texts(tmp_path / name, "all")
 
 
 def test_an_encoding_that_garbles_utf8_is_named(tmp_path):
@@ -363,6 +383,28 @@ def test_arrow_file_with_damaged_offsets(tmp_path):
     file.write_bytes(file.read_bytes().replace(offsets, damaged))
     # without a check, reading it ends the process
     with pytest.raises(ValueError, match=r"a\.arrow is damaged"):
+        load_texts(str(file), "all")
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "message"),
+    [
+        # the column is required instead of optional: pyarrow ended the process when it was asked for the column
+        (b"%\x02\x18\x04text", b"%\x00\x18\x04text", "damaged"),
+        (
+            b"\x18\x04text",
+            b"\x18\x04t\xffxt",
+            "not a whole Parquet file: 'utf-8' codec can't decode byte 0xff",
+        ),
+    ],
+    ids=["repetition", "name"],
+)
+def test_parquet_file_with_a_damaged_schema(tmp_path, name, damaged, message):
+    file = parquet(tmp_path / "a.parquet", text=["abc", "de"])
+    before, schema, after = file.read_bytes().partition(b"\x18\x06schema")
+    assert name in after
+    file.write_bytes(before + schema + after.replace(name, damaged, 1))
+    with pytest.raises(ValueError, match=rf"a\.parquet is {message}"):
         load_texts(str(file), "all")
 
 

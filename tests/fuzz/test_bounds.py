@@ -150,11 +150,28 @@ def test_load_a_run_or_checkpoint_that_leads_back_to_itself(tmp_path):
             gpt2jax.load(folder)
 
 
+def test_load_a_run_with_the_name_of_a_base_that_is_too_long_for_a_path(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({"base_model": "a" * 10_000}))
+    with pytest.raises(
+        FileNotFoundError, match=rf"^{tmp_path} holds adapters of a model that can't be found"
+    ):
+        gpt2jax.load(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "kind"), [("none-such", ValueError), ("./none/such", FileNotFoundError)])
 def test_load_checkpoint_of_a_model_that_is_not_there(monkeypatch, name, kind):
     monkeypatch.setattr(loading, "read_run", lambda path: {"finetune": {}, "base_model": name})
     with pytest.raises(kind, match="^run/checkpoints/1 began with a model that can't be loaded: there is no"):
         loading.load_checkpoint(Path("run/checkpoints/1"))
+
+
+def test_csv_with_many_columns(tmp_path):
+    names = [f"column {i}" for i in range(50_000)]
+    (tmp_path / "a.csv").write_text(",".join(names) + "\n" + ",".join(names) + "\n")
+    began = time.monotonic()
+    assert load_texts(tmp_path / "a.csv", "all", text_column="column 49999") == ["column 49999"]
+    assert time.monotonic() - began < 15  # it took 60 seconds
 
 
 def test_read_json_size(tmp_path, monkeypatch):

@@ -293,6 +293,14 @@ def test_load_tokenizer_names_a_pointer_to_the_merges(saved):
         load_tokenizer(saved)
 
 
+def test_load_tokenizer_without_tokens(saved):
+    (saved / "tokenizer.json").unlink()
+    (saved / "vocab.json").write_text("{}")
+    (saved / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match=f"^{saved}: the vocabulary of the tokenizer is empty"):
+        load_tokenizer(saved)
+
+
 def test_load_tokenizer_reads_merges_with_line_ends_of_windows(saved):
     (saved / "tokenizer.json").unlink()
     expected = load_tokenizer(saved)

@@ -340,6 +340,11 @@ def test_train_log_counts_float16_overflows_as_not_finite():
             {"sequence_length": 33},
             "sequence_length must be at most the model's context of 32 tokens, got 33",
         ),
+        (
+            texts(2),
+            {"batch_size": 2**31 - 1},
+            r"batch_size must be at most [\d,]+ for rows of 32 tokens, got 2147483647; this machine has \d",
+        ),
     ],
 )
 def test_finetune_leaves_nothing_if_it_cannot_train(model, tmp_path, rows, settings, message):

@@ -240,14 +240,14 @@ def test_finish_keeps_a_base_without_a_name(model, tmp_path):
 def test_finish_writes_a_model_card(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = RunFolder(tmp_path / "run")
-    folder.begin(model, CONFIG, DOCUMENTS, {"source": f"{tmp_path}/a|b.jsonl", "split": "train"})
+    folder.begin(model, CONFIG, DOCUMENTS, {"source": f"{tmp_path}/a|<b>`[c].jsonl", "split": "train"})
     adapted = dataclasses.replace(model, adapters=init_adapters(TINY, LoRAConfig()), lora=LoRAConfig())
     folder.finish(adapted, [{"step": 4, "loss": 2.5, "validation_loss": 2.25}, {"step": 5, "loss": 2.0}])
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     for line in (
         "library_name: peft",
         'base_model: "models/one"',
-        "| source | ~/a\\|b.jsonl |",
+        r"| source | ~/a\|\<b\>\`\[c\].jsonl |",
         "| documents | 2 |",
         "| learning_rate | 0.001 |",
         "| validation_loss | 2.25 |",

@@ -294,6 +294,12 @@ def test_atomic_write_on_a_disk_that_is_full(tmp_path):
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
 
 
+def test_atomic_write_names_a_full_device():
+    with pytest.raises(OSError, match="No space left on device; make room there, .*: '/dev/full'"):
+        with atomic_write("/dev/full") as file:
+            file.write("x")
+
+
 def test_atomic_io_names_a_file_or_a_dangling_link_where_a_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from gpt2jax.utils.json_files import MAX_DEPTH, parse_json, read_json
@@ -51,3 +53,11 @@ def test_parse_json_takes_values_of_the_greatest_depth_alone():
         else:
             with pytest.raises(ValueError, match=r"a.json, line 3 is not JSON.* nested"):
                 parse_json(text, "a.json, line 3")
+
+
+def test_read_json_of_a_pipe_or_a_folder(tmp_path):
+    """Opening the pipe would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", tmp_path):
+        with pytest.raises(ValueError, match=f"^{path} must be a file, got a folder, a pipe or a device"):
+            read_json(path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 from pathlib import Path
 
 import h5py
@@ -13,6 +14,7 @@ from gpt2jax.model.config import GPT2Config
 from gpt2jax.model.gpt2 import abstract_params
 from gpt2jax.tokenizer.bpe import Tokenizer
 from gpt2jax.weights.formats import load_weights
+from gpt2jax.weights.h5_writer import write_h5
 from gpt2jax.weights.keras import save_keras
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -82,3 +84,15 @@ def test_save_keras_replaces_only_a_preset(tmp_path, params):
     (tmp_path / "preset" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         save_keras(tmp_path / "preset", TINY, params)
+
+
+@pytest.mark.parametrize("size", [100, 5000, 40_000])
+def test_write_h5_on_a_full_disk_is_an_error(tmp_path, size):
+    """HDF5 alone ended the process; a limit on the size of files fails as a full disk does."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_h5(tmp_path / "a.h5", [(f"layers/{i}/kernel", np.ones(1000, np.float32)) for i in range(9)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
