@@ -73,9 +73,8 @@ def read_json(
         ValueError: the file is larger than `gpt2jax.utils.limits` allows, not UTF-8, not JSON, nested too deeply, not
             an object, or a name is missing or has a value of another type; the message begins with the path.
     """
-    if os.path.exists(path) and not os.path.isfile(
-        path
-    ):  # opening a pipe waits for ever, a device has no end
+    # opening a pipe waits for ever, a device has no end
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} must be a file, got a folder, a pipe or a device")
     check_json_size(str(path), os.path.getsize(path))
     data = Path(path).read_bytes()
