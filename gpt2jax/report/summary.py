@@ -11,7 +11,7 @@ from gpt2jax.comparison.excerpts import Excerpt
 from gpt2jax.comparison.paired import CONFIDENCE, PairedDifference
 from gpt2jax.comparison.result import Comparison, ModelResult
 from gpt2jax.report.tables import Table, figures_table, number, paired_table, percent, transpose, with_error
-from gpt2jax.utils.notices import printable
+from gpt2jax.utils.notices import count_noun, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,23 +85,17 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     found += [(f"Texts{on_texts(part)[3:]}", _describe_texts(part.data)) for part in comparison.parts]
     training, words = comparison.settings.get("training", {}), []
     if comparison.overlap is not None:
-        words += [_count(comparison.overlap["training_documents"], "document")]
+        words += [count_noun(comparison.overlap["training_documents"], "document")]
     if comparison.history:
-        words += [_count(comparison.history[-1]["step"], "step")]
+        words += [count_noun(comparison.history[-1]["step"], "step")]
     if training:
         words += [f"{stages:,} stages"] if (stages := training.get("stages", 1)) > 1 else []
-        words += [_count(training["epochs"], "epoch")] if training["steps"] is None else []
-        words += [f"{_count(training['batch_size'], 'row')} a step"]
+        words += [count_noun(training["epochs"], "epoch")] if training["steps"] is None else []
+        words += [f"{count_noun(training['batch_size'], 'row')} a step"]
         length = training["sequence_length"]
         words += [f"rows of {length:,} tokens"] if length else []
         words += [training["optimizer"], training["compute_dtype"]]
     return found + ([("Training", ", ".join(words))] if words else [])
-
-
-def _count(number_of: float, noun: str) -> str:
-    """Return a number with its noun."""
-    text = f"{number_of:,}" if isinstance(number_of, int) else f"{number_of:g}"
-    return f"{text} {noun}" if number_of == 1 else f"{text} {noun}s"
 
 
 def _describe_texts(data: Mapping[str, Any]) -> str:

@@ -31,6 +31,12 @@ def terminal_text(text: str) -> str:
     return "".join(char if char in "\n\t" else printable(char) for char in text)
 
 
+def count_noun(count: float, noun: str) -> str:
+    """Return a count with its noun, "1 step" or "2,000 steps"."""
+    text = f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
+    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
+
+
 def enumerate_names(names: list[str], most: int = 5) -> str:
     """Return names joined by commas, at most so many, and how many more there are."""
     more = len(names) - most

@@ -99,6 +99,10 @@ def test_run_plan_describes_the_run():
     assert shown.startswith(
         "6 steps of 5 rows, 3 epochs of 10 rows; rows of 8 tokens, the first tokens of each text"
     )
+    short = dataclasses.replace(config, steps=1, batch_size=10)
+    assert (
+        plan_run(model, short, documents).describe(short).startswith("1 step of 10 rows, 1 epoch of 10 rows;")
+    )
     assert "adamw with learning rate 0.001, float32" in shown and shown.endswith("(cpu)")
 
 
