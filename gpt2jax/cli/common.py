@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
+from gpt2jax.cli.parse_errors import describe_parse_error
 from gpt2jax.utils.notices import Notice, printable
-from gpt2jax.utils.other_names import our_name
 from gpt2jax.utils.validation import check_path, field_names
 
 if TYPE_CHECKING:
@@ -139,29 +139,12 @@ def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes:
     except SystemExit as end:
         if end.code != 2:  # --help, on standard output
             raise
-        reason = _name_option(_what_is_wrong(said.getvalue()), options)
-        reason = _name_ours(reason, options)
+        reason = _name_option(describe_parse_error(said.getvalue(), _settings_of(options)), options)
         exit_with_error(name, f"{reason}; see gpt2jax {name} --help")
     # a shell leaves "~" as it is in --out=~/folder
     paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
     expanded: Any = {name: check_path(name, value) for name, value in paths.items()}
     return dataclasses.replace(parsed, **expanded)  # pyright: ignore[reportArgumentType]
-
-
-def _what_is_wrong(box: str) -> str:
-    """Return the words of the box that tyro draws around a mistake, without its title and repeated help texts."""
-    words: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip(" │")
-        if text.startswith(("Argument helptext", "For full helptext", "Got errors")):
-            break
-        is_rule = set(text) <= set("-─╭╮╰╯")
-        # what an option that was meant is good for
-        is_help = "Perhaps you meant:" in words and not text.startswith("--")
-        if not (is_rule or is_help):
-            words.append(text)
-    # tyro names our class of options before the error of a setting
-    return re.sub(r"^Error parsing \w+: ", "", " ".join(words)).rstrip(".")
 
 
 def named_fields(options: type, argv: Sequence[str]) -> set[str]:
@@ -176,19 +159,6 @@ def _name_option(message: str, options: type) -> str:
     if name is None or name[0] not in _settings_of(options):
         return message
     return f"--{name[0].replace('_', '-')}{message[name.end() :]}"
-
-
-def _name_ours(message: str, options: type) -> str:
-    """Return the message of unknown options with our names of those that other libraries have."""
-    if not message.startswith("Unrecognized options: "):
-        return message
-    wrong = re.findall(r"--[a-zA-Z][\w-]*", re.split(" Perhaps | Arguments ", message)[0])
-    known = _settings_of(options)
-    ours = {word: our_name(word[2:].replace("-", "_"), known) for word in wrong}
-    if not any(ours.values()):
-        return message
-    listed = (f"{word} (here --{name.replace('_', '-')})" if name else word for word, name in ours.items())
-    return f"Unrecognized options: {', '.join(listed)}"
 
 
 def _settings_of(options: type) -> set[str]:
