@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import tyro
 
 from gpt2jax.cli.parse_errors import describe_parse_error
-from gpt2jax.utils.notices import Notice, printable
+from gpt2jax.utils.notices import Notice, printable, wrap_lines
 from gpt2jax.utils.validation import check_path, field_names
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _show_notice(
     if issubclass(category, Notice):
         line = f"gpt2jax {name}: note: {' '.join(str(message).split())}"
         if line not in shown:  # Python forgets what it has shown when jax changes the filters of warnings
-            print(line, file=sys.stderr)
+            print(wrap_lines(line, sys.stderr), file=sys.stderr)
         shown.add(line)
     else:
         show(message, category, *place, **kwargs)
@@ -129,15 +129,31 @@ def _check_repeated(name: str, argv: Sequence[str]) -> None:
             seen.add(option)
 
 
+class _HelpStream(io.StringIO):
+    """What stands for standard output while the parser prints its help, with the looks of the real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._real = sys.stdout
+
+    @property
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._real.encoding
+
+    def isatty(self) -> bool:
+        return self._real.isatty()
+
+
 def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes: bool) -> T:
     _check_repeated(name, sys.argv[1:] if argv is None else argv)
     config = () if prefixes else (tyro.conf.OmitArgPrefixes,)
-    said = io.StringIO()
+    said, helped = io.StringIO(), _HelpStream()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(helped):
             parsed = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=config)
     except SystemExit as end:
-        if end.code != 2:  # --help, on standard output
+        if end.code != 2:
+            print(wrap_lines(helped.getvalue(), sys.stdout), end="")
             raise
         reason = _name_option(describe_parse_error(said.getvalue(), _settings_of(options)), options)
         exit_with_error(name, f"{reason}; see gpt2jax {name} --help")
@@ -178,9 +194,9 @@ def print_line(console: Any, what: str, text: str) -> None:
     """Print a line that begins with a bold word; neither markup nor control characters in the text take effect."""
     from rich.text import Text
 
-    console.print(
-        Text.assemble((printable(what), "bold"), "  ", printable(text)), highlight=False, soft_wrap=True
-    )
+    line = Text.assemble((printable(what), "bold"), "  ", printable(text))
+    # a terminal would break it within a word; a file or a pipe gets it whole
+    console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def command_line(name: str) -> str:
@@ -197,7 +213,7 @@ def command_line(name: str) -> str:
 def exit_with_error(name: str, message: str, *, code: int = 2) -> NoReturn:
     """Print one line and end the program."""
     line = printable(" ".join(message.split()))
-    print(f"gpt2jax {name}: error: {line}", file=sys.stderr)
+    print(wrap_lines(f"gpt2jax {name}: error: {line}", sys.stderr), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -263,8 +263,12 @@ def print_table(table: Table, console: Console) -> None:
     shown = RichTable(
         title=Text(printable(table.caption)), title_justify="left", title_style="dim", box=SIMPLE_HEAD
     )
+    widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+    # a narrow terminal breaks the words above the numbers, rather than the names of the rows
+    is_narrow = sum(widths) + 2 * len(widths) + 2 > console.width
     for index, column in enumerate(table.columns):
-        shown.add_column(Text(printable(column)), justify="right" if index else "left")
+        header = printable(column).replace(" ", "\n" if index and is_narrow else " ")
+        shown.add_column(Text(header), justify="right" if index else "left")
     for row in table.rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))
     console.print(shown)
