@@ -121,7 +121,7 @@ class RunFolder:
             raise FileExistsError(f"{path} is not empty and holds no run; choose another folder")
         if has_run and not (self._resume or self._overwrite):
             raise FileExistsError(
-                f"{path} holds another run; resume it, overwrite it, or choose another folder"
+                f"{path} holds another run; resume it (--resume), overwrite it (--overwrite), or choose another folder"
             )
 
     @contextlib.contextmanager
