@@ -88,14 +88,29 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         words += [count_noun(comparison.overlap["training_documents"], "document")]
     if comparison.history:
         words += [count_noun(comparison.history[-1]["step"], "step")]
-    if training:
-        words += [f"{stages:,} stages"] if (stages := training.get("stages", 1)) > 1 else []
-        words += [count_noun(training["epochs"], "epoch")] if training["steps"] is None else []
-        words += [f"{count_noun(training['batch_size'], 'row')} a step"]
-        length = training["sequence_length"]
-        words += [f"rows of {length:,} tokens"] if length else []
-        words += [training["optimizer"], training["compute_dtype"]]
-    return found + ([("Training", ", ".join(words))] if words else [])
+    words += _describe_training(training) if training else []
+    found += [("Training", ", ".join(words))] if words else []
+    runs = comparison.settings.get("trained", {})
+    return found + [(f"Training of {name}", _describe_run(run)) for name, run in runs.items()]
+
+
+def _describe_training(training: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a training that say most."""
+    words = [f"{stages:,} stages"] if (stages := training.get("stages", 1)) > 1 else []
+    words += [count_noun(training["epochs"], "epoch")] if training["steps"] is None else []
+    words += [f"{count_noun(training['batch_size'], 'row')} a step"]
+    length = training["sequence_length"]
+    words += [f"rows of {length:,} tokens"] if length else []
+    return [*words, training["optimizer"], training["compute_dtype"]]
+
+
+def _describe_run(run: Mapping[str, Any]) -> str:
+    """Return what a compared run was trained from, on what, and how."""
+    data, settings = run["data"], run["settings"]
+    words = [f"from {run['base_model']}"] if run["base_model"] else []
+    words += [f"on {_describe_texts(data)}"]
+    words += [count_noun(settings["steps"], "step")] if settings["steps"] else []
+    return ", ".join([*words, *_describe_training(settings)])
 
 
 def _describe_texts(data: Mapping[str, Any]) -> str:
