@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpt2jax.utils.notices import printable
+from gpt2jax.utils.notices import enumerate_names, notice, printable
 
 TEXT_COLUMNS = ("text", "article", "article_text", "content", "body", "document")
 BATCH_ROWS = 1000  # rows of a table that are converted at once
@@ -86,6 +86,12 @@ class Columns:
                 f"{where}: say which column holds the texts (text_column, --text-column); its columns: {listing}"
             )
         names = (usual[0] if usual else texts[0],)
+        others = [name for name in texts if name not in names]
+        if others and "section_names" not in columns:  # scientific_papers, whose articles are meant
+            listing = enumerate_names([printable(name) for name in others])
+            notice(
+                f"the texts are those of column {names[0]!r}, not {listing}; text_column (--text-column) takes another"
+            )
         self.note(names, where)
         return names
 
