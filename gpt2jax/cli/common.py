@@ -14,7 +14,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
@@ -179,13 +179,15 @@ def _name_option(message: str, options: type) -> str:
 
 def _settings_of(options: type) -> set[str]:
     """Return the names of the settings that options set, those of nested options included."""
-    names = set()
+    names, kinds = set(), get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if dataclasses.is_dataclass(default):
             prefix = getattr(default, "error_prefix", "")
             names |= {f"{prefix}{name}" for name in _settings_of(type(default))}
-        elif default is not dataclasses.MISSING:  # which positional arguments do not have
+        elif not {tyro.conf.Positional, tyro.conf.Suppress} & {
+            *getattr(kinds[field.name], "__metadata__", ())
+        }:
             names.add(field.name)
     return names
 

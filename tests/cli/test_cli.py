@@ -299,6 +299,7 @@ def test_generate_takes_a_draft_model_and_every_kind_of_option(small, capsys):
 
 def test_generate_names_the_nearest_option(capsys):
     assert "--temperature" in fails(capsys, "generate", "a", "--tempeature", "1")
+    assert "there is no option --prompts; see" in fails(capsys, "generate", "--prompts", "a")
 
 
 def test_generate_without_standard_input_and_into_the_home_folder(tmp_path, capsys, monkeypatch):
