@@ -68,7 +68,7 @@ def kept_tile(
     return draws.astype(jnp.int32).reshape(shape) >= _dropped_draws(rate)
 
 
-def dropout_seed(key: jax.Array) -> UInt32[Array, 2]:
+def dropout_seed(key: jax.Array) -> UInt32[Array, "words=2"]:
     """Draw the two words of a seed from a key of any of jax's generators."""
     return jax.random.bits(key, (2,), jnp.uint32)
 

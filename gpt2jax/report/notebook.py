@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from gpt2jax.comparison.result import Comparison
-from gpt2jax.report.plots import Plot, comparison_plots, training_plots
+from gpt2jax.report.plot_style import Plot
+from gpt2jax.report.plots import comparison_plots, training_plots
 from gpt2jax.report.save import replace_control_characters
 from gpt2jax.report.summary import prompt_groups, prompt_text
 from gpt2jax.report.tables import Table, evaluation_table, figures_table, number, paired_table, transpose

@@ -12,7 +12,8 @@ from typing import Any
 from gpt2jax.comparison.excerpts import END_MARK
 from gpt2jax.comparison.result import Comparison
 from gpt2jax.report import summary, tables
-from gpt2jax.report.plots import NUM_COLOURS, Plot, comparison_plots, training_plots
+from gpt2jax.report.plot_style import NUM_COLOURS, Plot
+from gpt2jax.report.plots import comparison_plots, training_plots
 from gpt2jax.report.tables import Table
 from gpt2jax.utils.atomic_io import atomic_write
 from gpt2jax.utils.home_folder import abbreviate_home

@@ -50,31 +50,8 @@ def compare_stages(
     """
     config = stages[0].config
     evaluations = {stage.name: stage.evaluation("test") for stage in stages}
-    bootstrap = {"resamples": RESAMPLES, "seed": config.training.seed}
-    baseline = stages[0].name
     excerpts = _make_excerpts(stages, evaluations, texts["test"], template)
-    models = []
-    for stage in stages:
-        evaluation, versus = evaluations[stage.name], None
-        if stage.name != baseline:
-            pair = evaluations[baseline], evaluation
-            versus = VersusBaseline(
-                paired_difference(*pair, baseline=baseline, same_tokens=True, **bootstrap),
-                difference_breakdown(*pair, tokenizer=template.tokenizer, end_token_id=template.end_token_id),
-                excerpts[stage.name],
-            )
-        generations = stage.figures["generations"]
-        models.append(
-            ModelResult(
-                name=stage.name,
-                info=stage.figures["info"],
-                evaluation=evaluation,
-                generations=generations,
-                repetition=repetition_by_model(generations).get(stage.name),
-                first_call_seconds=stage.figures["first_call_seconds"],
-                versus_baseline=versus,
-            )
-        )
+    models = [_model_result(stage, stages[0], evaluations, excerpts, template) for stage in stages]
     if (versus := models[-1].versus_baseline) and versus.difference.warning:
         notice(versus.difference.warning)
     return Comparison(
@@ -88,13 +65,42 @@ def compare_stages(
         },
         data={
             "documents": len(texts["test"]),
-            "sha256": evaluations[baseline].data_sha256,
+            "sha256": evaluations[stages[0].name].data_sha256,
             **source,
             "split": "test",
         },
         versions=versions(),
         history=None,
         command=command,
+    )
+
+
+def _model_result(
+    stage: Stage,
+    baseline: Stage,
+    evaluations: Mapping[str, Evaluation],
+    excerpts: Mapping[str, Excerpts],
+    template: LanguageModel,
+) -> ModelResult:
+    """Return what a comparison holds of a stage; of the baseline nothing is compared."""
+    evaluation, versus = evaluations[stage.name], None
+    if stage.name != baseline.name:
+        pair = evaluations[baseline.name], evaluation
+        bootstrap: Any = {"resamples": RESAMPLES, "seed": baseline.config.training.seed}
+        versus = VersusBaseline(
+            paired_difference(*pair, baseline=baseline.name, same_tokens=True, **bootstrap),
+            difference_breakdown(*pair, tokenizer=template.tokenizer, end_token_id=template.end_token_id),
+            excerpts[stage.name],
+        )
+    generations = stage.figures["generations"]
+    return ModelResult(
+        name=stage.name,
+        info=stage.figures["info"],
+        evaluation=evaluation,
+        generations=generations,
+        repetition=repetition_by_model(generations).get(stage.name),
+        first_call_seconds=stage.figures["first_call_seconds"],
+        versus_baseline=versus,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpt2jax.report.plots import MARKERS, STYLE, Plot, new_figure, series_colour, short_name, to_svg
+from gpt2jax.report.plot_style import MARKERS, STYLE, Plot, new_figure, series_colour, short_name, to_svg
 from gpt2jax.report.tables import number
 
 Z95 = 1.96  # standard errors of a 95 % interval

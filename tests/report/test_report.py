@@ -14,7 +14,7 @@ from comparisons import NASTY, SETTINGS, TEXTS
 
 from gpt2jax.comparison.compare import compare
 from gpt2jax.comparison.paired import ratio_standard_error
-from gpt2jax.report.plots import new_figure, short_name, to_svg
+from gpt2jax.report.plot_style import new_figure, short_name, to_svg
 from gpt2jax.report.save import hide_home, save_report
 from gpt2jax.report.summary import facts, print_comparison, print_table
 from gpt2jax.report.tables import Table, figures_table, settings_table
