@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from gpt2jax.comparison.excerpts import Excerpt
 from gpt2jax.comparison.paired import CONFIDENCE, PairedDifference
 from gpt2jax.comparison.result import Comparison, ModelResult
-from gpt2jax.report.tables import Table, figures_table, number, paired_table, percent, transpose, with_error
+from gpt2jax.report.tables import (
+    MINUS,
+    Table,
+    figures_table,
+    number,
+    paired_table,
+    percent,
+    transpose,
+    with_error,
+)
 from gpt2jax.utils.notices import count_noun, printable
 
 if TYPE_CHECKING:
@@ -280,9 +289,11 @@ def print_table(table: Table, console: Console) -> None:
     )
     widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
     # a narrow terminal breaks the words above the numbers, rather than the names of the rows
-    is_narrow = sum(widths) + 2 * len(widths) + 2 > console.width
+    is_narrow = sum(widths) + 3 * len(widths) + 1 > console.width
     for index, column in enumerate(table.columns):
-        header = printable(column).replace(" ", "\n" if index and is_narrow else " ")
+        header = printable(column)
+        if index and is_narrow:
+            header = header.replace(" ", "\n").replace(f"{MINUS}\n", f"{MINUS} ")
         shown.add_column(Text(header), justify="right" if index else "left")
     for row in table.rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))

@@ -240,3 +240,17 @@ def test_print_table_without_control_characters_and_markup():
     print_table(Table("[bold]\x1b[2J", ("\x07", "b"), [("[red]", "\x9b")]), Console(file=stream, width=80))
     shown = stream.getvalue()
     assert all(text in shown for text in (r"[bold]\x1b[2J", r"\x07", "[red]", r"\x9b"))
+
+
+def test_print_table_breaks_headers_before_names_if_narrow():
+    from rich.console import Console
+
+    table = Table("", ("Model", "Test loss", "b \N{MINUS SIGN} a"), [("the first model", "1.25", "2.50")])
+    for width, lines in (
+        (80, ["Model Test loss b \N{MINUS SIGN} a"]),
+        (33, ["Test b", "Model loss \N{MINUS SIGN} a"]),
+    ):
+        stream = io.StringIO()
+        print_table(table, Console(file=stream, width=width))
+        shown = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+        assert set(lines) <= set(shown) and "the first model 1.25 2.50" in shown
