@@ -90,3 +90,15 @@ def test_wrap_lines_breaks_long_lines_of_a_terminal_between_words(monkeypatch):
     assert wrap_lines(text, terminal) == text
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     assert wrap_lines(text, terminal) == text.replace("is too", "is\ntoo")
+
+
+def test_interrupted_study_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("gpt2jax.studies.study"), "study", interrupt)
+    (tmp_path / "a.txt").write_text("\n".join(map(str, range(40))))
+    with pytest.raises(SystemExit) as end:
+        main(["study", "--data", f"{tmp_path}/a.txt", "--documents", "line", "--out", f"{tmp_path}/s"])
+    assert end.value.code == 130
+    assert f"interrupted; --resume goes on with the study in {tmp_path}/s" in capsys.readouterr().err
