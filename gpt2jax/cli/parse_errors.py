@@ -37,7 +37,7 @@ def describe_parse_error(box: str, settings: Collection[str]) -> str:
     if found := re.match(r"invalid choice '(.*)' for argument '(--\S+)'\. Expected one of (\(.*\))", message):
         choices = sorted(map(str, ast.literal_eval(found[3])))  # tyro's order differs from run to run
         return must_be(found[2], f"one of {', '.join(choices)}", found[1])
-    if found := re.match(r"Missing value for argument '(\S+)'", message):
+    if found := re.match(r"Missing value for argument '(?:\(')?([\w.-]+)'", message):
         return f"{found[1]} needs a value"
     return message
 
