@@ -11,7 +11,7 @@ import pathlib
 # time is compiling: without optimization a training step takes 1 s of it instead of 8, and computes the same operations
 _FLAGS = f"--xla_cpu_parallel_codegen_split_count={max(1, os.cpu_count() or 1)}"
 if not os.environ.get("GPT2JAX_TEST_OPTIMIZED"):
-    _FLAGS += " --xla_backend_optimization_level=0"
+    _FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
         _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _TESTS = pathlib.Path(__file__).parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_TESTS.parent / ".pytest_cache" / "compiled"))
 os.environ.setdefault("GPT2JAX_CACHE", str(_TESTS.parent / ".pytest_cache" / "gpt2jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest

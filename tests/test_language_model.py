@@ -148,6 +148,7 @@ def test_saved_and_loaded(tmp_path, format):
     assert again.config.n_embd == CONFIG.n_embd
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_what_is_saved(tmp_path):
     lora = gpt2jax.LoRAConfig(rank=2)
     adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(TINY, lora))
@@ -376,6 +377,7 @@ def test_adapters_name_their_base(adapted, tmp_path, source, written):
     assert settings["base_model_name_or_path"] == written
 
 
+@pytest.mark.slow
 def test_language_model_has_the_names_of_transformers(model, tmp_path):
     model.save_pretrained(tmp_path / "model", dtype="float32")
     loaded = LanguageModel.from_pretrained(tmp_path / "model", dtype="float32")

@@ -13,7 +13,9 @@ on.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -142,9 +144,11 @@ def _without_leaks(every: list[Document]) -> Iterator[Document]:
         key for document in every if document.split == "train" for key, _ in _paragraphs(document.text)
     }
     for document in every:
-        repeated = sum(length for key, length in _paragraphs(document.text) if key in trained)
-        if document.split == "train" or repeated <= MAX_REPEATED * len(document.text):
-            yield document
+        if document.split != "train":
+            repeated = sum(length for key, length in _paragraphs(document.text) if key in trained)
+            if repeated > MAX_REPEATED * len(document.text):
+                continue
+        yield document
 
 
 def _paragraphs(text: str) -> Iterator[tuple[str, int]]:
@@ -200,7 +204,8 @@ def _module_files(root: Path, name: str) -> Iterator[tuple[str, Path]]:
 
 def _entries(files: Iterable[tuple[str, Path]]) -> list[_Entry]:
     """Return the docstrings of modules, sorted by the name under which each is published."""
-    modules = {name: _parse_module(name, path) for name, path in files}
+    with _paused_collector():
+        modules = {name: _parse_module(name, path) for name, path in files}
     published = _published_names(modules)
     entries = [
         _Entry(published.get(entry.root, entry.root), entry.heading, entry.docstring)
@@ -208,6 +213,18 @@ def _entries(files: Iterable[tuple[str, Path]]) -> list[_Entry]:
         for entry in module.entries
     ]
     return sorted(entries, key=lambda entry: entry.root)  # stable: methods stay in the order of the source
+
+
+@contextlib.contextmanager
+def _paused_collector() -> Iterator[None]:
+    """Keep Python from searching syntax trees for garbage: it took 3.1 of 7.9 s, and counting references frees them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _parse_module(name: str, path: Path) -> _Module:

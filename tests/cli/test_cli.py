@@ -206,6 +206,7 @@ def test_all_splits_are_of_the_commit_that_a_name_has_at_first(monkeypatch):
     assert read == [("pubmed", "c" * 40), ("other/data", None)]
 
 
+@pytest.mark.slow
 def test_evaluate_into_a_folder(texts, tmp_path, capsys):
     out = tmp_path / "evaluation"
     data = ["--data", str(texts), "--text-column", "body", "--sequence-length", "32", "--windows", "rolling"]
@@ -302,6 +303,7 @@ def test_generate_names_the_nearest_option(capsys):
     assert "there is no option --prompts; see" in fails(capsys, "generate", "--prompts", "a")
 
 
+@pytest.mark.slow
 def test_generate_without_standard_input_and_into_the_home_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     assert "there is no prompt" in fails(capsys, "generate")

@@ -64,6 +64,7 @@ def test_convert_every_source_to_hugging_face(capsys, tmp_path, source):
     assert "at most 0 from the source's" in shown
 
 
+@pytest.mark.slow
 def test_convert_through_keras_and_back(capsys, tmp_path):
     model = random_model(3)
     model.save(tmp_path / "a")

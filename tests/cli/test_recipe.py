@@ -91,6 +91,7 @@ def test_compared_options_take_data_of_ones_own(tmp_path):
         compared_options(dataclasses.replace(options, compare=False))
 
 
+@pytest.mark.slow
 def test_run_plan_describes_the_run():
     model = from_config(PRESETS["gpt2-mini"], seed=0)
     lengths = np.full(10, 9)

@@ -30,6 +30,7 @@ def test_compare_evaluations_are_those_of_evaluate(comparison, model):
     assert comparison.baseline.name == "generic" and comparison.baseline.versus_baseline is None
 
 
+@pytest.mark.slow
 def test_comparison_as_dict_is_as_promised(comparison):
     data = json.loads(comparison.as_json())
     assert data["schema"] == "gpt2jax.comparison" and data["schema_version"] == 2
@@ -75,6 +76,7 @@ def test_comparison_pairs_are_of_any_two_models(comparison):
     ]
 
 
+@pytest.mark.slow
 def test_compare_on_several_texts_is_a_comparison_on_each(comparison, model, other_model, tmp_path):
     models, held_out = {"generic": model, NASTY: other_model}, {"first": TEXTS, "second": TEXTS[4:]}
     training: Any = iter(TRAINING_TEXTS)  # which can be read only once
@@ -153,6 +155,7 @@ def test_compare_model_with_itself(model):
     )
 
 
+@pytest.mark.slow
 def test_compare_single_document_has_no_standard_error(model, other_model, tmp_path):
     with pytest.warns(Notice, match="interval of the difference comes from 1 document and is too narrow"):
         found = compare({"a": model, "b": other_model}, ["one text only"], [], **SETTINGS)

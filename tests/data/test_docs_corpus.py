@@ -62,6 +62,7 @@ def test_a_document_that_repeats_others_is_left_out():
     assert [document.name for document in docs_corpus._without_leaks(every)] == ["a", "c", "d"]
 
 
+@pytest.mark.slow
 def test_reads_like_documentation():
     texts = {document.name: document.text for document in documents("python-docs")}
     assert texts["json.dumps"].startswith("json.dumps(obj, *, skipkeys=False, ensure_ascii=True,")

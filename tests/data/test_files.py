@@ -275,6 +275,7 @@ def test_odd_file_names(tmp_path, name):
     assert load_texts(tmp_path / "z.zip", "all") == TEXTS
 
 
+@pytest.mark.slow
 def test_files_are_streamed(tmp_path):
     """20 MB of texts are read with less than 6 MB at once."""
     path = write(tmp_path / "a.jsonl", json_lines([f"{i} " + "x" * 10_000 for i in range(2000)]))

@@ -117,6 +117,7 @@ def test_files_of_no_split_are_named(tmp_path):
         assert load_texts(tmp_path / "c") == ["train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [3, 19, 100, 399, 400, 5000])
 def test_split_by_hash_is_a_partition(number):
     texts = [f"text {i}" for i in range(number)]

@@ -247,6 +247,7 @@ def read_again(path):
 """
 
 
+@pytest.mark.slow
 def test_a_cache_killed_at_each_system_call(tmp_path):
     """What is under its name is whole, what is not there is made anew, and nothing is left."""
     kills, recovered = kill_at_each_call(KILLED, tmp_path)

@@ -41,6 +41,7 @@ def test_evaluate_four_devices_give_the_sums_of_one():
             assert four[name] == one[name], name
 
 
+@pytest.mark.slow
 def test_evaluate_by_the_programs_of_a_gpu_gives_the_sums_of_a_cpu(monkeypatch):
     """Layers written out and the whole vocabulary at once, run here; rows are split, for so little memory is left."""
     model, texts = random_model(0), [f"text {i} " + "word " * i for i in range(12)]

@@ -83,6 +83,7 @@ def test_evaluate_resumed_after_a_kill_gives_the_same_to_the_last_digit(model, t
     assert scored == [] and figures(again) == figures(whole)
 
 
+@pytest.mark.slow
 def test_evaluate_chunks_change_no_figure(model, monkeypatch):
     whole = evaluate(model, TEXTS, sequence_length=LENGTH, batch_size=8, per_token=True)
     monkeypatch.setattr(module, "CHUNK_SIZE", 16)
@@ -202,6 +203,7 @@ def read():
 """
 
 
+@pytest.mark.slow
 def test_write_state_killed_at_each_system_call(tmp_path):
     here = os.path.dirname(__file__)
     kills, recovered = kill_at_each_call(KILLED.format(paths=[here, os.path.dirname(here)]), tmp_path)

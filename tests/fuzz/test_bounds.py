@@ -60,6 +60,7 @@ def test_load_tokenizer_merges_that_double_a_token(tmp_path):
     assert tokenizer.encode("a" * 1024 + "bb") == [266, 267]
 
 
+@pytest.mark.slow
 def test_load_tokenizer_tokens_that_begin_with_each_other(tmp_path):
     save_tokenizer(Tokenizer.gpt2(257), tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"a" * i: 300 + i for i in range(2, 600)}))

@@ -194,12 +194,14 @@ def test_length_by_max_length_and_another_dtype(model):
     assert len(beam.token_ids) == 5
 
 
+@pytest.mark.slow
 def test_model_without_tokenizer(model):
     plain = dataclasses.replace(model, tokenizer=None)
     [[beam]] = beam_search(plain, [1, 2, 3], max_new_tokens=4, stop_token_ids=[])
     assert (beam.text, beam.prompt, len(beam.token_ids)) == ("", "", 4)
 
 
+@pytest.mark.slow
 def test_whole_numbers_of_numpy(model):
     numbers: dict[str, Any] = {
         "num_beams": 2,

@@ -45,6 +45,7 @@ ODD = GPT2Config(
 )
 CPU = Device("cpu")
 F32 = decoding_precision("float32", device=CPU)
+GPT2_WIDE = dataclasses.replace(PRESETS["gpt2"], n_layer=3)
 
 
 def params_of(config, seed=0):
@@ -87,20 +88,21 @@ def prefill(params, ids, padding, *, config, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [TINY, ODD, PRESETS["gpt2"]], ids=["tiny", "odd", "gpt2"])
-def test_decoding_equals_the_forward_pass_at_every_split(config):
+@pytest.mark.parametrize("config", [TINY, ODD, GPT2_WIDE], ids=["tiny", "odd", "gpt2-wide"])
+def test_decoding_equals_the_forward_pass_at_splits(config):
     """A prompt of each length in one call, the rest token by token: each logit is that of the plain forward
     pass.
 
-    The prompts are padded on the left to one width, so that two programs serve all splits.
+    The prompts are padded on the left to one width, so that two programs serve all splits. At gpt2's width three
+    splits must do: there each token takes long.
     """
-    # at gpt2's shape the weights are as they begin; noise on 12 layers of them would grow into the thousands
-    params, length = init_params(config) if config == PRESETS["gpt2"] else params_of(config), 9
+    # at gpt2's width the weights are as they begin; noise on layers of them would grow into the thousands
+    params, length = init_params(config) if config == GPT2_WIDE else params_of(config), 9
     ids = ids_of(config, 2, length)
     want = full_logits(params, config, ids)
     assert 1 < np.abs(want).max() < 100  # or agreement would say little
     derived = prepare_decoding_params(params, config, dtype="float32")
-    for split in range(1, length + 1):
+    for split in (1, 5, 9) if config == GPT2_WIDE else range(1, length + 1):
         padding = np.full(2, length - split, np.int32)
         prompt = np.pad(ids[:, :split], ((0, 0), (length - split, 0)))
         last, cache = prefill(derived, prompt, padding, config=config, precision=F32)

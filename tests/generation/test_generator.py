@@ -100,6 +100,7 @@ def test_generator_takes_a_config_for_each_row():
         assert together[i].token_ids == alone.token_ids and len(alone.token_ids) == (2, 4)[i]
 
 
+@pytest.mark.slow
 def test_generate_with_beams_is_beam_search():
     model = random_model(0)
     beams = beam_search(model, ["a", "b"], num_beams=3, num_return_sequences=2, max_new_tokens=4)

@@ -26,6 +26,7 @@ RAGGED = [[7] * 25, [3], list(range(9)), [5, 6] * 8, [1, 2]]
 ALIKE = [[*range(20), 30], [*range(20), 31, 32]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompts", "tokens", "runs"),
     [

@@ -210,6 +210,7 @@ def test_draw_is_the_inverse_of_the_cumulative_sum():
         assert draw(weights, np.array([uniform], np.float32)).tolist() == [index]
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_lowest_of_the_best():
     logits = normal_logits(4)
     logits[:, [33, 250]] = logits.max() + 1
@@ -258,6 +259,7 @@ def test_each_row_has_its_own_settings():
     np.testing.assert_allclose(normalised(weights), want, rtol=2e-5, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-3])
 def test_a_tiny_temperature_is_greedy_and_not_nan(temperature):
     logits = normal_logits(3)
@@ -274,6 +276,7 @@ def test_huge_logits_stay_finite():
         assert int(tokens[0]) in (0, 2) and np.isfinite(log_probability(logits, tokens)).all()
 
 
+@pytest.mark.slow
 def test_settings_compile_nothing_anew():
     program: Any = jax.jit(lambda *args: sampling.sample(*args))
     logits, keys = normal_logits(2), keys_of(2)

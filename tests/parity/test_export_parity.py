@@ -66,6 +66,7 @@ def tensors_in(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for file in files for name, tensor in read_safetensors(file).items()}
 
 
+@pytest.mark.slow
 def test_llama_cpp_knows_names_settings_and_tokens(folder, model):
     """The converter is a script and no package; what it looks up is in the package gguf, beside the settings."""
     gguf = pytest.importorskip("gguf")

@@ -34,6 +34,7 @@ def test_estimate_memory_is_near_what_xla_plans():
     assert 1.0 <= peak_bytes(compiled, "cpu") / memory.total <= 1.4
 
 
+@pytest.mark.slow
 def test_estimate_memory_counts_a_reduced_base_in_its_dtype():
     """Two bytes a number, or one in the blocks and two in the embeddings; scales, biases and LayerNorms are few."""
     sizes = {}
@@ -57,6 +58,7 @@ def test_estimate_memory_divides_parameters_moments_and_rows_among_devices():
         assert getattr(shared, kind) == pytest.approx(size / 8, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_estimate_memory_counts_both_gradients_under_accumulation():
     train = FinetuneConfig(batch_size=16)
     whole = estimate_memory(make_program(SMALL, train, GPU))
@@ -76,6 +78,7 @@ def test_flops_per_token_is_six_a_weight_and_four_a_frozen_one():
     assert flops_per_token(model, 1024) > full
 
 
+@pytest.mark.slow
 def test_largest_batch_fits_and_one_more_row_does_not():
     train, memory = FinetuneConfig(sequence_length=128), 300_000_000
     rows = largest_batch(SMALL, train, GPU, memory)

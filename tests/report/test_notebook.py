@@ -58,6 +58,7 @@ def test_to_frame_without_pandas_says_what_to_install(comparison, monkeypatch):
         comparison.to_frame()
 
 
+@pytest.mark.slow
 def test_run_html_shows_last_figures_and_curve(model, tmp_path):
     page = check_html(Run(model, HISTORY, tmp_path)._repr_html_())
     assert f"{HISTORY[-1]['loss']:.4f}" in page.text and "3.5000" in page.text and str(tmp_path) in page.text

@@ -124,6 +124,7 @@ class Page(html.parser.HTMLParser):
             self.text += data
 
 
+@pytest.mark.slow
 def test_render_html_needs_nothing_else_and_shows_texts_as_they_are(comparison, folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)

@@ -216,6 +216,7 @@ def test_split_in_parts_keeps_order_and_every_text():
     assert [item for part in parts for item in part] == list(range(11))
 
 
+@pytest.mark.slow
 def test_study_rejects_more_stages_than_texts(tmp_path):
     with pytest.raises(ValueError, match="stages must be at most the 13 training texts, got 14"):
         study(tiny_model(), TEXTS, StudyConfig(14), output=tmp_path / "out")

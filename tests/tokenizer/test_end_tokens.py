@@ -60,6 +60,7 @@ def end_and_stops(folder: Path, notice: str | None = None, **options: Any) -> tu
     return end, stop_ids(model, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "generation", "stops", "notice"),
     [

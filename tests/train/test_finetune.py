@@ -87,6 +87,7 @@ def test_finetune_returns_a_model_like_a_loaded_one(finished, model):
     assert adapted.source == "gpt2-mini" and not any(x.committed for x in jax.tree.leaves(adapted.adapters))
 
 
+@pytest.mark.slow
 def test_load_of_a_run_folder(finished):
     again = load(finished.output)
     assert_same(again.params, finished.model.params)

@@ -66,7 +66,8 @@ if jax.process_index() == 0:
 
 def environment(devices: int) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_parallel_codegen_split_count=2"
-    flags += " --xla_backend_optimization_level=0"  # how work is cut and gathered is decided long before
+    # how work is cut and gathered is decided long before
+    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     # XLA's rendezvous wait for all devices: their threads must not be fewer
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": "16"}
 
@@ -112,12 +113,7 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 def test_finetune_on_meshes_of_eight_devices_equals_one_device(single, folder):
-    meshes = [
-        {},
-        {"fsdp": 8, "gradient_accumulation_steps": 2},
-        {"fsdp": 4, "tensor_parallel": 2},
-        {"fsdp": 4},
-    ]
+    meshes = [{}, {"fsdp": 4, "gradient_accumulation_steps": 2}, {"fsdp": 4, "tensor_parallel": 2}]
     rounded = {"fsdp": 4, "tensor_parallel": 2, "base_dtype": "int8"}
     runs = [{"config": mesh} for mesh in meshes] + [
         {"lora": True, "config": c} for c in ({"fsdp": 2}, rounded)

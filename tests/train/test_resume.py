@@ -139,6 +139,7 @@ def test_finetune_stopped_in_the_first_step_and_resumed(model, whole, tmp_path):
     assert_same_run(whole, train(model, CONFIG, tmp_path / "run", resume=True))
 
 
+@pytest.mark.slow
 def test_finetune_lengthens_a_finished_run(model, tmp_path):
     config = dataclasses.replace(CONFIG, schedule="constant", warmup_steps=2)
     whole = train(model, config, tmp_path / "whole")
@@ -176,6 +177,7 @@ def test_finetune_resumes_everything_that_a_state_may_hold(model, tmp_path):
     assert_same_run(whole, train(model, config, tmp_path / "run", resume=True))
 
 
+@pytest.mark.slow
 def test_finetune_resumed_after_its_end_changes_nothing(model, whole):
     before = (whole.output / "metrics.jsonl").read_text()
     again = train(model, CONFIG, whole.output, resume=True)

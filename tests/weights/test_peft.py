@@ -135,6 +135,7 @@ def test_write_adapter_fuses_query_key_value(tmp_path):
         write_adapter(tmp_path / "b", TINY, lora, adapters)
 
 
+@pytest.mark.slow
 def test_read_adapter_dora_in_some_blocks(tmp_path):
     lora = LoRAConfig(rank=2, use_dora=True)
     write_adapter(tmp_path / "a", TINY, lora, trained(lora))
