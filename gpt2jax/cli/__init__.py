@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from gpt2jax.cli._launcher import keep_compiled_programs, restart_in_huge_pages, set_compiler_parts
@@ -34,16 +36,20 @@ def start(*command: str) -> None:
         raise SystemExit(130) from None
 
 
+def _print_help() -> None:
+    """Print the commands, each on a line if the terminal is wide enough."""
+    print("usage: gpt2jax COMMAND [options]\n\ncommands:")
+    columns = shutil.get_terminal_size().columns
+    for name, description in COMMANDS.items():
+        print(textwrap.fill(f"  {name:<10} {description}", columns, subsequent_indent=" " * 13))
+    print("\n`gpt2jax COMMAND --help` lists the options of a command.")
+    print("`gpt2jax completion bash` (zsh, tcsh) prints a script that completes names.")
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the command that the arguments begin with."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: gpt2jax COMMAND [options]\n\ncommands:")
-        for name, description in COMMANDS.items():
-            print(f"  {name:<10} {description}")
-        print("\n`gpt2jax COMMAND --help` lists the options of a command.")
-        print(
-            "`gpt2jax completion bash`, zsh or tcsh prints what makes the shell complete commands and options."
-        )
+        _print_help()
         return
     if argv[0] == "completion":
         from gpt2jax.cli.completion import print_completion

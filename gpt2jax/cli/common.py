@@ -14,13 +14,13 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
+from gpt2jax.cli.parse_errors import describe_parse_error
 from gpt2jax.utils.atomic_io import describe_place, follow_links
-from gpt2jax.utils.notices import Notice, printable
-from gpt2jax.utils.other_names import our_name
+from gpt2jax.utils.notices import Notice, printable, wrap_lines
 from gpt2jax.utils.validation import check_path, field_names
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _show_notice(
     if issubclass(category, Notice):
         line = f"gpt2jax {name}: note: {_one_line(str(message))}"
         if line not in shown:  # Python forgets what it has shown when jax changes the filters of warnings
-            print(line, file=sys.stderr)
+            print(wrap_lines(line, sys.stderr), file=sys.stderr)
         shown.add(line)
     else:
         show(message, category, *place, **kwargs)
@@ -128,39 +128,38 @@ def _check_repeated(name: str, argv: Sequence[str]) -> None:
             seen.add(option)
 
 
+class _HelpStream(io.StringIO):
+    """What stands for standard output while the parser prints its help, with the looks of the real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._real = sys.stdout
+
+    @property
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._real.encoding
+
+    def isatty(self) -> bool:
+        return self._real.isatty()
+
+
 def _parse(name: str, options: type[T], argv: Sequence[str] | None, *, prefixes: bool) -> T:
     _check_repeated(name, sys.argv[1:] if argv is None else argv)
     config = () if prefixes else (tyro.conf.OmitArgPrefixes,)
-    said = io.StringIO()
+    said, helped = io.StringIO(), _HelpStream()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(helped):
             parsed = tyro.cli(options, prog=f"gpt2jax {name}", args=argv, config=config)
     except SystemExit as end:
-        if end.code != 2:  # --help, on standard output
+        if end.code != 2:
+            print(wrap_lines(helped.getvalue(), sys.stdout), end="")
             raise
-        reason = _name_option(_what_is_wrong(said.getvalue()), options)
-        reason = _name_ours(reason, options)
+        reason = _name_option(describe_parse_error(said.getvalue(), _settings_of(options)), options)
         exit_with_error(name, f"{reason}; see gpt2jax {name} --help")
     # a shell leaves "~" as it is in --out=~/folder
     paths = {name: value for name, value in vars(parsed).items() if isinstance(value, pathlib.Path)}
     expanded: Any = {name: check_path(name, value) for name, value in paths.items()}
     return dataclasses.replace(parsed, **expanded)  # pyright: ignore[reportArgumentType]
-
-
-def _what_is_wrong(box: str) -> str:
-    """Return the words of the box that tyro draws around a mistake, without its title and repeated help texts."""
-    words: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip(" │")
-        if text.startswith(("Argument helptext", "For full helptext", "Got errors")):
-            break
-        is_rule = set(text) <= set("-─╭╮╰╯")
-        # what an option that was meant is good for
-        is_help = "Perhaps you meant:" in words and not text.startswith("--")
-        if not (is_rule or is_help):
-            words.append(text)
-    # tyro names our class of options before the error of a setting
-    return re.sub(r"^Error parsing \w+: ", "", " ".join(words)).rstrip(".")
 
 
 def named_fields(options: type, argv: Sequence[str]) -> set[str]:
@@ -177,28 +176,17 @@ def _name_option(message: str, options: type) -> str:
     return f"--{name[0].replace('_', '-')}{message[name.end() :]}"
 
 
-def _name_ours(message: str, options: type) -> str:
-    """Return the message of unknown options with our names of those that other libraries have."""
-    if not message.startswith("Unrecognized options: "):
-        return message
-    wrong = re.findall(r"--[a-zA-Z][\w-]*", re.split(" Perhaps | Arguments ", message)[0])
-    known = _settings_of(options)
-    ours = {word: our_name(word[2:].replace("-", "_"), known) for word in wrong}
-    if not any(ours.values()):
-        return message
-    listed = (f"{word} (here --{name.replace('_', '-')})" if name else word for word, name in ours.items())
-    return f"Unrecognized options: {', '.join(listed)}"
-
-
 def _settings_of(options: type) -> set[str]:
     """Return the names of the settings that options set, those of nested options included."""
-    names = set()
+    names, kinds = set(), get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if dataclasses.is_dataclass(default):
             prefix = getattr(default, "error_prefix", "")
             names |= {f"{prefix}{name}" for name in _settings_of(type(default))}
-        elif default is not dataclasses.MISSING:  # which positional arguments do not have
+        elif not {tyro.conf.Positional, tyro.conf.Suppress} & {
+            *getattr(kinds[field.name], "__metadata__", ())
+        }:
             names.add(field.name)
     return names
 
@@ -207,9 +195,9 @@ def print_line(console: Any, what: str, text: str) -> None:
     """Print a line that begins with a bold word; neither markup nor control characters in the text take effect."""
     from rich.text import Text
 
-    console.print(
-        Text.assemble((printable(what), "bold"), "  ", printable(text)), highlight=False, soft_wrap=True
-    )
+    line = Text.assemble((printable(what), "bold"), "  ", printable(text))
+    # a terminal would break it within a word; a file or a pipe gets it whole
+    console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def command_line(name: str) -> str:
@@ -225,7 +213,7 @@ def command_line(name: str) -> str:
 
 def exit_with_error(name: str, message: str, *, code: int = 2) -> NoReturn:
     """Print one line and end the program."""
-    print(f"gpt2jax {name}: error: {_one_line(message)}", file=sys.stderr)
+    print(wrap_lines(f"gpt2jax {name}: error: {_one_line(message)}", sys.stderr), file=sys.stderr)
     raise SystemExit(code)
 
 

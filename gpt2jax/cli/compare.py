@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
@@ -18,12 +19,24 @@ from gpt2jax.cli.options import (
     TextOptions,
     default_prompts,
     evaluation_config,
+    run_description,
     warn_if_trained_on,
 )
 from gpt2jax.utils.validation import must_be, validated
 
 if TYPE_CHECKING:
     from gpt2jax.data.sources import Texts
+
+
+# the settings of a run that a report tells, and their kinds in run.json
+_TOLD: dict[str, Any] = {
+    "steps": (int, NoneType),
+    "epochs": (int, float),
+    "batch_size": int,
+    "sequence_length": (int, NoneType),
+    "optimizer": str,
+    "compute_dtype": str,
+}
 
 
 @validated
@@ -144,9 +157,24 @@ def run(options: Options) -> None:
         source=next(iter(origins.values())) if is_single else origins,
         progress=True,
     )
+    if trained := trainings(names):
+        comparison = dataclasses.replace(comparison, settings=comparison.settings | {"trained": trained})
     comparison.save(options.out)
     print_comparison(comparison, console)
     print_line(console, "wrote", f"{options.out}/report.html, report.md, comparison.json")
+
+
+def trainings(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return what the runs among models by name were trained from, on what and how, where `run.json` tells it."""
+    found = {}
+    for name, model in models.items():
+        run = run_description(model)
+        settings, data = run.get("finetune", {}), run.get("data", {})
+        is_whole = all(isinstance(settings.get(key), kinds) for key, kinds in _TOLD.items())
+        if is_whole and isinstance(data.get("documents"), int):
+            settings = {key: value for key, value in settings.items() if key != "token_cache"}
+            found[name] = {"base_model": run.get("base_model"), "data": data, "settings": settings}
+    return found
 
 
 def named_splits(sources: Sequence[DataOptions], splits: Sequence[str]) -> dict[str, tuple[DataOptions, str]]:

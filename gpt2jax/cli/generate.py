@@ -18,7 +18,7 @@ from gpt2jax.cli.common import check_file, named_fields, run_command
 from gpt2jax.cli.options import GenerationOptions, TextOptions
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.utils.json_files import parse_json
-from gpt2jax.utils.notices import printable, terminal_text
+from gpt2jax.utils.notices import count_noun, printable, terminal_text
 from gpt2jax.utils.progress import is_interactive
 from gpt2jax.utils.validation import must_be
 
@@ -191,10 +191,10 @@ def _show(prompt: str, pieces: Any, *, show_time: bool) -> None:
     print()
     if first is not None and show_time:
         output, seconds = pieces.generation, time.perf_counter() - began
-        tokens = len(output.token_ids)
-        speed = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"
         drafts = f", {output.accepted} of {output.drafted} draft tokens accepted" if output.drafted else ""
-        print(f"[first text after {first - began:.2f} s; {speed}{drafts}]", file=sys.stderr)
+        print(
+            f"[first text after {first - began:.2f} s; {_speed([output], seconds)}{drafts}]", file=sys.stderr
+        )
 
 
 def _ask_for_prompts(show: Callable[[int, str], None]) -> None:
@@ -248,9 +248,11 @@ def _write(make: Callable[[], list[Any]], out: pathlib.Path | None, rows: list[d
         with atomic_write(out) as file:
             file.writelines(lines)
     where = "standard output" if str(out) == "-" else printable(str(out))
-    print(f"wrote {len(outputs)} continuations, {_speed(outputs, seconds)}, to {where}", file=sys.stderr)
+    written = count_noun(len(outputs), "continuation")
+    print(f"wrote {written}, {_speed(outputs, seconds)}, to {where}", file=sys.stderr)
 
 
 def _speed(outputs: list[Any], seconds: float) -> str:
     tokens = sum(len(output.token_ids) for output in outputs)
-    return f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second"
+    rate = tokens / seconds
+    return f"{count_noun(tokens, 'token')} in {seconds:.2f} s, {rate:.{0 if rate >= 10 else 1}f} a second"

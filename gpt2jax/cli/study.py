@@ -120,16 +120,21 @@ def run(options: Options) -> None:
     texts = {split: source.texts(split, limit=source.limit) for split in SPLITS}
     counts = ", ".join(f"{len(found):,} of split {split}" for split, found in texts.items())
     print_line(console, "texts", f"documents of {source.data}: {counts}")
-    found = study(
-        model,
-        texts,
-        config,
-        output=output,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        source={"source": source.source, "revision": source.data_revision},
-        command=command_line("study"),
-    )
+    try:
+        found = study(
+            model,
+            texts,
+            config,
+            output=output,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            source={"source": source.source, "revision": source.data_revision},
+            command=command_line("study"),
+        )
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):  # from a training, which says what it saved
+            raise
+        raise KeyboardInterrupt(f"interrupted; --resume goes on with the study in {output}") from None
     for table in study_tables(found.results, found.gains):
         # one column a model where that is narrower, as `compare` prints it
         is_wide = table.columns[0] == "Model" and len(table.rows) < len(table.columns)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpt2jax.utils.notices import printable
+from gpt2jax.utils.notices import enumerate_names, notice, printable
 
 TEXT_COLUMNS = ("text", "article", "article_text", "content", "body", "document")
 BATCH_ROWS = 1000  # rows of a table that are converted at once
@@ -83,9 +83,15 @@ class Columns:
         usual = [name for name in TEXT_COLUMNS if name in texts]
         if not usual and len(texts) != 1:
             raise ValueError(
-                f"{where}: say which column holds the texts (text_column); its columns: {listing}"
+                f"{where}: say which column holds the texts (text_column, --text-column); its columns: {listing}"
             )
         names = (usual[0] if usual else texts[0],)
+        others = [name for name in texts if name not in names]
+        if others and "section_names" not in columns:  # scientific_papers, whose articles are meant
+            listing = enumerate_names([printable(name) for name in others])
+            notice(
+                f"the texts are those of column {names[0]!r}, not {listing}; text_column (--text-column) takes another"
+            )
         self.note(names, where)
         return names
 
@@ -107,7 +113,7 @@ class Columns:
         here, there = ((f"column {cols[0]!r}" if cols else "plain text") for cols in (names, before))
         raise ValueError(
             f"{where} has its texts in another place ({here}) than {place} ({there}); name the files to read one by "
-            "one or by a pattern such as FOLDER/*.jsonl, or their column (text_column)"
+            "one or by a pattern such as FOLDER/*.jsonl, or their column (text_column, --text-column)"
         )
 
 
@@ -159,7 +165,7 @@ def _refuse_other_column(row: Mapping[str, Any], name: str, place: str) -> None:
     if other is not None:
         raise ValueError(
             f"{place}: the row has no column {name!r} as those before, but {other!r}; give the column one name in all "
-            "rows, or name the column to read (text_column)"
+            "rows, or name the column to read (text_column, --text-column)"
         )
 
 

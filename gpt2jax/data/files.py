@@ -72,11 +72,12 @@ _UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
 }
 
 
+_TAR = "a tar archive: unpack it, and give the folder"
 # files that people name .txt, by how they begin; some of them are UTF-8
 _NO_TEXTS = (
     (rb"%PDF-\d", "a PDF document: convert it to plain text first"),
     (rb"\{\\rtf\d", "a document in Rich Text Format: save it as plain text first"),
-    (rb".{257}ustar[\0 ]", "a tar archive: unpack it, and give the folder"),
+    (rb".{257}ustar[\0 ]", _TAR),
     (rb"\x04\x22\x4d\x18", "compressed by lz4: unpack it, or pack it with gzip or zstd"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it, and give the folder"),
     (rb"Rar!\x1a\x07", "a RAR archive: unpack it, and give the folder"),
@@ -311,6 +312,8 @@ def list_files(source: str, encoding: str | None = None) -> list[File]:
 
     if system.info(root)["type"] != "directory":
         file = as_file(root)
+        if file.suffixes[0] in (".tar", ".tgz"):
+            raise ValueError(f"{source} is {_TAR}")
         if file.suffixes[0] not in FORMATS:
             raise ValueError(
                 f"{source}: unknown format {file.suffixes[0] or 'without an extension'!r}; {_KNOWN}"

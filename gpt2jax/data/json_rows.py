@@ -116,7 +116,7 @@ def _rows_of_object(value: dict[str, Any], columns: Columns, where: str) -> list
         raise ValueError(
             f"{where} is one object with the keys {', '.join(value)}; if its rows are in "
             f"{' or '.join(map(repr, fields))}, name that field (records_field={fields[0]!r}, --records-field "
-            f"{fields[0]}); if it is one text, name its column (text_column)"
+            f"{fields[0]}); if it is one text, name its column (text_column, --text-column)"
         )
     return [value]
 
@@ -145,7 +145,7 @@ def _rows_of_nested(value: dict[str, dict[str, Any]], columns: Columns, where: s
     if has_columns == has_rows:
         raise ValueError(
             f"{where} is an object of objects, and it is not clear which names are those of columns; name the column "
-            "with the texts (text_column)"
+            "with the texts (text_column, --text-column)"
         )
     if has_rows:
         return list(value.values())

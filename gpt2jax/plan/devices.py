@@ -178,7 +178,7 @@ def topology_devices(device: Accelerator, count: int) -> list[Any]:
     except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
         extra = "cuda" if device.backend == "gpu" else "tpu"
         raise LookupError(
-            f'compiling for {device.name} needs pip install "gpt2jax[{extra}]"; {error}'
+            f'compiling for {device.name} needs pip install -e ".[{extra}]" in the clone; {error}'
         ) from None
 
 

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 from gpt2jax.comparison.excerpts import Excerpt
 from gpt2jax.comparison.paired import CONFIDENCE, PairedDifference
 from gpt2jax.comparison.result import Comparison, ModelResult
-from gpt2jax.report.tables import Table, figures_table, number, paired_table, percent, transpose, with_error
-from gpt2jax.utils.notices import printable
+from gpt2jax.report.tables import (
+    MINUS,
+    Table,
+    figures_table,
+    number,
+    paired_table,
+    percent,
+    transpose,
+    with_error,
+)
+from gpt2jax.utils.notices import count_noun, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,23 +94,32 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     found += [(f"Texts{on_texts(part)[3:]}", _describe_texts(part.data)) for part in comparison.parts]
     training, words = comparison.settings.get("training", {}), []
     if comparison.overlap is not None:
-        words += [_count(comparison.overlap["training_documents"], "document")]
+        words += [count_noun(comparison.overlap["training_documents"], "document")]
     if comparison.history:
-        words += [_count(comparison.history[-1]["step"], "step")]
-    if training:
-        words += [f"{stages:,} stages"] if (stages := training.get("stages", 1)) > 1 else []
-        words += [_count(training["epochs"], "epoch")] if training["steps"] is None else []
-        words += [f"{_count(training['batch_size'], 'row')} a step"]
-        length = training["sequence_length"]
-        words += [f"rows of {length:,} tokens"] if length else []
-        words += [training["optimizer"], training["compute_dtype"]]
-    return found + ([("Training", ", ".join(words))] if words else [])
+        words += [count_noun(comparison.history[-1]["step"], "step")]
+    words += _describe_training(training) if training else []
+    found += [("Training", ", ".join(words))] if words else []
+    runs = comparison.settings.get("trained", {})
+    return found + [(f"Training of {name}", _describe_run(run)) for name, run in runs.items()]
 
 
-def _count(number_of: float, noun: str) -> str:
-    """Return a number with its noun."""
-    text = f"{number_of:,}" if isinstance(number_of, int) else f"{number_of:g}"
-    return f"{text} {noun}" if number_of == 1 else f"{text} {noun}s"
+def _describe_training(training: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a training that say most."""
+    words = [f"{stages:,} stages"] if (stages := training.get("stages", 1)) > 1 else []
+    words += [count_noun(training["epochs"], "epoch")] if training["steps"] is None else []
+    words += [f"{count_noun(training['batch_size'], 'row')} a step"]
+    length = training["sequence_length"]
+    words += [f"rows of {length:,} tokens"] if length else []
+    return [*words, training["optimizer"], training["compute_dtype"]]
+
+
+def _describe_run(run: Mapping[str, Any]) -> str:
+    """Return what a compared run was trained from, on what, and how."""
+    data, settings = run["data"], run["settings"]
+    words = [f"from {run['base_model']}"] if run["base_model"] else []
+    words += [f"on {_describe_texts(data)}"]
+    words += [count_noun(settings["steps"], "step")] if settings["steps"] else []
+    return ", ".join([*words, *_describe_training(settings)])
 
 
 def _describe_texts(data: Mapping[str, Any]) -> str:
@@ -269,8 +287,14 @@ def print_table(table: Table, console: Console) -> None:
     shown = RichTable(
         title=Text(printable(table.caption)), title_justify="left", title_style="dim", box=SIMPLE_HEAD
     )
+    widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+    # a narrow terminal breaks the words above the numbers, rather than the names of the rows
+    is_narrow = sum(widths) + 3 * len(widths) + 1 > console.width
     for index, column in enumerate(table.columns):
-        shown.add_column(Text(printable(column)), justify="right" if index else "left")
+        header = printable(column)
+        if index and is_narrow:
+            header = header.replace(" ", "\n").replace(f"{MINUS}\n", f"{MINUS} ")
+        shown.add_column(Text(header), justify="right" if index else "left")
     for row in table.rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))
     console.print(shown)

@@ -222,6 +222,9 @@ def settings_table(comparison: Comparison) -> Table:
     settings = dataclasses.asdict(comparison.baseline.evaluation.config) | comparison.settings
     training = settings.pop("training", {})
     settings |= {f"training: {name}": value for name, value in training.items()}
+    for name, run in settings.pop("trained", {}).items():
+        given = (f"{setting}={value!r}" for setting, value in run["settings"].items() if value is not None)
+        settings[f"training of {name}"] = ", ".join(given)
     rows = [(name, str(value)) for name, value in settings.items() if value is not None]
     for part in comparison.parts:
         data, label = part.data, f"texts{_named(part)}"

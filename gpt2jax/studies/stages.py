@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from gpt2jax.train.state import offload_params
 from gpt2jax.utils.atomic_io import make_folder
 from gpt2jax.utils.home_folder import abbreviate_home
 from gpt2jax.utils.json_files import read_json
+from gpt2jax.utils.notices import count_noun
 
 FIGURES_FILE = "figures.json"
 GENERIC = "generic"
@@ -128,6 +130,8 @@ class StageRunner:
     def _train(self, method: str, index: int, number: int, texts: Sequence[Any], last: Stage) -> Stage:
         name = f"{method} stage {index}" if len(self.config.methods) > 1 else f"stage {index}"
         folder = self.folder / f"{number:02}-{name.replace(' ', '-')}"
+        if not _is_finished(folder):
+            self._say(name, f"train on {count_noun(len(texts), 'text')}")
         found = {} if _is_finished(folder) else self._finetune(method, index, folder, texts, last)
 
         def load_trained() -> LanguageModel:
@@ -172,6 +176,10 @@ class StageRunner:
         }
         return {"training": figures, "history": run.history}
 
+    def _say(self, name: str, what: str) -> None:
+        if self.progress:
+            print(f"{self.model} {name}: {what}".lstrip(), file=sys.stderr)
+
     def _planned_bytes(self, training: FinetuneConfig) -> int | None:
         return planned_bytes(self.template.config, training) if self.plans_memory else None
 
@@ -184,8 +192,10 @@ class StageRunner:
         found: Callable[[], dict[str, Any]],
     ) -> Stage:
         """Evaluate a model on both splits, let it write, and write figures.json, unless that is done."""
+        is_finished = _is_finished(folder)
+        self._say(name, f"finished before, in {folder}" if is_finished else "evaluate, continue the prompts")
         name = f"{self.model} {name}".lstrip()
-        if not _is_finished(folder):
+        if not is_finished:
             make_folder(folder)
             model = load()
             info = abbreviate_home(describe_model(model))

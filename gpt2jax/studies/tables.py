@@ -36,9 +36,7 @@ def study_tables(
 
 def published_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Make the table of the study's published figures and the user's own, in the terms of Keras."""
-    rows = [
-        (f"the study: {name}", *(number(value, 4) for value in values)) for name, values in PUBLISHED.items()
-    ]
+    rows = [(f"study: {name}", *(number(value, 4) for value in values)) for name, values in PUBLISHED.items()]
     rows += [
         (
             f"yours: {result['name']}",

@@ -29,7 +29,7 @@ from gpt2jax.train.stopping import Interrupted
 from gpt2jax.train.trackers import check_trackers
 from gpt2jax.train.trainer import Run, RunPlan, Trainer, plan_run
 from gpt2jax.utils.jax_switches import default_switches
-from gpt2jax.utils.notices import notice
+from gpt2jax.utils.notices import notice, wrap_lines
 from gpt2jax.utils.validation import (
     check,
     check_model,
@@ -109,7 +109,7 @@ def finetune(
     documents, validation = _tokenize(model, config, train_texts, validation_texts, progress=progress)
     plan = _plan(model, config, documents, validation)
     if progress:
-        print(f"training: {plan.describe(config)}", file=sys.stderr)
+        print(wrap_lines(f"training: {plan.describe(config)}", sys.stderr), file=sys.stderr)
     folder = _run_folder(output, resume=resume, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         if folder is not None:

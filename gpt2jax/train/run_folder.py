@@ -23,7 +23,7 @@ from gpt2jax.utils.atomic_io import atomic_write, make_folder, naming_file
 from gpt2jax.utils.fingerprint import params_sha256
 from gpt2jax.utils.home_folder import abbreviate_home
 from gpt2jax.utils.json_files import parse_json, read_json
-from gpt2jax.utils.notices import notice
+from gpt2jax.utils.notices import count_noun, notice
 from gpt2jax.utils.validation import check_path
 from gpt2jax.weights.model_card import write_card
 
@@ -66,6 +66,12 @@ _RENAMED_PACKINGS = {"windows": "concat", "documents": "padded"}
 # what a run writes into its folder, here and in the report: `overwrite` deletes this and nothing else
 _OWN = ("checkpoints", "best", "model", "base", "adapter", "tensorboard", "wandb", "metrics.jsonl", RUN_FILE)
 _REPORT = ("comparison.json", "report.html", "report.md")
+
+
+def _marked(name: str, steps: int | str) -> str:
+    """Return the name of a file of the report with the steps that it is of."""
+    stem, dot, end = name.partition(".")
+    return f"{stem}-{steps}-steps{dot}{end}"
 
 
 class RunFolder:
@@ -115,7 +121,7 @@ class RunFolder:
             raise FileExistsError(f"{path} is not empty and holds no run; choose another folder")
         if has_run and not (self._resume or self._overwrite):
             raise FileExistsError(
-                f"{path} holds another run; resume it, overwrite it, or choose another folder"
+                f"{path} holds another run; resume it (--resume), overwrite it (--overwrite), or choose another folder"
             )
 
     @contextlib.contextmanager
@@ -157,7 +163,8 @@ class RunFolder:
         """Write `run.json`, or check that the one of a resumed run agrees.
 
         A resumed run may be longer than it was, or shorter, if the steps that are done had the learning rates of a run
-        of the new length; `run.json` then gets the new length. `count_steps` tells the steps of a run from settings.
+        of the new length; `run.json` then gets the new length, and the report is renamed to `report-5-steps.html`,
+        with the steps that it is of. `count_steps` tells the steps of a run from settings.
 
         Raises:
             ValueError: a resumed run had other settings, another model or other texts; names what differs.
@@ -166,16 +173,30 @@ class RunFolder:
             return
         is_resumed = self._is_resumed
         self.description = run_description(model, config, documents, source)
-        has_new_length = is_resumed and self._check_same(self.description, config, count_steps)
+        old_steps = self._check_same(self.description, config, count_steps) if is_resumed else None
         for entry in self._partial_files():
             _remove(entry)
-        if is_resumed and not has_new_length:
+        if is_resumed and old_steps is None:
             return
+        if old_steps is not None:
+            self._mark_report(old_steps)
         if self._overwrite and self.path.is_dir():
-            for name in (*_OWN, *_REPORT):
+            marked = [entry.name for name in _REPORT for entry in self.path.glob(_marked(name, "*"))]
+            for name in (*_OWN, *_REPORT, *marked):
                 _remove(self.path / name)
         with atomic_write(self.path / RUN_FILE) as file:
             json.dump(self.description, file, indent=2)
+
+    def _mark_report(self, steps: int) -> None:
+        """Name the report of a run that now goes on after the steps that it is of; say so."""
+        found = [name for name in _REPORT if (self.path / name).exists()]
+        for name in found:
+            os.replace(self.path / name, self.path / _marked(name, steps))
+        if found:
+            names = ", ".join(_marked(name, steps) for name in found)
+            notice(
+                f"the report in {self.path} is of the run of {count_noun(steps, 'step')}, and is now called {names}"
+            )
 
     def _partial_files(self) -> list[pathlib.Path]:
         """Return what a run was writing when it was killed: its description, its log, its model."""
@@ -186,8 +207,8 @@ class RunFolder:
         content: dict[str, Any],
         config: FinetuneConfig,
         count_steps: Callable[[FinetuneConfig], int | None],
-    ) -> bool:
-        """Raise ValueError if the run in the folder is another one; return whether it only had another length."""
+    ) -> int | None:
+        """Raise ValueError if the run in the folder is another one; return its steps if it had another length."""
         before = read_json(self.path / RUN_FILE, {"finetune": dict})
         # a setting that came with a later version had the value that is its default now
         before["finetune"] = _finetune_fields(FinetuneConfig()) | _current_names(before["finetune"])
@@ -201,21 +222,21 @@ class RunFolder:
         if different and different.keys() <= _LENGTH:
             length = {name: before["finetune"][name] for name in ("steps", "epochs")}
             old, new = count_steps(dataclasses.replace(config, **length)), count_steps(config)
-            if self._can_change_length(config, old, new):
-                notice(f"the run in {self.path} had {old} steps, and goes on to step {new}")
-                return True
+            if old and new and self._can_change_length(config, old, new):
+                notice(f"the run in {self.path} had {count_noun(old, 'step')}, and goes on to step {new:,}")
+                return old
             hint = (
                 "; in a run of that length the steps that are done would have been other ones: "
                 f"--model {self.path} trains on from its result"
             )
         if different:
             raise ValueError(f"cannot resume {self.path}: {'; '.join(different.values())}{hint}")
-        return False
+        return None
 
-    def _can_change_length(self, config: FinetuneConfig, old: int | None, new: int | None) -> bool:
+    def _can_change_length(self, config: FinetuneConfig, old: int, new: int) -> bool:
         """Return whether the steps of the newest checkpoint are those of a run of the new length, too."""
         done = [int(entry.name) for entry in self.checkpoints.glob("*") if entry.name.isdecimal()]
-        if not (old and new) or new < max(done, default=0):
+        if new < max(done, default=0):
             return False
         return have_equal_rates(config, (old, new), max(done, default=0))
 
@@ -260,12 +281,12 @@ class RunFolder:
             dataclasses.replace(model, adapters=None, lora=None).save(self.path / "base")
 
     def describe_space(self) -> str:
-        """Say what takes the space in the folder, largest first, and what may be deleted after the run."""
+        """Say what takes the space in the folder, largest first, and what can be deleted after the run."""
         sizes = {entry.name: _count_bytes(entry) for entry in self.path.iterdir()}
-        large = sorted(sizes, key=lambda name: -sizes[name])[:4]
-        parts = ", ".join(f"{name} {sizes[name] / 1e6:,.1f} MB" for name in large)
+        large = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] >= 0.05e6]
+        parts = ", ".join(f"{name} {sizes[name] / 1e6:,.1f} MB" for name in large[:4])
         total = f"{sum(sizes.values()) / 1e6:,.1f} MB: {parts}"
-        return f"{total}; checkpoints may be deleted, it is there for --resume"
+        return f"{total}; the folder checkpoints can be deleted when you will not --resume the run"
 
     def _write_card(self, name: str, history: Sequence[Mapping[str, float]], **card: Any) -> None:
         """Write the model card of the result: data, settings that are not the defaults, last figures."""

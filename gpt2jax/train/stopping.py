@@ -119,4 +119,6 @@ def explain_interrupt(interrupt: KeyboardInterrupt, checkpoints: Any, folder: An
     step = checkpoints.latest_step()
     if step is None:
         return Interrupted(number, "stopped before the first checkpoint; nothing was saved")
-    return Interrupted(number, f"stopped; step {step} is saved in {folder.path}, resume goes on from there")
+    return Interrupted(
+        number, f"stopped; step {step} is saved in {folder.path}; resume=True (--resume) goes on from there"
+    )

@@ -14,8 +14,8 @@ from gpt2jax.train.config import FinetuneConfig
 from gpt2jax.train.run_folder import RunFolder
 from gpt2jax.utils.validation import must_be
 
-# the module that a tracker needs, and what installs it
-_NEEDS = {"tensorboard": ("tensorboardX", "gpt2jax[tensorboard]"), "wandb": ("wandb", "wandb")}
+# the package that a tracker needs
+_NEEDS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Tracker(Protocol):
@@ -105,9 +105,9 @@ def _named(entry: dict[str, float]) -> dict[str, float]:
 
 def _import(name: str) -> Any:
     """Import the module of a tracker."""
-    module, package = _NEEDS[name]
+    package = _NEEDS[name]
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"trackers={name!r} needs a package ({error}): pip install {package}"

@@ -29,6 +29,7 @@ from gpt2jax.train.stopping import StopController, explain_interrupt
 from gpt2jax.train.trackers import open_trackers
 from gpt2jax.train.unrolled import stack_layers
 from gpt2jax.train.validation import place, validation_loss
+from gpt2jax.utils.notices import count_noun
 from gpt2jax.utils.progress import training_progress
 from gpt2jax.utils.validation import must_be
 from gpt2jax.weights.orbax import eval_params
@@ -57,11 +58,12 @@ class RunPlan:
         """Say what a run does: steps, epochs, rows, precision and devices."""
         batches, devices, rate = self.batches, jax.devices(), config.learning_rate
         epochs = self.steps * config.batch_size / batches.rows
-        kind = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
         return (
-            f"{self.steps:,} steps of {config.batch_size:,} rows, {epochs:.3g} epochs of {batches.rows:,} rows; "
+            f"{count_noun(self.steps, 'step')} of {count_noun(config.batch_size, 'row')}, "
+            f"{count_noun(epochs, 'epoch')} of {count_noun(batches.rows, 'row')}; "
             f"rows of {batches.sequence_length:,} tokens, {_PACKINGS[config.packing]}; "
-            f"{config.optimizer} with learning rate {rate:g}, {config.compute_dtype}, {kind} ({devices[0].platform})"
+            f"{config.optimizer} with learning rate {rate:g}, {config.compute_dtype}, "
+            f"{count_noun(len(devices), 'device')} ({devices[0].platform})"
         )
 
 

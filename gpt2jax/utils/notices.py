@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import sys
+import textwrap
 import unicodedata
 import warnings
+from typing import TextIO
 
 
 class Notice(UserWarning):
@@ -29,6 +33,25 @@ def terminal_text(text: str) -> str:
     if not sys.stdout.isatty():
         return text
     return "".join(char if char in "\n\t" else printable(char) for char in text)
+
+
+def wrap_lines(text: str, stream: TextIO) -> str:
+    """Break long lines between words for a terminal; a file, a pipe, and commands behind "$" keep them whole."""
+    if not stream.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    wrap = functools.partial(textwrap.wrap, width=columns, break_long_words=False, break_on_hyphens=False)
+    lines: list[str] = []
+    for line in text.split("\n"):
+        is_whole = len(line) <= columns or line.startswith("$ ") or "\x1b" in line
+        lines += [line] if is_whole else wrap(line)
+    return "\n".join(lines)
+
+
+def count_noun(count: float, noun: str) -> str:
+    """Return a count with its noun, "1 step" or "2,000 steps"."""
+    text = f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
+    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
 
 
 def enumerate_names(names: list[str], most: int = 5) -> str:

@@ -304,6 +304,7 @@ def test_generate_takes_a_draft_model_and_every_kind_of_option(small, capsys):
 
 def test_generate_names_the_nearest_option(capsys):
     assert "--temperature" in fails(capsys, "generate", "a", "--tempeature", "1")
+    assert "there is no option --prompts; see" in fails(capsys, "generate", "--prompts", "a")
 
 
 @pytest.mark.slow
@@ -372,7 +373,7 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
             "must be HOST:PORT or auto, got 'here'",
         ),
         (["--steps", "0"], "--steps must be a positive whole number, or None, got 0"),
-        (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (["--stepz", "3"], "there is no option --stepz (did you mean --steps?); see"),
         (
             [
                 "--num-train-epochs",
@@ -385,11 +386,16 @@ def test_generate_refuses_options_without_effect(capsys, options, message):
                 "--fsdp_config",
                 "y",
             ],
-            "Unrecognized options: --num-train-epochs (here --epochs), --r (here --lora.rank), "
+            "there is no option --num-train-epochs (here --epochs), --r (here --lora.rank), "
             "--lora_alpha (here --lora.alpha), --output_dir (here --out), --fsdp_config; see",
         ),
-        (["--steps", "many"], "--steps"),
-        (["--packing", "rows"], "'rows'"),
+        (["--steps", "many"], "--steps must be a whole number, or None, got 'many'; see"),
+        (["--steps"], "--steps needs a value; see"),
+        (["--batch-size", "1.5"], "--batch-size must be a whole number, got '1.5'; see"),
+        (["--beta1", "x"], "--beta1 must be a number, got 'x'; see"),
+        (["--packing", "rows"], "--packing must be one of None, concat, packed, padded, got 'rows'; see"),
+        (["--lora.rnk", "4"], "there is no option --lora.rnk (did you mean --lora.rank?); see"),
+        (["extra"], "there is no place for 'extra'; options begin with --; see"),
         (["--freeze", "nothing"], "freeze must be patterns that match parameters, got ['nothing']"),
         (
             ["--lora.rank-pattern", "h.9.attn.c_attn", "4"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from gpt2jax.cli.common import _name_option, _parse
 from gpt2jax.cli.compare import Options as CompareOptions
 from gpt2jax.cli.finetune import Options as FinetuneOptions
 from gpt2jax.cli.finetune import imply_lora
+from gpt2jax.utils.notices import wrap_lines
 
 PREFIXED = ("finetune", "plan", "study")
 
@@ -79,3 +81,24 @@ def test_name_option_puts_the_option_for_the_setting(options, message, named):
 def test_python_m_gpt2jax_is_the_command():
     done = subprocess.run([sys.executable, "-m", "gpt2jax", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("gpt2jax ")
+
+
+def test_wrap_lines_breaks_long_lines_of_a_terminal_between_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "19")
+    terminal = io.StringIO()
+    text = "one line that is too long\n\n$ gpt2jax generate --model runs/mine\nshort"
+    assert wrap_lines(text, terminal) == text
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert wrap_lines(text, terminal) == text.replace("is too", "is\ntoo")
+
+
+def test_interrupted_study_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("gpt2jax.studies.study"), "study", interrupt)
+    (tmp_path / "a.txt").write_text("\n".join(map(str, range(40))))
+    with pytest.raises(SystemExit) as end:
+        main(["study", "--data", f"{tmp_path}/a.txt", "--documents", "line", "--out", f"{tmp_path}/s"])
+    assert end.value.code == 130
+    assert f"interrupted; --resume goes on with the study in {tmp_path}/s" in capsys.readouterr().err

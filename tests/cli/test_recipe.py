@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from gpt2jax.cli.compare import trainings
 from gpt2jax.cli.finetune import (
     Options,
     _describe_texts,
@@ -100,7 +101,22 @@ def test_run_plan_describes_the_run():
     assert shown.startswith(
         "6 steps of 5 rows, 3 epochs of 10 rows; rows of 8 tokens, the first tokens of each text"
     )
+    short = dataclasses.replace(config, steps=1, batch_size=10)
+    assert (
+        plan_run(model, short, documents).describe(short).startswith("1 step of 10 rows, 1 epoch of 10 rows;")
+    )
     assert "adamw with learning rate 0.001, float32" in shown and shown.endswith("(cpu)")
+
+
+def test_trainings_are_those_of_the_runs_among_models(tmp_path):
+    config = FinetuneConfig(steps=9, compute_dtype="float16", token_cache="tokens")
+    run = {"base_model": "gpt2-mini", "data": {"documents": 4}, "finetune": dataclasses.asdict(config)}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    found = trainings({"generic": "gpt2-mini", "mine": str(tmp_path)})
+    assert list(found) == ["mine"] and found["mine"]["data"] == {"documents": 4}
+    assert found["mine"]["settings"]["steps"] == 9 and "token_cache" not in found["mine"]["settings"]
+    (tmp_path / "run.json").write_text(json.dumps(run | {"finetune": {"steps": "9"}}))
+    assert trainings({"mine": str(tmp_path)}) == {}
 
 
 def test_stage_names_follow_the_lineage(tmp_path):

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import struct
+import warnings
 import zipfile
 
 import pyarrow
@@ -431,3 +432,12 @@ def test_arrow_items_names_a_file_with_two_columns_of_one_name(tmp_path, name):
         file.write_table(table)
     with pytest.raises(ValueError, match=f"a\\.arrow has two columns '{name}'; rename one of them"):
         list(load_texts(tmp_path / "a.arrow", "all"))
+
+
+def test_column_that_is_taken_among_several_is_told(tmp_path):
+    path = write(tmp_path / "two.csv", "title,body\na,b\n")
+    with pytest.warns(Notice, match="those of column 'body', not title; text_column .--text-column. takes"):
+        assert load_texts(path, "all") == ["b"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        assert load_texts(path, "all", text_column="title") == ["a"]

@@ -19,7 +19,7 @@ def test_topology_devices_says_what_is_described_and_what_to_install(monkeypatch
         topology_devices(find_device("a100"), 3)
     monkeypatch.setattr(devices, "CUDA_PLUGINS", ("none_at_all",))
     with pytest.raises(
-        LookupError, match=r'needs pip install "gpt2jax\[cuda\]"; no module named jax_plugins.none'
+        LookupError, match=r'needs pip install -e ".\[cuda\]" in the clone; no module named jax_plugins.none'
     ):
         topology_devices(find_device("h100"), 1)
 

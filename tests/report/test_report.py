@@ -76,6 +76,16 @@ def test_report_begins_with_models_texts_and_steps_and_ends_with_settings_of_tra
     assert found["Training"] == expected
     rows = {row[0]: row[1] for row in settings_table(dataclasses.replace(comparison, settings=settings)).rows}
     assert rows["training: epochs"] == "3.0" and rows["command"] == comparison.command
+    run = {
+        "base_model": "gpt2-mini",
+        "data": {"source": "my-texts", "split": "train", "documents": 40},
+        "settings": settings["training"] | {"steps": 9},
+    }
+    compared = dataclasses.replace(comparison, settings=comparison.settings | {"trained": {"mine": run}})
+    expected = "from gpt2-mini, on my-texts, split train, 40 documents, 9 steps, 2 stages, 8 rows a step, "
+    assert dict(facts(compared))["Training of mine"] == f"{expected}rows of 16 tokens, adamw, float32"
+    [row] = [row for row in settings_table(compared).rows if row[0] == "training of mine"]
+    assert "steps=9" in row[1]
     assert "training: lora" not in rows and dict(facts(comparison))["Training"] == "2 documents, 90 steps"
 
 
@@ -236,3 +246,17 @@ def test_print_table_without_control_characters_and_markup():
     print_table(Table("[bold]\x1b[2J", ("\x07", "b"), [("[red]", "\x9b")]), Console(file=stream, width=80))
     shown = stream.getvalue()
     assert all(text in shown for text in (r"[bold]\x1b[2J", r"\x07", "[red]", r"\x9b"))
+
+
+def test_print_table_breaks_headers_before_names_if_narrow():
+    from rich.console import Console
+
+    table = Table("", ("Model", "Test loss", "b \N{MINUS SIGN} a"), [("the first model", "1.25", "2.50")])
+    for width, lines in (
+        (80, ["Model Test loss b \N{MINUS SIGN} a"]),
+        (33, ["Test b", "Model loss \N{MINUS SIGN} a"]),
+    ):
+        stream = io.StringIO()
+        print_table(table, Console(file=stream, width=width))
+        shown = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+        assert set(lines) <= set(shown) and "the first model 1.25 2.50" in shown

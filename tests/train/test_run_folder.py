@@ -204,6 +204,23 @@ def test_begin_overwrites_the_run_and_nothing_else(path, model):
     assert json.loads((path / "run.json").read_text())["finetune"]["seed"] == 9
 
 
+def test_begin_renames_the_report_of_a_run_that_goes_on(tmp_path, model):
+    config, path = dataclasses.replace(CONFIG, schedule="constant"), tmp_path / "run"
+    RunFolder(path).begin(model, config, DOCUMENTS)
+    for name in ("report.html", "comparison.json"):
+        (path / name).write_text("old")
+    RunFolder(path, resume=True).begin(model, config, DOCUMENTS)  # of the same length
+    assert (path / "report.html").exists()
+    with pytest.warns(Notice) as notices:
+        RunFolder(path, resume=True).begin(model, dataclasses.replace(config, steps=9), DOCUMENTS)
+    names = {"report-5-steps.html", "comparison-5-steps.json"}
+    assert {entry.name for entry in path.iterdir()} == {"run.json", *names}
+    said = f"the report in {path} is of the run of 5 steps, and is now called "
+    assert f"{said}comparison-5-steps.json, report-5-steps.html" in [str(n.message) for n in notices]
+    RunFolder(path, overwrite=True).begin(model, config, DOCUMENTS)
+    assert [entry.name for entry in path.iterdir()] == ["run.json"]
+
+
 def test_run_folder_refuses_resume_with_overwrite(path):
     with pytest.raises(ValueError, match="resume must be False with overwrite=True"):
         RunFolder(path, resume=True, overwrite=True)
@@ -259,7 +276,10 @@ def test_finish_writes_a_model_card(model, tmp_path, monkeypatch):
 
 def test_describe_space_names_the_largest_first(path):
     (path / "run.json").write_bytes(bytes(100_000))
+    (path / "metrics.jsonl").write_bytes(bytes(1000))
     (path / "checkpoints" / "5").mkdir(parents=True)
     (path / "checkpoints" / "5" / "data").write_bytes(bytes(2_300_000))
     said = RunFolder(path, resume=True).describe_space()
-    assert said.startswith("2.4 MB: checkpoints 2.3 MB, run.json 0.1 MB; checkpoints may be deleted")
+    assert said.startswith(
+        "2.4 MB: checkpoints 2.3 MB, run.json 0.1 MB; the folder checkpoints can be deleted when"
+    )

@@ -113,7 +113,9 @@ def test_finetune_saves_before_a_signal_stops_it(model, tmp_path, monkeypatch, n
             return batch(self, step)
 
         context.setattr(trainer.Batches, "batch", send)
-        with pytest.raises(Interrupted, match="step 7 is saved in .*run, resume goes on") as caught:
+        with pytest.raises(
+            Interrupted, match="step 7 is saved in .*run; resume=True .--resume. goes on"
+        ) as caught:
             train(model, CONFIG, tmp_path / "run")
     assert caught.value.signal == number and signal.getsignal(number) == before
     whole = train(model, CONFIG, tmp_path / "whole")
