@@ -184,10 +184,11 @@ def _settings_of(options: type) -> set[str]:
         if dataclasses.is_dataclass(default):
             prefix = getattr(default, "error_prefix", "")
             names |= {f"{prefix}{name}" for name in _settings_of(type(default))}
-        elif not {tyro.conf.Positional, tyro.conf.Suppress} & {
-            *getattr(kinds[field.name], "__metadata__", ())
-        }:
-            names.add(field.name)
+            continue
+        markers = getattr(kinds[field.name], "__metadata__", ())
+        if not {tyro.conf.Positional, tyro.conf.Suppress} & {*markers}:
+            aliases = [alias for marker in markers for alias in getattr(marker, "aliases", None) or ()]
+            names |= {field.name, *(alias.lstrip("-").replace("-", "_") for alias in aliases)}
     return names
 
 

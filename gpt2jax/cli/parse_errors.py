@@ -20,6 +20,9 @@ def describe_parse_error(box: str, settings: Collection[str]) -> str:
         box: what tyro prints.
         settings: the names that options set, with underscores, such as "lora.use_dora".
     """
+    if "Missing from" in box:  # the names stand further left than what they mean
+        missing = re.findall(r"^\W {5}(\S+)", box.partition("For full helptext")[0], flags=re.MULTILINE)
+        return f"{' and '.join(missing)} must be given"
     message = _words(box)
     if listed := re.match(r"Unrecognized options: (.*?)(?: Perhaps | Arguments |$)", message):
         options = re.findall(r"(?<![\w.-])--?[a-zA-Z][\w.-]*", listed[1])

@@ -172,6 +172,10 @@ def test_three_models_twice_in_the_same_words(run, texts, tmp_path, capsys, monk
             ["compare", "gpt2-mini", "b=gpt2-mini", "--split", "test", "test"],
             "--eval-split must be splits, each named once, got 'test test'",
         ),
+        (
+            ["compare", "gpt2-mini", "--splt", "test"],
+            "there is no option --splt (did you mean --split?); see",
+        ),
         (["evaluate", "--out", "FILE"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--out", "FILE/inside.json"], "FILE is a file; give the name of a folder"),
         (["evaluate", "--sequence-length", "0"], "must be a whole number of at least 2, or None, got 0"),

@@ -188,3 +188,13 @@ def test_convert_verify_notices_one_bit(capsys, tmp_path, monkeypatch, name):
     monkeypatch.setattr(LanguageModel, "save", damaging)
     line = convert(capsys, GOLDEN / "hf-tied", "--out", tmp_path / "out", "--verify", code=1)
     assert f"1 tensors are not the source's in float32, the first one {name}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "SOURCE and --out must be given; see"), (["gpt2"], "--out must be given; see")],
+)
+def test_convert_names_what_is_missing(capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        main(["convert", *arguments])
+    assert end.value.code == 2 and f"error: {message}" in capsys.readouterr().err
