@@ -33,7 +33,7 @@ _CHECKED = ["gpt2jax.ops", "gpt2jax.model"]
 _CHECKED += ["gpt2jax.generation.sampling", "gpt2jax.generation.logits_processors"]
 install_import_hook(_CHECKED, "shape_check.check_shapes")
 
-# a worker holds gigabytes of programs and traces: searching them for garbage took 5 % of its time
+# a worker holds gigabytes of programs and traces: searching them for garbage took 4 % of its time
 gc.set_threshold(20_000, 50, 100)
 
 # compiled programs are mapped into memory piece by piece, and a process may have 65,530 pieces (Linux's default)

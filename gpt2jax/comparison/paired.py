@@ -24,6 +24,7 @@ from gpt2jax.evaluation.token_classes import (
     sum_by_class,
 )
 from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.utils.notices import count_noun
 
 CONFIDENCE = 0.95
 PER_TOKEN, PER_BYTE = "nats per token", "nats per byte"
@@ -65,7 +66,7 @@ class PairedDifference:
         """A sentence on what makes the interval unreliable, or None."""
         if self.documents >= FEWEST_DOCUMENTS:
             return None
-        documents = "1 document" if self.documents == 1 else f"{self.documents} documents"
+        documents = count_noun(self.documents, "document")
         advice = f"is too narrow; take at least {FEWEST_DOCUMENTS}"
         return f"the interval of the difference comes from {documents} and {advice}"
 

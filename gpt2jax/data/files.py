@@ -34,9 +34,10 @@ from gpt2jax.utils.validation import must_be
 PLAIN = (
     ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".py", ".tokens", ".raw",
 )  # fmt: skip
+JSON = (".jsonl", ".ndjson", ".json")
 TABLES = (".parquet", ".arrow", ".feather")
 # extensions; a folder's files with others are passed over
-FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", *TABLES, *PLAIN[1:])
+FORMATS = (".txt", *JSON, ".csv", ".tsv", *TABLES, *PLAIN[1:])
 # extensions of packed files. What a file is packed with is told by its first bytes alone.
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _BUFFER = 1 << 17

@@ -17,6 +17,7 @@ from gpt2jax.data.docs_corpus import BUILTIN_NAMES, SPLITS, builtin_texts
 from gpt2jax.data.files import (
     COMPRESSIONS,
     FORMATS,
+    JSON,
     PLAIN,
     TABLES,
     File,
@@ -65,11 +66,10 @@ _HF_PATH = re.compile(
     r"hf://datasets/(?P<id>[^/@]+/[^/@]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<path>.+))?"
 )
 
-_JSON = (".jsonl", ".ndjson", ".json")
 # options, and the extensions of the files that they have an effect on
 _OPTIONS_OF_FILES = {
     "documents": PLAIN,
-    "records_field": _JSON,
+    "records_field": JSON,
     "encoding": tuple(suffix for suffix in FORMATS if suffix not in TABLES),
 }
 

@@ -17,6 +17,7 @@ from gpt2jax.evaluation.token_classes import (
     position_classes,
     sum_by_class,
 )
+from gpt2jax.utils.notices import count_noun
 
 SCHEMA = "gpt2jax.evaluation"
 SCHEMA_VERSION = 2  # 1 had hits, documents_cut and recipe
@@ -213,9 +214,8 @@ class Evaluation:
             what = f"every token of each text and an end token once, with {context}"
         else:
             what = f"every token of each text, without an end token behind it, in rolling windows of {length}"
-        texts = "text" if self.documents == 1 else "texts"
         return (
-            f"{what}; {self.documents:,} {texts}, {self.tokens:,} tokens, means per token over all texts, "
+            f"{what}; {count_noun(self.documents, 'text')}, {self.tokens:,} tokens, means per token over all texts, "
             f"matrix products in {config.compute_dtype}"
         )
 

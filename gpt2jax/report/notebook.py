@@ -16,6 +16,7 @@ from gpt2jax.report.save import replace_control_characters
 from gpt2jax.report.summary import prompt_groups, prompt_text
 from gpt2jax.report.tables import Table, evaluation_table, figures_table, number, paired_table, transpose
 from gpt2jax.utils.home_folder import abbreviate_home
+from gpt2jax.utils.notices import count_noun
 
 if TYPE_CHECKING:
     from gpt2jax.evaluation.result import Evaluation
@@ -84,7 +85,7 @@ def run_html(run: Run) -> str:
 def generation_html(generation: Generation) -> str:
     """Render a prompt and its continuation."""
     count = len(generation.token_ids)
-    label = f"{count:,} token{'' if count == 1 else 's'}, finish_reason {generation.finish_reason!r}"
+    label = f"{count_noun(count, 'token')}, finish_reason {generation.finish_reason!r}"
     return _render(texts=[(label, generation.prompt, generation.text)], is_open=True)
 
 

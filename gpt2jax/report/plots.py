@@ -28,6 +28,7 @@ from gpt2jax.report.plot_style import (
     to_svg,
 )
 from gpt2jax.report.tables import number, percent
+from gpt2jax.utils.notices import count_noun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,7 +112,7 @@ def paired_distribution(comparison: Comparison, model: ModelResult) -> Plot:
     axes.grid(axis="y")
     better, ties, total = int((differences < 0).sum()), int((differences == 0).sum()), len(differences)
     text = f"{model.name} has the lower loss on {better:,} of {total:,} documents (left of zero)"
-    text += f"; {ties:,} ties." if ties > 1 else "; 1 tie." if ties else "."
+    text += f"; {count_noun(ties, 'tie')}." if ties else "."
     title = f"{model.name} compared with {comparison.baseline.name}"
     return Plot(title, text, to_svg(figure, f"paired-{model.name}"))
 

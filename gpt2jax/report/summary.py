@@ -129,9 +129,9 @@ def _describe_texts(data: Mapping[str, Any]) -> str:
         sources = data["source"] if isinstance(data["source"], list | tuple) else [data["source"]]
         about += [", ".join(map(str, sources))]
     about += [f"split {data['split']}"] if data.get("split") else []
-    of = f" of {data['total_documents']:,}" if "total_documents" in data else ""
+    part = f"{data['documents']:,} of " if "total_documents" in data else ""
     total = data.get("total_documents", data["documents"])
-    return ", ".join([*about, f"{data['documents']:,}{of} document{'' if total == 1 else 's'}"])
+    return ", ".join([*about, part + count_noun(total, "document")])
 
 
 def _describe_model(model: ModelResult) -> str:
@@ -176,7 +176,7 @@ def summary(comparison: Comparison, model: ModelResult) -> str:
     """Return the figures behind the conclusion on one model."""
     difference, first, second = difference_of(model), comparison.baseline.evaluation, model.evaluation
     low, high = difference.interval
-    documents = "document" if difference.documents == 1 else "documents"
+    documents = count_noun(difference.documents, "document")
     mean = with_error(difference.difference, difference.standard_error, signed=True)
     caution = f" Caution: {difference.warning}." if difference.warning else ""
     return (
@@ -184,7 +184,7 @@ def summary(comparison: Comparison, model: ModelResult) -> str:
         f"({percent(CONFIDENCE, 0)} interval {number(low, signed=True)} to {number(high, signed=True)}). "
         f"Perplexity {number(first.perplexity, 2)} → {number(second.perplexity, 2)}, "
         f"accuracy {percent(first.accuracy)} → {percent(second.accuracy)}. "
-        f"Lower loss on {percent(difference.win_rate)} of {difference.documents:,} {documents}.{caution}"
+        f"Lower loss on {percent(difference.win_rate)} of {documents}.{caution}"
     )
 
 
@@ -227,8 +227,7 @@ def generation_note(generation: dict[str, Any]) -> list[str]:
     ended = (
         "ended with the end token" if generation["finish_reason"] == "stop" else "reached the length limit"
     )
-    tokens = "token" if generation["tokens"] == 1 else "tokens"
-    parts = [f"{generation['tokens']:,} {tokens}, {ended}"]
+    parts = [f"{count_noun(generation['tokens'], 'token')}, {ended}"]
     parts += [
         f"{number(generation['tokens_per_second'], 0)} tokens/s",
         f"{number(generation['seconds'], 2)} s",

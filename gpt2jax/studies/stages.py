@@ -130,9 +130,10 @@ class StageRunner:
     def _train(self, method: str, index: int, number: int, texts: Sequence[Any], last: Stage) -> Stage:
         name = f"{method} stage {index}" if len(self.config.methods) > 1 else f"stage {index}"
         folder = self.folder / f"{number:02}-{name.replace(' ', '-')}"
+        found = {}
         if not _is_finished(folder):
             self._say(name, f"train on {count_noun(len(texts), 'text')}")
-        found = {} if _is_finished(folder) else self._finetune(method, index, folder, texts, last)
+            found = self._finetune(method, index, folder, texts, last)
 
         def load_trained() -> LanguageModel:
             # what is compared is what the folder holds, in a run that was resumed and in one that was not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import shutil
 import sys
 import textwrap
@@ -50,7 +51,7 @@ def wrap_lines(text: str, stream: TextIO) -> str:
 
 def count_noun(count: float, noun: str) -> str:
     """Return a count with its noun, "1 step" or "2,000 steps"."""
-    text = f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
+    text = f"{count:,}" if isinstance(count, numbers.Integral) else f"{count:.3g}"
     return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
 
 
