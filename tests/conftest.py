@@ -56,14 +56,28 @@ _LONGEST = (
 )
 
 
+def pytest_addoption(parser):
+    """Add the option that runs all tests."""
+    parser.addoption("--thorough", action="store_true", help="run the tests that are marked thorough, too")
+
+
+def pytest_report_header(config):
+    """Say that tests are left out."""
+    return None if config.option.thorough else "thorough tests are left out: --thorough runs them"
+
+
 def pytest_configure(config):
     """Keep xdist from sorting files by their number of tests: those that take longest have few."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Begin with the files that take longest, so that at the end no worker waits for another."""
+    if not config.option.thorough:
+        thorough = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=thorough)
+        items[:] = [item for item in items if item not in thorough]
 
     def rank(item):
         name = item.path.relative_to(_TESTS).as_posix()

@@ -61,6 +61,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks_of(page, "python")], ids=lambda page: page.stem
 )
@@ -72,6 +73,7 @@ def test_snippets_run(page, workplace):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks_of(page, "bash")], ids=lambda page: page.stem
 )

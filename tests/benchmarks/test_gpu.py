@@ -17,6 +17,7 @@ NOT_INSTALLED = ("datasets", "tyro", "google_crc32c", "torch")
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_gpu_benchmark_smoke_runs_on_a_cpu(tmp_path):
     for name in NOT_INSTALLED:
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({f'No module named {name!r}'!r})")

@@ -111,6 +111,7 @@ def test_check_numerics_names_the_worst(wrong):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_check_resume_kills_and_resumes_a_run(tmp_path):
     (finding,) = resume.check_resume(tmp_path)
     assert finding.status == "ok" and "bit for bit" in finding.text

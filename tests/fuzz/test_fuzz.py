@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory through /proc")
 def test_readers_refuse_damaged_files_by_name_in_bounds(tmp_path):
     command = [sys.executable, "-m", "tests.fuzz", "--files", "20", "--out", str(tmp_path)]

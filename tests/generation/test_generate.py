@@ -227,6 +227,7 @@ def test_a_row_of_sixteen_is_its_single_run(model):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_batch_that_outgrows_its_cache_again_and_again():
     """64, 128 and 192 positions for several rows; 256 for one."""
     config = dataclasses.replace(CONFIG, n_layer=1, n_positions=256)

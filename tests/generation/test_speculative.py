@@ -95,6 +95,7 @@ def test_stream_with_guesses(models):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_frequencies_are_those_of_the_model(models):
     """The third token over 1,200 seeds, against its exact distribution over the paths of two tokens before it."""
     model, draft = models

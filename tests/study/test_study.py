@@ -154,6 +154,7 @@ def test_study_stopped_anywhere_and_resumed_gives_identical_results(finished, tm
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_study_of_two_models_and_both_methods_shows_gains_against_costs(finished, tmp_path):
     loaded = []
 

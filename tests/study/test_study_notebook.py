@@ -16,6 +16,7 @@ DOCUMENTS, STAGES, EPOCHS, LENGTH, MAX_LENGTH, PROMPTS = 10, 1, 1, 32, 24, ("Ret
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_notebook_runs_and_shows_results(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)

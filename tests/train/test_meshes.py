@@ -112,6 +112,7 @@ def folder(tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_finetune_on_meshes_of_eight_devices_equals_one_device(single, folder):
     meshes = [{}, {"fsdp": 4, "gradient_accumulation_steps": 2}, {"fsdp": 4, "tensor_parallel": 2}]
     rounded = {"fsdp": 4, "tensor_parallel": 2, "base_dtype": "int8"}
@@ -127,6 +128,7 @@ def test_finetune_on_meshes_of_eight_devices_equals_one_device(single, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_finetune_in_two_processes_equals_one_and_resumes_on_one_device(single, folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))

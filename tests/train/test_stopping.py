@@ -217,6 +217,7 @@ KILLED = FinetuneConfig(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_finetune_killed_at_random_moments_and_resumed(model, tmp_path):
     """kill -9 while it compiles, computes, logs, and saves after every step."""
     here = os.path.dirname(__file__)

@@ -269,6 +269,7 @@ def test_read_safetensors_cut_short_anywhere(saved):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_read_safetensors_flipped_header_bits(saved, params):
     file = saved / "model.safetensors"
     whole = file.read_bytes()

@@ -187,6 +187,7 @@ def test_load_keras_checkpoint_cut_short_anywhere(checkpoint):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_load_keras_checkpoint_notices_every_flipped_bit(checkpoint):
     expected = load_keras_checkpoint(checkpoint)[1]
     for file in sorted(checkpoint.parent.iterdir()):
@@ -224,6 +225,7 @@ def test_load_keras_checkpoint_newest_of_a_folder(checkpoint):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_read_h5_flipped_bits_load_or_raise_one_error(tmp_path):
     """The format has no checksums: numbers may change, but nothing else than a clear error may happen."""
     whole = WHOLE.read_bytes()

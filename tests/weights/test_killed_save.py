@@ -33,6 +33,7 @@ def read():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_save_hf_killed_at_each_system_call(tmp_path):
     params = jax.tree.map(np.asarray, random_params())
     file = tmp_path / "params"

@@ -71,6 +71,7 @@ def test_read_torch_cut_short_anywhere(copied):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_read_torch_flipped_bits_in_the_description(copied, expected):
     """Every entry of the zip has a checksum; the legacy format has none for the numbers, only its head is hit."""
     whole = copied.read_bytes()
