@@ -23,17 +23,17 @@ from gpt2jax.ops.device import Device
 CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300, n_positions=64)
 
 
-def lowered(stages: Stages | None, config: GenerationConfig) -> str:
+def lowered(stages: Stages | None, config: GenerationConfig, batch: int = 2) -> str:
     """Return the decoding loop before compilation, as text."""
     precision = decoding_precision("bfloat16", device=Device.of_backend("gpu"))
     params = jax.eval_shape(
         lambda: prepare_decoding_params(init_params(CONFIG), CONFIG, dtype=precision.compute_dtype)
     )
-    cache = jax.eval_shape(lambda: init_cache(CONFIG, 2, 32, precision.activation_dtype))
-    rows = [PromptState("", [1], 5, config=config)] * 2
-    padding: Any = np.zeros(2, np.int32)
-    settings = make_decode_params(rows, padding, [5, 5], 1)
-    state = initial_state(np.ones((2, 32), np.int32), settings.limits, 1)
+    cache = jax.eval_shape(lambda: init_cache(CONFIG, batch, 32, precision.activation_dtype))
+    rows = [PromptState("", [1], 5, config=config)] * batch
+    padding: Any = np.zeros(batch, np.int32)
+    settings = make_decode_params(rows, padding, [5] * batch, 1)
+    state = initial_state(np.ones((batch, 32), np.int32), settings.limits, 1)
     spec = DecoderSpec(CONFIG, precision, stages=stages)
     return decode.lower(Sampling(), spec, params, cache, state, settings, np.int32(9)).as_text()
 
@@ -65,6 +65,13 @@ def test_logits_for_a_gpu_are_not_rounded_to_16_bits():
     # the head's product is the only one with the vocabulary in its result
     results = re.findall(r"stablehlo\.dot_general.*-> tensor<2x300x(\w+)>", text)
     assert results == ["f32"]
+
+
+def test_layer_norms_of_one_row_for_a_gpu_have_two():
+    """XLA would drop the axis of one row, and with it the fusion of a LayerNorm with the product behind it."""
+    text = lowered(Stages(window=1), GenerationConfig(do_sample=False), batch=1)
+    means = re.findall(r"stablehlo\.reduce\(.*applies stablehlo\.add .*tensor<(\d+)x1x16xf32>", text)
+    assert means and set(means) == {"2"}
 
 
 def test_decode_for_a_cpu_decides_while_it_runs():
