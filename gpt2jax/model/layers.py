@@ -111,7 +111,8 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: ForwardContext) -> Float[Array, "B T D"]:
         if x.size == x.shape[-1] and not ctx.precision.execution.has_cpu_shapes:
             return self._normalize_one(x, ctx)
-        y: jax.Array = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+        scale, bias = self.scale[...], self.bias[...]
+        y: jax.Array = layer_norm(x, scale, bias, self.epsilon, ctx.precision.execution)
         return y.astype(ctx.precision.activation_dtype)
 
     def _normalize_one(self, x: Float[Array, "1 1 D"], ctx: ForwardContext) -> Float[Array, "1 1 D"]:

@@ -9,6 +9,7 @@ import pytest
 from tiny_models import TINY
 
 from gpt2jax.model.gpt2 import abstract_params, hidden_states
+from gpt2jax.ops.device import Device, Execution
 from gpt2jax.ops.fused import gelu_tanh, layer_norm
 from gpt2jax.ops.precision import Precision
 
@@ -35,9 +36,17 @@ def test_gelu_tanh_value_and_gradient():
 
 
 @pytest.mark.slow
-def test_layer_norm_value_and_gradients():
+@pytest.mark.parametrize("device", [Device("cpu"), Device("cuda", (9, 0))], ids=["cpu", "gpu"])
+def test_layer_norm_value_and_gradients(device):
     arguments = (jnp.asarray(X), jnp.asarray(SCALE), jnp.asarray(BIAS))
-    own, plain = (lambda x, scale, bias, f=f: f(x, scale, bias, 1e-5) for f in (layer_norm, plain_layer_norm))
+    execution = Execution.for_device(device, jnp.dtype("float32"))
+
+    def own(x, scale, bias):
+        return layer_norm(x, scale, bias, 1e-5, execution)
+
+    def plain(x, scale, bias):
+        return plain_layer_norm(x, scale, bias, 1e-5)
+
     np.testing.assert_allclose(own(*arguments), plain(*arguments), atol=1e-5)
     own_grads = jax.grad(weighted(own), argnums=(0, 1, 2))(*arguments)
     for mine, theirs in zip(own_grads, jax.grad(weighted(plain), argnums=(0, 1, 2))(*arguments), strict=True):
