@@ -254,13 +254,8 @@ def _product_flops(lines: Computation, line: Instruction) -> float:
 
 def _fusion_bytes(lines: Computation) -> int:
     """Return the bytes that a fusion moves; of slices, and of what is updated in place, only that part counts."""
-    read: dict[str, int] = collections.defaultdict(int)
-    for line in lines.values():
-        for place, name in enumerate(line.operands):
-            if name in lines and lines[name].operation == "parameter":
-                is_updated = line.operation == "dynamic-update-slice" and place == 0
-                part = line.type if line.operation in SLICES and place == 0 else lines[name].type
-                read[name] = max(read[name], 0 if is_updated else _nbytes(part))
+    parameters = [line for line in lines.values() if line.operation == "parameter" and _nbytes(line.type)]
+    read = sum(round(_nbytes(line.type) * _needed(lines, line)) for line in parameters)
 
     def written(line: Instruction) -> int:
         inner = [lines[name] for name in line.operands if name in lines]
@@ -274,7 +269,23 @@ def _fusion_bytes(lines: Computation) -> int:
             return _nbytes(inner[1].type)
         return _nbytes(line.type)
 
-    return sum(read.values()) + (written(list(lines.values())[-1]) if lines else 0)
+    return read + (written(list(lines.values())[-1]) if lines else 0)
+
+
+def _needed(lines: Computation, array: Instruction) -> float:
+    """Return the part of an array that a fusion needs; a conversion needs no more than the slices behind it."""
+    parts, result = [0.0], list(lines)[-1]
+    for line in lines.values():
+        for place, name in enumerate(line.operands):
+            if name != array.name:
+                continue
+            if line.operation in SLICES and place == 0:
+                parts.append(_nbytes(line.type) / _nbytes(array.type))
+            elif line.operation in ("convert", "bitcast") and line.name != result:
+                parts.append(_needed(lines, line))
+            elif line.operation != "dynamic-update-slice" or place:
+                parts.append(1.0)
+    return max(parts)
 
 
 def lines_of(found: Roofline, top: int = 0) -> Iterator[str]:

@@ -67,6 +67,20 @@ def test_read_roofline_counts_flash_attention(monkeypatch):
     assert cost.bytes == 4 * 2 * (2 * 128 * 3 * 64) + 4 * 2 + 4 * (2 * 3 * 128)
 
 
+def test_read_roofline_counts_what_a_slice_of_a_conversion_needs(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from roofline import read_roofline
+
+    converted = PROGRAM.replace(
+        "  ROOT %s = f32[1,4]{1,0} dynamic-slice(f32[100,4]{1,0} %p,",
+        "  %q = bf16[100,4]{1,0} convert(f32[100,4]{1,0} %p)\n"
+        "  ROOT %s = bf16[1,4]{1,0} dynamic-slice(bf16[100,4]{1,0} %q,",
+    )
+    assert converted != PROGRAM
+    cost = read_roofline(converted.replace(" TRIPS", KNOWN), find_device("h100")).kinds["fusion"]
+    assert cost.bytes == 4 * 4 + 4 + 2 * 4  # a row of the float32 table, its place, and the 16-bit row
+
+
 @pytest.mark.parametrize(("trips", "turns", "waits"), [(KNOWN, 5, 0), ("", 1, 1)], ids=["known", "unknown"])
 def test_read_roofline_counts_turns_slices_and_products(monkeypatch, trips, turns, waits):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
