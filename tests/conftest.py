@@ -46,6 +46,7 @@ _LONGEST = (
     "train/test_stopping.py",
     "train/test_resume.py",
     "generation/test_generate.py",
+    "generation/test_compilations.py",
     "train/test_meshes.py",
     "train/test_step.py",
     "test_docs.py",

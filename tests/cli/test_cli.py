@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import tyro
-from jax.errors import JaxRuntimeError
-from rich.console import Console
+from commands import fails
 from tiny_models import random_model
 
 import gpt2jax
-from gpt2jax.cli import compare, evaluate, finetune, main
-from gpt2jax.cli.common import check_file, check_folder, print_line, run_command
+from gpt2jax.cli import compare, finetune, main
 from gpt2jax.cli.finetune import Options, finetune_config, imply_lora
 from gpt2jax.cli.options import DataOptions
 from gpt2jax.data import sources
 from gpt2jax.lora.config import LoRAConfig
-from gpt2jax.train.stopping import Interrupted
 
 WORDS = ["the", "array", "of", "shape", "and", "dtype", "is", "returned", "when", "axis", "keepdims", "none"]
 
@@ -58,16 +52,6 @@ def run(texts, tmp_path_factory):
     options = ["--data", str(texts), "--text-column", "body", "--prompts", "the array", "", *SHORT]
     main(["finetune", *options, "--out", str(folder)])
     return folder
-
-
-def fails(capsys, *argv: str) -> str:
-    """The one line that a mistaken command prints."""
-    with pytest.raises(SystemExit) as exit_:
-        main(list(argv))
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.mark.slow
@@ -236,13 +220,6 @@ def test_imply_lora_refuses_no_lora(capsys):
     assert message == "gpt2jax finetune: error: --lora.rank does not go with --no-lora"
 
 
-def test_run_command_tells_a_setting_without_the_class_of_the_options(capsys):
-    message = fails(capsys, "evaluate", "--limit", "0")
-    assert message.startswith(
-        "gpt2jax evaluate: error: --limit must be a positive whole number, or None, got 0;"
-    )
-
-
 def test_finetune_config_with_adapters_of_every_kind():
     words = "--lora.rank 4 --lora.use-rslora --lora.use-dora --lora.targets attn.q mlp.*"
     words += " --lora.rank-pattern h.3.mlp.c_fc 2"
@@ -259,99 +236,6 @@ def test_finetune_config_with_adapters_of_every_kind():
     for words in ("--lora --lora.rank 9", "--lora.rank 9 --lora.use-rslora"):
         plain = config(words).lora
         assert plain is not None and plain.rank == 9 and plain.scale == 1
-
-
-@pytest.mark.slow
-def test_generate(tmp_path, capsys, monkeypatch):
-    settings = ["--max-new-tokens", "8", "--seed", "3"]
-    main(["generate", "Return the", *settings])
-    shown = capsys.readouterr().out
-    expected = gpt2jax.generate(gpt2jax.load("gpt2-mini"), "Return the", max_new_tokens=8, seed=3)[0]
-    assert shown == str(expected) + "\n"
-    (tmp_path / "prompts.txt").write_text("Return the\nclass\n")
-    file, out = str(tmp_path / "prompts.txt"), tmp_path / "out.jsonl"
-    main(["generate", "--file", file, *settings, "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows[0]["text"] == expected.text and [row["prompt"] for row in rows] == ["Return the", "class"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("Return the\n"))
-    capsys.readouterr()
-    main(["generate", *settings])
-    assert capsys.readouterr().out == str(expected) + "\n"
-
-
-@pytest.mark.slow
-def test_generate_by_search(small, capsys):
-    model, settings = gpt2jax.load(small), ["--model", small, "--max-new-tokens", "8"]
-    main(["generate", "Return the", *settings, "--num-beams", "3", "--num-return-sequences", "2"])
-    [beams] = gpt2jax.beam_search(model, "Return the", num_beams=3, num_return_sequences=2, max_new_tokens=8)
-    shown = capsys.readouterr()
-    assert shown.out == f"--- text 1 of 2 ---\n{beams[0]}\n\n--- text 2 of 2 ---\n{beams[1]}\n"
-    assert "tokens in" in shown.err
-    main(["generate", "Return the", *settings, "--penalty-alpha", "0.6", "--top-k", "4"])
-    [output] = gpt2jax.generate(model, "Return the", max_new_tokens=8, penalty_alpha=0.6, top_k=4)
-    assert capsys.readouterr().out == f"{output}\n"
-
-
-@pytest.mark.slow
-def test_generate_takes_a_draft_model_and_every_kind_of_option(small, capsys):
-    model = gpt2jax.load(small)
-    words = (
-        f"--model {small} --no-do-sample --top-k None --stop-token-ids 1 2 --bad-words x --max-new-tokens 6"
-    )
-    main(["generate", "Return the", *words.split(), "--draft-model", small, "--num-draft-tokens", "3"])
-    settings = {"do_sample": False, "stop_token_ids": [1, 2], "bad_words": ["x"], "max_new_tokens": 6}
-    assert capsys.readouterr().out == f"{gpt2jax.generate(model, 'Return the', **settings)[0]}\n"
-    assert "num_beams=2 does not go with draft_model" in fails(
-        capsys, "generate", "a", "--num-beams", "2", "--draft-model", small
-    )
-
-
-def test_generate_names_the_nearest_option(capsys):
-    assert "--temperature" in fails(capsys, "generate", "a", "--tempeature", "1")
-    assert "there is no option --prompts; see" in fails(capsys, "generate", "--prompts", "a")
-
-
-@pytest.mark.slow
-def test_generate_without_standard_input_and_into_the_home_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", None)
-    assert "there is no prompt" in fails(capsys, "generate")
-    assert "is a folder" in fails(capsys, "generate", "a", "--out", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    prompt = b"\xff".decode(errors="surrogateescape")  # as an argument that is no UTF-8 comes
-    main(["generate", prompt, "--max-new-tokens", "1", "--seed", "1", "--out=~/x.jsonl"])
-    assert json.loads((tmp_path / "x.jsonl").read_text())["prompt"] == prompt
-
-
-def test_what_standard_output_cannot_take(capsys, monkeypatch):
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr("sys.stdout", full)
-        assert "No space left on device" in fails(capsys, "evaluate", "--help")
-    with io.TextIOWrapper(io.BytesIO(), "ascii") as narrow:
-        monkeypatch.setattr("sys.stdout", narrow)
-        run_command("evaluate", DataOptions, lambda options: print("é"), [])
-        assert narrow.buffer.getvalue() == b"\\xe9\n"  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_brackets_in_names_are_no_markup():
-    console = Console(file=io.StringIO(), width=40)
-    print_line(console, "wrote", "runs/[/b] " + "x" * 40)
-    console.print(evaluate.figures_table("m[b] on numeric-docs", {"loss": 1.0, "perplexity": None}))
-    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert shown.startswith(f"wrote  runs/[/b] {'x' * 40}\nm[b] on numeric-docs")
-    assert re.search(r"perplexity +│ +not finite", shown)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--num-beams 2 --temperature 0.5 --top-k 7", "num_beams=2 does not go with temperature, top_k"),
-        ("--length-penalty 2", "length_penalty=2.0 needs beam search; give num_beams above 1"),
-    ],
-)
-def test_generate_refuses_options_without_effect(capsys, options, message):
-    line = fails(capsys, "generate", "a", *options.split())
-    assert line == f"gpt2jax generate: error: {message}; see gpt2jax generate --help"
 
 
 @pytest.mark.parametrize(
@@ -428,56 +312,6 @@ def test_finetune_refuses_texts_without_anything_to_learn(tmp_path, capsys, cont
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (FloatingPointError("step 3: loss nan"), 1),
-        (Interrupted(signal.SIGINT, "stopped"), 130),
-        (Interrupted(signal.SIGTERM, "stopped"), 143),
-        (KeyboardInterrupt(), 130),
-        (ValueError("two\nlines"), 2),
-    ],
-    ids=["nan", "SIGINT", "SIGTERM", "Ctrl-C", "mistake"],
-)
-def test_run_command_ends_with_one_line_and_a_code(capsys, error, code):
-    def run(_):
-        raise error
-
-    with pytest.raises(SystemExit) as exit_:
-        run_command("finetune", Options, run, [], prefixes=True)
-    assert exit_.value.code == code
-    said = " ".join(str(error).split()) or "interrupted"
-    assert capsys.readouterr().err == f"gpt2jax finetune: error: {said}\n"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")],
-    ids=["numpy", "XLA"],
-)
-def test_run_command_tells_that_memory_is_not_enough_in_one_line(capsys, error):
-    def run(_):
-        raise error
-
-    with pytest.raises(SystemExit) as exit_:
-        run_command("finetune", Options, run, [], prefixes=True)
-    assert exit_.value.code == 2
-    reason = "MemoryError" if isinstance(error, MemoryError) else str(error).splitlines()[0]
-    said = capsys.readouterr().err
-    assert said.startswith(f"gpt2jax finetune: error: there is not enough memory: {reason}; a smaller batch,")
-    assert said.count("\n") == 1
-
-
-def test_run_command_cuts_a_message_of_megabytes_and_keeps_its_end(capsys):
-    def run(_):
-        raise ValueError(f"columns: {'a' * 10**6}; name one")
-
-    with pytest.raises(SystemExit):
-        run_command("finetune", Options, run, [], prefixes=True)
-    said = capsys.readouterr().err
-    assert len(said) < 3100 and "columns: aaa" in said and said.endswith("aaa; name one\n")
-
-
 def test_data_options_streams_of_the_hub_have_a_fingerprint():
     here, hub = DataOptions(data="my.jsonl"), DataOptions(data="a/b", data_revision="c" * 40)
     assert here.iterate("train").fingerprint is None  # a file may change
@@ -488,44 +322,6 @@ def test_data_options_streams_of_the_hub_have_a_fingerprint():
     assert len(set(names)) == 3 and all("c" * 40 in str(name) for name in names)
 
 
-def test_start_by_the_script_lists_the_options():
-    command = [sys.executable, "scripts/finetune.py", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    assert shown.returncode == 0 and "--seed" in shown.stdout and "--out" in shown.stdout
-
-
-def test_main_lists_the_commands_and_names_the_nearest_one(capsys):
-    assert (
-        fails(capsys, "finetuen")
-        == "gpt2jax: error: there is no command 'finetuen'; did you mean 'finetune'?"
-    )
-    main(["--help"])
-    assert "finetune" in capsys.readouterr().out
-
-
-def test_main_command_has_seed_and_out(capsys):
-    for name in ("generate", "evaluate", "compare", "convert"):
-        with pytest.raises(SystemExit) as exit_:
-            main([name, "--help"])
-        shown = capsys.readouterr().out
-        assert exit_.value.code == 0 and "--seed" in shown and "--out" in shown
-
-
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare", "study"])
-def test_commands_check_the_model_before_they_read_texts(capsys, monkeypatch, tmp_path, command):
-    monkeypatch.setattr(sources, "load_texts", lambda *_, **__: pytest.fail("texts were read"))
-    models = ["gpt2-mini", "runs/mine"] if command == "compare" else ["--model", "runs/mine"]
-    line = fails(capsys, command, *models, "--data", "missing.jsonl", "--out", str(tmp_path / "out"))
-    assert "there is no model at runs/mine" in line
-
-
-@pytest.mark.parametrize("words", ["--eval-split a --eval-split b", "--eval-split=a --eval_split b"])
-def test_commands_refuse_repeated_options(capsys, words):
-    line = fails(capsys, "evaluate", *words.split())
-    assert "--eval-split is given twice" in line
-    assert imply_lora("finetune", ["--lora", "--lora.rank", "4"]) == ["--lora", "--lora.rank", "4"]
-
-
 def test_lm_eval_names_what_to_install():
     code = "import sys, runpy; sys.modules['lm_eval'] = None\n"
     code += "runpy.run_module('gpt2jax.evaluation.lm_eval', run_name='__main__')"
@@ -533,13 +329,3 @@ def test_lm_eval_names_what_to_install():
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("needs lm-evaluation-harness: pip install lm-eval")
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("check", [check_folder, partial(check_file, overwrite=True)], ids=["folder", "file"])
-def test_check_out_names_a_link_to_nothing(tmp_path, check):
-    (tmp_path / "a").symlink_to(tmp_path / "none" / "b")
-    (tmp_path / "c").symlink_to("c")
-    for path in (tmp_path / "a", tmp_path / "a" / "b" / "d", tmp_path / "c", tmp_path / "c" / "d"):
-        with pytest.raises(OSError, match=rf"{tmp_path}/[ac] is a link to .*, which does not exist"):
-            check(path)
-    check(tmp_path / "new" / "e")

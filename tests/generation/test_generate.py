@@ -2,61 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generation_models import CONFIG, END, LONG, TOKENIZER, model_of, speller, steep_model
 
 from gpt2jax.generation.config import GenerationConfig
 from gpt2jax.generation.generate import beam_search, generate, stream
 from gpt2jax.generation.outputs import Generation
-from gpt2jax.generation.prefill import next_cache_length
 from gpt2jax.generation.sampling import log_probability, make_filters, sample
-from gpt2jax.generation.text_stream import IncrementalDetokenizer
-from gpt2jax.language_model import LanguageModel
 from gpt2jax.model.config import GPT2Config
-from gpt2jax.model.gpt2 import hidden_states, init_params, lm_head_weight, output_logits
-from gpt2jax.tokenizer.bpe import Tokenizer
+from gpt2jax.model.gpt2 import hidden_states, lm_head_weight, output_logits
 from gpt2jax.tokenizer.end_tokens import find_end_token
 
-TOKENIZER = Tokenizer.gpt2(300)
-END = TOKENIZER.vocab_size - 1
-CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, n_positions=64)
-# short ones run in a bucket of 16 positions when alone, and in one of 32 beside the long one
-LONG = "one, two, three, four, five, six"  # 23 tokens
 PROMPTS = ["a", "", "hello world", LONG]
-
-
-def model_of(config, params, tokenizer: Tokenizer | None = TOKENIZER):
-    return LanguageModel(config, params, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights, large enough that distributions are neither flat nor single-valued."""
-    return model_of(CONFIG, jax.tree.map(lambda x: x * 6, init_params(CONFIG, 0)))
-
-
-def speller(continuation, prompt_length=1, *, vocab_size=300, tokenizer=TOKENIZER):
-    """A model that continues any prompt of `prompt_length` tokens with the given token ids.
-
-    Blocks and token embedding are zero, positions are one-hot, and the head of a token is the sum of the
-    positions that it follows.
-    """
-    config = dataclasses.replace(
-        CONFIG, n_layer=1, n_embd=64, vocab_size=vocab_size, tie_word_embeddings=False, eos_token_id=END
-    )
-    params = jax.tree.map(jnp.zeros_like, init_params(config))
-    head = np.zeros((vocab_size, 64), np.float32)
-    for i, token in enumerate(continuation):
-        head[token, prompt_length - 1 + i] = 10.0
-    params["wpe"]["embedding"] = jnp.eye(64)
-    params["ln_f"]["scale"] = jnp.ones(64)
-    params["lm_head"]["kernel"] = jnp.asarray(head)
-    return model_of(config, params, tokenizer)
+    return steep_model()
 
 
 draw = jax.jit(sample)
@@ -216,35 +183,6 @@ def test_the_whole_context(model):
 
 
 @pytest.mark.slow
-def test_a_row_of_sixteen_is_its_single_run(model):
-    rng = np.random.default_rng(8)
-    prompts = [rng.integers(0, 300, length).tolist() for length in rng.integers(1, 40, 16)]
-    settings = {"max_new_tokens": 20, "do_sample": False, "stop_token_ids": []}
-    for prompt, row in zip(prompts, generate(model, prompts, **settings), strict=True):
-        [alone] = generate(model, prompt, **settings)
-        assert row.token_ids == alone.token_ids
-        np.testing.assert_allclose(row.logprobs, alone.logprobs, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.thorough
-def test_a_batch_that_outgrows_its_cache_again_and_again():
-    """64, 128 and 192 positions for several rows; 256 for one."""
-    config = dataclasses.replace(CONFIG, n_layer=1, n_positions=256)
-    model = model_of(config, jax.tree.map(lambda x: x * 6, init_params(config, 1)))
-    settings = {"max_new_tokens": 150, "do_sample": False, "stop_token_ids": []}
-    prompts = ["a", "hello world"]
-    for prompt, row in zip(prompts, generate(model, prompts, **settings), strict=True):
-        [alone] = generate(model, prompt, **settings)
-        assert row.token_ids == alone.token_ids
-    sizes = [64]
-    while sizes[-1] < 1024:
-        sizes.append(next_cache_length(sizes[-1], 2))
-    assert sizes == [64, 128, 192, 256, 384, 512, 768, 1024]
-    assert next_cache_length(256, 1) == 512
-
-
-@pytest.mark.slow
 def test_stop_token_ids():
     text = [10, 11, END, 12, 13, 14]
     model = speller(text)
@@ -272,58 +210,6 @@ def test_rows_of_a_batch_end_on_their_own():
     outputs = generate(model, [[1] * 7, [1] * 4, [1] * 8], max_new_tokens=4, do_sample=False)
     assert [out.token_ids for out in outputs] == [[], [10, 11, 12], [13, 14, 15, 16]]
     assert [out.finish_reason for out in outputs] == ["stop", "stop", "length"]
-
-
-TEXT = "naïve 日本語 text…\n\nend. 🙂🙂 done"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stops", "want"),
-    [
-        ("end", "naïve 日本語 text…\n\n"),
-        (["本"], "naïve 日"),
-        (["🙂 d", "zzz"], "naïve 日本語 text…\n\nend. 🙂"),
-        (["\n\n", "ve 日"], "naï"),
-        (["n"], ""),
-        (["absent", "done!"], TEXT),
-        (["done"], TEXT[:-4]),
-        ([TEXT], ""),
-        (("…", "text…"), "naïve 日本語 "),
-        ([], TEXT),
-    ],
-    ids=str,
-)
-def test_stop_strings_cut_exactly(stops, want):
-    """Whatever the borders of tokens: each of these characters is several tokens, and the stops span them."""
-    ids = TOKENIZER.encode(TEXT)
-    assert len(ids) > 30
-    model = speller(ids)
-    settings = {"max_new_tokens": len(ids), "stop_strings": stops, "do_sample": False}
-    (output,) = generate(model, [[1]], **settings)
-    assert output.text == want
-    assert output.finish_reason == ("length" if want == TEXT else "stop")
-    assert len(output.logprobs) == len(output.token_ids)
-    # the tokens are as few as hold the text
-    assert TOKENIZER.decode_bytes(output.token_ids).startswith(want.encode())
-    assert not output.token_ids or len(TOKENIZER.decode_bytes(output.token_ids[:-1])) < len(want.encode())
-    pieces = list(stream(model, [1], **settings))
-    assert "".join(pieces) == want
-    assert all(pieces)
-
-
-@pytest.mark.slow
-def test_stop_strings_in_a_batch():
-    ids = TOKENIZER.encode("abc def ghi jkl mno pqr")
-    model = speller(ids, prompt_length=2)
-    outputs = generate(
-        model, [[1] * 2, [1] * 3, [1] * 6], max_new_tokens=12, do_sample=False, stop_strings=["f", "kl"]
-    )
-    for output, start in zip(outputs, (0, 1, 4), strict=True):
-        whole = TOKENIZER.decode(ids[start : start + 12])
-        ends = [whole.index(stop) for stop in ("f", "kl") if stop in whole]
-        assert output.text == whole[: min(ends, default=None)]
-        assert output.finish_reason == ("stop" if ends else "length")
 
 
 # ---- more settings ----
@@ -410,145 +296,6 @@ def test_any_large_number_is_one_that_is_never_reached(model):
     assert output.token_ids == generate(model, LONG, **settings)[0].token_ids
 
 
-def test_sliding_past_the_context(model):
-    """As generating in parts by hand, each from the last half of the text before it."""
-    (output,) = generate(
-        model, LONG, max_new_tokens=150, do_sample=False, stop_token_ids=[], overflow="sliding_window"
-    )
-    text, want = TOKENIZER.encode(LONG), []
-    while len(want) < 150:
-        new = min(150 - len(want), 64 - len(text))
-        (part,) = generate(model, [text], max_new_tokens=new, do_sample=False, stop_token_ids=[])
-        want += part.token_ids
-        text = (text + part.token_ids)[-32:]
-    assert output.token_ids == want
-    settings: dict[str, Any] = {
-        "max_new_tokens": 90,
-        "stop_token_ids": [],
-        "overflow": "sliding_window",
-        "seed": 4,
-    }
-    (sampled,) = generate(model, "hello", **settings)
-    assert len(set(sampled.token_ids[-40:])) > 5 and sampled.finish_reason == "length"
-    assert "".join(stream(model, "hello", **settings)) == sampled.text
-    together = generate(model, ["hello", LONG], **{**settings, "max_new_tokens": [90][0]})
-    assert together[0].token_ids == sampled.token_ids
-    with pytest.raises(ValueError, match="overflow='sliding_window'"):
-        generate(model, LONG, max_new_tokens=150)
-
-
-@pytest.mark.parametrize("length", [63, 64, 65, 150])
-def test_a_prompt_of_the_context_and_more_slides_at_once(model, length):
-    prompt = np.random.default_rng(0).integers(0, 299, length).tolist()
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "stop_token_ids": []}
-    (output,) = generate(model, prompt, overflow="sliding_window", **settings)
-    before = [*prompt, *output.token_ids[: 64 - length]] if length < 64 else prompt
-    (rest,) = generate(model, before[-32:], **settings)
-    assert output.token_ids[len(before) - length :] == rest.token_ids[: 5 - (len(before) - length)]
-    assert output.prompt_ids == prompt and len(output.token_ids) == 5
-
-
-@pytest.mark.slow
-def test_a_context_of_one_token_cannot_slide():
-    config = dataclasses.replace(CONFIG, n_positions=1)
-    with pytest.raises(ValueError, match="context .n_positions. is 1"):
-        generate(model_of(config, init_params(config)), [1], max_new_tokens=3, overflow="sliding_window")
-
-
-def test_a_shared_beginning_is_computed_once(model, monkeypatch):
-    """Rows that begin alike give what they give alone, and their beginning goes through the model for one row."""
-    from gpt2jax.generation import prefill
-
-    beginning = list(range(20, 45))
-    prompts = [beginning + [1, 2], beginning + [3], beginning + [4] * 9]
-    alone = [generate(model, [prompt], max_new_tokens=8, seed=i)[0] for i, prompt in enumerate(prompts)]
-    computed = []
-
-    def counted(spec, params, token_ids, *args):
-        computed.append(token_ids.shape[0])
-        return prefill_chunk(spec, params, token_ids, *args)
-
-    prefill_chunk = prefill.prefill_chunk
-    monkeypatch.setattr(prefill, "prefill_chunk", counted)
-    together = generate(model, prompts, max_new_tokens=8)
-    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
-    for a, b in zip(together, alone, strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
-    assert computed == [1, 1, 1, 1, 4]  # 25 tokens in chunks of 8, then what differs
-    computed.clear()
-    generate(model, [beginning], num_return_sequences=4, max_new_tokens=2)
-    assert computed == [1, 1, 1]
-
-
-# ---- streams ----
-
-
-@pytest.mark.parametrize("settings", [{"do_sample": False}, {}, {"top_k": None, "temperature": 1.5}], ids=str)
-def test_stream_gives_the_text_of_generate(model, settings):
-    """Random tokens of a byte-level vocabulary: much of it is no UTF-8 at all."""
-    settings = {"max_new_tokens": 40, "seed": 11, "stop_token_ids": [], **settings}
-    (output,) = generate(model, "hello", **settings)
-    pieces = stream(model, "hello", **settings)
-    assert pieces.generation is None
-    assert "".join(pieces) == output.text
-    assert pieces.generation == output
-
-
-@pytest.mark.slow
-def test_stream_cuts_between_characters():
-    ids = TOKENIZER.encode("日本語 🙂 é")
-    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids), do_sample=False))
-    assert pieces == ["日", "本", "語", " ", "🙂", " ", "é"]
-
-
-def test_stream_of_a_cut_character():
-    ids = TOKENIZER.encode("a🙂")
-    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids) - 1, do_sample=False))
-    assert "".join(pieces) == TOKENIZER.decode(ids[:-1]) == "a\ufffd"
-
-
-def test_stream_shows_no_beginning_of_a_stop_string():
-    ids = TOKENIZER.encode("one STO two STOP three")
-    pieces = list(stream(speller(ids), [1], max_new_tokens=len(ids), do_sample=False, stop_strings=["STOP"]))
-    assert "".join(pieces) == "one STO two "
-    shown = ["".join(pieces[: i + 1]) for i in range(len(pieces))]
-    assert not any(text.endswith(("S", "ST", "STO")) for text in shown)
-
-
-def test_stream_raises_at_the_call(model):
-    with pytest.raises(ValueError, match="^temperature"):
-        stream(model, "a", temperature=-1)
-    with pytest.raises(ValueError, match="one prompt, got 2"):
-        stream(model, ["a", "b"])  # type: ignore[arg-type]
-
-
-def test_text_stream_equals_one_shot_decoding():
-    """Any bytes in any pieces, valid UTF-8 or not."""
-    rng = np.random.default_rng(0)
-    alphabet = [
-        b"a",
-        b"\xe2",
-        b"\x82",
-        b"\xac",
-        b"\xf0",
-        b"\x9f",
-        b"\x99",
-        b"\xc3",
-        b"\xa9",
-        b"\xff",
-        "é".encode(),
-    ]
-    for _ in range(500):
-        tokens = [alphabet[i] for i in rng.integers(0, len(alphabet), rng.integers(0, 12))]
-        text, pieces = IncrementalDetokenizer(), []
-        for token in tokens:
-            text.add(token)
-            pieces.append(text.flush())
-        pieces.append(text.flush(last=True))
-        assert "".join(pieces) == b"".join(tokens).decode("utf-8", errors="replace")
-        assert text.tokens == len(tokens)
-
-
 # ---- odd models ----
 
 
@@ -579,74 +326,6 @@ def test_narrow_weights(model, dtype):
     assert exact.token_ids[0] == narrow.token_ids[0]
     assert exact.logprobs[0] != narrow.logprobs[0]
     assert abs(exact.logprobs[0] - narrow.logprobs[0]) < 0.1
-
-
-# ---- what compiles ----
-
-
-def compiled_in(caplog, calls) -> list[str]:
-    """What jax compiles while `calls` run."""
-    caplog.clear()
-    with jax.log_compiles():
-        calls()
-    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling ")]
-
-
-@pytest.mark.slow
-def test_settings_compile_nothing_anew(model, caplog):
-    prompts = [LONG, "hello world", ""]
-    generate(model, prompts, max_new_tokens=16)
-    list(stream(model, "a", max_new_tokens=16))
-    variants: list[Any] = [
-        {"temperature": [0.3, 0, 1]},
-        {"do_sample": False},
-        {"top_k": 64},
-        {"top_k": None, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9},
-        {"seed": [5, 2**31, 7]},
-        {"stop_token_ids": [1, 2, 3, 4]},
-        {"stop_strings": ["a", "bcd"]},
-        {"repetition_penalty": 1.5, "presence_penalty": [0, 1, 0], "frequency_penalty": 0.5},
-        {"no_repeat_ngram_size": 2, "min_new_tokens": 4, "bad_words": [[1, 2, 3], [4]]},
-        {"max_new_tokens": 3},
-    ]
-
-    def calls():
-        for settings in variants:
-            generate(model, ["xyz", [1] * 20, "one"], **{"max_new_tokens": 16, **settings})
-        generate(model, [[1] * 32, [2], [3] * 9, [4]], max_new_tokens=11)  # three rows were padded to four
-        list(stream(model, "b", max_new_tokens=9, seed=4))
-        generate(model, "b", max_new_tokens=40)  # the programs of a stream
-
-    assert compiled_in(caplog, calls) == []
-    # another processor is another program
-    assert compiled_in(caplog, lambda: generate(model, "b", logits_processor=lambda logits, context: logits))
-
-
-@pytest.mark.slow
-def test_two_hundred_calls_compile_twelve_programs(caplog):
-    """Prompts of 1 to 900 tokens, any settings, seeds and lengths, at GPT-2's context."""
-    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300)
-    model = model_of(config, init_params(config, 0))
-    rng = np.random.default_rng(0)
-
-    def calls():
-        for _ in range(200):
-            length = int(rng.integers(1, 901))
-            generate(
-                model,
-                [rng.integers(0, 300, length).tolist()],
-                max_new_tokens=int(rng.integers(1, min(300, 1025 - length))),
-                temperature=float(rng.uniform(0, 2)),
-                top_k=[None, 1, 5, 100][rng.integers(4)],
-                top_p=float(rng.uniform(0.1, 1)),
-                typical_p=float(rng.choice([0.5, 1.0])),
-                repetition_penalty=float(rng.choice([1.0, 1.2])),
-                no_repeat_ngram_size=int(rng.choice([0, 3])),
-                seed=int(rng.integers(2**32)),
-                stop_token_ids=range(300),  # what counts is compiled before the first token
-            )
-
-    assert 0 < len(compiled_in(caplog, calls)) <= 12
 
 
 # ---- mistakes ----
