@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -236,15 +238,28 @@ def _locate_run(path: pathlib.Path) -> Location:
     base = path / "base"
     if not base.is_dir():
         base = read_json(path / "run.json", {"base_model": str})["base_model"]
-    try:
+    adapters = f"{path} holds adapters of a model that"
+    with _base_errors(f"{adapters} can't be found", f"{adapters} leads back to it: {base!r:.200}"):
         return dataclasses.replace(locate(base), adapter=path / "adapter")
+
+
+@contextlib.contextmanager
+def _base_errors(missing: str, circular: str) -> Iterator[None]:
+    """Say of what the model is the base that can't be loaded, such as one of another working folder.
+
+    Args:
+        missing: the beginning of the message; the reason follows.
+        circular: the message for a model that is its own base.
+    """
+    try:
+        yield
     except RecursionError:
-        raise ValueError(f"{path} holds adapters of a model that leads back to it: {base!r:.200}") from None
-    except (ValueError, OSError) as error:  # such as a path from another working folder
+        raise ValueError(circular) from None
+    except (ValueError, OSError) as error:
         if "leads back to it" in str(error):
             raise
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"{path} holds adapters of a model that can't be found: {error}") from None
+        raise kind(f"{missing}: {error}") from None
 
 
 def _looks_like_path(source: str) -> bool:
@@ -332,15 +347,9 @@ def load_checkpoint(path: pathlib.Path, dtype: str = "float32") -> LanguageModel
     """
     run = read_run(path)
     settings, name = run["finetune"], run["base_model"]
-    try:
+    circular = f"{path} is a part of a model: {name} leads back to it"
+    with _base_errors(f"{path} began with a model that can't be loaded", circular):
         base = None if name is None else load(name).merge_adapter()
-    except RecursionError:
-        raise ValueError(f"{path} is a part of a model: {name} leads back to it") from None
-    except (ValueError, OSError) as error:
-        if "leads back to it" in str(error):
-            raise
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"{path} began with a model that can't be loaded: {error}") from None
     lora = settings.get("lora")
     if lora is not None or settings.get("freeze"):
         if base is None:

@@ -32,9 +32,11 @@ def inputs():
 def dense_gradients(*inputs, **extras):
     """Return the gradients of `dense` by its first two inputs, computed in float64."""
     with jax.enable_x64(True):
-        wide = [np.asarray(x, np.float64 if x.dtype == np.float32 else None) for x in inputs]
-        gradients = jax.grad(lambda h, k: dense(h, k, *wide[2:], **extras), argnums=(0, 1))(*wide[:2])
-        return [np.asarray(gradient) for gradient in gradients]
+        hidden, head, targets, weights = (
+            np.asarray(x, np.float64 if x.dtype == np.float32 else None) for x in inputs
+        )
+        gradient = jax.grad(lambda h, k: dense(h, k, targets, weights, **extras), argnums=(0, 1))
+        return [np.asarray(x) for x in gradient(hidden, head)]
 
 
 def dense(hidden, head, targets, weights, label_smoothing=0.0, z_loss=0.0):
