@@ -286,6 +286,7 @@ def test_two_runs_at_once(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_more_than_the_memory(tmp_path, monkeypatch):
     """Texts of 24 MB, tokenized and cut into batches with less than 6 MB at once."""
     monkeypatch.setattr(documents_module, "CHUNK_SIZE", 1 << 16)

@@ -30,6 +30,7 @@ print(json.dumps([jax.device_count(), found]))
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_evaluate_four_devices_give_the_sums_of_one():
     count, results = on_four_devices(PROGRAM)
     assert count == 4

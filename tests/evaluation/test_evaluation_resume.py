@@ -96,6 +96,7 @@ def test_evaluate_chunks_change_no_figure(model, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_evaluate_memory_does_not_grow_with_the_texts(model, monkeypatch):
     """100,000 documents: what is held is a few numbers a document, and the texts are never together."""
     alive, most, rows = 0, 0, 100_000

@@ -88,7 +88,14 @@ def prefill(params, ids, padding, *, config, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [TINY, ODD, GPT2_WIDE], ids=["tiny", "odd", "gpt2-wide"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(TINY, id="tiny"),
+        pytest.param(ODD, id="odd"),
+        pytest.param(GPT2_WIDE, id="gpt2-wide", marks=pytest.mark.thorough),
+    ],
+)
 def test_decoding_equals_the_forward_pass_at_splits(config):
     """A prompt of each length in one call, the rest token by token: each logit is that of the plain forward
     pass.

@@ -38,6 +38,7 @@ print(json.dumps({"devices": share().size, "found": found}))
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_rows_on_four_devices_are_those_of_one():
     result = on_four_devices(PROGRAM)
     assert result["devices"] == 4

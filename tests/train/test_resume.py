@@ -154,6 +154,7 @@ def test_finetune_lengthens_a_finished_run(model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_finetune_resumes_everything_that_a_state_may_hold(model, tmp_path):
     """Adapters on a rounded base, dropout, loss scale, parts of batches, bfloat16 moments and an average."""
     lora = LoRAConfig(rank=2, dropout=0.2)

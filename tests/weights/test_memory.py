@@ -37,6 +37,7 @@ def params() -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(
     not Path("/proc/self/status").is_file(), reason="needs Linux to say the memory of a process"
 )
