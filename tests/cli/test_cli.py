@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tyro
 from commands import fails
-from tiny_models import random_model
 
 import gpt2jax
 from gpt2jax.cli import compare, finetune, main
@@ -33,14 +32,6 @@ def texts(tmp_path_factory):
     rows = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 30)) + f" {i}" for i in range(40)]
     path.write_text("".join(json.dumps({"title": f"t{i}", "body": row}) + "\n" for i, row in enumerate(rows)))
     return path
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> str:
-    """Save a model whose programs take less time to compile than those of gpt2-mini."""
-    path = tmp_path_factory.mktemp("model") / "small"
-    random_model(0).save(path)
-    return str(path)
 
 
 SHORT = ["--steps", "2", "--batch-size", "4", "--sequence-length", "32", "--max-new-tokens", "8"]

@@ -7,18 +7,9 @@ import json
 
 import pytest
 from commands import fails
-from tiny_models import random_model
 
 import gpt2jax
 from gpt2jax.cli import main
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> str:
-    """Save a model whose programs take less time to compile than those of gpt2-mini."""
-    path = tmp_path_factory.mktemp("model") / "small"
-    random_model(0).save(path)
-    return str(path)
 
 
 @pytest.mark.slow
